@@ -1,0 +1,1 @@
+"""The approaches MoBiLE is compared with, one Strategy a file."""

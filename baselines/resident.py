@@ -1,0 +1,18 @@
+"""The oracle: every expert on the device, nothing offloaded. Lossless, and the ceiling of every other row."""
+
+from mobile.geometry import Geometry
+from mobile.strategy import Strategy
+
+
+def _all(geometry: Geometry) -> int:
+    return geometry.keys
+
+
+RESIDENT = Strategy(
+    name="resident",
+    summary="every expert on the device; nothing is ever copied",
+    source="the model as it is, had the card room for it",
+    lossless=True,
+    retain="everything",
+    needs=_all,
+)

@@ -1,0 +1,33 @@
+"""Run a Mixture-of-Experts model that does not fit in GPU memory.
+
+    model = mobile.load("path/or/hub-id", strategy="mobile", memory="8GiB")
+    model = mobile.attach(model, strategy="on-demand", slots=64)
+    model.mobile.stats(); model.mobile.ledger; mobile.detach(model); mobile.strategies()
+
+The functions import torch when first used, so that traces replay and budgets are computed without it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mobile.refusal import Refused
+from mobile.strategy import Strategy, strategies
+
+if TYPE_CHECKING:
+    from mobile.engine import attach, detach
+    from mobile.loading import load
+
+__all__ = ["Refused", "Strategy", "attach", "detach", "load", "strategies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("attach", "detach"):
+        from mobile import engine
+
+        return getattr(engine, name)
+    if name == "load":
+        from mobile.loading import load
+
+        return load
+    raise AttributeError(f"module 'mobile' has no attribute {name!r}")

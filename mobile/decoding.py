@@ -1,0 +1,151 @@
+"""The two-pass forward around any Transformers model: generate() and its callers see each token once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mobile import rollback
+from mobile.passes import Pass
+from mobile.strategy import BigLittle, FullK
+
+if TYPE_CHECKING:
+    from mobile.engine import Engine
+
+
+class Decoder:
+    """Stands in for the model's forward: prefill runs as it is, a decode step under the strategy's gating."""
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        self.model, self.engine = model, engine
+        self.gating = engine.strategy.gating
+        self.stock = model.forward
+        self._signature = inspect.signature(type(model).forward)
+        self._warned = False
+        self._hooks: list[Any] = []
+        self._own_forward = "forward" in model.__dict__
+
+    def install(self) -> None:
+        """Put the two-pass forward in the model's place, and listen to what its routers are given."""
+
+        @functools.wraps(type(self.model).forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        self.model.forward = forward
+        for number, layer in enumerate(self.engine.layers):
+            hook = functools.partial(self._heard, number)
+            self._hooks.append(layer.router.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Undo `install`."""
+        if self._own_forward:
+            self.model.forward = self.stock
+        else:
+            del self.model.forward
+        for hook in self._hooks:
+            hook.remove()
+
+    def _heard(self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
+        running = self.engine.running
+        if running is not None and running.kind == "little":
+            running.router_inputs[number] = (args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._signature.bind(self.model, *args, **kwargs).arguments
+        inputs = given.get("input_ids")
+        embeds = given.get("inputs_embeds")
+        source = inputs if inputs is not None else embeds
+        if source is None:
+            return self.stock(*args, **kwargs)
+        rows, length = source.shape[:2]
+        cache = given.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = given.get("attention_mask")
+        valid = torch.ones(rows, length, dtype=torch.bool, device=source.device)
+        if length != 1 or past == 0:
+            if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+                valid = mask[:, -length:].to(torch.bool)
+            return self._one(Pass("prefill", valid), args, kwargs, fresh=past == 0)
+        live = self._live(inputs, rows, source.device)
+        if isinstance(self.gating, FullK):
+            return self._one(Pass("full", valid), args, kwargs, live)
+        if not isinstance(self.gating, BigLittle):
+            with self.engine.little_k():
+                return self._one(Pass("little", valid), args, kwargs, live)
+        if not rollback.supported(cache) or not self.engine.rolls_back:
+            self._warn(cache)
+            return self._one(Pass("full", valid), args, kwargs, live)
+        return self._two(valid, args, kwargs, live, cache, self.gating.gamma)
+
+    def _one(
+        self, running: Pass, args: tuple, kwargs: dict[str, Any], live: torch.Tensor | None = None, fresh: bool = False
+    ) -> Any:
+        with self.engine.passing(running):
+            output = self.stock(*args, **kwargs)
+        self.engine.remember(running, live, fresh=fresh)
+        return output
+
+    def _two(
+        self, valid: torch.Tensor, args: tuple, kwargs: dict[str, Any], live: torch.Tensor, cache: Any, gamma: float
+    ) -> Any:
+        """Little pass, confidence, and for the rows that were unsure: roll back and run the big pass."""
+        engine = self.engine
+        undo = rollback.before_step(cache)
+        little = Pass("little", valid)
+        with engine.little_k(), engine.passing(little):
+            output = self.stock(*args, **kwargs)
+        confidence = output.logits[:, -1].float().softmax(-1).amax(-1)
+        unsure = (confidence < gamma) & live
+        if not bool(unsure.any()):
+            engine.remember(little, live, confidence)
+            return output
+        predicted = engine.predict(little)
+        undo()
+        confident = None if bool(unsure.all()) else ~unsure
+        big = Pass("big", valid, confident=confident, settled=little.selections)
+        engine.fall_back(predicted, unsure)
+        with engine.passing(big):
+            result = self.stock(*args, **kwargs)
+        if confident is not None:
+            result.logits[confident] = output.logits[confident]
+        engine.remember(little, live, confidence)
+        engine.remember(big, unsure, confidence, predicted)
+        return result
+
+    def _live(self, inputs: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
+        """Rows (rows,) still being written: a finished row of a batch is fed padding and must decide nothing."""
+        pad = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
+        if pad is None:
+            pad = getattr(self.model.config, "pad_token_id", None)
+        if rows == 1 or inputs is None or pad is None:
+            return torch.ones(rows, dtype=torch.bool, device=device)
+        return inputs[:, -1] != pad
+
+    def _warn(self, cache: Any) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(cache).__name__} cannot be rolled back safely here, so every token runs with all experts.",
+                stacklevel=4,
+            )
+
+
+@contextmanager
+def top_k_of(routers: list[nn.Module], top_k: int) -> Iterator[None]:
+    """Inside the block every router chooses `top_k` experts."""
+    before = [router.top_k for router in routers]
+    try:
+        for router in routers:
+            router.top_k = top_k
+        yield
+    finally:
+        for router, k in zip(routers, before, strict=True):
+            router.top_k = k

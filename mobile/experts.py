@@ -1,0 +1,43 @@
+"""The one function registered with Transformers' experts interface; it serves every family."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+if TYPE_CHECKING:
+    from mobile.engine import Engine
+
+NAME = "mobile"
+
+
+def offloaded_experts(
+    module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden (tokens, H), index and weights (tokens, K) -> (tokens, H), through the engine bound to the module."""
+    engine, layer = module._mobile_binding
+    return engine.run_experts(layer, hidden, index, weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, offloaded_experts)
+
+
+def bind(module: nn.Module, engine: Engine, layer: int) -> None:
+    """Route the module's forward through the engine.
+
+    The module gets a configuration object of its own, since models built from one share it.
+    """
+    module._mobile_binding = (engine, layer)
+    module._mobile_config = module.config
+    module.config = copy.copy(module.config)
+    module.config._experts_implementation = NAME
+
+
+def unbind(module: nn.Module) -> None:
+    """Undo `bind`."""
+    module.config = module._mobile_config
+    del module._mobile_config, module._mobile_binding

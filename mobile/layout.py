@@ -1,0 +1,53 @@
+"""The layout of one expert's row: which weight lies where in the one contiguous copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+ALIGNMENT = 64  # elements; keeps every field on a 128-byte boundary in 16-bit types
+
+
+@dataclass(frozen=True)
+class Field:
+    """One weight of an expert: the parameter's name, its shape without the expert axis, its offset in the row."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """All fields of one expert, and the row's length in elements, padding included."""
+
+    fields: tuple[Field, ...]
+    numel: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def views(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """rows (n, numel) seen as each field's weights, (n, *shape), without a copy."""
+        return {
+            field.name: rows[:, field.offset : field.offset + field.numel].view(rows.shape[0], *field.shape)
+            for field in self.fields
+        }
+
+
+def layout_of(parameters: dict[str, torch.Tensor]) -> ExpertLayout:
+    """The layout of experts whose stacked weights are `parameters`, each (experts, ...)."""
+    fields, offset = [], 0
+    for name, weight in parameters.items():
+        field = Field(name, tuple(weight.shape[1:]), offset)
+        fields.append(field)
+        offset += -(-field.numel // ALIGNMENT) * ALIGNMENT
+    return ExpertLayout(tuple(fields), offset, next(iter(parameters.values())).dtype)

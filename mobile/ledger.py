@@ -1,0 +1,102 @@
+"""The ledger: what happened, in order, and the counters that follow from it."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Key = tuple[int, int]  # (MoE layer ordinal, expert)
+
+
+class Event(NamedTuple):
+    """One thing that took time: `what` is "load", "prefetch", "compute" or "stall"; nanoseconds."""
+
+    what: str
+    start_ns: int
+    end_ns: int
+    label: str
+
+
+@dataclass
+class Counters:
+    """Totals since attach or the last reset. Counts are of experts, `tokens` of decoded tokens.
+
+    Decode: `hits` were ready when asked for, `demand_loads` were waited for from the start, `late_prefetches`
+    were on their way. `streamed_loads` are prefill's (and
+    those of a batch wider than the pool), which has no hit rate. `loads` counts finished copies of any kind.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    fallbacks: int = 0
+    loads: int = 0
+    bytes_loaded: int = 0
+    hits: int = 0
+    demand_loads: int = 0
+    prefetch_loads: int = 0
+    prefetch_useful: int = 0
+    late_prefetches: int = 0
+    streamed_loads: int = 0
+    stall_ns: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+    decode_bytes: int = 0
+    decode_stall_ns: int = 0
+
+    def copy(self) -> Counters:
+        return Counters(**self.as_dict())
+
+    def since(self, earlier: Counters) -> Counters:
+        """The difference, field by field."""
+        return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
+
+    def as_dict(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def touches(self) -> int:
+        """Experts the decode steps asked for."""
+        return self.hits + self.demand_loads + self.late_prefetches
+
+
+class Ledger:
+    """Events and counters of one engine. The newest `limit` events are kept; counters lose nothing."""
+
+    def __init__(self, limit: int = 200_000) -> None:
+        self.counters = Counters()
+        self.events: deque[Event] = deque(maxlen=limit)
+
+    def event(self, what: str, start_ns: int, end_ns: int, label: str) -> None:
+        if self.events.maxlen and end_ns > start_ns:
+            self.events.append(Event(what, start_ns, end_ns, label))
+
+    def clear(self) -> None:
+        self.counters = Counters()
+        self.events.clear()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds."""
+        c = self.counters
+        numbers: dict[str, Any] = {k: v for k, v in c.as_dict().items() if not k.endswith("_ns")}
+        numbers["hit_rate"] = c.hits / c.touches if c.touches else None
+        for name in ("stall", "prefill", "decode", "decode_stall"):
+            numbers[f"{name}_seconds"] = getattr(c, f"{name}_ns") / 1e9
+        numbers["seconds"] = (c.prefill_ns + c.decode_ns) / 1e9
+        return numbers
+
+    def export_perfetto(self, path: str | Path) -> None:
+        """Write the events as a Chrome trace (JSON), which ui.perfetto.dev opens: one row each for link and GPU."""
+        rows = {"load": 1, "prefetch": 1, "compute": 2, "stall": 2}
+        names: list[dict[str, Any]] = [
+            {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
+            for tid, name in ((1, "link"), (2, "GPU"))
+        ]
+        spans = [
+            {"ph": "X", "pid": 1, "tid": rows[e.what], "name": f"{e.what} {e.label}",
+             "ts": e.start_ns / 1e3, "dur": (e.end_ns - e.start_ns) / 1e3}
+            for e in self.events
+        ]  # fmt: skip
+        Path(path).write_text(json.dumps({"traceEvents": names + spans}))

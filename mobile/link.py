@@ -1,0 +1,99 @@
+"""The link: what copies an expert's row into a slot, and what that costs in time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from mobile.ledger import Key, Ledger
+
+Arrival = Callable[[Key, int], None]
+
+
+class Link(Protocol):
+    """One host-to-device channel. Demand loads go before prefetches; a copy that has begun is not interrupted."""
+
+    now: int
+
+    def submit(self, key: Key, slot: int, *, demand: bool) -> None: ...
+    def promote(self, key: Key) -> None: ...
+    def cancel(self, key: Key) -> bool: ...
+    def wait(self, key: Key) -> None: ...
+    def compute(self, ns: int, label: str) -> None: ...
+
+
+class VirtualLink:
+    """A discrete-event clock in integer nanoseconds: the same calls give the same times on any machine.
+
+    `arrived(key, slot)` is called when a copy ends and must put the real bytes there, so that a step that used a
+    slot too early would compute with what was in it before.
+    """
+
+    def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
+        self.now = 0
+        self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
+        self._demand: deque[tuple[Key, int]] = deque()
+        self._prefetch: deque[tuple[Key, int]] = deque()
+        self._flying: tuple[Key, int] | None = None
+        self._flying_end = 0
+        self._flying_what = ""
+
+    def submit(self, key: Key, slot: int, *, demand: bool) -> None:
+        """Queue a copy of `key` into `slot`; it starts at once if the channel is idle."""
+        (self._demand if demand else self._prefetch).append((key, slot))
+        if self._flying is None:
+            self._start(self.now)
+
+    def promote(self, key: Key) -> None:
+        """A queued prefetch became a demand load; no effect if its copy has begun."""
+        for entry in self._prefetch:
+            if entry[0] == key:
+                self._prefetch.remove(entry)
+                self._demand.append(entry)
+                return
+
+    def cancel(self, key: Key) -> bool:
+        """Take a queued prefetch back; False if its copy has begun or it was never queued."""
+        for entry in self._prefetch:
+            if entry[0] == key:
+                self._prefetch.remove(entry)
+                return True
+        return False
+
+    def wait(self, key: Key) -> None:
+        """Let time pass until the copy of `key` has arrived; the time is counted as stall."""
+        begun = self.now
+        while True:
+            assert self._flying is not None, f"waiting for {key}, which nobody loads"
+            landed = self._flying[0]
+            self._pass_time(max(self.now, self._flying_end))
+            if landed == key:
+                break
+        self._ledger.counters.stall_ns += self.now - begun
+        self._ledger.event("stall", begun, self.now, f"{key[0]}.{key[1]}")
+
+    def compute(self, ns: int, label: str) -> None:
+        """The device computes for `ns` while copies go on."""
+        self._ledger.event("compute", self.now, self.now + ns, label)
+        self._pass_time(self.now + ns)
+
+    def _start(self, at: int) -> None:
+        queue = self._demand or self._prefetch
+        if not queue:
+            self._flying = None
+            return
+        self._flying_what = "load" if queue is self._demand else "prefetch"
+        self._flying = queue.popleft()
+        self._flying_end = at + self._load_ns
+
+    def _pass_time(self, until: int) -> None:
+        while self._flying is not None and self._flying_end <= until:
+            (key, slot), ended = self._flying, self._flying_end
+            counters = self._ledger.counters
+            counters.loads += 1
+            counters.bytes_loaded += self._row_nbytes
+            self._ledger.event(self._flying_what, ended - self._load_ns, ended, f"{key[0]}.{key[1]}")
+            self._arrived(key, slot)
+            self._start(ended)
+        self.now = until

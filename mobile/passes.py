@@ -1,0 +1,64 @@
+"""What one forward pass does with routing: which experts it may use, and what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mobile.trace import Kind, Step
+
+Selection = tuple[torch.Tensor, torch.Tensor]  # expert ids and their weights, (tokens, K) each
+
+
+@dataclass
+class Pass:
+    """One forward pass over `rows` sequences; `valid` (rows, length) marks tokens that are not padding.
+
+    `confident` and `settled` make a big pass keep the little selection of rows that were sure of themselves,
+    so that no row's output depends on the others in its batch.
+    """
+
+    kind: Kind
+    valid: torch.Tensor
+    selections: list[Selection] = field(default_factory=list)
+    router_inputs: dict[int, tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
+    confident: torch.Tensor | None = None
+    settled: Sequence[Selection] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.valid.numel()
+
+    def select(self, layer: int, index: torch.Tensor, weights: torch.Tensor, experts: int) -> Selection:
+        """The selection this pass runs in `layer`, given the router's; entries equal to `experts` are nobody's."""
+        if self.confident is not None:
+            kept_index, kept_weights = self.settled[layer]
+            kept = kept_index.shape[1]
+            index, weights = index.clone(), weights.clone()
+            index[self.confident] = experts
+            weights[self.confident] = 0
+            index[self.confident, :kept] = kept_index[self.confident]
+            weights[self.confident, :kept] = kept_weights[self.confident]
+        self.selections.append((index, weights))
+        return index, weights
+
+    def row_step(self, row: int, confidence: float | None = None, predicted: Sequence[torch.Tensor] = ()) -> Step:
+        """This pass as one row of the batch would have run it alone."""
+        rows, length = self.valid.shape
+        experts, counts = [], []
+        for index, _ in self.selections:
+            mine = index.view(rows, length, -1)[row][self.valid[row]]
+            ids, times = mine.unique(return_counts=True)
+            experts.append(tuple(ids.tolist()))
+            counts.append(tuple(times.tolist()))
+        return Step(
+            kind=self.kind,
+            tokens=int(self.valid[row].sum()),
+            experts=tuple(experts),
+            counts=tuple(counts) if self.kind == "prefill" else (),
+            confidence=confidence,
+            predicted=tuple(tuple(sorted(layer[row].tolist())) for layer in predicted),
+        )

@@ -1,0 +1,265 @@
+"""Residency: makes each layer's experts ready in slots, in time, under a strategy. No torch.
+
+A live run and a replayed trace drive the same object through the same calls, so they give the same ledger.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from mobile.cost import CostModel
+from mobile.ledger import Key, Ledger
+from mobile.link import Link
+from mobile.pool import SlotPool
+from mobile.strategy import Strategy
+
+STAGING = 2  # buffers that prefill, and any step wider than the pool, streams through
+
+
+class Residency:
+    """Slots `0 .. size - 1` are the decode pool; `size` and `size + 1` are the staging buffers.
+
+    `emptied(slot)` is told of every slot whose expert was dropped, so that a test can poison it.
+    """
+
+    def __init__(
+        self, strategy: Strategy, pool: SlotPool, link: Link, cost: CostModel, ledger: Ledger,
+        emptied: Callable[[int], None] = lambda slot: None,
+    ) -> None:  # fmt: skip
+        self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
+        self._emptied = emptied
+        self._kind = ""
+        self._tokens = 1
+        self._begun = (0, 0, 0)  # clock, bytes and stall when this pass began
+        self._landed: set[Key] = set()  # in the staging buffers
+        self._wanted: deque[Key] = deque()  # predicted by a fallback, not yet given a slot
+
+    def preload(self, keys: Sequence[Key]) -> list[tuple[Key, int]]:
+        """Give each key a slot from the start, uncharged; returns where they must be put."""
+        placed = []
+        for key in keys:
+            slot = self.pool.take_free(key)
+            assert slot is not None, "preload asks for no more keys than there are slots"
+            self.pool.arrived(key)
+            placed.append((key, slot))
+        return placed
+
+    # --- one forward pass ---------------------------------------------------------------------------
+
+    def begin(self, kind: str, tokens: int) -> None:
+        """A forward pass of `tokens` tokens begins: "prefill", "full", "little" or "big"."""
+        if kind != "big":
+            self.end_token()
+        self._kind, self._tokens = kind, tokens
+        counters = self.ledger.counters
+        self._begun = self._clock()
+        if kind == "prefill":
+            counters.prompt_tokens += tokens
+        elif kind != "big":
+            counters.tokens += 1
+
+    def finish(self) -> None:
+        """The pass ends with the output head (and, after a little pass, the confidence test inside it)."""
+        self.link.compute(self.cost.head_ns(1), "head")
+        self._account()
+
+    def abandon(self) -> None:
+        """The pass was broken off: settle the clock and let go of what the step held."""
+        self._account()
+        self.pool.pinned = frozenset()
+        self.end_token()
+
+    def fallback(self, predicted: Sequence[Key]) -> None:
+        """The little pass was unsure: its routers, replayed at K, name what the big pass will need, in order."""
+        self.ledger.counters.fallbacks += 1
+        self._begun = self._clock()
+        self._kind = "big"
+        if self.strategy.prefetch:
+            self.link.compute(self.cost.router_replay_ns, "router replay")
+            self._wanted.extend(key for key in predicted if key not in self.pool)
+            self.pool.protected.update(key for key in predicted if key in self.pool)
+            self._pump()
+        self._account()
+
+    def end_token(self) -> None:
+        """The token is settled: nothing is protected for it any more, and prefetches not begun are taken back."""
+        self._wanted.clear()
+        for key in list(self.pool.unproven):
+            if not self.pool.ready(key) and self.link.cancel(key):
+                self._drop(key)
+                self.ledger.counters.prefetch_loads -= 1
+        self.pool.protected.clear()
+
+    def _clock(self) -> tuple[int, int, int]:
+        counters = self.ledger.counters
+        return self.link.now, counters.bytes_loaded, counters.stall_ns
+
+    def _account(self) -> None:
+        clock, counters = self._clock(), self.ledger.counters
+        elapsed, moved, stalled = (now - then for now, then in zip(clock, self._begun, strict=True))
+        self._begun = clock
+        if self._kind == "prefill":
+            counters.prefill_ns += elapsed
+        else:
+            counters.decode_ns += elapsed
+            counters.decode_bytes += moved
+            counters.decode_stall_ns += stalled
+
+    # --- one layer ----------------------------------------------------------------------------------
+
+    def layer(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Run one MoE layer: yields (expert, slot) in ascending order, each slot ready until the next is asked for.
+
+        `experts` are the active ones, ascending, `counts` the tokens routed to each.
+        """
+        self.link.compute(self.cost.dense_ns(self._tokens), f"layer {layer}")
+        if self._kind == "prefill" or len(experts) > self.pool.size:
+            yield from self._stream(layer, experts, counts)
+        else:
+            yield from self._hold(layer, experts, counts)
+        self._pump()
+
+    def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """A decode step whose experts all fit: bring them in, residents computing first, then hand them out."""
+        pool, link, counters = self.pool, self.link, self.ledger.counters
+        keys = [(layer, expert) for expert in experts]
+        pool.pinned = set(keys)
+        cost = dict(zip(keys, counts, strict=True))
+        resident, late, missing = [], [], []
+        for key in keys:
+            if pool.ready(key):
+                resident.append(key)
+            elif key in pool:
+                late.append(key)
+                link.promote(key)
+            else:
+                missing.append(key)
+        counters.hits += len(resident)
+        counters.late_prefetches += len(late)
+        counters.demand_loads += len(missing)
+        if self.strategy.overlap:
+            for key in missing:
+                link.submit(key, self._slot_for(key), demand=True)
+        for key in resident:
+            link.compute(self.cost.expert_ns(cost[key]), f"expert {layer}.{key[1]}")
+        for key in late + missing:
+            if key not in pool:
+                link.submit(key, self._slot_for(key), demand=True)
+            if not pool.ready(key):
+                link.wait(key)
+            link.compute(self.cost.expert_ns(cost[key]), f"expert {layer}.{key[1]}")
+        for key in keys:
+            pool.touch(key)
+            if key in pool.unproven:
+                pool.unproven.discard(key)
+                counters.prefetch_useful += 1
+        for key in keys:
+            yield key[1], pool.slot(key)
+        pool.pinned = frozenset()
+        if self.strategy.retain == "nothing":
+            for key in keys:
+                self._drop(key)
+        elif self._kind == "little":
+            pool.protected.update(keys)
+        elif self._kind == "big":
+            pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
+
+    def _stream(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """A step wider than a decode token: experts pass through the staging buffers, the pool's order untouched.
+
+        A strategy that keeps experts lets missing ones settle in slots that are still free; none is evicted.
+        """
+        pool, link, counters = self.pool, self.link, self.ledger.counters
+        keep = self.strategy.retain != "nothing"
+        missing = deque((layer, expert) for expert in experts if (layer, expert) not in pool)
+        buffers = deque(range(pool.size, pool.size + STAGING))
+        placed: dict[Key, int] = {}
+        self._landed.clear()
+
+        def submit_next() -> None:
+            key = missing[0]
+            slot = pool.take_free(key) if keep else None
+            if slot is None:
+                if not buffers:
+                    return
+                slot = buffers.popleft()
+            missing.popleft()
+            placed[key] = slot
+            counters.streamed_loads += 1
+            link.submit(key, slot, demand=True)
+
+        for expert, count in zip(experts, counts, strict=True):
+            key = (layer, expert)
+            ahead = STAGING if self.strategy.overlap else 1
+            while missing and len(placed) < ahead:
+                before = len(placed)
+                submit_next()
+                if len(placed) == before:
+                    break
+            if key in placed:
+                slot = placed[key]
+                while key not in self._landed and not pool.ready(key):
+                    link.wait(key)
+            else:
+                slot = pool.slot(key)
+                if not pool.ready(key):
+                    link.promote(key)
+                    link.wait(key)
+            link.compute(self.cost.expert_ns(count), f"expert {layer}.{expert}")
+            yield expert, slot
+            if placed.pop(key, None) is not None and key not in pool:
+                buffers.append(slot)
+                self._emptied(slot)
+
+    def arrived(self, key: Key, slot: int) -> None:
+        """The link's word that a copy has ended."""
+        if slot < self.pool.size:
+            self.pool.arrived(key)
+        else:
+            self._landed.add(key)
+
+    # --- slots --------------------------------------------------------------------------------------
+
+    def _slot_for(self, key: Key) -> int:
+        """A slot for a demand load, whatever it takes: free, evicted, taken from a queued prefetch, or waited for."""
+        pool = self.pool
+        while True:
+            slot = pool.take_free(key)
+            if slot is not None:
+                return slot
+            victim = next(pool.evictable(protected=False), None) or next(pool.evictable(protected=True), None)
+            if victim is not None:
+                self._drop(victim)
+                continue
+            queued = [other for other in pool.queued() if other not in pool.pinned]
+            assert queued, "a pool of at least top-k slots always has one to give"
+            last = queued[-1]
+            if self.link.cancel(last):
+                self.ledger.counters.prefetch_loads -= 1
+                self._drop(last)
+            else:
+                self.link.wait(last)
+
+    def _pump(self) -> None:
+        """Start wanted prefetches while a slot can be had without evicting what this token still needs."""
+        pool = self.pool
+        while self._wanted:
+            key = self._wanted[0]
+            if key not in pool:
+                slot = pool.take_free(key)
+                if slot is None:
+                    victim = next(pool.evictable(protected=False), None)
+                    if victim is None:
+                        return
+                    self._drop(victim)
+                    slot = pool.take_free(key)
+                    assert slot is not None
+                pool.unproven.add(key)
+                pool.protected.add(key)
+                self.ledger.counters.prefetch_loads += 1
+                self.link.submit(key, slot, demand=False)
+            self._wanted.popleft()
+
+    def _drop(self, key: Key) -> None:
+        self._emptied(self.pool.release(key))

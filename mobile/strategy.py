@@ -1,0 +1,95 @@
+"""A strategy: which experts a token runs, what stays in the slots, and what is loaded ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Literal
+
+from mobile.geometry import Geometry
+from mobile.refusal import Refused
+
+Retain = Literal["nothing", "recent", "everything"]
+
+
+@dataclass(frozen=True)
+class FullK:
+    """Every token runs all K experts the router chose."""
+
+
+@dataclass(frozen=True)
+class HalfK:
+    """Every decode token runs the router's top K/2; prefill runs K."""
+
+
+@dataclass(frozen=True)
+class BigLittle:
+    """MoBiLE: run K/2 first, and again with K if the highest softmax probability is below `gamma`."""
+
+    gamma: float = 0.7
+
+
+Gating = FullK | HalfK | BigLittle
+
+
+def _top_k(geometry: Geometry) -> int:
+    return geometry.top_k
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to run a model that does not fit.
+
+    `retain` is the cache policy: "nothing" empties a slot when its layer is done, "recent" evicts the least
+    recently used, "everything" holds every expert from the start. `overlap` lets copies run while the device
+    computes. `prefetch` loads a fallback's predicted experts ahead of compute. `needs` gives the fewest slots
+    with which the strategy does what it is for; fewer, down to top-k, still run exactly.
+    """
+
+    name: str
+    summary: str
+    source: str
+    lossless: bool
+    gating: Gating = FullK()
+    retain: Retain = "nothing"
+    overlap: bool = True
+    prefetch: bool = False
+    needs: Callable[[Geometry], int] = _top_k
+
+
+@cache
+def strategies() -> Mapping[str, Strategy]:
+    """Every strategy by name: those of this package, and of each installed plug-in.
+
+    A plug-in is an entry point in the group "mobile.strategies" that is a Strategy. Raises Refused if two
+    share a name.
+    """
+    found: dict[str, Strategy] = {}
+    for point in entry_points(group="mobile.strategies"):
+        strategy = point.load()
+        if not isinstance(strategy, Strategy):
+            raise Refused(f"The plug-in {point.value} is not a mobile Strategy; uninstall it or fix its entry point.")
+        if strategy.name in found:
+            raise Refused(f"Two installed packages name a strategy {strategy.name!r}; uninstall one of them.")
+        found[strategy.name] = strategy
+    return dict(sorted(found.items()))
+
+
+def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
+    """The Strategy of that name, with its gamma replaced where given.
+
+    Raises Refused for an unknown name, or a gamma for a strategy that has none.
+    """
+    if isinstance(strategy, str):
+        if strategy not in strategies():
+            raise Refused(f"Unknown strategy {strategy!r}; choose one of: {', '.join(strategies())}.")
+        strategy = strategies()[strategy]
+    if gamma is None:
+        return strategy
+    if not isinstance(strategy.gating, BigLittle):
+        raise Refused(f"Strategy {strategy.name} has no gamma; leave it out, or use the strategy mobile.")
+    if not gamma >= 0:
+        raise Refused(f"gamma is a probability to compare with, and {gamma} is negative; the default is 0.7.")
+    return replace(strategy, gating=BigLittle(gamma))

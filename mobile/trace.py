@@ -1,0 +1,136 @@
+"""Traces: the routing decisions of a run, saved without a tensor and replayable under another strategy."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mobile.ledger import Counters
+from mobile.refusal import Refused
+from mobile.residency import Residency
+
+FORMAT = "mobile-trace-1"
+Kind = Literal["prefill", "full", "little", "big"]
+KINDS: tuple[Kind, ...] = ("prefill", "full", "little", "big")
+Experts = tuple[tuple[int, ...], ...]  # per MoE layer of the recorded model, ascending
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass of one sequence.
+
+    `experts` names each layer's active experts and `counts` the tokens each of them got (empty: one each).
+    `confidence` is the highest softmax probability after a little pass, `predicted` the experts per layer that
+    a fallback expected before its big pass.
+    """
+
+    kind: Kind
+    tokens: int
+    experts: Experts
+    counts: Experts = ()
+    confidence: float | None = None
+    predicted: Experts = ()
+
+
+Request = list[Step]  # one prompt and its decode steps, in order
+
+
+def run(step: Step, residency: Residency, stands_for: Sequence[Sequence[int]]) -> None:
+    """Charge one step: each recorded layer is run for all the layers it stands for."""
+    if step.kind == "big":
+        residency.fallback(
+            [(layer, expert) for mine, experts in zip(stands_for, step.predicted, strict=True)
+             for layer in mine for expert in experts]
+        )  # fmt: skip
+    residency.begin(step.kind, step.tokens)
+    for mine, layers in enumerate(stands_for):
+        experts = step.experts[mine]
+        counts = step.counts[mine] if step.counts else (1,) * len(experts)
+        for layer in layers:
+            for _ in residency.layer(layer, experts, counts):
+                pass
+    residency.finish()
+
+
+def replay(requests: Iterable[Request], residency: Residency, stands_for: Sequence[Sequence[int]]) -> list[Counters]:
+    """Charge every request in order on one engine's state; returns what each added to the counters."""
+    taken = []
+    for request in requests:
+        before = residency.ledger.counters.copy()
+        for step in request:
+            run(step, residency, stands_for)
+        residency.end_token()
+        taken.append(residency.ledger.counters.since(before))
+    return taken
+
+
+def _pack(rows: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(row) for row in rows], dtype=np.uint16)
+    return lengths, np.array([value for row in rows for value in row], dtype=np.uint16)
+
+
+def _unpack(lengths: np.ndarray, values: np.ndarray) -> list[tuple[int, ...]]:
+    ends = np.cumsum(lengths.astype(np.int64))
+    flat = values.tolist()
+    return [tuple(flat[end - n : end]) for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)]
+
+
+def save(path: Path, requests: Sequence[Request], layers: int, about: dict[str, Any]) -> None:
+    """Write requests of a model with `layers` MoE layers as a compressed numpy archive; `about` is any JSON."""
+    steps = [step for request in requests for step in request]
+    empty: Experts = ((),) * layers
+    arrays: dict[str, np.ndarray] = {
+        "kind": np.array([KINDS.index(s.kind) for s in steps], dtype=np.uint8),
+        "tokens": np.array([s.tokens for s in steps], dtype=np.uint32),
+        "confidence": np.array([np.nan if s.confidence is None else s.confidence for s in steps], dtype=np.float64),
+        "request_steps": np.array([len(request) for request in requests], dtype=np.uint32),
+    }
+    for field in ("experts", "counts", "predicted"):
+        rows = [row for step in steps for row in (getattr(step, field) or empty)]
+        arrays[f"{field}_lengths"], arrays[f"{field}_values"] = _pack(rows)
+    header = json.dumps({"format": FORMAT, "layers": layers, "about": about}, sort_keys=True).encode()
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, header=np.frombuffer(header, dtype=np.uint8), **arrays)
+    partial.replace(path)
+
+
+def load(path: Path) -> tuple[list[Request], dict[str, Any]]:
+    """Requests and `about` of a saved trace. Raises Refused for a truncated or foreign file."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(archive["header"].tobytes())
+            if header["format"] != FORMAT:
+                raise Refused(f"{path} is a trace of format {header['format']}; this version reads {FORMAT}.")
+            data = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"{path} is not a complete {FORMAT} file; record it again.") from error
+    layers = header["layers"]
+    per_layer = {
+        field: _unpack(data[f"{field}_lengths"], data[f"{field}_values"]) for field in ("experts", "counts", "predicted")
+    }
+    steps = []
+    for i, kind in enumerate(data["kind"].tolist()):
+        rows = {field: tuple(per_layer[field][i * layers : (i + 1) * layers]) for field in per_layer}
+        confidence = float(data["confidence"][i])
+        steps.append(
+            Step(
+                kind=KINDS[kind], tokens=int(data["tokens"][i]), experts=rows["experts"],
+                counts=rows["counts"] if any(rows["counts"]) else (),
+                confidence=None if np.isnan(confidence) else confidence,
+                predicted=rows["predicted"] if KINDS[kind] == "big" else (),
+            )
+        )  # fmt: skip
+    requests, start = [], 0
+    for n in data["request_steps"].tolist():
+        requests.append(steps[start : start + n])
+        start += n
+    return requests, header["about"]

@@ -1,0 +1,244 @@
+"""Train one shipped checkpoint from nothing: tokenizer, stock Transformers model, log, model card, hashes.
+
+    python -m suites.models.train olmoe --out suites/models/olmoe-tiny
+
+The recipe is the file: every number that shapes the result stands in `RECIPE` and is written beside the
+weights. Nothing here runs during `reproduce`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from suites.models.training_experts import register as register_training_experts
+from suites.tasks import GENERATORS
+from suites.tasks.item import Item, held_out
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+RECIPE = {
+    "seed": 0,
+    "tokens": 30_000_000,
+    "batch_tokens": [1024, 4096],  # grows linearly over the first third
+    "learning_rate": 4e-3,
+    "final_learning_rate": 1e-4,
+    "warmup_steps": 100,
+    "beta2": 0.98,
+    "weight_decay": 0.05,  # on matrices only
+    "gradient_clip": 1.0,
+    "balance_loss": 0.01,
+    "z_loss": 1e-4,
+    "task_mix": {"arithmetic": 0.5, "boolean_expressions": 0.2, "object_counting": 0.3},
+    "vocabulary": 1024,
+    "tokenizer_items": 30_000,
+}
+
+
+def olmoe_config() -> OlmoeConfig:
+    """OLMoE's expert count and top-k (64 / 8, unnormalised weights) at a size that ships in 5 MB."""
+    return OlmoeConfig(
+        vocab_size=RECIPE["vocabulary"], hidden_size=96, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, num_experts=64, num_experts_per_tok=8,
+        norm_topk_prob=False, max_position_embeddings=512, rope_theta=10_000.0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=False, clip_qkv=None,
+    )  # fmt: skip
+
+
+FAMILIES = {"olmoe": (OlmoeForCausalLM, olmoe_config)}
+
+
+def training_items(rng: Random) -> Iterator[Item]:
+    """Endless items of the task mix, test-side ones left out."""
+    names, shares = zip(*RECIPE["task_mix"].items(), strict=True)
+    while True:
+        item = GENERATORS[rng.choices(names, shares)[0]](rng)
+        if not held_out(item.key):
+            yield item
+
+
+def train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on training items; every digit is a token of its own."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=RECIPE["vocabulary"],
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    items = training_items(rng)
+    texts = (f"{item.prompt}{item.worked}" for item, _ in zip(items, range(RECIPE["tokenizer_items"]), strict=False))
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=PAD, padding_side="left", model_max_length=512
+    )
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, progress: "TokensSeen") -> Iterator[tuple]:
+    """Endless (ids, labels), each (rows, length) int64: rows of like length, loss on the worked answer only."""
+    items = training_items(rng)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    while True:
+        chunk = [next(items) for _ in range(1024)]
+        prompts = tokenizer([item.prompt for item in chunk])["input_ids"]
+        answers = tokenizer([item.worked for item in chunk])["input_ids"]
+        rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        groups: list[list] = [[]]
+        low, high = RECIPE["batch_tokens"]
+        budget = low + (high - low) * min(1.0, 3 * progress.fraction)
+        for row in rows:
+            length = len(row[0]) + len(row[1]) + 1
+            if groups[-1] and (len(groups[-1]) + 1) * length > budget:
+                groups.append([])
+            groups[-1].append(row)
+        rng.shuffle(groups)
+        for group in groups:
+            longest = max(len(p) + len(a) + 1 for p, a in group)
+            ids = torch.full((len(group), longest), pad)
+            labels = torch.full((len(group), longest), -100)
+            for i, (prompt, answer) in enumerate(group):
+                row = torch.tensor([*prompt, *answer, end])
+                ids[i, : len(row)] = row
+                labels[i, len(prompt) : len(row)] = row[len(prompt) :]
+            yield ids, labels
+
+
+class TokensSeen:
+    """How far training is, shared by the batch maker, the schedule and the bar."""
+
+    def __init__(self, goal: int) -> None:
+        self.goal, self.count = goal, 0
+
+    @property
+    def fraction(self) -> float:
+        return self.count / self.goal
+
+
+def learning_rate(step: int, fraction: float) -> float:
+    """Linear warm-up, then cosine to the final rate."""
+    high, low = RECIPE["learning_rate"], RECIPE["final_learning_rate"]
+    cosine = low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+    return cosine * min(1.0, (step + 1) / RECIPE["warmup_steps"])
+
+
+def router_losses(router_logits: list[torch.Tensor], top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Switch's load-balance loss and ST-MoE's z-loss, summed over layers; logits are (tokens, experts)."""
+    balance = z = torch.zeros(())
+    for logits in router_logits:
+        probs = logits.softmax(-1)
+        chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k).indices, 1.0)
+        balance = balance + logits.shape[-1] * (chosen.mean(0) / top_k * probs.mean(0)).sum()
+        z = z + logits.logsumexp(-1).square().mean()
+    return balance, z
+
+
+def initialise(model: PreTrainedModel) -> None:
+    """Small-model initialisation: fan-in for experts and attention, wide embeddings, quiet routers."""
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2:
+            continue
+        if name.endswith("embed_tokens.weight"):
+            weight.data.normal_(0, 0.5)
+        elif name.endswith("gate.weight"):
+            weight.data.normal_(0, 0.05)
+        else:
+            weight.data.normal_(0, weight.shape[-1] ** -0.5)
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, log: Path) -> dict:
+    """Run the recipe on `model` in place; one JSON line per 100 steps goes to `log`; returns what it took."""
+    rng, seen = Random(RECIPE["seed"] + 1), TokensSeen(RECIPE["tokens"])
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": RECIPE["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, RECIPE["beta2"]), foreach=True,
+    )  # fmt: skip
+    captured: list[torch.Tensor] = []
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(lambda _m, _a, out: captured.append(out[0]))
+    started, step, means = time.time(), 0, {"loss": 0.0, "balance": 0.0}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns) as bar, log.open("w") as lines:
+        task = bar.add_task("training", total=seen.goal, note="")
+        source = batches(tokenizer, rng, seen)
+        while seen.count < seen.goal:
+            ids, labels = next(source)
+            captured.clear()
+            kept = labels[:, 1:] != -100
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][kept]
+            loss = F.cross_entropy(model.lm_head(hidden), labels[:, 1:][kept])
+            balance, z = router_losses(captured, model.config.num_experts_per_tok)
+            (loss + RECIPE["balance_loss"] * balance + RECIPE["z_loss"] * z).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE["gradient_clip"], foreach=True)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, seen.fraction)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen.count += ids.numel()
+            step += 1
+            means["loss"] += loss.item() / 100
+            means["balance"] += balance.item() / 100
+            bar.update(task, completed=seen.count, note=f"{seen.count / (time.time() - started):,.0f} tokens/s")
+            if step % 100 == 0:
+                row = {"step": step, "tokens": seen.count, **{k: round(v, 5) for k, v in means.items()}}
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                means = dict.fromkeys(means, 0.0)
+    return {"steps": step, "tokens": seen.count, "seconds": round(time.time() - started)}
+
+
+def write_hashes(folder: Path) -> None:
+    """SHA-256 of every file of the checkpoint, in the format `sha256sum -c` reads."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--tokens", type=int, help="train on fewer tokens than the recipe says (a trial)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; another number changes rounding")
+    options = parser.parse_args()
+    if options.tokens:
+        RECIPE["tokens"] = options.tokens
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(RECIPE["seed"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(Random(RECIPE["seed"]))
+    model_class, config = FAMILIES[options.family]
+    model = model_class(config())
+    initialise(model)
+    register_training_experts()
+    model.set_experts_implementation("training")
+    took = train(model, tokenizer, options.out / "training_log.jsonl")
+    model.set_experts_implementation("eager")
+    model.to(torch.bfloat16).save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    (options.out / "recipe.json").write_text(
+        json.dumps({"family": options.family, **RECIPE, **took, "torch": torch.__version__}, indent=2) + "\n"
+    )
+    write_hashes(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Generative tasks: each has a generator here, a YAML for lm-eval and shipped test items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from suites.tasks import arithmetic, boolean_expressions, object_counting
+from suites.tasks.item import Item
+
+GENERATORS: dict[str, Callable[[Random], Item]] = {
+    "arithmetic": arithmetic.generate,
+    "boolean_expressions": boolean_expressions.generate,
+    "object_counting": object_counting.generate,
+}

@@ -1,0 +1,68 @@
+"""Evaluating boolean expressions, in BIG-Bench-Hard's prompt format, answered by rewriting step by step."""
+
+from __future__ import annotations
+
+from random import Random
+
+from suites.tasks.item import Item
+
+Tree = str | tuple["Tree", ...]  # a literal, ("not", a), ("and", a, b), ("or", a, b), or ("(", a)
+
+
+def _tree(rng: Random, operators: int) -> Tree:
+    """A random expression with exactly this many operators, bracketed wherever precedence needs it."""
+    if operators == 0:
+        return rng.choice(("True", "False"))
+    sign = rng.choice(("not", "and", "or"))
+    if sign == "not":
+        return ("not", _bracketed(_tree(rng, operators - 1), ("and", "or"), rng))
+    left = rng.randint(0, operators - 1)
+    loose = ("or", "and") if sign == "and" else ("or",)
+    a, b = _tree(rng, left), _tree(rng, operators - 1 - left)
+    return (sign, _bracketed(a, loose if sign == "and" else (), rng), _bracketed(b, loose, rng))
+
+
+def _bracketed(tree: Tree, must: tuple[str, ...], rng: Random) -> Tree:
+    if isinstance(tree, tuple) and tree[0] != "(" and (tree[0] in must or rng.random() < 0.4):
+        return ("(", tree)
+    return tree
+
+
+def _text(tree: Tree) -> str:
+    if isinstance(tree, str):
+        return tree
+    head, *rest = tree
+    if head == "(":
+        return f"( {_text(rest[0])} )"
+    if head == "not":
+        return f"not {_text(rest[0])}"
+    return f"{_text(rest[0])} {head} {_text(rest[1])}"
+
+
+def _reduce(tree: Tree) -> Tree:
+    """Rewrite the leftmost innermost operator, dropping the brackets around a finished value."""
+    if isinstance(tree, str):
+        return tree
+    head, *rest = tree
+    for i, child in enumerate(rest):
+        if isinstance(child, tuple):
+            reduced = (head, *rest[:i], _reduce(child), *rest[i + 1 :])
+            return reduced[1] if head == "(" and isinstance(reduced[1], str) else reduced
+    truth = [child == "True" for child in rest]
+    value = not truth[0] if head == "not" else (all(truth) if head == "and" else any(truth))
+    return rest[0] if head == "(" else str(value)
+
+
+def generate(rng: Random) -> Item:
+    """Three to six operators; the answer rewrites the expression one operator at a time."""
+    tree = _tree(rng, rng.randint(3, 6))
+    lines = [_text(tree)]
+    while isinstance(tree, tuple):
+        tree = _reduce(tree)
+        lines.append(_text(tree))
+    return Item(
+        prompt=f"Q: {lines[0]} is\nA:",
+        worked=f" {' = '.join(lines[1:])}. So the answer is {lines[-1]}.",
+        answer=lines[-1],
+        key="boolean_expressions:" + lines[0],
+    )
