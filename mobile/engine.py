@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mobile.experts import bind, unbind
 from mobile.geometry import Geometry, dress, slots_for
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.kernels import group, loop
+from mobile.layout import layout_of
 from mobile.ledger import Key, Ledger
 from mobile.link import VirtualLink
 from mobile.passes import Pass
@@ -78,7 +78,7 @@ class Engine:
         self.residency = Residency(self.strategy, SlotPool(self.slots), link, cost, self.ledger, self._emptied)
         if self._poison:
             self._slots.fill_(float("nan"))
-        for key, slot in self.residency.preload(preloaded(self.strategy, self.geometry)):
+        for key, slot in self.residency.preload_all():
             self._fill(key, slot)
 
     def _go_away(self) -> None:
@@ -172,19 +172,9 @@ class Engine:
             self.recorded = None
 
 
-def preloaded(strategy: Strategy, geometry: Geometry) -> list[Key]:
-    """Keys that sit in slots before the first token."""
-    if strategy.retain != "everything":
-        return []
-    return [(layer, expert) for layer in range(geometry.moe_layers) for expert in range(geometry.experts)]
-
-
 def geometry_of(model: nn.Module, layers: list[compat.MoeLayer]) -> Geometry:
     """The live model's own sizes, read from its parameters."""
-    weights = {name: getattr(layers[0].experts, name) for name in compat.WEIGHTS}
-    from mobile.layout import layout_of
-
-    layout = layout_of(weights)
+    layout = layout_of({name: getattr(layers[0].experts, name) for name in compat.WEIGHTS})
     routed = {id(getattr(layer.experts, name)) for layer in layers for name in compat.WEIGHTS}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(module.weight) for module in (embedding, head) if module is not None}
@@ -268,8 +258,3 @@ def detach(model: nn.Module) -> nn.Module:
     engine._go_away()
     del model.mobile
     return model
-
-
-def with_gamma(strategy: Strategy, gamma: float) -> Strategy:
-    """`strategy` with another gamma."""
-    return replace(strategy, gating=BigLittle(gamma))

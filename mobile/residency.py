@@ -35,12 +35,14 @@ class Residency:
         self._landed: set[Key] = set()  # in the staging buffers
         self._wanted: deque[Key] = deque()  # predicted by a fallback, not yet given a slot
 
-    def preload(self, keys: Sequence[Key]) -> list[tuple[Key, int]]:
-        """Give each key a slot from the start, uncharged; returns where they must be put."""
-        placed = []
-        for key in keys:
+    def preload_all(self) -> list[tuple[Key, int]]:
+        """Where a strategy that keeps everything has each expert from the start, uncharged; empty for others."""
+        if self.strategy.retain != "everything":
+            return []
+        geometry, placed = self.cost.geometry, []
+        for key in ((layer, expert) for layer in range(geometry.moe_layers) for expert in range(geometry.experts)):
             slot = self.pool.take_free(key)
-            assert slot is not None, "preload asks for no more keys than there are slots"
+            assert slot is not None, "a strategy that keeps everything has a slot for each expert"
             self.pool.arrived(key)
             placed.append((key, slot))
         return placed

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 from suites.tasks import arithmetic, boolean_expressions, object_counting
 from suites.tasks.item import Item
+
+FOLDER = Path(__file__).parent
+DATA = FOLDER / "data"
 
 GENERATORS: dict[str, Callable[[Random], Item]] = {
     "arithmetic": arithmetic.generate,

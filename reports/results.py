@@ -1,0 +1,62 @@
+"""A run folder read back: what was planned, what has a record, what failed and what is missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suites.record import Record, load
+
+
+@dataclass(frozen=True)
+class Results:
+    """Records in the order of the plan; `absent` are planned cells without one, with the reason if there is one."""
+
+    preset: str
+    records: tuple[Record, ...]
+    absent: tuple[tuple[str, str], ...]
+
+    def pick(self, **wanted: Any) -> list[Record]:
+        """Records whose fields all equal what is wanted, in order."""
+        return [r for r in self.records if all(getattr(r, name) == value for name, value in wanted.items())]
+
+    def values(self, name: str) -> list[Any]:
+        """The different values of a field, in order of first appearance."""
+        return list(dict.fromkeys(getattr(record, name) for record in self.records))
+
+
+class NoResults(ValueError):
+    """The folder holds no run that can be reported on; the message says what to do."""
+
+
+def newest_run(runs: Path) -> Path:
+    """The run folder whose plan was written last. Raises NoResults if there is none."""
+    plans = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not plans:
+        raise NoResults(f"There is no run under {runs}; make one with: python -m suites run")
+    return plans[-1].parent
+
+
+def read(run: Path) -> Results:
+    """Raises NoResults if the folder is no run, or has no record at all."""
+    plan = run / "run.json"
+    if not plan.is_file():
+        raise NoResults(f"{run} is not a run folder (it has no run.json); make one with: python -m suites run")
+    planned = json.loads(plan.read_text())
+    failures = [json.loads(path.read_text()) for path in sorted((run / "failures").glob("*.json"))]
+    reasons = {failure["id"]: f"FAILED: {failure['error']}" for failure in failures}
+    records, absent = [], []
+    for cell in planned["cells"]:
+        path = run / "records" / f"{cell['id']}.json"
+        if not path.is_file():
+            absent.append((cell["label"], reasons.get(cell["id"], "MISSING: not run yet")))
+            continue
+        try:
+            records.append(load(path))
+        except ValueError as error:
+            absent.append((cell["label"], f"FAILED: {error}"))
+    if not records:
+        raise NoResults(f"No cell of {run} has a record; look at {run / 'logs'} and run again.")
+    return Results(planned["preset"], tuple(records), tuple(absent))

@@ -1,0 +1,199 @@
+"""The report's tables, as rows of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from reports.compare import accuracy, hit_rate, name, share, speedup, tokens_per_s, total
+from reports.results import Results
+from reports.stats import Interval, wilson
+from reports.verdict import verdict
+from suites.record import Record
+
+FLAVOURS = ("on-demand", "on-demand-overlap")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, column heads and rows, all of them text."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def _ratio(interval: Interval) -> str:
+    return f"{interval.value:.2f}x [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _points(interval: Interval) -> str:
+    return f"{interval.value:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def rows_by_strategy(results: Results, budget: str, model: str, **wanted: Any) -> list[list[Record]]:
+    """The cells of a budget, grouped by strategy and gamma in the plan's order; `resident` belongs to every budget."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in results.pick(model=model, **wanted):
+        if record.budget in (budget, "all"):
+            groups.setdefault((record.strategy, record.gamma), []).append(record)
+    return list(groups.values())
+
+
+def baselines(results: Results, budget: str, model: str, **wanted: Any) -> dict[str, list[Record]]:
+    """The cells of both on-demand flavours that were recorded."""
+    found = {f: results.pick(model=model, strategy=f, budget=budget, **wanted) for f in FLAVOURS}
+    return {flavour: records for flavour, records in found.items() if records}
+
+
+def speed(results: Results, model: str, budget: str) -> Table:
+    """Tokens per second and speedups of every strategy at one budget, all tasks together, default gamma."""
+    bases = baselines(results, budget, model)
+    rows = []
+    for group in rows_by_strategy(results, budget, model):
+        if _swept(group[0], results):
+            continue
+        tokens = total(group, "decode_tokens")
+        rows.append(
+            (
+                name(group[0]),
+                f"{group[0].slots:,}",
+                f"{tokens_per_s(group):.1f}",
+                *(_ratio(speedup(group, bases[flavour])) if flavour in bases else "MISSING" for flavour in FLAVOURS),
+                f"{total(group, 'decode_bytes') / tokens / 1e9:.3f}",
+                _percent(hit_rate(group)),
+                _percent(share(group, "fallbacks", "tokens")) if group[0].gamma is not None else "-",
+                _percent(share(group, "decode_stall_seconds", "decode_seconds")),
+                f"{total(group, 'ttft_ns') / 1e6 / sum(len(r.items) for r in group):,.0f}",
+                "yes" if group[0].lossless else "no",
+            )
+        )
+    title = {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {budget}")
+    head = ("strategy", "slots", "tokens/s", *(f"over {f}" for f in FLAVOURS), "GB/token", "hits", "fallbacks",
+            "stalled", "TTFT ms", "lossless")  # fmt: skip
+    return Table(f"Decode speed, {title}", head, tuple(rows))
+
+
+def _swept(record: Record, results: Results) -> bool:
+    """Whether the cell belongs to the gamma sweep only: its gamma was run at one budget, the default at several."""
+    return record.gamma is not None and record.gamma != default_gamma(results, record.model)
+
+
+def default_gamma(results: Results, model: str) -> float | None:
+    """The gamma run at the most budgets: the strategy's own, where a sweep stands beside it."""
+    mobile = results.pick(model=model, strategy="mobile")
+    budgets = {gamma: {r.budget for r in mobile if r.gamma == gamma} for gamma in {r.gamma for r in mobile}}
+    return max(budgets, key=lambda gamma: (len(budgets[gamma]), gamma == 0.7), default=None)
+
+
+def speed_by_task(results: Results, model: str, budget: str) -> Table:
+    """MoBiLE's speedup and fallback rate for each task at one budget."""
+    gamma, rows = default_gamma(results, model), []
+    for task in results.values("task"):
+        bases = baselines(results, budget, model, task=task)
+        group = results.pick(model=model, strategy="mobile", gamma=gamma, budget=budget, task=task)
+        if group:
+            rows.append(
+                (
+                    task,
+                    str(len(group[0].items)),
+                    f"{tokens_per_s(group):.1f}",
+                    *(_ratio(speedup(group, bases[f])) if f in bases else "MISSING" for f in FLAVOURS),
+                    _percent(share(group, "fallbacks", "tokens")),
+                    f"{total(group, 'decode_tokens') / len(group[0].items):.1f}",
+                )
+            )
+    head = ("task", "prompts", "tokens/s", *(f"over {f}" for f in FLAVOURS), "fallbacks", "tokens/answer")
+    return Table(f"mobile by task, budget {budget}", head, tuple(rows))
+
+
+def accuracies(results: Results, model: str, margin_points: float) -> Table:
+    """Scores of full K, static K/2 and MoBiLE by task and pooled, each paired with full K on the same items."""
+    tasks, rows = results.values("task"), []
+    for task in [*tasks, None]:
+        wanted = {"task": task} if task else {}
+        groups = {
+            name(group[0]): group
+            for group in rows_by_strategy(results, "smallest", model, **wanted)
+            if group[0].strategy == "resident" or not group[0].lossless
+        }
+        reference = groups.get("resident")
+        if reference is None:
+            continue
+        for label, group in groups.items():
+            right, items = total(group, "correct"), sum(len(r.items) for r in group)
+            score = wilson(right, items)
+            against = accuracy(group, reference)
+            full = group is reference
+            rows.append(
+                (
+                    task or "all tasks",
+                    "full K" if full else label,
+                    str(items),
+                    f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]",
+                    "-" if full else _points(against.difference),
+                    "-" if full else f"{against.lost} / {against.gained}",
+                    "-" if full else f"{against.p_value:.3f}",
+                    "-" if full else against.within(margin_points),
+                    "-" if group[0].gamma is None else _percent(share(group, "fallbacks", "tokens")),
+                )
+            )
+    head = ("task", "strategy", "n", "score %", "difference to full K", "lost / gained", "McNemar p",
+            f"within {margin_points:g} point", "fallbacks")  # fmt: skip
+    return Table("Accuracy on the same items", head, tuple(rows))
+
+
+def verdicts(results: Results, model: str, paper: dict[str, Any]) -> Table:
+    """The paper's speedup band against ours, for each budget and baseline flavour."""
+    gamma, rows = default_gamma(results, model), []
+    band = paper["speedup"]
+    for budget in (b for b in results.values("budget") if b != "all"):
+        group = results.pick(model=model, strategy="mobile", gamma=gamma, budget=budget)
+        bases = baselines(results, budget, model)
+        for flavour in FLAVOURS:
+            measured = speedup(group, bases[flavour]) if group and flavour in bases else None
+            scope, weights = (group[0].scope, group[0].weights) if group else ("-", "-")
+            rows.append(
+                (
+                    f"{band['low']:.2f}x to {band['high']:.2f}x",
+                    f"over {flavour}, {budget}",
+                    _ratio(measured) if measured else "-",
+                    verdict(measured, band["low"], band["high"], scope, weights),
+                    f"{scope}, {weights}",
+                )
+            )
+    return Table("Verdicts", ("published", "here", "measured", "verdict", "scope"), tuple(rows))
+
+
+def ceilings(results: Results, model: str) -> Table:
+    """On-demand against the bandwidth bound that no cache-less engine can pass."""
+    rows = []
+    for record in [r for r in results.pick(model=model) if r.strategy in FLAVOURS and r.budget == "smallest"]:
+        rate = tokens_per_s([record])
+        assert record.ceiling_tokens_per_s is not None
+        rows.append(
+            (
+                record.task,
+                record.strategy,
+                f"{rate:.2f}",
+                f"{record.ceiling_tokens_per_s:.2f}",
+                _percent(rate / record.ceiling_tokens_per_s),
+                "yes" if rate <= record.ceiling_tokens_per_s else "NO: caching leaked in",
+            )
+        )
+    head = ("task", "strategy", "tokens/s", "ceiling", "of the ceiling", "below")
+    return Table("On-demand against its bandwidth ceiling", head, tuple(rows))
+
+
+def checks(results: Results) -> Table:
+    """Every check the live runs made of themselves, and whether all of them held."""
+    seen: dict[str, list[bool]] = {}
+    for record in results.records:
+        for check, held in record.checks.items():
+            seen.setdefault(check, []).append(held)
+    rows = tuple((check, "held" if all(held) else "BROKEN") for check, held in sorted(seen.items()))
+    return Table("Checks made during the run", ("check", "result"), rows)

@@ -1,0 +1,51 @@
+"""Run the suites: `python -m suites plan|run|resume [--preset NAME] [--out FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from mobile.refusal import Refused
+from suites.matrix import presets, read_preset
+from suites.runner import describe, execute
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m suites", description="Identical work across models, tasks and strategies, one record a cell."
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, help_text in (
+        ("plan", "say what a run would do: cells, minutes, disk, what is already done"),
+        ("run", "do it; cells that already have a record for this very code, model and data are kept"),
+        ("resume", "the same as run: a run always goes on where it stopped"),
+    ):
+        sub = verbs.add_parser(verb, help=help_text, description=help_text)
+        sub.add_argument("--preset", default="cpu", help=f"{', '.join(presets())}, or a .toml file (default: cpu)")
+        sub.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
+    return top
+
+
+def main() -> int:
+    options = parser().parse_args()
+    console = Console(soft_wrap=True)
+    try:
+        preset = read_preset(options.preset)
+        run = (options.out or Path("runs") / preset.name).absolute()
+        console.print(describe(preset, run), highlight=False)
+        if options.verb == "plan":
+            return 0
+        return 1 if execute(preset, run, console) else 0
+    except Refused as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on where it was", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""From a preset to its cells, each named by a hash of everything that could change its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from mobile.geometry import GEOMETRIES
+from mobile.hardware import parse_nbytes, profile
+from mobile.refusal import Refused
+from mobile.strategy import BigLittle, FullK, Strategy, resolve, strategies
+from suites.tasks import FOLDER as TASKS
+from suites.tasks import GENERATORS
+
+HERE = Path(__file__).parent
+ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
+SHIPPED = 250  # test items in each task's data
+VERSIONED = ("torch", "transformers", "lm-eval", "numpy")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint folder (relative to suites/, or absolute) and the real model its times are charged as."""
+
+    name: str
+    path: str
+    geometry: str
+    weights: str
+
+    @property
+    def folder(self) -> Path:
+        return HERE / self.path
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One live run: a model answers a task under one gating; gives text, scores and a trace."""
+
+    model: Model
+    task: str
+    strategy: str
+    gamma: float | None
+    items: int
+    seed: int
+
+    @property
+    def id(self) -> str:
+        data = (TASKS / f"{self.task}.yaml").read_bytes() + (TASKS / "data" / f"{self.task}.jsonl").read_bytes()
+        return _hash(asdict(self), code_hash(), _versions(), _bytes_hash(data), model_hash(self.model))
+
+    @property
+    def docs(self) -> list[int]:
+        """A seeded random subset of the task's items, ascending."""
+        return sorted(Random(self.seed).sample(range(SHIPPED), self.items))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a result: a generation timed under a strategy, on hardware with a memory budget."""
+
+    generation: Generation
+    strategy: str
+    gamma: float | None
+    hardware: str
+    budget: str
+
+    @property
+    def id(self) -> str:
+        return _hash(self.generation.id, self.strategy, self.gamma, self.hardware, self.budget)
+
+    @property
+    def label(self) -> str:
+        gamma = "" if self.gamma is None else f" gamma {self.gamma}"
+        return f"{self.generation.model.name} {self.generation.task} {self.strategy}{gamma} {self.budget}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of cells and the minutes it may take on 2 cores."""
+
+    name: str
+    minutes: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def generations(self) -> list[Generation]:
+        """The live runs the cells need, each once, in order."""
+        return list(dict.fromkeys(cell.generation for cell in self.cells))
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in (HERE / "presets").glob("*.toml"))
+
+
+def read_preset(name: str) -> Preset:
+    """The preset of that name, or at that path. Raises Refused for one that is unknown or asks for unknown things."""
+    path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
+    if not path.is_file():
+        raise Refused(f"Unknown preset {name!r}; choose one of: {', '.join(presets())}, or give a .toml file.")
+    try:
+        data = tomllib.loads(path.read_text())
+        return Preset(path.stem, data["minutes"], tuple(_cells(data)))
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise Refused(f"Preset {path} cannot be read: {error}.") from error
+    except KeyError as error:
+        raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
+
+
+def _cells(data: dict[str, Any]) -> list[Cell]:
+    if not 1 <= data["items"] <= SHIPPED:
+        raise Refused(f"items must be between 1 and {SHIPPED}, not {data['items']}.")
+    for task in data["tasks"]:
+        if task not in GENERATORS:
+            raise Refused(f"Unknown task {task!r}; choose among: {', '.join(GENERATORS)}.")
+    models = [Model(**model) for model in data["models"]]
+    for model in models:
+        if model.geometry not in GEOMETRIES:
+            raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
+        model_hash(model)
+    chosen = [_named(name) for name in data["strategies"]]
+    runs = [(strategy, budget) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
+    runs += [(resolve("mobile", gamma), "smallest") for gamma in data["gammas"]]
+    return [
+        Cell(
+            generation=_generation(model, task, strategy, data["items"], seed),
+            strategy=strategy.name, gamma=_gamma(strategy), hardware=profile(hardware).name, budget=budget,
+        )
+        for model in models for seed in data["seeds"] for task in data["tasks"]
+        for hardware in data["hardware"] for strategy, budget in runs
+    ]  # fmt: skip
+
+
+def _named(name: str) -> Strategy:
+    if name not in strategies():
+        raise Refused(f"Unknown strategy {name!r}; choose among: {', '.join(strategies())}.")
+    return strategies()[name]
+
+
+def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
+    for budget in budgets:
+        if budget != "smallest":
+            parse_nbytes(budget)
+    return ["all"] if strategy.retain == "everything" else budgets
+
+
+def _gamma(strategy: Strategy) -> float | None:
+    return strategy.gating.gamma if isinstance(strategy.gating, BigLittle) else None
+
+
+def _generation(model: Model, task: str, strategy: Strategy, items: int, seed: int) -> Generation:
+    shares_oracle = strategy.lossless and isinstance(strategy.gating, FullK)
+    name = ORACLE if shares_oracle else strategy.name
+    return Generation(model, task, name, _gamma(strategy), items, seed)
+
+
+# --- what a result depends on ------------------------------------------------------------------------
+
+
+def _bytes_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _hash(*parts: Any) -> str:
+    return _bytes_hash(json.dumps(parts, sort_keys=True).encode())[:16]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONED}
+
+
+@cache
+def code_hash() -> str:
+    """SHA-256 over the code that makes results: mobile, baselines and suites, models and presets left out."""
+    rooms = [HERE, HERE.parent / "mobile", HERE.parent / "baselines"]
+    files = sorted(path for room in rooms for path in room.rglob("*.py") if "models" not in path.parts)
+    return _bytes_hash(b"".join(path.name.encode() + path.read_bytes() for path in files))
+
+
+@cache
+def model_hash(model: Model) -> str:
+    """SHA-256 of the checkpoint's list of hashes. Raises Refused if a file is missing or differs from the list."""
+    sums = model.folder / "SHA256SUMS"
+    if not sums.is_file():
+        raise Refused(f"Model {model.name} is not in {model.folder}: SHA256SUMS is missing.")
+    for line in sums.read_text().splitlines():
+        expected, name = line.split(maxsplit=1)
+        path = model.folder / name
+        if not path.is_file() or _bytes_hash(path.read_bytes()) != expected:
+            raise Refused(f"{path} is missing or differs from SHA256SUMS; restore it from the repository.")
+    return _bytes_hash(sums.read_bytes())

@@ -1,0 +1,92 @@
+"""The record: one immutable JSON file per cell. Standard library only, so that reports read it without torch.
+
+format history
+    1  first
+
+Unknown is null, never 0; an error is never a result; times are integer nanoseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One test item of a cell: what was asked, what came out, whether it was right, and what it took.
+
+    `ttft_ns` is prefill, `decode_ns` all decode steps, of `decode_tokens` tokens (the first output token is
+    prefill's). `confidences` are the little pass's, one per decode token; null where there is no little pass.
+    """
+
+    doc: int
+    prompt_sha256: str
+    output: str
+    answer: str | None
+    correct: bool
+    prompt_tokens: int
+    decode_tokens: int
+    fallbacks: int
+    ttft_ns: int
+    decode_ns: int
+    decode_bytes: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything one cell did, and everything needed to do it again."""
+
+    id: str
+    status: str  # "ok" or "failed"
+    scope: str  # "cpu+virtual", "gpu+pcie", "gpu+throttled"
+    weights: str  # "shipped-tiny", "synthetic", "real"
+    model: str
+    geometry: str
+    task: str
+    strategy: str
+    gamma: float | None
+    lossless: bool
+    hardware: str
+    budget: str
+    slots: int | None
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    items: tuple[Item, ...] = ()
+    counters: dict[str, Any] = field(default_factory=dict)
+    ceiling_tokens_per_s: float | None = None
+    checks: dict[str, bool] = field(default_factory=dict)
+    timeline: tuple[tuple[str, int, int, str], ...] = ()
+    wall_seconds: float | None = None
+    error: str | None = None
+    schema: int = SCHEMA
+
+    def save(self, path: Path) -> None:
+        """Write the record whole or not at all."""
+        write_json(path, asdict(self))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a killed process leaves the old file or the new one, never half of either."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f"{path.suffix}.partial")
+    partial.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+def load(path: Path) -> Record:
+    """Read a record. Raises ValueError for a file of another schema or with missing or unknown fields."""
+    data = json.loads(path.read_text())
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has record schema {data.get('schema')}; this version reads {SCHEMA}")
+    known = {f.name for f in fields(Record)}
+    if set(data) != known:
+        raise ValueError(f"{path} is not a record: fields {sorted(set(data) ^ known)} are missing or unknown")
+    data["items"] = tuple(Item(**item) for item in data["items"])
+    data["timeline"] = tuple(tuple(event) for event in data["timeline"])
+    return Record(**data)

@@ -1,0 +1,32 @@
+"""Write the shipped test items of every task: `python -m suites.tasks`. The same seed gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+from suites.tasks import DATA, GENERATORS
+from suites.tasks.item import held_out
+
+SEED, ITEMS = 20251014, 250
+
+
+def main() -> None:
+    DATA.mkdir(exist_ok=True)
+    for name, generate in GENERATORS.items():
+        rng, items = Random(f"{SEED}:{name}"), {}
+        while len(items) < ITEMS:
+            item = generate(rng)
+            if held_out(item.key):
+                items.setdefault(item.key, item)
+        lines = [
+            json.dumps({"prompt": item.prompt, "worked": item.worked, "answer": item.answer, "key": item.key}) + "\n"
+            for item in items.values()
+        ]
+        (Path(DATA) / f"{name}.jsonl").write_text("".join(lines))
+        print(f"{name}: {len(lines)} items")
+
+
+if __name__ == "__main__":
+    main()
