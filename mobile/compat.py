@@ -22,8 +22,8 @@ WEIGHTS = ("gate_up_proj", "down_proj")
 class MoeLayer:
     """One MoE layer of a live model: its stacked experts and the router that chooses among them."""
 
-    experts: nn.Module
-    router: nn.Module
+    experts: Any
+    router: Any
     name: str
 
     @property

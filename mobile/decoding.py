@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Decoder:
     """Stands in for the model's forward: prefill runs as it is, a decode step under the strategy's gating."""
 
-    def __init__(self, model: nn.Module, engine: Engine) -> None:
+    def __init__(self, model: Any, engine: Engine) -> None:
         self.model, self.engine = model, engine
         self.gating = engine.strategy.gating
         self.stock = model.forward
@@ -121,13 +121,22 @@ class Decoder:
         return result
 
     def _live(self, inputs: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
-        """Rows (rows,) still being written: a finished row of a batch is fed padding and must decide nothing."""
-        pad = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
-        if pad is None:
-            pad = getattr(self.model.config, "pad_token_id", None)
-        if rows == 1 or inputs is None or pad is None:
+        """Rows (rows,) still being written: a finished row of a batch is fed its end token, then padding.
+
+        It must decide nothing. A row stopped by anything else than an end token is seen one step late, which costs
+        a needless fallback at most.
+        """
+        ended = torch.tensor(self._ends, device=device)
+        if rows == 1 or inputs is None or not self._ends:
             return torch.ones(rows, dtype=torch.bool, device=device)
-        return inputs[:, -1] != pad
+        return ~torch.isin(inputs[:, -1], ended)
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Token ids that a finished row is fed: padding and every end of sequence."""
+        settings = getattr(self.model, "generation_config", None) or self.model.config
+        ids = [settings.pad_token_id, *_several(settings.eos_token_id)]
+        return sorted({token for token in ids if token is not None})
 
     def _warn(self, cache: Any) -> None:
         if not self._warned:
@@ -138,8 +147,12 @@ class Decoder:
             )
 
 
+def _several(value: int | list[int] | None) -> list[int | None]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 @contextmanager
-def top_k_of(routers: list[nn.Module], top_k: int) -> Iterator[None]:
+def top_k_of(routers: list[Any], top_k: int) -> Iterator[None]:
     """Inside the block every router chooses `top_k` experts."""
     before = [router.top_k for router in routers]
     try:

@@ -172,7 +172,7 @@ class Engine:
             self.recorded = None
 
 
-def geometry_of(model: nn.Module, layers: list[compat.MoeLayer]) -> Geometry:
+def geometry_of(model: Any, layers: list[compat.MoeLayer]) -> Geometry:
     """The live model's own sizes, read from its parameters."""
     layout = layout_of({name: getattr(layers[0].experts, name) for name in compat.WEIGHTS})
     routed = {id(getattr(layer.experts, name)) for layer in layers for name in compat.WEIGHTS}
@@ -194,7 +194,7 @@ def geometry_of(model: nn.Module, layers: list[compat.MoeLayer]) -> Geometry:
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     strategy: str | Strategy = "mobile",
     *,
     memory: int | str | None = None,
@@ -204,7 +204,7 @@ def attach(
     gamma: float | None = None,
     geometry: str | None = None,
     poison: bool = False,
-) -> nn.Module:
+) -> Any:
     """Offload a live Transformers MoE: its experts move to the host store, a few slots serve them.
 
     Returns the same object; `generate()` and everything around it work as before, and `model.mobile` has the
@@ -250,7 +250,7 @@ def attach(
     return model
 
 
-def detach(model: nn.Module) -> nn.Module:
+def detach(model: Any) -> Any:
     """The stock model again, bit for bit; returns it. Raises Refused if it is not attached."""
     engine = getattr(model, "mobile", None)
     if not isinstance(engine, Engine):

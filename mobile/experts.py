@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 if TYPE_CHECKING:
@@ -15,9 +14,7 @@ if TYPE_CHECKING:
 NAME = "mobile"
 
 
-def offloaded_experts(
-    module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def offloaded_experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """hidden (tokens, H), index and weights (tokens, K) -> (tokens, H), through the engine bound to the module."""
     engine, layer = module._mobile_binding
     return engine.run_experts(layer, hidden, index, weights)
@@ -26,7 +23,7 @@ def offloaded_experts(
 ALL_EXPERTS_FUNCTIONS.register(NAME, offloaded_experts)
 
 
-def bind(module: nn.Module, engine: Engine, layer: int) -> None:
+def bind(module: Any, engine: Engine, layer: int) -> None:
     """Route the module's forward through the engine.
 
     The module gets a configuration object of its own, since models built from one share it.
@@ -37,7 +34,7 @@ def bind(module: nn.Module, engine: Engine, layer: int) -> None:
     module.config._experts_implementation = NAME
 
 
-def unbind(module: nn.Module) -> None:
+def unbind(module: Any) -> None:
     """Undo `bind`."""
     module.config = module._mobile_config
     del module._mobile_config, module._mobile_binding

@@ -123,7 +123,8 @@ def slots_for(geometry: Geometry, memory_nbytes: int, reserve_nbytes: int, stagi
     if slots < geometry.top_k:
         need = reserve_nbytes + geometry.resident_nbytes + (geometry.top_k + staging) * geometry.expert_nbytes
         raise Refused(
-            f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, the reserve of "
-            f"{reserve_nbytes / 2**20:,.0f} MiB and {geometry.top_k} + {staging} expert slots need {need / 2**20:,.0f} MiB."
+            f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, "
+            f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB and {geometry.top_k} + {staging} expert slots "
+            f"need {need / 2**20:,.0f} MiB."
         )
     return min(slots, geometry.keys)

@@ -41,8 +41,8 @@ PROFILES = {
         launch_seconds=4e-6,
         reserve_nbytes=1 * GIB,
         sources=(
-            "vram, memory bandwidth, bf16 rate: NVIDIA's published RTX 4080 specification (16 GB, 256 bit at 22.4 Gb/s)",
-            "link: PCIe 4.0 x16 carries 31.5 GB/s; 25 GB/s is the usual large-copy rate from page-locked memory (assumed)",
+            "vram, memory bandwidth, bf16 rate: NVIDIA's published RTX 4080 figures (16 GB, 256 bit at 22.4 Gb/s)",
+            "link: PCIe 4.0 x16 carries 31.5 GB/s, of which large page-locked copies usually reach 25 (assumed)",
             "link latency 10 us a copy, 4 us a launch, 1 GiB reserve: our assumptions, not measured on this card",
         ),
     )

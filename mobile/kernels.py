@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def group(index: torch.Tensor, experts: int) -> Groups:
 
 
 def loop(
-    module: nn.Module, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups,
+    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups,
     slots: Iterable[tuple[int, int]], views: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
     """Sum of weighted expert outputs, (tokens, H), in ascending expert order.

@@ -30,7 +30,7 @@ UNDO: dict[type, Callable[[Any], Undo]] = {DynamicLayer: _dynamic, DynamicSlidin
 
 def supported(cache: Any) -> bool:
     """Whether every layer of the cache can be rolled back."""
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", [])
     return bool(layers) and all(type(layer) in UNDO for layer in layers)
 
 

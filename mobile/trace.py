@@ -97,7 +97,7 @@ def save(path: Path, requests: Sequence[Request], layers: int, about: dict[str, 
     header = json.dumps({"format": FORMAT, "layers": layers, "about": about}, sort_keys=True).encode()
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez_compressed(file, header=np.frombuffer(header, dtype=np.uint8), **arrays)
+        np.savez_compressed(file, allow_pickle=False, header=np.frombuffer(header, dtype=np.uint8), **arrays)
     partial.replace(path)
 
 
@@ -115,7 +115,8 @@ def load(path: Path) -> tuple[list[Request], dict[str, Any]]:
         raise Refused(f"{path} is not a complete {FORMAT} file; record it again.") from error
     layers = header["layers"]
     per_layer = {
-        field: _unpack(data[f"{field}_lengths"], data[f"{field}_values"]) for field in ("experts", "counts", "predicted")
+        field: _unpack(data[f"{field}_lengths"], data[f"{field}_values"])
+        for field in ("experts", "counts", "predicted")
     }
     steps = []
     for i, kind in enumerate(data["kind"].tolist()):

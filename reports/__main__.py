@@ -38,7 +38,9 @@ def main() -> int:
             console.print(shown)
     if report.alarm:
         console.print(f"[bold red]{report.alarm}")
-    console.print(f"report: {paths[1]} (and {paths[0].name}); written in {time.monotonic() - begun:.0f} s", highlight=False)
+    console.print(
+        f"report: {paths[1]} (and {paths[0].name}); written in {time.monotonic() - begun:.0f} s", highlight=False
+    )
     return 1 if report.alarm else 0
 
 

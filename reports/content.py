@@ -14,6 +14,14 @@ from reports.tables import Table
 from reports.verdict import RULE
 
 PAPER = Path(__file__).parent / "paper.toml"
+GAMMA_SWEEP = (
+    "Each point is a threshold gamma; bars are the 95 % interval of the paired difference to full K. The square is "
+    "static K/2, which never falls back."
+)
+TIMELINE = (
+    "Three decode tokens. The link copies one expert at a time; the GPU computes or stalls. Where MoBiLE falls back, "
+    "its big pass finds half of its experts in place and most of the others on their way."
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,9 @@ def build(results: Results) -> Report:
     """The report of a run."""
     paper = tomllib.loads(PAPER.read_text())
     broken = [row[0] for row in tables.checks(results).rows if row[1] != "held"]
-    leaks = [row for model in results.values("model") for row in tables.ceilings(results, model).rows if row[-1] != "yes"]
+    leaks = [
+        row for model in results.values("model") for row in tables.ceilings(results, model).rows if row[-1] != "yes"
+    ]
     alarm = None
     if broken or leaks:
         what = [*broken, *(f"{row[1]} passed its bandwidth ceiling on {row[0]}" for row in leaks)]
@@ -62,12 +72,12 @@ def build(results: Results) -> Report:
 def _opening(results: Results, paper: dict[str, Any]) -> str:
     """One paragraph for someone who has never heard of it, with this run's main numbers."""
     text = (
-        "A Mixture-of-Experts language model has many small networks, its experts, and uses only a few of them for each "
-        "word it writes. When the experts do not fit in a graphics card's memory they wait in main memory, and copying the "
-        "chosen ones over for every token takes most of the time. MoBiLE is an idea to copy less: write each token with "
-        "half of its experts, and only if the model is then unsure of the token, write it again with all of them. Its "
-        f"authors report {paper['speedup']['low']:.2f} to {paper['speedup']['high']:.2f} times the speed of plain "
-        "offloading with negligible loss of accuracy."
+        "A Mixture-of-Experts language model has many small networks, its experts, and uses only a few of "
+        "them for each word it writes. When the experts do not fit in a graphics card's memory they wait in "
+        "main memory, and copying the chosen ones over for every token takes most of the time. MoBiLE is an "
+        "idea to copy less: write each token with half of its experts, and only if the model is then unsure "
+        f"of the token, write it again with all of them. Its authors report {paper['speedup']['low']:.2f} to "
+        f"{paper['speedup']['high']:.2f} times the speed of plain offloading with negligible loss of accuracy."
     )
     model = results.values("model")[0]
     gamma = tables.default_gamma(results, model)
@@ -85,11 +95,12 @@ def _opening(results: Results, paper: dict[str, Any]) -> str:
         "not shown": "an interval too wide, or too low, to call negligible at 1 point",
     }[shown]
     return (
-        f"{text} This run used a small model trained for the purpose ({model}) and a simulated {group[0].hardware} with the "
-        f"sizes of {group[0].geometry}: a projection, not a measurement. In it MoBiLE fell back on {100 * fallbacks:.1f} % of "
-        f"tokens, ran {ratio.value:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}] as fast as overlapped plain offloading, "
-        f"and its answers changed accuracy by {loss.difference.value:+.1f} points "
-        f"[{loss.difference.low:+.1f}, {loss.difference.high:+.1f}] over {loss.items} questions, {says}."
+        f"{text} This run used a small model trained for the purpose ({model}) and a simulated "
+        f"{group[0].hardware} with the sizes of {group[0].geometry}: a projection, not a measurement. In it "
+        f"MoBiLE fell back on {100 * fallbacks:.1f} % of tokens, ran {ratio.value:.2f} times [{ratio.low:.2f}, "
+        f"{ratio.high:.2f}] as fast as overlapped plain offloading, and its answers changed accuracy by "
+        f"{loss.difference.value:+.1f} points [{loss.difference.low:+.1f}, {loss.difference.high:+.1f}] over "
+        f"{loss.items} questions, {says}."
     )
 
 
@@ -103,12 +114,13 @@ def _model_sections(results: Results, model: str, paper: dict[str, Any]) -> list
         Section(
             f"Speed: {model}",
             (
-                f"{dressed}: its own routing and fallbacks, the real model's bytes, layers and memory budget, on a virtual "
-                "clock. Projected, batch 1, decode only; prefill (TTFT) stands apart. A speedup is the geometric mean over "
-                "prompts of the baseline's time per token over the strategy's own, with a 95 % bootstrap interval over "
-                "prompts. Slots are of the real model's experts; the cache starts cold and stays warm from prompt to prompt. "
-                "Plain offloading keeps nothing between tokens, so memory beyond its smallest does not help it: where a "
-                "budget holds much of the model, compare with lru instead.",
+                f"{dressed}: its own routing and fallbacks, the real model's bytes, layers and memory budget, "
+                "on a virtual clock. Projected, batch 1, decode only; prefill (TTFT) stands apart. A speedup "
+                "is the geometric mean over prompts of the baseline's time per token over the strategy's own, "
+                "with a 95 % bootstrap interval over prompts. Slots are of the real model's experts; the "
+                "cache starts cold and stays warm from prompt to prompt. Plain offloading keeps nothing "
+                "between tokens, so memory beyond its smallest does not help it: where a budget holds much of "
+                "the model, compare with lru instead.",
             ),
             (*(tables.speed(results, model, budget) for budget in budgets),
              *(tables.speed_by_task(results, model, budget) for budget in budgets[:1]),
@@ -117,34 +129,26 @@ def _model_sections(results: Results, model: str, paper: dict[str, Any]) -> list
         Section(
             f"Accuracy: {model}",
             (
-                "Greedy decoding scored by lm-eval on the engine that is timed. Lossless strategies give full K's answers "
-                "by construction, so three rows say all. Prefill runs all K experts in every row. The margin was fixed "
-                "before the run; \"not shown\" means that the interval reaches below it.",
+                "Greedy decoding scored by lm-eval on the engine that is timed. Lossless strategies give full "
+                "K's answers by construction, so three rows say all. Prefill runs all K experts in every row. "
+                "The margin was fixed before the run; \"not shown\" means that the interval reaches below it.",
             ),
             (tables.accuracies(results, model, paper["accuracy"]["margin_points"]),),
         ),
-        Section(
-            f"Accuracy against speed: {model}",
-            (),
-            (),
-            (("gamma_sweep.svg", "Each point is a threshold gamma; bars are the 95 % interval of the paired difference to "
-              "full K. The square is static K/2, which never falls back.", gamma_figure),) if gamma_figure else (),
-        ),
-        Section(
-            f"Where a token's time goes: {model}",
-            (),
-            (),
-            (("token_timeline.svg", "Three decode tokens. The link copies one expert at a time; the GPU computes or stalls. "
-              "MoBiLE's second token falls back: its big pass finds half of its experts in place and the rest on their way.",
-              timeline),) if timeline else (),
-        ),
+        Section(f"Accuracy against speed: {model}", figures=_figure("gamma_sweep.svg", GAMMA_SWEEP, gamma_figure)),
+        Section(f"Where a token's time goes: {model}", figures=_figure("token_timeline.svg", TIMELINE, timeline)),
     ]  # fmt: skip
+
+
+def _figure(file: str, caption: str, svg: str | None) -> tuple[tuple[str, str, str], ...]:
+    return ((file, caption, svg),) if svg else ()
 
 
 def _controls(results: Results) -> Section:
     text = (
-        "Each live run repeats its first items alone, at batch 1, under every strategy it stands for: the text must equal "
-        "the batch's and the live ledger must equal the replayed one, event for event in its counters."
+        "Each live run repeats its first items alone, at batch 1, under every strategy it stands for: the "
+        "text must equal the batch's and the live ledger must equal the replayed one, event for event in its "
+        "counters."
     )
     return Section("Controls", (text,), (tables.checks(results),))
 
@@ -173,12 +177,13 @@ def _limits() -> Section:
     return Section(
         "Limits",
         (
-            "Time is computed, not measured: a discrete-event clock charges copies at the profile's bandwidth and compute "
-            "by a roofline, and has not been checked against a GPU here.",
-            "The model is tiny and its tasks are generated, so its fallback rate and its loss are its own. They say how "
-            "the method behaves, not how a real model scores.",
+            "Time is computed, not measured: a discrete-event clock charges copies at the profile's bandwidth "
+            "and compute by a roofline, and has not been checked against a GPU here.",
+            "The model is tiny and its tasks are generated, so its fallback rate and its loss are its own. "
+            "They say how the method behaves, not how a real model scores.",
             "The baseline keeps nothing between tokens; the paper does not say whether its baseline does.",
-            "Each layer of the small model stands for several of the real one, so layers of a group make the same choices.",
+            "Each layer of the small model stands for several of the real one, so layers of a group make the "
+            "same choices.",
         ),
     )
 
@@ -192,7 +197,10 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
         ("cells", f"{len(results.records)} recorded, {len(results.absent)} without a record"),
         ("scope", f"{record.scope}, weights {record.weights}"),
         ("code", f"{record.environment['git_commit']}{' (dirty)' if record.environment['git_dirty'] else ''}"),
-        ("machine", f"{record.environment['cpu']}, {record.environment['cores']} cores, GPU {record.environment['gpu']}"),
+        (
+            "machine",
+            f"{record.environment['cpu']}, {record.environment['cores']} cores, GPU {record.environment['gpu']}",
+        ),
         ("packages", ", ".join(f"{name} {number}" for name, number in packages.items() if number)),
         ("time and bandwidth", "; ".join(record.config["profile_sources"])),
     )

@@ -17,7 +17,7 @@ from suites.record import Record
 
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#333333"
-STYLE = {"svg.hashsalt": "mobile", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
+STYLE: Any = {"svg.hashsalt": "mobile", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
          "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
 
 
@@ -86,7 +86,9 @@ def token_timeline(results: Results, model: str) -> str | None:
             axes.set_title(name(record), loc="left", fontsize=10)
         panels[-1, 0].set_xlabel("milliseconds (virtual)")
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-        figure.legend(handles, ["demand load", "prefetch", "compute", "stall"], ncols=4, frameon=False, loc="upper right")
+        figure.legend(
+            handles, ["demand load", "prefetch", "compute", "stall"], ncols=4, frameon=False, loc="upper right"
+        )
         figure.tight_layout()
         return _svg(figure)
 

@@ -16,7 +16,9 @@ def write(report: Report, folder: Path) -> list[Path]:
         trim_blocks=False, keep_trailing_newline=True,
     )  # fmt: skip
     written = []
-    texts = {f"report.{kind}": templates.get_template(f"report.{kind}.j2").render(report=report) for kind in ("md", "html")}
+    texts = {
+        f"report.{kind}": templates.get_template(f"report.{kind}.j2").render(report=report) for kind in ("md", "html")
+    }
     texts |= {file: svg for section in report.sections for file, _, svg in section.figures}
     for name, text in texts.items():
         path = folder / name

@@ -53,10 +53,10 @@ class EngineLM(LM):
         for start in range(0, len(order), self._batch_size):
             chunk = order[start : start + self._batch_size]
             with self.model.mobile.recording() as recorded:
-                texts = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
-            for i, text, request in zip(chunk, texts, recorded, strict=True):
+                answered = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
+            for i, (text, tokens), request in zip(chunk, answered, recorded, strict=True):
                 outputs[i] = text
-                self.traces[sha256(prompts[i])] = request
+                self.traces[sha256(prompts[i])] = first_tokens(request, tokens)
         return outputs
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
@@ -66,18 +66,35 @@ class EngineLM(LM):
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any]) -> list[str]:
-    """Greedy continuations of a batch, cut at the first of the `until` strings."""
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any]
+) -> list[tuple[str, int]]:
+    """Greedy continuations of a batch, cut at the first of the `until` strings, and how many tokens each took."""
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     tokens = model.generate(
         input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"],
         max_new_tokens=options["max_gen_toks"], do_sample=False,
         stop_strings=options["until"], tokenizer=tokenizer,
     )  # fmt: skip
-    texts = tokenizer.batch_decode(tokens[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    written = tokens[:, encoded["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     for stop in options["until"]:
         texts = [text.split(stop)[0] for text in texts]
-    return texts
+    return list(zip(texts, (written != tokenizer.pad_token_id).sum(1).tolist(), strict=True))
+
+
+def first_tokens(request: Request, tokens: int) -> Request:
+    """The steps that wrote the first `tokens` tokens: prefill writes one, each decode token another.
+
+    In a batch a finished row runs on until the others are done; those steps are nobody's.
+    """
+    written = 1
+    for number, step in enumerate(request):
+        if step.kind in ("full", "little"):
+            written += 1
+            if written > tokens:
+                return request[:number]
+    return request
 
 
 def task_config(task: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mobile
 from mobile import trace
+from mobile.compat import moe_layers
 from mobile.engine import geometry_of
 from mobile.geometry import Geometry
-from mobile.compat import moe_layers
 from mobile.hardware import profile
 from mobile.strategy import FullK, Strategy, resolve, strategies
 from suites.accuracy import EngineLM, evaluate, generate, prompts_of, task_config
@@ -85,9 +85,11 @@ def _checks(
     options = task_config(generation.task)["generation_kwargs"]
     prompts = prompts_of(generation.task, generation.docs[:CHECKED])
     for one in stands_for:
-        on = bench(one, own, generation.model.geometry, profile(hardware), "all" if one.retain == "everything" else "smallest")
+        on = bench(
+            one, own, generation.model.geometry, profile(hardware), "all" if one.retain == "everything" else "smallest"
+        )
         mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
-        texts = [generate(model, tokenizer, [prompt], options)[0] for prompt in prompts]
+        texts = [generate(model, tokenizer, [prompt], options)[0][0] for prompt in prompts]
         model.mobile.residency.end_token()
         live = model.mobile.ledger.counters
         mobile.detach(model)

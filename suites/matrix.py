@@ -119,21 +119,22 @@ def _cells(data: dict[str, Any]) -> list[Cell]:
     for task in data["tasks"]:
         if task not in GENERATORS:
             raise Refused(f"Unknown task {task!r}; choose among: {', '.join(GENERATORS)}.")
+    chosen = [_named(name) for name in data["strategies"]]
+    runs = [(strategy, budget) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
+    runs += [(resolve("mobile", gamma), "smallest") for gamma in data["gammas"]]
+    cards = [profile(name).name for name in data["hardware"]]
     models = [Model(**model) for model in data["models"]]
     for model in models:
         if model.geometry not in GEOMETRIES:
             raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
         model_hash(model)
-    chosen = [_named(name) for name in data["strategies"]]
-    runs = [(strategy, budget) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
-    runs += [(resolve("mobile", gamma), "smallest") for gamma in data["gammas"]]
     return [
         Cell(
             generation=_generation(model, task, strategy, data["items"], seed),
-            strategy=strategy.name, gamma=_gamma(strategy), hardware=profile(hardware).name, budget=budget,
+            strategy=strategy.name, gamma=_gamma(strategy), hardware=hardware, budget=budget,
         )
         for model in models for seed in data["seeds"] for task in data["tasks"]
-        for hardware in data["hardware"] for strategy, budget in runs
+        for hardware in cards for strategy, budget in runs
     ]  # fmt: skip
 
 

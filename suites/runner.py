@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from suites.matrix import Cell, Generation, Preset
 from suites.record import write_json
@@ -93,14 +93,18 @@ def execute(preset: Preset, run: Path, console: Console) -> int:
     cells = cell_jobs(preset, run)
     write_json(run / "run.json", {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
     workers = os.cpu_count() or 1
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for phase, jobs in (("live runs", generation_jobs(preset, run)), ("cells", [c for c in cells if not c.done])):
             bar = progress.add_task(phase, total=len(jobs))
             with ThreadPoolExecutor(workers) as pool:
-                futures = [pool.submit(_run_job, job, run, progress, console) for job in jobs]
-                for future in futures:
-                    future.add_done_callback(lambda _done, bar=bar: progress.advance(bar))
+                futures = [pool.submit(_run_job, job, run, progress, bar, console) for job in jobs]
                 _finish(futures)
     missing = [cell for cell in cells if not cell.done]
     seconds = time.monotonic() - begun
@@ -131,7 +135,7 @@ def _expected(preset: Preset) -> list[dict[str, Any]]:
     return [named(cell) for cell in preset.cells]
 
 
-def _run_job(job: Job, run: Path, progress: Progress, console: Console) -> None:
+def _run_job(job: Job, run: Path, progress: Progress, bar: TaskID, console: Console) -> None:
     """One child process; its output goes to a log, and a failure leaves a note that the report prints."""
     log, failure = run / "logs" / f"{job.id}.log", run / "failures" / f"{job.id}.json"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -142,13 +146,19 @@ def _run_job(job: Job, run: Path, progress: Progress, console: Console) -> None:
         error: str | None = f"the live run it is timed from failed ({', '.join(absent)} is missing)"
     else:
         with log.open("w") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
             child = subprocess.run(
                 [sys.executable, "-m", "suites.cell"], input=json.dumps(job.spec), text=True,
                 stdout=output, stderr=subprocess.STDOUT, env=environment,
             )  # fmt: skip
         error = None if child.returncode == 0 and job.done else _last_line(log, child.returncode)
     progress.remove_task(line)
+    progress.advance(bar)
     took = f"{time.monotonic() - begun:5.1f} s"
     if error is None:
         failure.unlink(missing_ok=True)
@@ -161,5 +171,3 @@ def _run_job(job: Job, run: Path, progress: Progress, console: Console) -> None:
 def _last_line(log: Path, code: int) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else f"the process ended with code {code} and said nothing"
-
-

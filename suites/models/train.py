@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from suites.tasks.item import Item, held_out
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "seed": 0,
     "tokens": 30_000_000,
     "batch_tokens": [1024, 4096],  # grows linearly over the first third
@@ -52,7 +53,7 @@ def olmoe_config() -> OlmoeConfig:
     return OlmoeConfig(
         vocab_size=RECIPE["vocabulary"], hidden_size=96, intermediate_size=24, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, num_experts=64, num_experts_per_tok=8,
-        norm_topk_prob=False, max_position_embeddings=512, rope_theta=10_000.0,
+        norm_topk_prob=False, max_position_embeddings=512,
         bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=False, clip_qkv=None,
     )  # fmt: skip
 
@@ -90,7 +91,7 @@ def train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, progress: "TokensSeen") -> Iterator[tuple]:
+def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, progress: TokensSeen) -> Iterator[tuple]:
     """Endless (ids, labels), each (rows, length) int64: rows of like length, loss on the worked answer only."""
     items = training_items(rng)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -113,9 +114,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, progress: "TokensSe
             ids = torch.full((len(group), longest), pad)
             labels = torch.full((len(group), longest), -100)
             for i, (prompt, answer) in enumerate(group):
-                row = torch.tensor([*prompt, *answer, end])
-                ids[i, : len(row)] = row
-                labels[i, len(prompt) : len(row)] = row[len(prompt) :]
+                text = torch.tensor([*prompt, *answer, end])
+                ids[i, : len(text)] = text
+                labels[i, len(prompt) : len(text)] = text[len(prompt) :]
             yield ids, labels
 
 
@@ -206,8 +207,8 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, log: Path)
 
 
 def write_hashes(folder: Path) -> None:
-    """SHA-256 of every file of the checkpoint, in the format `sha256sum -c` reads."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")
+    """SHA-256 of every file of the checkpoint but its card, in the format `sha256sum -c` reads."""
+    names = sorted({path.name for path in folder.iterdir()} - {"SHA256SUMS", "README.md"})
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
@@ -226,7 +227,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(Random(RECIPE["seed"]))
     model_class, config = FAMILIES[options.family]
-    model = model_class(config())
+    model: Any = model_class(config())
     initialise(model)
     register_training_experts()
     model.set_experts_implementation("training")

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from suites.tasks import DATA, GENERATORS
-from suites.tasks.item import held_out
+from suites.tasks.item import Item, held_out
 
 SEED, ITEMS = 20251014, 250
 
@@ -15,7 +15,8 @@ SEED, ITEMS = 20251014, 250
 def main() -> None:
     DATA.mkdir(exist_ok=True)
     for name, generate in GENERATORS.items():
-        rng, items = Random(f"{SEED}:{name}"), {}
+        rng = Random(f"{SEED}:{name}")
+        items: dict[str, Item] = {}
         while len(items) < ITEMS:
             item = generate(rng)
             if held_out(item.key):

@@ -39,6 +39,7 @@ def _step(rng: Random, value: int) -> tuple[str, int, int, tuple[str, ...]]:
     """One operation that keeps the running value between 1 and LIMIT: (sign, operand, result, phrasings)."""
     divisors = [d for d in range(2, 10) if value % d == 0 and value > d]
     signs = ["+", "-", "*"] + ["/"] * bool(divisors)
+    phrasings: tuple[str, ...]
     while True:
         sign = rng.choice(signs)
         if sign == "+":

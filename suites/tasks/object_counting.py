@@ -19,7 +19,7 @@ PLURALS = {
     "fish": "fish", "mouse": "mice", "goose": "geese", "couch": "couches", "piano": "pianos",
     "cello": "cellos", "broccoli": "broccoli", "celery": "celery", "garlic": "garlic",
 }  # fmt: skip
-WORDS = "zero one two three four five six seven eight".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
 def _phrase(noun: str, count: int) -> str:

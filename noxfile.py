@@ -1,0 +1,78 @@
+#!/usr/bin/env -S python -m nox -f
+"""Thin doors: `nox -l` lists them. The logic is in the packages; arguments after `--` go to them unread.
+
+One session installs the tested set of packages and the others run in its environment. `nox --no-venv` installs
+nothing and uses the interpreter nox runs in, for machines that bring their own torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "tests"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PREFLIGHT = """
+import importlib.metadata as m, sys
+try:
+    import torch
+    shown = {n: m.version(n) for n in ("torch", "transformers", "mobile-moe")}
+except (ImportError, m.PackageNotFoundError) as error:
+    sys.exit(f"{sys.executable} lacks what this needs ({error}); run: pip install --no-deps -e .")
+print(sys.executable, shown, "CUDA", torch.version.cuda if torch.cuda.is_available() else None)
+"""
+interpreter = sys.executable
+
+
+@nox.session(default=False, reuse_venv=True)
+def environment(session: nox.Session) -> None:
+    """Install the tested packages and this project once, for every other session."""
+    global interpreter
+    if session.venv_backend != "none":
+        session.install(*nox.project.dependency_groups(PROJECT, "pinned", "test", "lint"))
+        session.install("--no-deps", "-e", ".")
+        interpreter = str(Path(session.bin) / "python")
+    session.run(interpreter, "-c", PREFLIGHT, external=True)
+
+
+def run(session: nox.Session, *arguments: str, **options: object) -> None:
+    """Run a module in the shared environment."""
+    session.run(interpreter, "-m", *arguments, external=True, **options)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def lint(session: nox.Session) -> None:
+    """ruff, mypy, and the contract of the rooms."""
+    run(session, "ruff", "check", ".")
+    run(session, "ruff", "format", "--check", ".")
+    run(session, "mypy")
+    session.run(str(Path(interpreter).parent / "lint-imports"), external=True)
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def tests(session: nox.Session) -> None:
+    """All tests; arguments go to pytest."""
+    run(session, "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def bench(session: nox.Session) -> None:
+    """Micro-benchmarks; arguments go to pytest."""
+    run(session, "pytest", "tests/micro", "--benchmark-only", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def reproduce(session: nox.Session) -> None:
+    """Run the suite and write its report; arguments go to `python -m suites run` (--preset smoke, --out FOLDER)."""
+    run(session, "suites", "run", *session.posargs, success_codes=[0, 1])
+    run(session, "reports", "build")
+
+
+if __name__ == "__main__":
+    nox.main()

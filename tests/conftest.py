@@ -1,0 +1,70 @@
+"""Tiny random models of each family, in fp32, with the stock eager experts as the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+torch.set_num_threads(1)
+
+COMMON = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CONFIGS = {
+    "olmoe": lambda: OlmoeConfig(**COMMON, intermediate_size=16, num_experts=8, num_experts_per_tok=4),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **COMMON, intermediate_size=32, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=8,
+        num_experts_per_tok=4,
+    ),
+    "deepseek_v2": lambda: DeepseekV2Config(
+        **COMMON, intermediate_size=32, moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=4,
+        n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **COMMON, head_dim=8, intermediate_size=32, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=4,
+        norm_topk_prob=True,
+    ),
+    "mixtral": lambda: MixtralConfig(**COMMON, intermediate_size=16, num_local_experts=8, num_experts_per_tok=2),
+}  # fmt: skip
+FAMILIES = sorted(CONFIGS)
+
+
+def tiny(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of the family: 8 experts a layer, top 4 (Mixtral: 2), wide enough weights to matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    for weight in model.parameters():
+        if weight.ndim >= 2:
+            weight.data.normal_(0, 0.3)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def prompt(rows: int = 1, length: int = 9, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 10, **extra: object) -> tuple:
+    """Generated ids and the stacked logits behind them, through stock generate()."""
+    out = model.generate(
+        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True,
+        output_logits=True, **extra,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,148 @@
+"""A run from preset to page: repeated, killed, broken. Small, but with the real model and the real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reports.content import build
+from reports.results import read
+from suites.matrix import read_preset
+from suites.record import load
+
+ROOT = Path(__file__).parent.parent
+PRESET = (ROOT / "suites/presets/smoke.toml").read_text().replace("items = 32", "items = 4")
+
+
+def suites(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "suites", *arguments]
+
+
+def run_preset(preset: Path, out: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        suites("run", "--preset", str(preset), "--out", str(out)), cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("preset") / "tiny.toml"
+    path.write_text(PRESET)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(preset, tmp_path_factory) -> Path:
+    """A run folder with every record."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = run_preset(preset, out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "11 of 11 cells have records" in done.stdout
+    return out
+
+
+def facts(record) -> dict:
+    """A record without what may differ between two runs of the same cell."""
+    kept = {**vars(record), "items": [vars(item) for item in record.items]}
+    return {name: value for name, value in kept.items() if name not in ("wall_seconds", "environment")}
+
+
+def test_a_second_run_gives_the_same_records_and_the_same_page(finished, preset, tmp_path):
+    assert run_preset(preset, tmp_path / "again").returncode == 0
+    for first in sorted((finished / "records").iterdir()):
+        assert facts(load(first)) == facts(load(tmp_path / "again" / "records" / first.name))
+    assert build(read(finished)) == build(read(tmp_path / "again"))
+
+
+def test_every_check_the_run_made_of_itself_held(finished):
+    results = read(finished)
+    held = [ok for record in results.records for ok in record.checks.values()]
+    assert held
+    assert all(held)
+    assert build(results).alarm is None
+
+
+def test_running_again_does_nothing(finished, preset):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
+    assert run_preset(preset, finished).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()} == before
+
+
+def test_a_killed_run_goes_on_where_it_was(finished, preset, tmp_path):
+    out = tmp_path / "run"
+    child = subprocess.Popen(
+        suites("run", "--preset", str(preset), "--out", str(out)), cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((out / "records").glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    survivors = {path.name: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
+    assert 0 < len(survivors) < 11
+    assert run_preset(preset, out).returncode == 0
+    records = {path.name: path for path in (out / "records").glob("*.json")}
+    assert all(records[name].stat().st_mtime_ns == mtime for name, mtime in survivors.items())
+    assert set(records) == {path.name for path in (finished / "records").iterdir()}
+    assert all(facts(load(path)) == facts(load(finished / "records" / name)) for name, path in records.items())
+
+
+def test_a_cell_that_fails_is_printed_and_stops_nothing_else(finished, preset, tmp_path):
+    """One recorded trace is cut short: its cells fail with a reason, the others keep their records."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    broken = next(cell for cell in read_preset(str(preset)).cells if cell.strategy == "static-half")
+    trace = out / "generations" / f"{broken.generation.id}.npz"
+    trace.write_bytes(trace.read_bytes()[:200])
+    for record in (out / "records").glob("*.json"):
+        if load(record).strategy == "static-half":
+            record.unlink()
+    done = run_preset(preset, out)
+    assert done.returncode == 1
+    assert "9 of 11 cells have records" in done.stdout
+    absent = dict(read(out).absent)
+    assert len(absent) == 2
+    assert all("not a complete mobile-trace-1 file" in why for why in absent.values())
+    page = build(read(out))
+    listed = next(section for section in page.sections if section.heading == "Failed and missing cells")
+    assert len(listed.tables[0].rows) == 2
+
+
+def test_the_page_is_whole(finished):
+    subprocess.run([sys.executable, "-m", "reports", "build", str(finished)], cwd=ROOT, check=True, capture_output=True)
+    page, text = (finished / "report.html").read_text(), (finished / "report.md").read_text()
+    for needed in ("NOT COMPARABLE (projected)", "cpu+virtual, shipped-tiny", "static-half", "ceiling", "McNemar"):
+        assert needed in page
+        assert needed in text
+    assert "REPRODUCED:" in page
+    assert ">REPRODUCED<" not in page
+    assert page.count("<svg") == 2
+    assert not re.search(r"""(src|href)=["']?https?:|url\(https?:|@import""", page), "the page must open offline"
+    assert (finished / "gamma_sweep.svg").is_file()
+
+
+def test_a_broken_control_is_the_first_thing_the_page_says(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    victim = next((tmp_path / "run" / "records").iterdir())
+    data = json.loads(victim.read_text())
+    data["checks"] = dict.fromkeys(data["checks"], False)
+    victim.write_text(json.dumps(data))
+    assert build(read(tmp_path / "run")).alarm.startswith("Nothing below can be trusted")
+
+
+def test_on_demand_never_passes_its_ceiling(finished):
+    for record in read(finished).records:
+        if record.strategy.startswith("on-demand"):
+            assert record.ceiling_tokens_per_s == pytest.approx(15.5, abs=0.05)
+            for item in record.items:
+                assert item.decode_tokens / (item.decode_ns / 1e9) < record.ceiling_tokens_per_s

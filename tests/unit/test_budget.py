@@ -1,0 +1,94 @@
+"""Sizes, budgets and ceilings: arithmetic a reader can redo."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mobile.cost import CostModel
+from mobile.geometry import GEOMETRIES, dress, slots_for
+from mobile.hardware import GIB, PROFILES, parse_nbytes, profile
+from mobile.refusal import Refused
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_s", "experts_gb"),
+    [("olmoe-1b-7b", 15.5, 12.9), ("qwen1.5-moe-a2.7b", 15.1, 24.9), ("deepseek-v2-lite", 9.3, 28.8),
+     ("qwen3-30b-a3b", 6.9, 58.0)],
+)  # fmt: skip
+def test_the_ceilings_are_bandwidth_over_bytes(name, tokens_per_s, experts_gb):
+    geometry = GEOMETRIES[name]
+    assert round(geometry.on_demand_ceiling(25.0), 1) == tokens_per_s
+    assert round(geometry.keys * geometry.expert_nbytes / 1e9, 1) == experts_gb
+
+
+def test_preset_sizes_add_up_to_the_published_parameter_counts():
+    def billions(name: str) -> float:
+        g = GEOMETRIES[name]
+        return (g.keys * g.expert_nbytes + g.resident_nbytes) / g.width / 1e9
+
+    assert billions("olmoe-1b-7b") == pytest.approx(6.92, rel=0.01)
+    assert billions("qwen1.5-moe-a2.7b") == pytest.approx(14.3, rel=0.01)
+    assert billions("deepseek-v2-lite") == pytest.approx(15.7, rel=0.01)
+    assert billions("qwen3-30b-a3b") == pytest.approx(30.5, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("8GiB", 8 * GIB), ("8 gb", 8 * 10**9), ("512MiB", 2**29), ("1.5GiB", 3 * GIB // 2), (77, 77)]
+)
+def test_memory_sizes_are_read(text, nbytes):
+    assert parse_nbytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "8 GiB of it", "-1GiB", "GiB", True])
+def test_other_memory_sizes_are_refused(text):
+    with pytest.raises(Refused, match="8GiB"):
+        parse_nbytes(text)
+
+
+def test_a_budget_holds_the_dense_weights_the_reserve_and_the_slots():
+    geometry, reserve = GEOMETRIES["olmoe-1b-7b"], GIB
+    slots = slots_for(geometry, 8 * GIB, reserve, 2)
+    used = geometry.resident_nbytes + reserve + (slots + 2) * geometry.expert_nbytes
+    assert used <= 8 * GIB < used + geometry.expert_nbytes
+    assert slots_for(geometry, 64 * GIB, reserve, 2) == geometry.keys
+
+
+def test_a_budget_below_one_layer_is_refused_with_what_it_needs():
+    with pytest.raises(Refused, match=r"cannot hold olmoe-1b-7b.*need 2,053 MiB"):
+        slots_for(GEOMETRIES["olmoe-1b-7b"], GIB, GIB, 2)
+
+
+def test_dressing_deals_the_real_layers_out_in_order():
+    small = replace(GEOMETRIES["olmoe-1b-7b"], moe_layers=4)
+    worn, stands_for = dress(small, "olmoe-1b-7b")
+    assert worn.moe_layers == 16
+    assert stands_for == ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15))
+    uneven = dress(replace(GEOMETRIES["deepseek-v2-lite"], moe_layers=4), "deepseek-v2-lite")[1]
+    assert sorted(layer for covered in uneven for layer in covered) == list(range(26))
+    assert {len(covered) for covered in uneven} == {6, 7}
+
+
+def test_dressing_as_another_shape_is_refused():
+    with pytest.raises(Refused, match="cannot stand for it"):
+        dress(GEOMETRIES["olmoe-1b-7b"], "qwen3-30b-a3b")
+    with pytest.raises(Refused, match="Unknown geometry"):
+        dress(GEOMETRIES["olmoe-1b-7b"], "gpt-9")
+
+
+def test_unknown_hardware_is_refused():
+    with pytest.raises(Refused, match="rtx4080-pcie4"):
+        profile("abacus")
+
+
+def test_every_profile_number_has_a_source_and_loading_dominates():
+    for card in PROFILES.values():
+        assert card.sources
+    geometry = GEOMETRIES["olmoe-1b-7b"]
+    cost = CostModel(profile("auto"), geometry)
+    assert cost.load_ns == pytest.approx(10_000 + geometry.expert_nbytes / 25, rel=1e-6)
+    assert cost.expert_ns(1) == cost.expert_ns(4), "a few tokens read the same weights"
+    assert cost.expert_ns(4096) > 2 * cost.expert_ns(1), "many tokens are bound by arithmetic"
+    loading = geometry.top_k * cost.load_ns
+    assert loading / (loading + cost.dense_ns(1) + geometry.top_k * cost.expert_ns(1)) > 0.8

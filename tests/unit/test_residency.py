@@ -1,0 +1,146 @@
+"""Invariants 3, 5 and 8 on the clock: what each strategy loads, and when it waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mobile.biglittle import MOBILE
+from mobile.geometry import Geometry
+from mobile.hardware import profile
+from mobile.strategy import strategies
+from mobile.trace import Request, Step, replay
+from suites.timing import Bench, time_requests
+
+LAYERS, EXPERTS, TOP_K = 3, 12, 4
+GEOMETRY = Geometry(
+    name="toy", moe_layers=LAYERS, experts=EXPERTS, top_k=TOP_K, expert_nbytes=10_000_000, dense_nbytes=20_000_000,
+    router_nbytes=50_000, head_nbytes=1_000_000, embedding_nbytes=1_000_000, width=2,
+)  # fmt: skip
+STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
+CARD = profile("auto")
+
+
+def clock(strategy, requests: list[Request], slots: int):
+    """Counters after replaying the requests on a cold engine."""
+    bench = Bench(strategy, GEOMETRY, STANDS_FOR, CARD, slots)
+    return time_requests(bench, requests)[1].counters
+
+
+chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))
+layers = st.tuples(*[chosen] * LAYERS)
+full_step = st.builds(Step, kind=st.just("full"), tokens=st.just(1), experts=layers)
+prefill = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
+full_requests = st.lists(
+    st.lists(full_step, min_size=1, max_size=6).map(lambda s: [prefill, *s]), min_size=1, max_size=3
+)
+
+
+@st.composite
+def two_pass_request(draw) -> Request:
+    """Tokens with a little set inside the big one, some of them falling back on a partly wrong prediction."""
+    steps = [prefill]
+    for _ in range(draw(st.integers(1, 6))):
+        big, predicted = draw(layers), draw(layers)
+        little = tuple(experts[: TOP_K // 2] for experts in big)
+        steps.append(Step("little", 1, little, confidence=0.5))
+        if draw(st.booleans()):
+            guess = tuple(draw(st.sampled_from([right, wrong])) for right, wrong in zip(big, predicted, strict=True))
+            steps.append(Step("big", 1, big, confidence=0.5, predicted=guess))
+    return steps
+
+
+@settings(max_examples=40, deadline=None)
+@given(full_requests, st.integers(TOP_K, LAYERS * EXPERTS))
+def test_on_demand_loads_exactly_the_active_experts_whatever_the_pool(requests, slots):
+    active = sum(len(experts) for request in requests for step in request[1:] for experts in step.experts)
+    streamed = sum(len(experts) for request in requests for experts in request[0].experts)
+    for name in ("on-demand", "on-demand-overlap"):
+        counters = clock(strategies()[name], requests, slots)
+        assert counters.demand_loads == active
+        assert counters.streamed_loads == streamed
+        assert counters.loads == active + streamed
+        assert counters.hits == counters.prefetch_loads == 0
+        assert counters.bytes_loaded == counters.loads * GEOMETRY.expert_nbytes
+        assert counters.decode_bytes == active * GEOMETRY.expert_nbytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(full_requests)
+def test_on_demand_stays_below_its_ceiling_and_overlap_helps(requests):
+    serial, overlap = (clock(strategies()[name], requests, TOP_K) for name in ("on-demand", "on-demand-overlap"))
+    ceiling = GEOMETRY.on_demand_ceiling(CARD.link_gb_per_s)
+    assert serial.decode_ns > overlap.decode_ns
+    assert overlap.tokens / (overlap.decode_ns / 1e9) < ceiling
+
+
+@settings(max_examples=40, deadline=None)
+@given(full_requests, st.integers(TOP_K, LAYERS * EXPERTS))
+def test_a_cache_never_loads_more_than_none_and_the_oracle_loads_nothing(requests, slots):
+    cached, plain = (clock(strategies()[name], requests, slots) for name in ("lru", "on-demand"))
+    assert cached.loads <= plain.loads
+    assert cached.touches == plain.touches
+    resident = clock(strategies()["resident"], requests, GEOMETRY.keys)
+    assert resident.loads == resident.stall_ns == 0
+    assert resident.decode_ns < cached.decode_ns or cached.decode_ns == resident.decode_ns
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS))
+def test_mobile_keeps_its_books_at_every_pool_size(requests, slots):
+    counters = clock(MOBILE, requests, slots)
+    tokens = [step for request in requests for step in request if step.kind == "little"]
+    falls = [step for request in requests for step in request if step.kind == "big"]
+    assert (counters.tokens, counters.fallbacks) == (len(tokens), len(falls))
+    asked = sum(len(experts) for step in (*tokens, *falls) for experts in step.experts)
+    assert counters.touches == asked
+    assert counters.prefetch_useful <= counters.prefetch_loads
+    assert counters.loads <= counters.demand_loads + counters.prefetch_loads + counters.streamed_loads
+    assert counters.bytes_loaded == counters.loads * GEOMETRY.expert_nbytes
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(two_pass_request(), min_size=1, max_size=3))
+def test_a_fallback_with_a_perfect_prediction_never_waits_longer_than_without(requests):
+    def perfect(step: Step) -> Step:
+        return replace(step, predicted=step.experts) if step.kind == "big" else step
+
+    told = [[perfect(step) for step in request] for request in requests]
+    slots = LAYERS * TOP_K + TOP_K
+    with_it, without = (clock(replace(MOBILE, prefetch=on), told, slots) for on in (True, False))
+    assert with_it.stall_ns <= without.stall_ns
+    assert with_it.touches == without.touches
+
+
+def test_a_fallback_costs_only_the_missing_half():
+    """From a warm little set, a full prediction, enough slots: the big pass loads K - K/2 experts a layer."""
+    big = ((0, 1, 2, 3),) * LAYERS
+    little = ((0, 1),) * LAYERS
+    request = [Step("little", 1, little), Step("big", 1, big, predicted=big)]
+    counters = clock(MOBILE, [request], LAYERS * TOP_K + TOP_K)
+    assert counters.loads == LAYERS * TOP_K
+    assert counters.prefetch_loads == counters.prefetch_useful == LAYERS * TOP_K // 2
+    assert counters.hits + counters.late_prefetches == LAYERS * TOP_K
+
+
+def test_the_same_calls_give_the_same_events():
+    requests = [[prefill, *[Step("full", 1, ((0, 1, 2, 3), (4, 5, 6, 7), (0, 5, 10, 11)))] * 3]]
+    runs = []
+    for _ in range(2):
+        bench = Bench(strategies()["lru"], GEOMETRY, STANDS_FOR, CARD, 8)
+        residency = bench.residency(events=10_000)
+        replay(requests, residency, STANDS_FOR)
+        runs.append(list(residency.ledger.events))
+    assert runs[0] == runs[1]
+    assert len(runs[0]) > 50
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_every_strategy_says_what_it_needs(name):
+    strategy = strategies()[name]
+    assert TOP_K <= strategy.needs(GEOMETRY) <= GEOMETRY.keys
+    assert strategy.summary
+    assert strategy.source
