@@ -123,8 +123,9 @@ class Engine:
 
     def run_experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
-        if self.running is None:  # the base model called without its head: one layer at a time, as prefill
-            self.residency.begin("prefill", hidden.shape[0])
+        if self.running is None:  # the base model called without its head: prefill, if anything
+            if layer == 0:
+                self.residency.begin("prefill", hidden.shape[0])
         else:
             index, weights = self.running.select(layer, index, weights, self.experts)
         groups = group(index, self.experts)

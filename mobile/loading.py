@@ -33,19 +33,20 @@ def load(
 ) -> nn.Module:
     """Load a safetensors checkpoint (a folder or a hub id) and `attach` it; the keywords are attach's.
 
-    The model is read on the CPU and its experts stay there; the rest moves to `device`. Raises Refused for a
-    missing or truncated checkpoint, or one without safetensors, and for whatever attach refuses.
+    `device` can only be the CPU so far, where time is virtual. Raises Refused for a missing or truncated
+    checkpoint, or one without safetensors, and for whatever attach refuses.
     """
+    if torch.device(device).type != "cpu":
+        raise Refused(f"This version runs on the CPU, in virtual time, and not on {device}; leave device out.")
     resolve(strategy, gamma)
     check_checkpoint(source)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise Refused(f"Cannot load {source}: {str(error).splitlines()[0]}") from error
-    attach(
+    return attach(
         model.eval(), strategy, memory=memory, slots=slots, hardware=hardware, link=link, gamma=gamma, geometry=geometry
     )
-    return model.to(device)
 
 
 def check_checkpoint(source: str | os.PathLike[str]) -> None:

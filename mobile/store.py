@@ -35,5 +35,5 @@ class HostStore:
         for module, rows in zip(self.modules, self.rows, strict=True):
             for name, view in self.layout.views(rows).items():
                 weight = getattr(module, name)
-                weight.data = view.clone().to(weight.device)
+                weight.data = view.clone(memory_format=torch.contiguous_format).to(weight.device)
         self.rows.clear()

@@ -12,6 +12,7 @@ from reports.verdict import verdict
 from suites.record import Record
 
 FLAVOURS = ("on-demand", "on-demand-overlap")
+COMPARED = (*FLAVOURS, "lru")  # caching alone, so that its share of a speedup can be told
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def _over(records: list[Record], baseline: list[Record] | None) -> str:
+    """A speedup as tables write it; a cell with no baseline has none."""
+    if baseline is None:
+        return "MISSING"
+    return "1" if records == baseline else _ratio(speedup(records, baseline))
+
+
 def rows_by_strategy(results: Results, budget: str, model: str, **wanted: Any) -> list[list[Record]]:
     """The cells of a budget, grouped by strategy and gamma in the plan's order; `resident` belongs to every budget."""
     groups: dict[tuple, list[Record]] = {}
@@ -45,9 +53,9 @@ def rows_by_strategy(results: Results, budget: str, model: str, **wanted: Any) -
 
 
 def baselines(results: Results, budget: str, model: str, **wanted: Any) -> dict[str, list[Record]]:
-    """The cells of both on-demand flavours that were recorded."""
-    found = {f: results.pick(model=model, strategy=f, budget=budget, **wanted) for f in FLAVOURS}
-    return {flavour: records for flavour, records in found.items() if records}
+    """The cells that others are compared with, of those that were recorded."""
+    found = {base: results.pick(model=model, strategy=base, budget=budget, **wanted) for base in COMPARED}
+    return {base: records for base, records in found.items() if records}
 
 
 def speed(results: Results, model: str, budget: str) -> Table:
@@ -63,7 +71,7 @@ def speed(results: Results, model: str, budget: str) -> Table:
                 name(group[0]),
                 f"{group[0].slots:,}",
                 f"{tokens_per_s(group):.1f}",
-                *(_ratio(speedup(group, bases[flavour])) if flavour in bases else "MISSING" for flavour in FLAVOURS),
+                *(_over(group, bases.get(base)) for base in COMPARED),
                 f"{total(group, 'decode_bytes') / tokens / 1e9:.3f}",
                 _percent(hit_rate(group)),
                 _percent(share(group, "fallbacks", "tokens")) if group[0].gamma is not None else "-",
@@ -73,7 +81,7 @@ def speed(results: Results, model: str, budget: str) -> Table:
             )
         )
     title = {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {budget}")
-    head = ("strategy", "slots", "tokens/s", *(f"over {f}" for f in FLAVOURS), "GB/token", "hits", "fallbacks",
+    head = ("strategy", "slots", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token", "hits", "fallbacks",
             "stalled", "TTFT ms", "lossless")  # fmt: skip
     return Table(f"Decode speed, {title}", head, tuple(rows))
 
@@ -102,12 +110,12 @@ def speed_by_task(results: Results, model: str, budget: str) -> Table:
                     task,
                     str(len(group[0].items)),
                     f"{tokens_per_s(group):.1f}",
-                    *(_ratio(speedup(group, bases[f])) if f in bases else "MISSING" for f in FLAVOURS),
+                    *(_over(group, bases.get(base)) for base in COMPARED),
                     _percent(share(group, "fallbacks", "tokens")),
                     f"{total(group, 'decode_tokens') / len(group[0].items):.1f}",
                 )
             )
-    head = ("task", "prompts", "tokens/s", *(f"over {f}" for f in FLAVOURS), "fallbacks", "tokens/answer")
+    head = ("task", "prompts", "tokens/s", *(f"over {base}" for base in COMPARED), "fallbacks", "tokens/answer")
     return Table(f"mobile by task, budget {budget}", head, tuple(rows))
 
 

@@ -1,0 +1,47 @@
+"""What the README tells a newcomer to do works: its sessions exist, its Python runs, its tables are true."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mobile
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_sessions_it_names_exist():
+    listed = subprocess.run(
+        [sys.executable, "-m", "nox", "-l"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    named = set(re.findall(r"nox (?:--no-venv )?-s (\w+)", README))
+    assert {"reproduce", "tests"} <= named
+    assert all(re.search(rf"^[*-] {name}\b", listed, re.MULTILINE) for name in named)
+
+
+def test_its_python_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = code.replace('"suites/models', f'"{ROOT}/suites/models')
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fallbacks" in done.stdout
+    assert (tmp_path / "timeline.json").is_file()
+
+
+def test_its_table_of_strategies_is_the_registry():
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (yes|no) \|$", README, re.MULTILINE))
+    assert rows == {name: "yes" if s.lossless else "no" for name, s in mobile.strategies().items()}
+
+
+def test_its_tree_names_modules_that_exist():
+    tree = README.split("## Where things are")[1].split("```")[1]
+    for room in ("mobile", "suites", "reports"):
+        assert f"{room}/" in tree
+    for name in re.findall(r"^  (\w+) ", tree, re.MULTILINE):
+        assert list(ROOT.glob(f"*/{name}.py")), name

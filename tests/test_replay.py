@@ -1,0 +1,61 @@
+"""Invariant 6: a trace replayed under the strategy that recorded it gives the live run's ledger."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import greedy, prompt, tiny
+
+import mobile
+from mobile import trace
+from mobile.cost import CostModel
+from mobile.ledger import Ledger
+from mobile.link import VirtualLink
+from mobile.pool import SlotPool
+from mobile.residency import Residency
+from mobile.strategy import BigLittle
+
+
+def replayed(engine, requests) -> Ledger:
+    ledger = Ledger()
+    cost = CostModel(engine.hardware, engine.geometry)
+    link = VirtualLink(cost.load_ns, engine.geometry.expert_nbytes, ledger, lambda k, s: residency.arrived(k, s))
+    residency = Residency(engine.strategy, SlotPool(engine.slots), link, cost, ledger)
+    residency.preload_all()
+    trace.replay(requests, residency, engine.stands_for)
+    return ledger
+
+
+@pytest.mark.parametrize("name", sorted(mobile.strategies()))
+def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, name, tmp_path):
+    model = tiny(family)
+    strategy = mobile.strategies()[name]
+    if name == "mobile":
+        strategy = replace(strategy, gating=BigLittle(0.25))
+    top_k = model.config.num_experts_per_tok
+    for slots in [24] if name == "resident" else [top_k, top_k + 3, 16]:
+        mobile.attach(model, strategy, slots=slots)
+        with model.mobile.recording() as requests:
+            for seed in (1, 2):
+                greedy(model, prompt(seed=seed))
+        engine = model.mobile
+        engine.residency.end_token()
+        mobile.detach(model)
+        trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
+        again = replayed(engine, trace.load(tmp_path / "t.npz")[0])
+        assert again.counters == engine.ledger.counters
+        assert again.events == engine.ledger.events
+        assert name != "mobile" or 0 < again.counters.fallbacks < again.counters.tokens
+
+
+def test_the_ledger_exports_a_trace_that_viewers_read(tmp_path):
+    model = mobile.attach(tiny("olmoe"), "lru", slots=8)
+    greedy(model, prompt())
+    model.mobile.ledger.export_perfetto(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert len(spans) == len(model.mobile.ledger.events) > 100
+    assert {event["tid"] for event in spans} == {1, 2}
+    assert all(event["dur"] > 0 for event in spans)
