@@ -12,12 +12,20 @@ Key = tuple[int, int]  # (MoE layer ordinal, expert)
 
 
 class Event(NamedTuple):
-    """One thing that took time: `what` is "load", "prefetch", "compute" or "stall"; nanoseconds."""
+    """One thing that took time: `what` is "load", "prefetch", "compute" or "stall"; nanoseconds.
+
+    `about` is the expert key it was for, or a word.
+    """
 
     what: str
     start_ns: int
     end_ns: int
-    label: str
+    about: Key | str
+
+    @property
+    def name(self) -> str:
+        """For a reader: "load 3.17" is layer 3, expert 17."""
+        return f"{self.what} {self.about if isinstance(self.about, str) else '.'.join(map(str, self.about))}"
 
 
 @dataclass
@@ -68,10 +76,12 @@ class Ledger:
     def __init__(self, limit: int = 200_000) -> None:
         self.counters = Counters()
         self.events: deque[Event] = deque(maxlen=limit)
+        self.keeps_events = limit > 0
 
-    def event(self, what: str, start_ns: int, end_ns: int, label: str) -> None:
-        if self.events.maxlen and end_ns > start_ns:
-            self.events.append(Event(what, start_ns, end_ns, label))
+    def event(self, what: str, start_ns: int, end_ns: int, about: Key | str) -> None:
+        """Append an event, unless it took no time. Call it only where `keeps_events`: most replays keep none."""
+        if end_ns > start_ns:
+            self.events.append(Event(what, start_ns, end_ns, about))
 
     def clear(self) -> None:
         self.counters = Counters()
@@ -95,7 +105,7 @@ class Ledger:
             for tid, name in ((1, "link"), (2, "GPU"))
         ]
         spans = [
-            {"ph": "X", "pid": 1, "tid": rows[e.what], "name": f"{e.what} {e.label}",
+            {"ph": "X", "pid": 1, "tid": rows[e.what], "name": e.name,
              "ts": e.start_ns / 1e3, "dur": (e.end_ns - e.start_ns) / 1e3}
             for e in self.events
         ]  # fmt: skip

@@ -20,7 +20,37 @@ class Link(Protocol):
     def promote(self, key: Key) -> None: ...
     def cancel(self, key: Key) -> bool: ...
     def wait(self, key: Key) -> None: ...
-    def compute(self, ns: int, label: str) -> None: ...
+    def compute(self, ns: int, about: Key | str) -> None: ...
+
+
+class VirtualLink:
+    """A discrete-event clock in integer nanoseconds: the same calls give the same times on any machine.
+
+    `arrived(key, slot)` is called when a copy ends and must put the real bytes there, so that a step that used a
+    slot too early would compute with what was in it before.
+    """
+
+    def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
+        self.now = 0
+        self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
+        self._demand: deque[tuple[Key, int, str]] = deque()  # key, slot, what it was asked for as
+        self._prefetch: deque[tuple[Key, int, str]] = deque()
+        self._flying: tuple[Key, int, str] | None = None
+        self._flying_end = 0
+
+    def submit(self, key: Key, slot: int, *, demand: bool) -> None:
+        """Queue a copy of `key` into `slot`; it starts at once if the channel is idle."""
+        if demand:
+            self._demand.append((key, slot, "load"))
+        else:
+            self._prefetch.append((key, slot, "prefetch"))
+        if self._flying is None:
+            self._start(self.now)
+
+    def promote(self, key: Key) -> None: ...
+    def cancel(self, key: Key) -> bool: ...
+    def wait(self, key: Key) -> None: ...
+    def compute(self, ns: int, about: Key | str) -> None: ...
 
 
 class VirtualLink:
@@ -46,7 +76,7 @@ class VirtualLink:
             self._start(self.now)
 
     def promote(self, key: Key) -> None:
-        """A queued prefetch became a demand load; no effect if its copy has begun."""
+        """Compute waits for a queued prefetch: it goes with the demand loads. No effect if its copy has begun."""
         for entry in self._prefetch:
             if entry[0] == key:
                 self._prefetch.remove(entry)
@@ -71,29 +101,35 @@ class VirtualLink:
             if landed == key:
                 break
         self._ledger.counters.stall_ns += self.now - begun
-        self._ledger.event("stall", begun, self.now, f"{key[0]}.{key[1]}")
+        if self._ledger.keeps_events:
+            self._ledger.event("stall", begun, self.now, key)
 
-    def compute(self, ns: int, label: str) -> None:
+    def compute(self, ns: int, about: Key | str) -> None:
         """The device computes for `ns` while copies go on."""
-        self._ledger.event("compute", self.now, self.now + ns, label)
-        self._pass_time(self.now + ns)
+        until = self.now + ns
+        if self._ledger.keeps_events:
+            self._ledger.event("compute", self.now, until, about)
+        if self._flying is not None and self._flying_end <= until:
+            self._pass_time(until)
+        else:
+            self.now = until
 
     def _start(self, at: int) -> None:
         queue = self._demand or self._prefetch
         if not queue:
             self._flying = None
             return
-        self._flying_what = "load" if queue is self._demand else "prefetch"
         self._flying = queue.popleft()
         self._flying_end = at + self._load_ns
 
     def _pass_time(self, until: int) -> None:
         while self._flying is not None and self._flying_end <= until:
-            (key, slot), ended = self._flying, self._flying_end
+            (key, slot, what), ended = self._flying, self._flying_end
             counters = self._ledger.counters
             counters.loads += 1
             counters.bytes_loaded += self._row_nbytes
-            self._ledger.event(self._flying_what, ended - self._load_ns, ended, f"{key[0]}.{key[1]}")
+            if self._ledger.keeps_events:
+                self._ledger.event(what, ended - self._load_ns, ended, key)
             self._arrived(key, slot)
             self._start(ended)
         self.now = until

@@ -88,7 +88,7 @@ class Residency:
         """The token is settled: nothing is protected for it any more, and prefetches not begun are taken back."""
         self._wanted.clear()
         for key in list(self.pool.unproven):
-            if not self.pool.ready(key) and self.link.cancel(key):
+            if key not in self.pool.ready and self.link.cancel(key):
                 self._drop(key)
                 self.ledger.counters.prefetch_loads -= 1
         self.pool.protected.clear()
@@ -115,7 +115,7 @@ class Residency:
 
         `experts` are the active ones, ascending, `counts` the tokens routed to each.
         """
-        self.link.compute(self.cost.dense_ns(self._tokens), f"layer {layer}")
+        self.link.compute(self.cost.dense_ns(self._tokens), "dense")
         if self._kind == "prefill" or len(experts) > self.pool.size:
             yield from self._stream(layer, experts, counts)
         else:
@@ -125,12 +125,13 @@ class Residency:
     def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """A decode step whose experts all fit: bring them in, residents computing first, then hand them out."""
         pool, link, counters = self.pool, self.link, self.ledger.counters
+        ready, expert_ns = pool.ready, self.cost.expert_ns
         keys = [(layer, expert) for expert in experts]
         pool.pinned = set(keys)
         cost = dict(zip(keys, counts, strict=True))
         resident, late, missing = [], [], []
         for key in keys:
-            if pool.ready(key):
+            if key in ready:
                 resident.append(key)
             elif key in pool:
                 late.append(key)
@@ -144,18 +145,17 @@ class Residency:
             for key in missing:
                 link.submit(key, self._slot_for(key), demand=True)
         for key in resident:
-            link.compute(self.cost.expert_ns(cost[key]), f"expert {layer}.{key[1]}")
+            link.compute(expert_ns(cost[key]), key)
         for key in late + missing:
             if key not in pool:
                 link.submit(key, self._slot_for(key), demand=True)
-            if not pool.ready(key):
+            if key not in ready:
                 link.wait(key)
-            link.compute(self.cost.expert_ns(cost[key]), f"expert {layer}.{key[1]}")
-        for key in keys:
-            pool.touch(key)
-            if key in pool.unproven:
-                pool.unproven.discard(key)
-                counters.prefetch_useful += 1
+            link.compute(expert_ns(cost[key]), key)
+        pool.touch(keys)
+        if pool.unproven:
+            counters.prefetch_useful += len(pool.pinned & pool.unproven)
+            pool.unproven -= pool.pinned
         for key in keys:
             yield key[1], pool.slot(key)
         pool.pinned = frozenset()
@@ -201,14 +201,14 @@ class Residency:
                     break
             if key in placed:
                 slot = placed[key]
-                while key not in self._landed and not pool.ready(key):
+                while key not in self._landed and key not in pool.ready:
                     link.wait(key)
             else:
                 slot = pool.slot(key)
-                if not pool.ready(key):
+                if key not in pool.ready:
                     link.promote(key)
                     link.wait(key)
-            link.compute(self.cost.expert_ns(count), f"expert {layer}.{expert}")
+            link.compute(self.cost.expert_ns(count), key)
             yield expert, slot
             if placed.pop(key, None) is not None and key not in pool:
                 buffers.append(slot)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reports import plots, tables
-from reports.compare import accuracy, share, speedup
+from reports.compare import accuracy, hit_rate, share, speedup
 from reports.results import Results
 from reports.tables import Table
 from reports.verdict import RULE
@@ -110,7 +110,7 @@ def _model_sections(results: Results, model: str, paper: dict[str, Any]) -> list
     dressed = f"{model} stands for {record.geometry} on {record.hardware}"
     gamma_figure, timeline = plots.gamma_sweep(results, model), plots.token_timeline(results, model)
     return [
-        Section("Verdicts", (RULE,), (tables.verdicts(results, model, paper),)),
+        Section("Verdicts", (RULE, _arithmetic(results, model)), (tables.verdicts(results, model, paper),)),
         Section(
             f"Speed: {model}",
             (
@@ -133,11 +133,27 @@ def _model_sections(results: Results, model: str, paper: dict[str, Any]) -> list
                 "K's answers by construction, so three rows say all. Prefill runs all K experts in every row. "
                 "The margin was fixed before the run; \"not shown\" means that the interval reaches below it.",
             ),
-            (tables.accuracies(results, model, paper["accuracy"]["margin_points"]),),
+            (tables.accuracies(results, model, paper["accuracy"]["margin_points"]),
+             tables.gammas(results, model, paper["accuracy"]["margin_points"])),
         ),
         Section(f"Accuracy against speed: {model}", figures=_figure("gamma_sweep.svg", GAMMA_SWEEP, gamma_figure)),
         Section(f"Where a token's time goes: {model}", figures=_figure("token_timeline.svg", TIMELINE, timeline)),
     ]  # fmt: skip
+
+
+def _arithmetic(results: Results, model: str) -> str:
+    """What the fallback rate alone would give, so that the share of the cache in a speedup is plain."""
+    group = results.pick(model=model, strategy="mobile", gamma=tables.default_gamma(results, model), budget="smallest")
+    if not group:
+        return "There is no MoBiLE cell at the smallest budget."
+    fallbacks, hits = share(group, "fallbacks", "tokens") or 0.0, hit_rate(group) or 0.0
+    return (
+        "Arithmetic to hold against the table: if loading were all of the time, nothing were kept between tokens and "
+        f"every prefetch were in time, a fallback rate of {100 * fallbacks:.1f} % would give 2 / (1 + r) = "
+        f"{2 / (1 + fallbacks):.2f}x. Whatever a row has beyond that is cache: MoBiLE must hold one token's little "
+        f"experts, and at the smallest budget {100 * hits:.1f} % of the experts that a decode step asked for were "
+        "still there. Larger budgets are mostly cache, which is why the row of lru at the same budget stands beside."
+    )
 
 
 def _figure(file: str, caption: str, svg: str | None) -> tuple[tuple[str, str, str], ...]:

@@ -121,38 +121,56 @@ def speed_by_task(results: Results, model: str, budget: str) -> Table:
 
 def accuracies(results: Results, model: str, margin_points: float) -> Table:
     """Scores of full K, static K/2 and MoBiLE by task and pooled, each paired with full K on the same items."""
-    tasks, rows = results.values("task"), []
-    for task in [*tasks, None]:
+    rows = []
+    for task in (*results.values("task"), None):
         wanted = {"task": task} if task else {}
-        groups = {
-            name(group[0]): group
+        reference = results.pick(model=model, strategy="resident", **wanted)
+        groups = [
+            group
             for group in rows_by_strategy(results, "smallest", model, **wanted)
-            if group[0].strategy == "resident" or not group[0].lossless
-        }
-        reference = groups.get("resident")
-        if reference is None:
-            continue
-        for label, group in groups.items():
-            right, items = total(group, "correct"), sum(len(r.items) for r in group)
-            score = wilson(right, items)
-            against = accuracy(group, reference)
-            full = group is reference
-            rows.append(
-                (
-                    task or "all tasks",
-                    "full K" if full else label,
-                    str(items),
-                    f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]",
-                    "-" if full else _points(against.difference),
-                    "-" if full else f"{against.lost} / {against.gained}",
-                    "-" if full else f"{against.p_value:.3f}",
-                    "-" if full else against.within(margin_points),
-                    "-" if group[0].gamma is None else _percent(share(group, "fallbacks", "tokens")),
-                )
-            )
-    head = ("task", "strategy", "n", "score %", "difference to full K", "lost / gained", "McNemar p",
+            if (group[0].strategy == "resident" or not group[0].lossless) and not _swept(group[0], results)
+        ]
+        for group in groups if reference else []:
+            rows.append((task or "all tasks", *_score(group, reference, margin_points)))
+    return Table("Accuracy on the same items", ("task", *_score_head(margin_points)), tuple(rows))
+
+
+def gammas(results: Results, model: str, margin_points: float) -> Table:
+    """Every gamma that was run, all tasks pooled, at the smallest budget: what its fallbacks cost and win back."""
+    reference = results.pick(model=model, strategy="resident")
+    base = baselines(results, "smallest", model).get("on-demand-overlap")
+    found = results.pick(model=model, strategy="mobile", budget="smallest")
+    rows = []
+    for gamma in sorted({record.gamma for record in found if record.gamma is not None}):
+        group = [record for record in found if record.gamma == gamma]
+        if reference:
+            rows.append((*_score(group, reference, margin_points), _over(group, base)))
+    head = (*_score_head(margin_points), "over on-demand-overlap")
+    return Table("Sweep over gamma, all tasks, smallest budget", head, tuple(rows))
+
+
+def _score_head(margin_points: float) -> tuple[str, ...]:
+    return ("strategy", "n", "score %", "difference to full K", "lost / gained", "McNemar p",
             f"within {margin_points:g} point", "fallbacks")  # fmt: skip
-    return Table("Accuracy on the same items", head, tuple(rows))
+
+
+def _score(group: list[Record], reference: list[Record], margin_points: float) -> tuple[str, ...]:
+    """One strategy's score and what the pairing with full K says."""
+    items = sum(len(record.items) for record in group)
+    score = wilson(total(group, "correct"), items)
+    own = (str(items), f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]")
+    if group[0].strategy == "resident":
+        return ("full K", *own, "-", "-", "-", "-", "-")
+    against = accuracy(group, reference)
+    return (
+        name(group[0]),
+        *own,
+        _points(against.difference),
+        f"{against.lost} / {against.gained}",
+        f"{against.p_value:.3f}",
+        against.within(margin_points),
+        "-" if group[0].gamma is None else _percent(share(group, "fallbacks", "tokens")),
+    )
 
 
 def verdicts(results: Results, model: str, paper: dict[str, Any]) -> Table:
@@ -170,11 +188,14 @@ def verdicts(results: Results, model: str, paper: dict[str, Any]) -> Table:
                     f"{band['low']:.2f}x to {band['high']:.2f}x",
                     f"over {flavour}, {budget}",
                     _ratio(measured) if measured else "-",
+                    _ratio(speedup(bases["lru"], bases[flavour])) if "lru" in bases and flavour in bases else "-",
                     verdict(measured, band["low"], band["high"], scope, weights),
                     f"{scope}, {weights}",
                 )
             )
-    return Table("Verdicts", ("published", "here", "measured", "verdict", "scope"), tuple(rows))
+    return Table(
+        "Verdicts", ("published", "MoBiLE here", "speedup", "caching alone (lru)", "verdict", "scope"), tuple(rows)
+    )
 
 
 def ceilings(results: Results, model: str) -> Table:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from reports.stats import Interval
 
 WIDENING = 0.02  # "materially different" starts beyond 2 %
-WIDEST = 0.10  # an interval wider than +-10 % decides nothing
+WIDEST = 0.10  # an interval wider than ±10 % decides nothing
 
 RULE = (
     "REPRODUCED: the 95 % interval meets the published band widened by 2 %. SHORT, EXCEEDS: wholly below, wholly "
-    "above. INCONCLUSIVE: the interval is wider than +-10 %. NOT COMPARABLE: not measured on a GPU over a real link "
+    "above. INCONCLUSIVE: the interval is wider than ±10 %. NOT COMPARABLE: not measured on a GPU over a real link "
     "with the real weights. FAILED, MISSING: no result."
 )
 

@@ -43,19 +43,20 @@ def time_cell(cell: Cell, run: Path) -> Record:
         for answer, counters in zip(answers["answers"], taken, strict=True)
     )  # fmt: skip
     shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
+    drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(on, shown, TIMELINE_TOKENS))
     return Record(
         id=cell.id, status="ok", scope="cpu+virtual", weights=generation.model.weights, model=generation.model.name,
         geometry=on.geometry.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
         lossless=strategy.lossless, hardware=card.name, budget=cell.budget, slots=on.slots, seed=generation.seed,
         config={
-            "generation": generation.id, "items": generation.items, "batch_of_generation": "64",
+            "generation": generation.id, "items": generation.items, "batch_of_generation": answers["batch"],
             "dtype": "float32", "expert_nbytes": on.geometry.expert_nbytes, "moe_layers": on.geometry.moe_layers,
             "experts": on.geometry.experts, "top_k": on.geometry.top_k, "link_gb_per_s": card.link_gb_per_s,
             "profile_sources": list(card.sources), "strategy_source": strategy.source,
         },
         environment=environment(), items=items, counters=ledger.stats(),
         ceiling_tokens_per_s=on.geometry.on_demand_ceiling(card.link_gb_per_s), checks=answers["checks"],
-        timeline=tuple(timeline(on, shown, TIMELINE_TOKENS)) if cell.budget == "smallest" else (),
+        timeline=drawn if cell.budget == "smallest" else (),
         wall_seconds=time.monotonic() - begun,
     )  # fmt: skip
 

@@ -67,6 +67,7 @@ def run(generation: Generation, place: Place, hardware: str) -> None:
         {
             "answers": [asdict(answer) for answer in answers],
             "checks": checks,
+            "batch": BATCH,
             "wall_seconds": time.monotonic() - begun,
         },
     )

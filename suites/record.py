@@ -61,7 +61,7 @@ class Record:
     counters: dict[str, Any] = field(default_factory=dict)
     ceiling_tokens_per_s: float | None = None
     checks: dict[str, bool] = field(default_factory=dict)
-    timeline: tuple[tuple[str, int, int, str], ...] = ()
+    timeline: tuple[tuple[str, int, int, str], ...] = ()  # what, start and end in ns, name
     wall_seconds: float | None = None
     error: str | None = None
     schema: int = SCHEMA

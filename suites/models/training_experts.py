@@ -10,7 +10,8 @@ class GroupedLinear(torch.autograd.Function):
     """y[i] = x[i] @ weight[group of i].T for rows sorted by group.
 
     x is (rows, in), weight (groups, out, in), ends the cumulative row counts as Python integers. Writing
-    each product into its place avoids the stock path's copies: measured 2x faster than it in training.
+    each product into its place saves copies: in training on one core 7,500 tokens/s, against 6,400 with the stock
+    grouped_mm and 5,000 with eager (one run each, 4 batches of the recipe, a shared machine).
     """
 
     @staticmethod
