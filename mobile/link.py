@@ -47,34 +47,6 @@ class VirtualLink:
         if self._flying is None:
             self._start(self.now)
 
-    def promote(self, key: Key) -> None: ...
-    def cancel(self, key: Key) -> bool: ...
-    def wait(self, key: Key) -> None: ...
-    def compute(self, ns: int, about: Key | str) -> None: ...
-
-
-class VirtualLink:
-    """A discrete-event clock in integer nanoseconds: the same calls give the same times on any machine.
-
-    `arrived(key, slot)` is called when a copy ends and must put the real bytes there, so that a step that used a
-    slot too early would compute with what was in it before.
-    """
-
-    def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
-        self.now = 0
-        self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
-        self._demand: deque[tuple[Key, int]] = deque()
-        self._prefetch: deque[tuple[Key, int]] = deque()
-        self._flying: tuple[Key, int] | None = None
-        self._flying_end = 0
-        self._flying_what = ""
-
-    def submit(self, key: Key, slot: int, *, demand: bool) -> None:
-        """Queue a copy of `key` into `slot`; it starts at once if the channel is idle."""
-        (self._demand if demand else self._prefetch).append((key, slot))
-        if self._flying is None:
-            self._start(self.now)
-
     def promote(self, key: Key) -> None:
         """Compute waits for a queued prefetch: it goes with the demand loads. No effect if its copy has begun."""
         for entry in self._prefetch:
