@@ -15,7 +15,7 @@ from mobile.refusal import Refused
 from mobile.strategy import Strategy, strategies
 
 if TYPE_CHECKING:
-    from mobile.engine import attach, detach
+    from mobile.attachment import attach, detach
     from mobile.loading import load
 
 __all__ = ["Refused", "Strategy", "attach", "detach", "load", "strategies"]
@@ -23,9 +23,9 @@ __all__ = ["Refused", "Strategy", "attach", "detach", "load", "strategies"]
 
 def __getattr__(name: str) -> Any:
     if name in ("attach", "detach"):
-        from mobile import engine
+        from mobile import attachment
 
-        return getattr(engine, name)
+        return getattr(attachment, name)
     if name == "load":
         from mobile.loading import load
 

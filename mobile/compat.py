@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,8 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
+from mobile.geometry import Geometry
+from mobile.layout import layout_of
 from mobile.refusal import Refused
 
 OLDEST, NEWEST_BELOW = "5.17", "5.24"
@@ -78,3 +82,37 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     if len(shapes) != 1:
         raise Refused(f"{kind} has MoE layers of unlike sizes, which this version cannot offload yet.")
     return layers
+
+
+@contextmanager
+def top_k_of(routers: list[Any], top_k: int) -> Iterator[None]:
+    """Inside the block every router chooses `top_k` experts."""
+    before = [router.top_k for router in routers]
+    try:
+        for router in routers:
+            router.top_k = top_k
+        yield
+    finally:
+        for router, k in zip(routers, before, strict=True):
+            router.top_k = k
+
+
+def geometry_of(model: Any, layers: list[MoeLayer]) -> Geometry:
+    """The live model's own sizes, read from its parameters."""
+    layout = layout_of({name: getattr(layers[0].experts, name) for name in WEIGHTS})
+    routed = {id(getattr(layer.experts, name)) for layer in layers for name in WEIGHTS}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = {id(module.weight) for module in (embedding, head) if module is not None}
+    dense = sum(p.nbytes for p in model.parameters() if id(p) not in routed | apart)
+    return Geometry(
+        name=type(model).__name__,
+        moe_layers=len(layers),
+        experts=layers[0].count,
+        top_k=int(layers[0].router.top_k),
+        expert_nbytes=layout.nbytes,
+        dense_nbytes=dense // len(layers),
+        router_nbytes=sum(p.nbytes for p in layers[0].router.parameters()),
+        head_nbytes=head.weight.nbytes if head is not None else 0,
+        embedding_nbytes=embedding.weight.nbytes if embedding is not None and head is not embedding else 0,
+        width=layout.dtype.itemsize,
+    )

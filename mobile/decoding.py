@@ -5,19 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from mobile import rollback
+from mobile.engine import Engine
 from mobile.passes import Pass
 from mobile.strategy import BigLittle, FullK
-
-if TYPE_CHECKING:
-    from mobile.engine import Engine
 
 
 class Decoder:
@@ -149,16 +145,3 @@ class Decoder:
 
 def _several(value: int | list[int] | None) -> list[int | None]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-@contextmanager
-def top_k_of(routers: list[Any], top_k: int) -> Iterator[None]:
-    """Inside the block every router chooses `top_k` experts."""
-    before = [router.top_k for router in routers]
-    try:
-        for router in routers:
-            router.top_k = top_k
-        yield
-    finally:
-        for router, k in zip(routers, before, strict=True):
-            router.top_k = k

@@ -1,30 +1,25 @@
-"""The engine: puts a strategy, its slots and its link behind a live model, and takes them away again."""
+"""The engine: the slots, the clock and the trace behind one attached model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
-from mobile import compat, selftest
+from mobile import compat
 from mobile.cost import CostModel
-from mobile.decoding import Decoder, top_k_of
-from mobile.experts import bind, unbind
-from mobile.geometry import Geometry, dress, slots_for
-from mobile.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.geometry import Geometry
+from mobile.hardware import HardwareProfile
 from mobile.kernels import group, loop
-from mobile.layout import layout_of
 from mobile.ledger import Key, Ledger
 from mobile.link import VirtualLink
 from mobile.passes import Pass
 from mobile.pool import SlotPool
-from mobile.refusal import Refused
 from mobile.residency import STAGING, Residency
 from mobile.store import HostStore
-from mobile.strategy import BigLittle, FullK, Strategy, resolve
+from mobile.strategy import Strategy
 from mobile.trace import Request
 
 
@@ -32,12 +27,12 @@ class Engine:
     """Everything `attach` adds to a model, reachable as `model.mobile`."""
 
     def __init__(
-        self, model: nn.Module, strategy: Strategy, layers: list[compat.MoeLayer], own: Geometry, worn: Geometry,
+        self, strategy: Strategy, layers: list[compat.MoeLayer], little_k: int, worn: Geometry,
         stands_for: tuple[tuple[int, ...], ...], slots: int, hardware: HardwareProfile, poison: bool,
     ) -> None:  # fmt: skip
         self.strategy, self.layers, self.geometry, self.slots = strategy, layers, worn, slots
         self.hardware, self.stands_for = hardware, stands_for
-        self.little = own.little_k
+        self.little = little_k
         self.ledger = Ledger()
         self.running: Pass | None = None
         self.rolls_back = False
@@ -46,7 +41,7 @@ class Engine:
         self._owner = [mine for mine, covered in enumerate(stands_for) for _ in covered]
         self._batch: list[Request] = []
         self.store = HostStore([layer.experts for layer in layers], compat.WEIGHTS)
-        self.decoder = Decoder(model, self)
+        self.leave: Callable[[], None] = lambda: None  # set by attach: how to undo it
 
     @property
     def experts(self) -> int:
@@ -58,17 +53,14 @@ class Engine:
 
     # --- coming and going ---------------------------------------------------------------------------
 
-    def _go_live(self) -> None:
-        """Take the model's experts, bind its modules, wrap its forward."""
+    def take_experts(self) -> None:
+        """Move the model's experts to the host store and make the slots; the modules keep empty placeholders."""
         self.store.take()
         device = next(iter(self.layers[0].router.parameters())).device
         layout = self.store.layout
         self._slots = torch.zeros(self.slots + STAGING, layout.numel, dtype=layout.dtype, device=device)
         self._views = layout.views(self._slots)
         self.restart()
-        for number, layer in enumerate(self.layers):
-            bind(layer.experts, self, number)
-        self.decoder.install()
 
     def restart(self) -> None:
         """Cold slots, an empty ledger and a clock at zero."""
@@ -80,12 +72,6 @@ class Engine:
             self._slots.fill_(float("nan"))
         for key, slot in self.residency.preload_all():
             self._fill(key, slot)
-
-    def _go_away(self) -> None:
-        self.decoder.remove()
-        for layer in self.layers:
-            unbind(layer.experts)
-        self.store.give_back()
 
     # --- bytes --------------------------------------------------------------------------------------
 
@@ -104,7 +90,7 @@ class Engine:
 
     def little_k(self) -> Any:
         """A context in which every router chooses K/2 experts."""
-        return top_k_of([layer.router for layer in self.layers], self.little)
+        return compat.top_k_of([layer.router for layer in self.layers], self.little)
 
     @contextmanager
     def passing(self, running: Pass) -> Iterator[None]:
@@ -171,91 +157,3 @@ class Engine:
             yield self.recorded
         finally:
             self.recorded = None
-
-
-def geometry_of(model: Any, layers: list[compat.MoeLayer]) -> Geometry:
-    """The live model's own sizes, read from its parameters."""
-    layout = layout_of({name: getattr(layers[0].experts, name) for name in compat.WEIGHTS})
-    routed = {id(getattr(layer.experts, name)) for layer in layers for name in compat.WEIGHTS}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    apart = {id(module.weight) for module in (embedding, head) if module is not None}
-    dense = sum(p.nbytes for p in model.parameters() if id(p) not in routed | apart)
-    return Geometry(
-        name=type(model).__name__,
-        moe_layers=len(layers),
-        experts=layers[0].count,
-        top_k=int(layers[0].router.top_k),
-        expert_nbytes=layout.nbytes,
-        dense_nbytes=dense // len(layers),
-        router_nbytes=sum(p.nbytes for p in layers[0].router.parameters()),
-        head_nbytes=head.weight.nbytes if head is not None else 0,
-        embedding_nbytes=embedding.weight.nbytes if embedding is not None and head is not embedding else 0,
-        width=layout.dtype.itemsize,
-    )
-
-
-def attach(
-    model: Any,
-    strategy: str | Strategy = "mobile",
-    *,
-    memory: int | str | None = None,
-    slots: int | None = None,
-    hardware: str | HardwareProfile = "auto",
-    link: str = "auto",
-    gamma: float | None = None,
-    geometry: str | None = None,
-    poison: bool = False,
-) -> Any:
-    """Offload a live Transformers MoE: its experts move to the host store, a few slots serve them.
-
-    Returns the same object; `generate()` and everything around it work as before, and `model.mobile` has the
-    stats. Give `memory` (bytes or "8GiB", dense weights and reserve included) or `slots`; with neither, the
-    profile's memory. `geometry` charges time and bytes as if the model were that real one. `poison` fills empty
-    slots with NaN, for tests. Raises Refused, with nothing changed, for whatever cannot work.
-    """
-    compat.check_version()
-    if hasattr(model, "mobile"):
-        raise Refused("This model is already attached; call mobile.detach(model) first.")
-    chosen = resolve(strategy, gamma)
-    hardware = hardware if isinstance(hardware, HardwareProfile) else profile(hardware)
-    if link not in ("auto", "virtual"):
-        raise Refused(f"Link {link!r} is not available; choose auto or virtual.")
-    layers = compat.moe_layers(model)
-    own = geometry_of(model, layers)
-    worn, stands_for = dress(own, geometry)
-    if slots is not None and memory is not None:
-        raise Refused("Give memory or slots, not both.")
-    if slots is None and chosen.retain == "everything" and memory is None:
-        slots = worn.keys
-    if slots is None:
-        nbytes = hardware.vram_nbytes if memory is None else parse_nbytes(memory)
-        slots = slots_for(worn, nbytes, hardware.reserve_nbytes, STAGING)
-    if slots < worn.top_k:
-        raise Refused(f"{slots} slots cannot hold one token's {worn.top_k} experts; give at least {worn.top_k} slots.")
-    if chosen.retain == "everything" and slots < worn.keys:
-        raise Refused(f"Strategy {chosen.name} keeps all {worn.keys} experts on the device; {slots} slots are too few.")
-    if any(not p.is_floating_point() or p.device.type == "meta" for p in model.parameters()):
-        raise Refused("The model's weights are quantised or not loaded; load them in a floating-point dtype first.")
-    if not isinstance(chosen.gating, FullK):
-        selftest.check_routers(model, layers, own.little_k)
-    engine = Engine(model, chosen, layers, own, worn, stands_for, min(slots, worn.keys), hardware, poison)
-    engine._go_live()
-    model.mobile = engine
-    if isinstance(chosen.gating, BigLittle):
-        try:
-            engine.rolls_back = selftest.rolls_back(model, engine)
-        except BaseException:
-            detach(model)
-            raise
-        engine.restart()
-    return model
-
-
-def detach(model: Any) -> Any:
-    """The stock model again, bit for bit; returns it. Raises Refused if it is not attached."""
-    engine = getattr(model, "mobile", None)
-    if not isinstance(engine, Engine):
-        raise Refused("This model is not attached, so there is nothing to detach.")
-    engine._go_away()
-    del model.mobile
-    return model

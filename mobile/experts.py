@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-if TYPE_CHECKING:
-    from mobile.engine import Engine
-
 NAME = "mobile"
+
+
+class RunsExperts(Protocol):
+    """What stands behind an offloaded experts module."""
+
+    def run_experts(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor: ...
 
 
 def offloaded_experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -23,7 +28,7 @@ def offloaded_experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, we
 ALL_EXPERTS_FUNCTIONS.register(NAME, offloaded_experts)
 
 
-def bind(module: Any, engine: Engine, layer: int) -> None:
+def bind(module: Any, engine: RunsExperts, layer: int) -> None:
     """Route the module's forward through the engine.
 
     The module gets a configuration object of its own, since models built from one share it.

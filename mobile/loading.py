@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mobile.engine import attach
+from mobile.attachment import attach
 from mobile.hardware import HardwareProfile
 from mobile.refusal import Refused
 from mobile.strategy import Strategy, resolve

@@ -32,7 +32,7 @@ class Residency:
         self._kind = ""
         self._tokens = 1
         self._begun = (0, 0, 0)  # clock, bytes and stall when this pass began
-        self._landed: set[Key] = set()  # in the staging buffers
+        self._landed: dict[int, Key] = {}  # what each staging buffer holds
         self._wanted: deque[Key] = deque()  # predicted by a fallback, not yet given a slot
 
     def preload_all(self) -> list[tuple[Key, int]]:
@@ -177,40 +177,26 @@ class Residency:
         missing = deque((layer, expert) for expert in experts if (layer, expert) not in pool)
         buffers = deque(range(pool.size, pool.size + STAGING))
         placed: dict[Key, int] = {}
+        ahead = STAGING if self.strategy.overlap else 1
         self._landed.clear()
-
-        def submit_next() -> None:
-            key = missing[0]
-            slot = pool.take_free(key) if keep else None
-            if slot is None:
-                if not buffers:
-                    return
-                slot = buffers.popleft()
-            missing.popleft()
-            placed[key] = slot
-            counters.streamed_loads += 1
-            link.submit(key, slot, demand=True)
-
         for expert, count in zip(experts, counts, strict=True):
             key = (layer, expert)
-            ahead = STAGING if self.strategy.overlap else 1
             while missing and len(placed) < ahead:
-                before = len(placed)
-                submit_next()
-                if len(placed) == before:
-                    break
-            if key in placed:
-                slot = placed[key]
-                while key not in self._landed and key not in pool.ready:
-                    link.wait(key)
-            else:
+                coming = missing.popleft()
+                free = pool.take_free(coming) if keep else None
+                placed[coming] = buffers.popleft() if free is None else free
+                counters.streamed_loads += 1
+                link.submit(coming, placed[coming], demand=True)
+            slot = placed.pop(key, None)
+            settled = key in pool
+            if slot is None:
                 slot = pool.slot(key)
-                if key not in pool.ready:
-                    link.promote(key)
-                    link.wait(key)
+                link.promote(key)
+            while key not in pool.ready and self._landed.get(slot) != key:
+                link.wait(key)
             link.compute(self.cost.expert_ns(count), key)
             yield expert, slot
-            if placed.pop(key, None) is not None and key not in pool:
+            if not settled:
                 buffers.append(slot)
                 self._emptied(slot)
 
@@ -219,7 +205,7 @@ class Residency:
         if slot < self.pool.size:
             self.pool.arrived(key)
         else:
-            self._landed.add(key)
+            self._landed[slot] = key
 
     # --- slots --------------------------------------------------------------------------------------
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from mobile import rollback
 from mobile.compat import MoeLayer
+from mobile.engine import Engine
 from mobile.passes import Pass
 from mobile.refusal import Refused
-
-if TYPE_CHECKING:
-    from mobile.engine import Engine
+from mobile.trace import Kind
 
 
-def _ids(model: nn.Module, *ids: int) -> torch.Tensor:
-    return torch.tensor([ids], device=next(model.parameters()).device)
+def _ids(device: torch.device, *ids: int) -> torch.Tensor:
+    return torch.tensor([ids], device=device)
 
 
 def check_routers(model: nn.Module, layers: list[MoeLayer], little_k: int) -> None:
@@ -34,7 +34,7 @@ def check_routers(model: nn.Module, layers: list[MoeLayer], little_k: int) -> No
     hooks = [layer.router.register_forward_hook(heard, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
-            model(input_ids=_ids(model, 0, 1), use_cache=False)
+            model(input_ids=_ids(next(model.parameters()).device, 0, 1), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -54,14 +54,16 @@ def check_routers(model: nn.Module, layers: list[MoeLayer], little_k: int) -> No
 
 
 @torch.no_grad()
-def rolls_back(model: nn.Module, engine: Engine) -> bool:
-    """Whether a little step undone and a big step taken equal, bit for bit, the big step on an untouched cache."""
-    stock = engine.decoder.stock
-    prompt, token = _ids(model, 0, 1, 2), _ids(model, 1)
+def rolls_back(stock: Callable[..., Any], engine: Engine) -> bool:
+    """Whether a little step undone and a big step taken equal, bit for bit, the big step on an untouched cache.
 
-    def forward(kind, ids, cache):
-        running = Pass(kind, torch.ones_like(ids, dtype=torch.bool))
-        with engine.passing(running):
+    `stock` is the model's own forward, its experts already served by `engine`.
+    """
+    device = next(engine.layers[0].router.parameters()).device
+    prompt, token = _ids(device, 0, 1, 2), _ids(device, 1)
+
+    def forward(kind: Kind, ids: torch.Tensor, cache: Any) -> Any:
+        with engine.passing(Pass(kind, torch.ones_like(ids, dtype=torch.bool))):
             return stock(input_ids=ids, past_key_values=cache, use_cache=True)
 
     cache = forward("prefill", prompt, None).past_key_values

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mobile
 from mobile import trace
-from mobile.compat import moe_layers
-from mobile.engine import geometry_of
+from mobile.compat import geometry_of, moe_layers
 from mobile.geometry import Geometry
 from mobile.hardware import profile
 from mobile.strategy import FullK, Strategy, resolve, strategies
