@@ -6,7 +6,7 @@ A live run and a replayed trace drive the same object through the same calls, so
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mobile.cost import CostModel
 from mobile.ledger import Key, Ledger
@@ -87,11 +87,15 @@ class Residency:
     def end_token(self) -> None:
         """The token is settled: nothing is protected for it any more, and prefetches not begun are taken back."""
         self._wanted.clear()
-        for key in list(self.pool.unproven):
-            if key not in self.pool.ready and self.link.cancel(key):
+        self._take_back(self.pool.unproven - self.pool.ready)
+        self.pool.protected.clear()
+
+    def _take_back(self, keys: Iterable[Key]) -> None:
+        """Undo these prefetches as far as their copies have not begun."""
+        for key in sorted(keys):
+            if self.link.cancel(key):
                 self._drop(key)
                 self.ledger.counters.prefetch_loads -= 1
-        self.pool.protected.clear()
 
     def _clock(self) -> tuple[int, int, int]:
         counters = self.ledger.counters
@@ -128,6 +132,8 @@ class Residency:
         ready, expert_ns = pool.ready, self.cost.expert_ns
         keys = [(layer, expert) for expert in experts]
         pool.pinned = set(keys)
+        if self._kind == "big":
+            self._refute(layer)
         cost = dict(zip(keys, counts, strict=True))
         resident, late, missing = [], [], []
         for key in keys:
@@ -166,6 +172,13 @@ class Residency:
             pool.protected.update(keys)
         elif self._kind == "big":
             pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
+
+    def _refute(self, layer: int) -> None:
+        """The router has spoken: what was predicted for this layer and not chosen is not worth a copy any more."""
+        while self._wanted and self._wanted[0][0] <= layer:
+            self._wanted.popleft()
+        pool = self.pool
+        self._take_back(key for key in pool.unproven - pool.ready - pool.pinned if key[0] == layer)
 
     def _stream(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """A step wider than a decode token: experts pass through the staging buffers, the pool's order untouched.
@@ -223,10 +236,8 @@ class Residency:
             queued = [other for other in pool.queued() if other not in pool.pinned]
             assert queued, "a pool of at least top-k slots always has one to give"
             last = queued[-1]
-            if self.link.cancel(last):
-                self.ledger.counters.prefetch_loads -= 1
-                self._drop(last)
-            else:
+            self._take_back([last])
+            if last in pool:
                 self.link.wait(last)
 
     def _pump(self) -> None:

@@ -21,7 +21,8 @@ def main() -> int:
     sub = verbs.add_parser("build", help="write report.md and report.html into the run folder")
     sub.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest under runs/)")
     options = top.parse_args()
-    console, begun = Console(soft_wrap=True), time.monotonic()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    begun = time.monotonic()
     try:
         run = options.run or newest_run(Path("runs"))
         report = build(read(run))

@@ -57,6 +57,25 @@ def test_poison_is_seen_when_a_slot_is_emptied_too_early(monkeypatch):
     assert model(prompt()).logits.isnan().any()
 
 
+def test_on_demand_loads_exactly_the_active_experts_and_the_ledger_counts_their_bytes(family):
+    """Live, at every pool size: what the recorded routing names is what was copied, no more and no less."""
+    model, ids = tiny(family), prompt()
+    for slots in pool_sizes(model).values():
+        for strategy in ("on-demand", "on-demand-overlap"):
+            mobile.attach(model, strategy, slots=slots)
+            with model.mobile.recording() as requests:
+                greedy(model, ids)
+            stats, row = model.mobile.stats(), model.mobile.store.layout.nbytes
+            mobile.detach(model)
+            steps = requests[0]
+            active = [sum(len(experts) for experts in step.experts) for step in steps]
+            assert stats["streamed_loads"] == active[0]
+            assert stats["demand_loads"] == sum(active[1:])
+            assert stats["loads"] == sum(active)
+            assert stats["bytes_loaded"] == stats["loads"] * row
+            assert stats["hits"] == 0
+
+
 def test_detach_restores_every_bit(family):
     model = tiny(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

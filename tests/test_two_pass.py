@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import greedy, prompt, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mobile
 from mobile import rollback
 from mobile.biglittle import MOBILE
 from mobile.pool import SlotPool
 from mobile.strategy import BigLittle
+
+SHIPPED = Path(__file__).parent.parent / "suites/models/olmoe-tiny"
 
 
 def routers(model) -> list[torch.nn.Module]:
@@ -114,18 +118,39 @@ def test_without_pins_the_output_is_wrong(family, monkeypatch):
 
 
 def test_switching_the_prefetch_off_changes_nothing_but_time(family):
-    ids, seen = prompt(), {}
+    """At every pool size, down to the smallest legal one."""
+    model, ids = tiny(family), prompt()
+    top_k = model.config.num_experts_per_tok
+    for slots in (top_k, top_k + 3, 12, 24):
+        seen = {}
+        for prefetch in (True, False):
+            strategy = replace(MOBILE, prefetch=prefetch, gating=BigLittle(0.2))
+            mobile.attach(model, strategy, slots=slots, poison=True)
+            seen[prefetch] = *greedy(model, ids, tokens=20), model.mobile.stats()
+            mobile.detach(model)
+        with_it, without = seen[True], seen[False]
+        assert torch.equal(with_it[0], without[0])
+        assert torch.equal(with_it[1], without[1])
+        assert with_it[2]["fallbacks"] == without[2]["fallbacks"] > 0
+        assert without[2]["prefetch_loads"] == 0
+        assert slots == 24 or with_it[2]["prefetch_useful"] > 0
+
+
+def test_without_the_prefetch_the_shipped_model_is_later():
+    """Dressed as the real model, where a load takes as long as it would: same tokens, more waiting."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(SHIPPED)("Q: I have a cat, two dogs, and a plum.")["input_ids"]])
+    seconds, tokens = {}, {}
     for prefetch in (True, False):
-        model = tiny(family)
-        strategy = replace(MOBILE, prefetch=prefetch, gating=BigLittle(0.2))
-        mobile.attach(model, strategy, slots=12, poison=True)
-        sequences, logits = greedy(model, ids, tokens=20)
-        seen[prefetch] = sequences, logits, model.mobile.stats()
-    with_it, without = seen[True], seen[False]
-    assert torch.equal(with_it[0], without[0])
-    assert torch.equal(with_it[1], without[1])
-    assert with_it[2]["fallbacks"] == without[2]["fallbacks"] > 0
-    assert with_it[2]["prefetch_useful"] > 0 == without[2]["prefetch_loads"]
+        strategy = replace(MOBILE, prefetch=prefetch, gating=BigLittle(0.95))
+        mobile.attach(model, strategy, slots=72, geometry="olmoe-1b-7b")
+        tokens[prefetch] = greedy(model, ids, tokens=30)[0].tolist()
+        stats = model.mobile.stats()
+        seconds[prefetch] = stats["decode_seconds"]
+        mobile.detach(model)
+        assert stats["fallbacks"] > 3
+    assert tokens[True] == tokens[False]
+    assert seconds[True] < seconds[False]
 
 
 def test_a_row_of_a_batch_equals_the_row_alone(family):
