@@ -122,10 +122,9 @@ class Decoder:
         It must decide nothing. A row stopped by anything else than an end token is seen one step late, which costs
         a needless fallback at most.
         """
-        ended = torch.tensor(self._ends, device=device)
         if rows == 1 or inputs is None or not self._ends:
             return torch.ones(rows, dtype=torch.bool, device=device)
-        return ~torch.isin(inputs[:, -1], ended)
+        return ~torch.isin(inputs[:, -1], torch.tensor(self._ends, device=device))
 
     @functools.cached_property
     def _ends(self) -> list[int]:

@@ -129,9 +129,8 @@ class Engine:
     def fall_back(self, predicted: list[torch.Tensor], unsure: torch.Tensor) -> None:
         """Tell the clock that rows were unsure, and what their big pass will probably need, in layer order."""
         wanted = [layer[unsure].unique().tolist() for layer in predicted]
-        self.residency.fallback(
-            [(layer, e) for mine, covered in enumerate(self.stands_for) for layer in covered for e in wanted[mine]]
-        )
+        keys = [(layer, e) for mine, covered in enumerate(self.stands_for) for layer in covered for e in wanted[mine]]
+        self.residency.fallback(keys, int(unsure.sum()))
 
     def remember(
         self, done: Pass, live: torch.Tensor | None = None, confidence: torch.Tensor | None = None,

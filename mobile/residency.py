@@ -59,7 +59,7 @@ class Residency:
         if kind == "prefill":
             counters.prompt_tokens += tokens
         elif kind != "big":
-            counters.tokens += 1
+            counters.tokens += tokens
 
     def finish(self) -> None:
         """The pass ends with the output head (and, after a little pass, the confidence test inside it)."""
@@ -72,9 +72,12 @@ class Residency:
         self.pool.pinned = frozenset()
         self.end_token()
 
-    def fallback(self, predicted: Sequence[Key]) -> None:
-        """The little pass was unsure: its routers, replayed at K, name what the big pass will need, in order."""
-        self.ledger.counters.fallbacks += 1
+    def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
+        """The little pass was unsure of `tokens` tokens: its routers, replayed at K, name what the big pass will need.
+
+        `predicted` is in the order of its layers.
+        """
+        self.ledger.counters.fallbacks += tokens
         self._begun = self._clock()
         self._kind = "big"
         if self.strategy.prefetch:

@@ -45,7 +45,7 @@ def time_cell(cell: Cell, run: Path) -> Record:
     shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
     drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(on, shown, TIMELINE_TOKENS))
     return Record(
-        id=cell.id, status="ok", scope="cpu+virtual", weights=generation.model.weights, model=generation.model.name,
+        id=cell.id, scope="cpu+virtual", weights=generation.model.weights, model=generation.model.name,
         geometry=on.geometry.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
         lossless=strategy.lossless, hardware=card.name, budget=cell.budget, slots=on.slots, seed=generation.seed,
         config={

@@ -21,7 +21,7 @@ class Item:
     """One test item of a cell: what was asked, what came out, whether it was right, and what it took.
 
     `ttft_ns` is prefill, `decode_ns` all decode steps, of `decode_tokens` tokens (the first output token is
-    prefill's). `confidences` are the little pass's, one per decode token; null where there is no little pass.
+    prefill's), `decode_bytes` what the link copied during them. `answer` is null where none could be found.
     """
 
     doc: int
@@ -42,7 +42,6 @@ class Record:
     """Everything one cell did, and everything needed to do it again."""
 
     id: str
-    status: str  # "ok" or "failed"
     scope: str  # "cpu+virtual", "gpu+pcie", "gpu+throttled"
     weights: str  # "shipped-tiny", "synthetic", "real"
     model: str
@@ -63,7 +62,6 @@ class Record:
     checks: dict[str, bool] = field(default_factory=dict)
     timeline: tuple[tuple[str, int, int, str], ...] = ()  # what, start and end in ns, name
     wall_seconds: float | None = None
-    error: str | None = None
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:

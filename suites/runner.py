@@ -54,7 +54,7 @@ def generation_jobs(preset: Preset, run: Path) -> list[Job]:
                     proof=tuple(_answers(run, g) for g in missing),
                 )
             )  # fmt: skip
-    return sorted(jobs, key=lambda job: "generate-" not in job.id)
+    return jobs
 
 
 def cell_jobs(preset: Preset, run: Path) -> list[Job]:

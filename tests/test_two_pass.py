@@ -184,3 +184,12 @@ def test_padding_and_finished_rows_decide_nothing():
         greedy(model, ids[:1, 4:])
     assert together[0][0].tokens == 5
     assert [step.experts for step in together[0]] == [step.experts for step in alone[0]]
+
+
+def test_a_batch_counts_every_row_it_writes():
+    model, ids = tiny("olmoe"), prompt(rows=4)
+    mobile.attach(model, "mobile", slots=8, gamma=1.1)
+    greedy(model, ids, attention_mask=torch.ones_like(ids))
+    stats = model.mobile.stats()
+    assert stats["tokens"] == 4 * 9
+    assert 0 < stats["fallbacks"] <= stats["tokens"]
