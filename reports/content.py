@@ -163,8 +163,7 @@ def _figure(file: str, caption: str, svg: str | None) -> tuple[tuple[str, str, s
 def _controls(results: Results) -> Section:
     text = (
         "Each live run repeats its first items alone, at batch 1, under every strategy it stands for: the "
-        "text must equal the batch's and the live ledger must equal the replayed one, event for event in its "
-        "counters."
+        "text must equal the batch's, and every counter of the live ledger, times included, the replayed one's."
     )
     return Section("Controls", (text,), (tables.checks(results),))
 

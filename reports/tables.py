@@ -63,12 +63,13 @@ def speed(results: Results, model: str, budget: str) -> Table:
     bases = baselines(results, budget, model)
     rows = []
     for group in rows_by_strategy(results, budget, model):
-        if _swept(group[0], results):
+        if group[0].config["swept"]:
             continue
         tokens = total(group, "decode_tokens")
         rows.append(
             (
                 name(group[0]),
+                "yes" if group[0].lossless else "no",
                 f"{group[0].slots:,}",
                 f"{tokens_per_s(group):.1f}",
                 *(_over(group, bases.get(base)) for base in COMPARED),
@@ -77,25 +78,18 @@ def speed(results: Results, model: str, budget: str) -> Table:
                 _percent(share(group, "fallbacks", "tokens")) if group[0].gamma is not None else "-",
                 _percent(share(group, "decode_stall_seconds", "decode_seconds")),
                 f"{total(group, 'ttft_ns') / 1e6 / sum(len(r.items) for r in group):,.0f}",
-                "yes" if group[0].lossless else "no",
             )
         )
     title = {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {budget}")
-    head = ("strategy", "slots", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token", "hits", "fallbacks",
-            "stalled", "TTFT ms", "lossless")  # fmt: skip
+    head = ("strategy", "lossless", "slots", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token", "hits",
+            "fallbacks", "stalled", "TTFT ms")  # fmt: skip
     return Table(f"Decode speed, {title}", head, tuple(rows))
 
 
-def _swept(record: Record, results: Results) -> bool:
-    """Whether the cell belongs to the gamma sweep only: its gamma was run at one budget, the default at several."""
-    return record.gamma is not None and record.gamma != default_gamma(results, record.model)
-
-
 def default_gamma(results: Results, model: str) -> float | None:
-    """The gamma run at the most budgets: the strategy's own, where a sweep stands beside it."""
-    mobile = results.pick(model=model, strategy="mobile")
-    budgets = {gamma: {r.budget for r in mobile if r.gamma == gamma} for gamma in {r.gamma for r in mobile}}
-    return max(budgets, key=lambda gamma: (len(budgets[gamma]), gamma == 0.7), default=None)
+    """MoBiLE's own threshold in this run; the other gammas belong to the sweep."""
+    own = [r.gamma for r in results.pick(model=model, strategy="mobile") if not r.config["swept"]]
+    return own[0] if own else None
 
 
 def speed_by_task(results: Results, model: str, budget: str) -> Table:
@@ -128,7 +122,7 @@ def accuracies(results: Results, model: str, margin_points: float) -> Table:
         groups = [
             group
             for group in rows_by_strategy(results, "smallest", model, **wanted)
-            if (group[0].strategy == "resident" or not group[0].lossless) and not _swept(group[0], results)
+            if (group[0].strategy == "resident" or not group[0].lossless) and not group[0].config["swept"]
         ]
         for group in groups if reference else []:
             rows.append((task or "all tasks", *_score(group, reference, margin_points)))

@@ -70,6 +70,7 @@ class Cell:
     gamma: float | None
     hardware: str
     budget: str
+    swept: bool = False  # one point of a sweep over gamma, beside the strategy's own
 
     @property
     def id(self) -> str:
@@ -120,8 +121,9 @@ def _cells(data: dict[str, Any]) -> list[Cell]:
         if task not in GENERATORS:
             raise Refused(f"Unknown task {task!r}; choose among: {', '.join(GENERATORS)}.")
     chosen = [_named(name) for name in data["strategies"]]
-    runs = [(strategy, budget) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
-    runs += [(resolve("mobile", gamma), "smallest") for gamma in data["gammas"]]
+    runs = [(strategy, budget, False) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
+    own = [_gamma(strategy) for strategy in chosen]
+    runs += [(resolve("mobile", gamma), "smallest", True) for gamma in data["gammas"] if gamma not in own]
     cards = [profile(name).name for name in data["hardware"]]
     models = [Model(**model) for model in data["models"]]
     for model in models:
@@ -131,10 +133,10 @@ def _cells(data: dict[str, Any]) -> list[Cell]:
     return [
         Cell(
             generation=_generation(model, task, strategy, data["items"], seed),
-            strategy=strategy.name, gamma=_gamma(strategy), hardware=hardware, budget=budget,
+            strategy=strategy.name, gamma=_gamma(strategy), hardware=hardware, budget=budget, swept=swept,
         )
         for model in models for seed in data["seeds"] for task in data["tasks"]
-        for hardware in cards for strategy, budget in runs
+        for hardware in cards for strategy, budget, swept in runs
     ]  # fmt: skip
 
 
