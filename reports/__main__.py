@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from reports.content import build
-from reports.results import NoResults, newest_run, read
+from reports.results import NoResults, latest_run, read
 from reports.write import write
 
 
@@ -19,13 +19,14 @@ def main() -> int:
     top = argparse.ArgumentParser(prog="python -m reports", description=__doc__.split(":")[0])
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     sub = verbs.add_parser("build", help="write report.md and report.html into the run folder")
-    sub.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest under runs/)")
+    sub.add_argument("run", nargs="?", type=Path, help="run folder (default: that of the last run)")
     options = top.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     begun = time.monotonic()
     try:
-        run = options.run or newest_run(Path("runs"))
-        report = build(read(run))
+        run = options.run or latest_run()
+        results = read(run)
+        report = build(results)
     except NoResults as none:
         print(f"error: {none}", file=sys.stderr)
         return 2
@@ -37,12 +38,14 @@ def main() -> int:
             for row in table.rows:
                 shown.add_row(*row)
             console.print(shown)
+    for cell, why in results.absent:
+        console.print(f"[red]no record[/] {cell}: {why}", highlight=False)
     if report.alarm:
         console.print(f"[bold red]{report.alarm}")
     console.print(
         f"report: {paths[1]} (and {paths[0].name}); written in {time.monotonic() - begun:.0f} s", highlight=False
     )
-    return 1 if report.alarm else 0
+    return 1 if report.alarm or results.absent else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suites.record import Record, load
+from suites.record import LATEST, Record, load
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,11 @@ class NoResults(ValueError):
     """The folder holds no run that can be reported on; the message says what to do."""
 
 
-def newest_run(runs: Path) -> Path:
-    """The run folder whose plan was written last. Raises NoResults if there is none."""
-    plans = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-    if not plans:
-        raise NoResults(f"There is no run under {runs}; make one with: python -m suites run")
-    return plans[-1].parent
+def latest_run() -> Path:
+    """The folder of the run that was started last from here. Raises NoResults if there is none."""
+    if not LATEST.is_file():
+        raise NoResults("There has been no run here; make one with: python -m suites run")
+    return Path(LATEST.read_text().strip())
 
 
 def read(run: Path) -> Results:

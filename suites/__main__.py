@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mobile.refusal import Refused
 from suites.matrix import presets, read_preset
+from suites.record import LATEST
 from suites.runner import describe, execute
 
 
@@ -38,6 +39,8 @@ def main() -> int:
         console.print(describe(preset, run), highlight=False)
         if options.verb == "plan":
             return 0
+        LATEST.parent.mkdir(exist_ok=True)
+        LATEST.write_text(f"{run}\n")
         return 1 if execute(preset, run, console) else 0
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)

@@ -49,7 +49,8 @@ def time_cell(cell: Cell, run: Path) -> Record:
         geometry=on.geometry.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
         lossless=strategy.lossless, hardware=card.name, budget=cell.budget, slots=on.slots, seed=generation.seed,
         config={
-            "generation": generation.id, "swept": cell.swept, "items": generation.items, "batch_of_generation": answers["batch"],
+            "generation": generation.id, "swept": cell.swept,
+            "items": generation.items, "batch_of_generation": answers["batch"],
             "dtype": "float32", "expert_nbytes": on.geometry.expert_nbytes, "moe_layers": on.geometry.moe_layers,
             "experts": on.geometry.experts, "top_k": on.geometry.top_k, "link_gb_per_s": card.link_gb_per_s,
             "profile_sources": list(card.sources), "strategy_source": strategy.source,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+LATEST = Path("runs/latest")  # names the folder of the last run started from here
 
 
 @dataclass(frozen=True)

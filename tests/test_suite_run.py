@@ -113,6 +113,11 @@ def test_a_cell_that_fails_is_printed_and_stops_nothing_else(finished, preset, t
     absent = dict(read(out).absent)
     assert len(absent) == 2
     assert all("not a complete mobile-trace-1 file" in why for why in absent.values())
+    built = subprocess.run(
+        [sys.executable, "-m", "reports", "build", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 1, "a run with failed cells must not pass for a good one"
+    assert built.stdout.count("no record") == 2
     page = build(read(out))
     listed = next(section for section in page.sections if section.heading == "Failed and missing cells")
     assert len(listed.tables[0].rows) == 2
@@ -138,6 +143,20 @@ def test_a_broken_control_is_the_first_thing_the_page_says(finished, tmp_path):
     data["checks"] = dict.fromkeys(data["checks"], False)
     victim.write_text(json.dumps(data))
     assert build(read(tmp_path / "run")).alarm.startswith("Nothing below can be trusted")
+
+
+def test_the_report_is_of_the_last_run_wherever_it_was_put(preset, finished, tmp_path):
+    """Started from another folder, with the run put outside `runs`."""
+    where = {"cwd": tmp_path, "capture_output": True, "text": True}
+    none = subprocess.run([sys.executable, "-m", "reports", "build"], **where)
+    assert none.returncode == 2
+    assert "There has been no run here" in none.stderr
+    out = tmp_path / "elsewhere"
+    shutil.copytree(finished, out)
+    assert subprocess.run(suites("run", "--preset", str(preset), "--out", str(out)), **where).returncode == 0
+    (out / "report.md").unlink(missing_ok=True)
+    assert subprocess.run([sys.executable, "-m", "reports", "build"], **where).returncode == 0
+    assert (out / "report.md").is_file()
 
 
 def test_on_demand_never_passes_its_ceiling(finished):
