@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suites.record import LATEST, Record, load
+from suites.record import LATEST, Record, RunFolder, load
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ def latest_run() -> Path:
 
 def read(run: Path) -> Results:
     """Raises NoResults if the folder is no run, or has no record at all."""
-    plan = run / "run.json"
-    if not plan.is_file():
+    folder = RunFolder(run)
+    if not folder.plan.is_file():
         raise NoResults(f"{run} is not a run folder (it has no run.json); make one with: python -m suites run")
-    planned = json.loads(plan.read_text())
-    failures = [json.loads(path.read_text()) for path in sorted((run / "failures").glob("*.json"))]
-    reasons = {failure["id"]: f"FAILED: {failure['error']}" for failure in failures}
+    planned = json.loads(folder.plan.read_text())
     records, absent = [], []
     for cell in planned["cells"]:
-        path = run / "records" / f"{cell['id']}.json"
+        path, failure = folder.record(cell["id"]), folder.failure(cell["id"])
         if not path.is_file():
-            absent.append((cell["label"], reasons.get(cell["id"], "MISSING: not run yet")))
+            told = failure.is_file()
+            why = f"FAILED: {json.loads(failure.read_text())['error']}" if told else "MISSING: not run yet"
+            absent.append((cell["label"], why))
             continue
         try:
             records.append(load(path))
         except ValueError as error:
             absent.append((cell["label"], f"FAILED: {error}"))
     if not records:
-        raise NoResults(f"No cell of {run} has a record; look at {run / 'logs'} and run again.")
+        raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     return Results(planned["preset"], tuple(records), tuple(absent))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mobile.refusal import Refused
 from suites.matrix import presets, read_preset
-from suites.record import LATEST
+from suites.record import LATEST, RunFolder
 from suites.runner import describe, execute
 
 
@@ -35,12 +35,12 @@ def main() -> int:
     console = Console(soft_wrap=True)
     try:
         preset = read_preset(options.preset)
-        run = (options.out or Path("runs") / preset.name).absolute()
+        run = RunFolder((options.out or Path("runs") / preset.name).absolute())
         console.print(describe(preset, run), highlight=False)
         if options.verb == "plan":
             return 0
         LATEST.parent.mkdir(exist_ok=True)
-        LATEST.write_text(f"{run}\n")
+        LATEST.write_text(f"{run.path}\n")
         return 1 if execute(preset, run, console) else 0
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)

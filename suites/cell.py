@@ -14,7 +14,7 @@ from mobile.hardware import profile
 from mobile.strategy import resolve
 from suites.environment import environment
 from suites.matrix import Cell, Generation, Model
-from suites.record import Item, Record
+from suites.record import Item, Record, RunFolder
 from suites.timing import bench, time_requests, timeline
 
 TIMELINE_TOKENS = 3
@@ -24,12 +24,12 @@ def generation_from(data: dict[str, Any]) -> Generation:
     return Generation(**{**data, "model": Model(**data["model"])})
 
 
-def time_cell(cell: Cell, run: Path) -> Record:
+def time_cell(cell: Cell, run: RunFolder) -> Record:
     """The record of a cell whose generation has been written under `run`. Imports no torch."""
     begun = time.monotonic()
     generation = cell.generation
-    answers = json.loads((run / "generations" / f"{generation.id}.json").read_text())
-    requests, about = trace.load(run / "generations" / f"{generation.id}.npz")
+    answers = json.loads(run.answers(generation.id).read_text())
+    requests, about = trace.load(run.trace(generation.id))
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
     on = bench(strategy, Geometry(**about["geometry"]), generation.model.geometry, card, cell.budget)
@@ -64,17 +64,17 @@ def time_cell(cell: Cell, run: Path) -> Record:
 
 def main() -> None:
     job = json.load(sys.stdin)
-    run = Path(job["run"])
+    run = RunFolder(Path(job["run"]))
     if "generations" in job:
         from suites import generation as live
 
         for data in job["generations"]:
             generation = generation_from(data)
-            live.run(generation, live.Place(run, generation.id), job["hardware"])
+            live.run(generation, run, job["hardware"])
     else:
         data = job["cell"]
         cell = Cell(**{**data, "generation": generation_from(data["generation"])})
-        time_cell(cell, run).save(run / "records" / f"{cell.id}.json")
+        time_cell(cell, run).save(run.record(cell.id))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,30 +18,14 @@ from mobile.hardware import profile
 from mobile.strategy import FullK, Strategy, resolve, strategies
 from suites.accuracy import EngineLM, evaluate, generate, prompts_of, task_config
 from suites.matrix import Generation
-from suites.record import write_json
+from suites.record import RunFolder, write_json
 from suites.timing import bench, time_requests
 
 BATCH = 64
 CHECKED = 2  # items run again, live and alone, under every strategy the generation stands for
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a generation's two files are."""
-
-    folder: Path
-    id: str
-
-    @property
-    def answers(self) -> Path:
-        return self.folder / "generations" / f"{self.id}.json"
-
-    @property
-    def trace(self) -> Path:
-        return self.folder / "generations" / f"{self.id}.npz"
-
-
-def run(generation: Generation, place: Place, hardware: str) -> None:
+def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     """Answer, score, record, check, and write both files, the answers last."""
     begun = time.monotonic()
     torch.set_num_threads(1)  # so that results do not depend on the machine's cores
@@ -59,10 +42,11 @@ def run(generation: Generation, place: Place, hardware: str) -> None:
     requests = [lm.traces[answer.prompt_sha256] for answer in answers]
     outputs = [answer.output for answer in answers]
     checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, requests, outputs))
-    place.trace.parent.mkdir(parents=True, exist_ok=True)
-    trace.save(place.trace, requests, own.moe_layers, {"geometry": asdict(own), "docs": generation.docs})
+    path = folder.trace(generation.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trace.save(path, requests, own.moe_layers, {"geometry": asdict(own), "docs": generation.docs})
     write_json(
-        place.answers,
+        folder.answers(generation.id),
         {
             "answers": [asdict(answer) for answer in answers],
             "checks": checks,

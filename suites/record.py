@@ -1,4 +1,4 @@
-"""The record: one immutable JSON file per cell. Standard library only, so that reports read it without torch.
+"""The record: one immutable JSON file per cell, and where it lies. Standard library only; reports need no torch for it.
 
 format history
     1  first
@@ -15,6 +15,35 @@ from typing import Any
 
 SCHEMA = 1
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run lie; every name is the id of what is in it."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        """What was planned: the cells a report expects."""
+        return self.path / "run.json"
+
+    def answers(self, generation: str) -> Path:
+        """Text and scores of a live run; written last, so that it proves the live run done."""
+        return self.path / "generations" / f"{generation}.json"
+
+    def trace(self, generation: str) -> Path:
+        return self.path / "generations" / f"{generation}.npz"
+
+    def record(self, cell: str) -> Path:
+        return self.path / "records" / f"{cell}.json"
+
+    def failure(self, job: str) -> Path:
+        """Why a job left nothing behind."""
+        return self.path / "failures" / f"{job}.json"
+
+    def log(self, job: str) -> Path:
+        return self.path / "logs" / f"{job}.log"
 
 
 @dataclass(frozen=True)

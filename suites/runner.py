@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from suites.matrix import Cell, Generation, Preset
-from suites.record import write_json
+from suites.record import RunFolder, write_json
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
         return all(path.is_file() for path in self.proof)
 
 
-def generation_jobs(preset: Preset, run: Path) -> list[Job]:
+def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     """The live runs not done yet, all tasks of one model and gating in one process, since starting one is slow."""
     hardware = preset.cells[0].hardware
 
@@ -44,35 +44,31 @@ def generation_jobs(preset: Preset, run: Path) -> list[Job]:
 
     jobs = []
     for (model, strategy, gamma, seed), members in groupby(sorted(preset.generations, key=gating), gating):
-        missing = [g for g in members if not _answers(run, g).is_file()]
+        missing = [g for g in members if not run.answers(g.id).is_file()]
         if missing:
             shown = f"{strategy} gamma {gamma}" if missing[0].gamma is not None else strategy
             jobs.append(
                 Job(
                     id=f"generate-{model}-{strategy}-{gamma}-{seed}", label=f"generate {model} {shown}",
-                    spec={"run": str(run), "generations": [asdict(g) for g in missing], "hardware": hardware},
-                    proof=tuple(_answers(run, g) for g in missing),
+                    spec={"run": str(run.path), "generations": [asdict(g) for g in missing], "hardware": hardware},
+                    proof=tuple(run.answers(g.id) for g in missing),
                 )
             )  # fmt: skip
     return jobs
 
 
-def cell_jobs(preset: Preset, run: Path) -> list[Job]:
+def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     """A job for every cell of the preset, done or not."""
     return [
         Job(
-            id=cell.id, label=cell.label, spec={"run": str(run), "cell": asdict(cell)},
-            proof=(run / "records" / f"{cell.id}.json",), needs=(_answers(run, cell.generation),),
+            id=cell.id, label=cell.label, spec={"run": str(run.path), "cell": asdict(cell)},
+            proof=(run.record(cell.id),), needs=(run.answers(cell.generation.id),),
         )
         for cell in preset.cells
     ]  # fmt: skip
 
 
-def _answers(run: Path, generation: Generation) -> Path:
-    return run / "generations" / f"{generation.id}.json"
-
-
-def describe(preset: Preset, run: Path) -> str:
+def describe(preset: Preset, run: RunFolder) -> str:
     """What a run would do, in a few lines, before it does it."""
     cells, live = cell_jobs(preset, run), generation_jobs(preset, run)
     generations = preset.generations
@@ -83,15 +79,15 @@ def describe(preset: Preset, run: Path) -> str:
         f"{preset.name}: {len(cells)} cells, {sum(job.done for job in cells)} done; "
         f"{len(generations)} live runs ({items:,} answers), {len(generations) - waiting} done\n"
         f"allowed: {preset.minutes} minutes on 2 cores; disk about {megabytes:.0f} MB; no GPU and no network needed\n"
-        f"folder: {run}"
+        f"folder: {run.path}"
     )
 
 
-def execute(preset: Preset, run: Path, console: Console) -> int:
+def execute(preset: Preset, run: RunFolder, console: Console) -> int:
     """Do what is missing; returns how many cells have no record at the end."""
     begun = time.monotonic()
     cells = cell_jobs(preset, run)
-    write_json(run / "run.json", {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
+    write_json(run.plan, {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
     workers = os.cpu_count() or 1
     columns = (
         SpinnerColumn(),
@@ -135,9 +131,9 @@ def _expected(preset: Preset) -> list[dict[str, Any]]:
     return [named(cell) for cell in preset.cells]
 
 
-def _run_job(job: Job, run: Path, progress: Progress, bar: TaskID, console: Console) -> None:
+def _run_job(job: Job, run: RunFolder, progress: Progress, bar: TaskID, console: Console) -> None:
     """One child process; its output goes to a log, and a failure leaves a note that the report prints."""
-    log, failure = run / "logs" / f"{job.id}.log", run / "failures" / f"{job.id}.json"
+    log, failure = run.log(job.id), run.failure(job.id)
     log.parent.mkdir(parents=True, exist_ok=True)
     line = progress.add_task(job.label, total=1)
     begun = time.monotonic()
