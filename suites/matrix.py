@@ -12,10 +12,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mobile.geometry import GEOMETRIES
+from mobile.geometry import GEOMETRIES, slots_for
 from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
-from mobile.strategy import BigLittle, FullK, Strategy, resolve, strategies
+from mobile.residency import STAGING
+from mobile.strategy import BigLittle, FullK, Strategy, resolve
 from suites.tasks import FOLDER as TASKS
 from suites.tasks import GENERATORS
 
@@ -120,36 +121,35 @@ def _cells(data: dict[str, Any]) -> list[Cell]:
     for task in data["tasks"]:
         if task not in GENERATORS:
             raise Refused(f"Unknown task {task!r}; choose among: {', '.join(GENERATORS)}.")
-    chosen = [_named(name) for name in data["strategies"]]
+    chosen = [resolve(name) for name in data["strategies"]]
     runs = [(strategy, budget, False) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
     own = [_gamma(strategy) for strategy in chosen]
     runs += [(resolve("mobile", gamma), "smallest", True) for gamma in data["gammas"] if gamma not in own]
-    cards = [profile(name).name for name in data["hardware"]]
+    cards = [profile(name) for name in data["hardware"]]
     models = [Model(**model) for model in data["models"]]
     for model in models:
         if model.geometry not in GEOMETRIES:
             raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
+        for card in cards:
+            for budget in set(data["budgets"]) - {"smallest"}:
+                slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), card.reserve_nbytes, STAGING)
         model_hash(model)
-    return [
+    cells = [
         Cell(
             generation=_generation(model, task, strategy, data["items"], seed),
-            strategy=strategy.name, gamma=_gamma(strategy), hardware=hardware, budget=budget, swept=swept,
+            strategy=strategy.name, gamma=_gamma(strategy), hardware=card.name, budget=budget, swept=swept,
         )
         for model in models for seed in data["seeds"] for task in data["tasks"]
-        for hardware in cards for strategy, budget, swept in runs
+        for card in cards for strategy, budget, swept in runs
     ]  # fmt: skip
-
-
-def _named(name: str) -> Strategy:
-    if name not in strategies():
-        raise Refused(f"Unknown strategy {name!r}; choose among: {', '.join(strategies())}.")
-    return strategies()[name]
+    if not cells:
+        raise Refused(
+            "The preset asks for no cell; give it a model, task, strategy, hardware, budget and seed at least."
+        )
+    return cells
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
-    for budget in budgets:
-        if budget != "smallest":
-            parse_nbytes(budget)
     return ["all"] if strategy.retain == "everything" else budgets
 
 

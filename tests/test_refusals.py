@@ -125,6 +125,8 @@ def test_the_commands_refuse_in_one_line(tmp_path):
         (("hardware = [", 'hardware = ["abacus", '), "Unknown hardware"),
         (("items = 32", ""), "lacks 'items'"),
         (("items = 32", "items = "), "cannot be read"),
+        (('"8GiB"]', '"8GiB", "2GiB"]'), "cannot hold olmoe-1b-7b"),
+        (("seeds = [0]", "seeds = []"), "asks for no cell"),
         (("models/olmoe-tiny", "models/gone"), "SHA256SUMS is missing"),
     ],
 )
