@@ -58,6 +58,11 @@ class Strategy:
     prefetch: bool = False
     needs: Callable[[Geometry], int] = _top_k
 
+    @property
+    def routes_as_full_k(self) -> bool:
+        """Whether its routing is the full-K run's, so that one trace serves it and all others like it."""
+        return self.lossless and isinstance(self.gating, FullK)
+
 
 @cache
 def strategies() -> Mapping[str, Strategy]:

@@ -45,6 +45,11 @@ def total(records: Sequence[Record], field: str) -> int:
     return sum(getattr(item, field) for record in records for item in record.items)
 
 
+def count(records: Sequence[Record]) -> int:
+    """How many items the cells have."""
+    return sum(len(record.items) for record in records)
+
+
 def tokens_per_s(records: Sequence[Record]) -> float:
     """All decode tokens over all decode seconds."""
     return total(records, "decode_tokens") / (total(records, "decode_ns") / 1e9)

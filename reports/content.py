@@ -81,9 +81,9 @@ def _opening(results: Results, paper: dict[str, Any]) -> str:
     )
     model = results.values("model")[0]
     gamma = tables.default_gamma(results, model)
-    group = results.pick(model=model, strategy="mobile", gamma=gamma, budget="smallest")
+    group = results.pool(model=model, strategy="mobile", gamma=gamma, budget="smallest")
     base = tables.baselines(results, "smallest", model).get("on-demand-overlap")
-    full = results.pick(model=model, strategy="resident")
+    full = results.pool(model=model, strategy="resident")
     if not (group and base and full):
         return f"{text} This run lacks the cells to say how far that holds; see what is missing below."
     ratio, loss = speedup(group, base), accuracy(group, full)
@@ -143,7 +143,7 @@ def _model_sections(results: Results, model: str, paper: dict[str, Any]) -> list
 
 def _arithmetic(results: Results, model: str) -> str:
     """What the fallback rate alone would give, so that the share of the cache in a speedup is plain."""
-    group = results.pick(model=model, strategy="mobile", gamma=tables.default_gamma(results, model), budget="smallest")
+    group = results.pool(model=model, strategy="mobile", gamma=tables.default_gamma(results, model), budget="smallest")
     if not group:
         return "There is no MoBiLE cell at the smallest budget."
     fallbacks, hits = share(group, "fallbacks", "tokens") or 0.0, hit_rate(group) or 0.0

@@ -10,10 +10,9 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from reports.compare import accuracy, name, speedup, total
+from reports.compare import accuracy, count, name, speedup, total
 from reports.results import Results
 from reports.tables import baselines, default_gamma, rows_by_strategy
-from suites.record import Record
 
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#333333"
@@ -33,10 +32,10 @@ def gamma_sweep(results: Results, model: str) -> str | None:
     """Accuracy, all tasks pooled, against speedup over on-demand-overlap at the smallest budget."""
     base = baselines(results, "smallest", model).get("on-demand-overlap")
     groups = [g for g in rows_by_strategy(results, "smallest", model) if not g[0].lossless]
-    reference = results.pick(model=model, strategy="resident")
+    reference = results.pool(model=model, strategy="resident")
     if not base or not groups or not reference:
         return None
-    full = 100 * total(reference, "correct") / total_items(reference)
+    full = 100 * total(reference, "correct") / count(reference)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.5, 4.2))
         swept = sorted((g for g in groups if g[0].gamma is not None), key=lambda g: g[0].gamma or 0)
@@ -53,16 +52,14 @@ def gamma_sweep(results: Results, model: str) -> str | None:
             axes.annotate(label, (x.value, y), textcoords="offset points", xytext=(6, 6), color=BLACK)
             if mobile:
                 points.append((x.value, y))
-        axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=1, zorder=0, label="mobile, by gamma")
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], color=BLUE, linewidth=1, zorder=0, label="mobile, by gamma"
+        )
         axes.axhline(full, color=GREY, linewidth=1, linestyle="--", label="full K")
         axes.set_xlabel("speedup over on-demand-overlap (decode, projected)")
         axes.set_ylabel("score, all tasks (%)")
         axes.legend(frameon=False, loc="lower left")
         return _svg(figure)
-
-
-def total_items(records: list[Record]) -> int:
-    return sum(len(record.items) for record in records)
 
 
 def token_timeline(results: Results, model: str) -> str | None:

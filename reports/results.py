@@ -22,6 +22,15 @@ class Results:
         """Records whose fields all equal what is wanted, in order."""
         return [r for r in self.records if all(getattr(r, name) == value for name, value in wanted.items())]
 
+    def pool(self, **wanted: Any) -> list[Record]:
+        """The same, if every task of the run (or the one wanted) is among them; otherwise none.
+
+        Strategies are compared on the same items, so a pool that lacks a task is no pool; the page lists what failed.
+        """
+        found = self.pick(**wanted)
+        tasks = {wanted["task"]} if "task" in wanted else set(self.values("task"))
+        return found if {record.task for record in found} == tasks else []
+
     def values(self, name: str) -> list[Any]:
         """The different values of a field, in order of first appearance."""
         return list(dict.fromkeys(getattr(record, name) for record in self.records))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reports.compare import accuracy, hit_rate, name, share, speedup, tokens_per_s, total
+from reports.compare import accuracy, count, hit_rate, name, share, speedup, tokens_per_s, total
 from reports.results import Results
 from reports.stats import Interval, wilson
 from reports.verdict import verdict
@@ -45,16 +45,15 @@ def _over(records: list[Record], baseline: list[Record] | None) -> str:
 
 def rows_by_strategy(results: Results, budget: str, model: str, **wanted: Any) -> list[list[Record]]:
     """The cells of a budget, grouped by strategy and gamma in the plan's order; `resident` belongs to every budget."""
-    groups: dict[tuple, list[Record]] = {}
-    for record in results.pick(model=model, **wanted):
-        if record.budget in (budget, "all"):
-            groups.setdefault((record.strategy, record.gamma), []).append(record)
-    return list(groups.values())
+    cells = [record for record in results.pick(model=model, **wanted) if record.budget in (budget, "all")]
+    kinds = dict.fromkeys((record.strategy, record.gamma, record.budget) for record in cells)
+    groups = (results.pool(model=model, strategy=s, gamma=g, budget=b, **wanted) for s, g, b in kinds)
+    return [group for group in groups if group]
 
 
 def baselines(results: Results, budget: str, model: str, **wanted: Any) -> dict[str, list[Record]]:
     """The cells that others are compared with, of those that were recorded."""
-    found = {base: results.pick(model=model, strategy=base, budget=budget, **wanted) for base in COMPARED}
+    found = {base: results.pool(model=model, strategy=base, budget=budget, **wanted) for base in COMPARED}
     return {base: records for base, records in found.items() if records}
 
 
@@ -77,7 +76,7 @@ def speed(results: Results, model: str, budget: str) -> Table:
                 _percent(hit_rate(group)),
                 _percent(share(group, "fallbacks", "tokens")) if group[0].gamma is not None else "-",
                 _percent(share(group, "decode_stall_seconds", "decode_seconds")),
-                f"{total(group, 'ttft_ns') / 1e6 / sum(len(r.items) for r in group):,.0f}",
+                f"{total(group, 'ttft_ns') / 1e6 / count(group):,.0f}",
             )
         )
     title = {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {budget}")
@@ -118,7 +117,7 @@ def accuracies(results: Results, model: str, margin_points: float) -> Table:
     rows = []
     for task in (*results.values("task"), None):
         wanted = {"task": task} if task else {}
-        reference = results.pick(model=model, strategy="resident", **wanted)
+        reference = results.pool(model=model, strategy="resident", **wanted)
         groups = [
             group
             for group in rows_by_strategy(results, "smallest", model, **wanted)
@@ -131,13 +130,13 @@ def accuracies(results: Results, model: str, margin_points: float) -> Table:
 
 def gammas(results: Results, model: str, margin_points: float) -> Table:
     """Every gamma that was run, all tasks pooled, at the smallest budget: what its fallbacks cost and win back."""
-    reference = results.pick(model=model, strategy="resident")
+    reference = results.pool(model=model, strategy="resident")
     base = baselines(results, "smallest", model).get("on-demand-overlap")
     found = results.pick(model=model, strategy="mobile", budget="smallest")
     rows = []
     for gamma in sorted({record.gamma for record in found if record.gamma is not None}):
-        group = [record for record in found if record.gamma == gamma]
-        if reference:
+        group = results.pool(model=model, strategy="mobile", budget="smallest", gamma=gamma)
+        if group and reference:
             rows.append((*_score(group, reference, margin_points), _over(group, base)))
     head = (*_score_head(margin_points), "over on-demand-overlap")
     return Table("Sweep over gamma, all tasks, smallest budget", head, tuple(rows))
@@ -150,7 +149,7 @@ def _score_head(margin_points: float) -> tuple[str, ...]:
 
 def _score(group: list[Record], reference: list[Record], margin_points: float) -> tuple[str, ...]:
     """One strategy's score and what the pairing with full K says."""
-    items = sum(len(record.items) for record in group)
+    items = count(group)
     score = wilson(total(group, "correct"), items)
     own = (str(items), f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]")
     if group[0].strategy == "resident":
@@ -172,7 +171,7 @@ def verdicts(results: Results, model: str, paper: dict[str, Any]) -> Table:
     gamma, rows = default_gamma(results, model), []
     band = paper["speedup"]
     for budget in (b for b in results.values("budget") if b != "all"):
-        group = results.pick(model=model, strategy="mobile", gamma=gamma, budget=budget)
+        group = results.pool(model=model, strategy="mobile", gamma=gamma, budget=budget)
         bases = baselines(results, budget, model)
         for flavour in FLAVOURS:
             measured = speedup(group, bases[flavour]) if group and flavour in bases else None

@@ -15,7 +15,7 @@ from mobile import trace
 from mobile.compat import geometry_of, moe_layers
 from mobile.geometry import Geometry
 from mobile.hardware import profile
-from mobile.strategy import FullK, Strategy, resolve, strategies
+from mobile.strategy import Strategy, resolve, strategies
 from suites.accuracy import EngineLM, evaluate, generate, prompts_of, task_config
 from suites.matrix import Generation
 from suites.record import RunFolder, write_json
@@ -64,14 +64,12 @@ def _checks(
 
     The batch's numbers may differ from a single row's in their last bits, so this is looked at, not assumed.
     """
-    same_routing = [s for s in strategies().values() if s.lossless and isinstance(s.gating, FullK)]
-    stands_for = same_routing if strategy.lossless else [strategy]
+    same_routing = [s for s in strategies().values() if s.routes_as_full_k]
+    stands_for = same_routing if strategy.routes_as_full_k else [strategy]
     options = task_config(generation.task)["generation_kwargs"]
     prompts = prompts_of(generation.task, generation.docs[:CHECKED])
     for one in stands_for:
-        on = bench(
-            one, own, generation.model.geometry, profile(hardware), "all" if one.retain == "everything" else "smallest"
-        )
+        on = bench(one, own, generation.model.geometry, profile(hardware), "smallest")
         mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
         texts = [generate(model, tokenizer, [prompt], options)[0][0] for prompt in prompts]
         model.mobile.residency.end_token()

@@ -16,7 +16,7 @@ from mobile.geometry import GEOMETRIES, slots_for
 from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
 from mobile.residency import STAGING
-from mobile.strategy import BigLittle, FullK, Strategy, resolve
+from mobile.strategy import BigLittle, Strategy, resolve
 from suites.tasks import FOLDER as TASKS
 from suites.tasks import GENERATORS
 
@@ -53,8 +53,7 @@ class Generation:
 
     @property
     def id(self) -> str:
-        data = (TASKS / f"{self.task}.yaml").read_bytes() + (TASKS / "data" / f"{self.task}.jsonl").read_bytes()
-        return _hash(asdict(self), code_hash(), _versions(), _bytes_hash(data), model_hash(self.model))
+        return _hash(asdict(self), code_hash(), _versions(), task_hash(self.task), model_hash(self.model))
 
     @property
     def docs(self) -> list[int]:
@@ -158,8 +157,7 @@ def _gamma(strategy: Strategy) -> float | None:
 
 
 def _generation(model: Model, task: str, strategy: Strategy, items: int, seed: int) -> Generation:
-    shares_oracle = strategy.lossless and isinstance(strategy.gating, FullK)
-    name = ORACLE if shares_oracle else strategy.name
+    name = ORACLE if strategy.routes_as_full_k else strategy.name
     return Generation(model, task, name, _gamma(strategy), items, seed)
 
 
@@ -174,8 +172,15 @@ def _hash(*parts: Any) -> str:
     return _bytes_hash(json.dumps(parts, sort_keys=True).encode())[:16]
 
 
+@cache
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONED}
+
+
+@cache
+def task_hash(task: str) -> str:
+    """SHA-256 over a task's YAML and items."""
+    return _bytes_hash((TASKS / f"{task}.yaml").read_bytes() + (TASKS / "data" / f"{task}.jsonl").read_bytes())
 
 
 @cache

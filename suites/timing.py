@@ -37,11 +37,9 @@ class Bench:
 
 
 def bench(strategy: Strategy, own: Geometry, geometry: str, hardware: HardwareProfile, budget: str) -> Bench:
-    """A bench for a budget: "smallest" is what the strategy needs, "all" every expert, else a card's memory."""
+    """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs."""
     worn, stands_for = dress(own, geometry)
-    if budget == "all":
-        slots = worn.keys
-    elif budget == "smallest":
+    if budget in ("all", "smallest"):
         slots = strategy.needs(worn)
     else:
         slots = slots_for(worn, parse_nbytes(budget), hardware.reserve_nbytes, STAGING)

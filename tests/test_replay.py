@@ -10,22 +10,16 @@ from conftest import greedy, prompt, tiny
 
 import mobile
 from mobile import trace
-from mobile.cost import CostModel
 from mobile.ledger import Ledger
-from mobile.link import VirtualLink
-from mobile.pool import SlotPool
-from mobile.residency import Residency
 from mobile.strategy import BigLittle
+from suites.timing import Bench
 
 
 def replayed(engine, requests) -> Ledger:
-    ledger = Ledger()
-    cost = CostModel(engine.hardware, engine.geometry)
-    link = VirtualLink(cost.load_ns, engine.geometry.expert_nbytes, ledger, lambda k, s: residency.arrived(k, s))
-    residency = Residency(engine.strategy, SlotPool(engine.slots), link, cost, ledger)
-    residency.preload_all()
+    bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+    residency = bench.residency(events=200_000)
     trace.replay(requests, residency, engine.stands_for)
-    return ledger
+    return residency.ledger
 
 
 @pytest.mark.parametrize("name", sorted(mobile.strategies()))

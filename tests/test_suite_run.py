@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from reports import tables
 from reports.content import build
 from reports.results import read
 from suites.matrix import read_preset
@@ -134,6 +136,19 @@ def test_the_page_is_whole(finished):
     assert page.count("<svg") == 2
     assert not re.search(r"""(src|href)=["']?https?:|url\(https?:|@import""", page), "the page must open offline"
     assert (finished / "gamma_sweep.svg").is_file()
+
+
+@pytest.mark.parametrize("lost", ["resident", "on-demand", "on-demand-overlap", "lru", "static-half", "mobile"])
+def test_a_strategy_that_lacks_a_task_is_not_pooled_and_breaks_no_page(finished, lost):
+    """Two tasks, one strategy without the second: the page is built, and no pooled row mixes unlike items."""
+    results = read(finished)
+    second = tuple(replace(r, task="second") for r in results.records if r.strategy != lost)
+    part = replace(results, records=(*results.records, *second), absent=((f"{lost} second", "FAILED: injected"),))
+    page = build(part)
+    smallest = tables.speed(part, "olmoe-tiny", "smallest")
+    assert lost not in {row[0].split(" ")[0] for row in smallest.rows}
+    assert len(smallest.rows) == 5
+    assert any("FAILED: injected" in row for s in page.sections for t in s.tables for row in t.rows)
 
 
 def test_a_broken_control_is_the_first_thing_the_page_says(finished, tmp_path):
