@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from mobile import compat, selftest
+from mobile.cost import CostModel
 from mobile.decoding import Decoder
 from mobile.engine import Engine
 from mobile.experts import bind, unbind
-from mobile.geometry import dress, slots_for
+from mobile.geometry import Geometry, dress, slots_for
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.kernels import Kernel, kernel_named
+from mobile.layout import ExpertLayout
+from mobile.link import Link, VirtualLink
 from mobile.refusal import Refused
 from mobile.residency import STAGING
+from mobile.store import HostStore
 from mobile.strategy import BigLittle, FullK, Strategy, resolve
 
 
@@ -23,64 +32,168 @@ def attach(
     slots: int | None = None,
     hardware: str | HardwareProfile = "auto",
     link: str = "auto",
+    link_gb_per_s: float | None = None,
     gamma: float | None = None,
     geometry: str | None = None,
+    kernel: str = "auto",
     poison: bool = False,
 ) -> Any:
     """Offload a live Transformers MoE: its experts move to the host store, a few slots serve them.
 
     Returns the same object; `generate()` and everything around it work as before, and `model.mobile` has the
-    stats. Give `memory` (bytes or "8GiB", dense weights and reserve included) or `slots`; with neither, the
-    profile's memory. `geometry` charges time and bytes as if the model were that real one. `poison` fills empty
-    slots with NaN, for tests. Raises Refused, with nothing changed, for whatever cannot work.
+    stats. Slots lie on the device where the model is.
+
+    - `memory` (bytes or "8GiB", dense weights and reserve included) or `slots`; with neither, the memory of the card,
+      or of the profile where time is virtual. On a GPU `memory` also caps what this process may allocate there.
+    - `link`: "cuda" (real time; needs the model on a GPU), "virtual" (computed time), "paced" (real sleeping, to test
+      threads), or "auto": cuda on a GPU, else virtual.
+    - `link_gb_per_s` slows the link down to a consumer one; a real link is slowed by really copying more.
+    - `geometry` charges virtual time and bytes as if the model were that real one.
+    - `kernel`: "loop" (the reference, and "auto"), "grouped" or "triton", see `mobile.kernels` and `mobile.gemv`.
+    - `poison` fills empty slots with NaN, for tests.
+
+    Raises Refused, with nothing changed, for whatever cannot work.
     """
     compat.check_version()
     if hasattr(model, "mobile"):
         raise Refused("This model is already attached; call mobile.detach(model) first.")
-    chosen = resolve(strategy, gamma)
-    hardware = hardware if isinstance(hardware, HardwareProfile) else profile(hardware)
-    if link not in ("auto", "virtual"):
-        raise Refused(f"Link {link!r} is not available; choose auto or virtual.")
+    if any(not p.is_floating_point() or p.device.type == "meta" for p in model.parameters()):
+        raise Refused("The model's weights are quantised or not loaded; load them in a floating-point dtype first.")
     layers = compat.moe_layers(model)
-    own = compat.geometry_of(model, layers)
+    layout = compat.common_layout(layers)
+    settled = settle(
+        model, layers, layout, compat.device_of(layers), strategy, memory=memory, slots=slots, hardware=hardware,
+        link=link, link_gb_per_s=link_gb_per_s, gamma=gamma, geometry=geometry, kernel=kernel,
+    )  # fmt: skip
+    return serve(model, layers, HostStore(layout, len(layers), layers[0].count), settled, poison=poison)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What attach decided before it touched anything."""
+
+    strategy: Strategy
+    own: Geometry
+    worn: Geometry
+    stands_for: tuple[tuple[int, ...], ...]
+    slots: int
+    budget_nbytes: int | None
+    card: HardwareProfile
+    link: str
+    link_gb_per_s: float | None
+    kernel: Kernel
+
+
+def settle(
+    model: Any, layers: Sequence[compat.MoeLayer], layout: ExpertLayout, device: torch.device,
+    strategy: str | Strategy, *, memory: int | str | None, slots: int | None, hardware: str | HardwareProfile,
+    link: str, link_gb_per_s: float | None, gamma: float | None, geometry: str | None, kernel: str,
+) -> Settled:  # fmt: skip
+    """Decide everything, or raise Refused. `model` may lie on the meta device: no weight is read."""
+    chosen = resolve(strategy, gamma)
+    link, card = _link_and_card(link, hardware, link_gb_per_s, geometry, device)
+    own = compat.geometry_of(model, layers, layout)
     worn, stands_for = dress(own, geometry)
     if slots is not None and memory is not None:
         raise Refused("Give memory or slots, not both.")
     if slots is None and chosen.retain == "everything" and memory is None:
         slots = worn.keys
     if slots is None:
-        nbytes = hardware.vram_nbytes if memory is None else parse_nbytes(memory)
-        slots = slots_for(worn, nbytes, hardware.reserve_nbytes, STAGING)
+        budget = card.vram_nbytes if memory is None else parse_nbytes(memory)
+        slots = slots_for(worn, budget, card.reserve_nbytes, STAGING)
     if slots < worn.top_k:
         raise Refused(f"{slots} slots cannot hold one token's {worn.top_k} experts; give at least {worn.top_k} slots.")
     if chosen.retain == "everything" and slots < worn.keys:
         raise Refused(f"Strategy {chosen.name} keeps all {worn.keys} experts on the device; {slots} slots are too few.")
-    if any(not p.is_floating_point() or p.device.type == "meta" for p in model.parameters()):
-        raise Refused("The model's weights are quantised or not loaded; load them in a floating-point dtype first.")
-    if not isinstance(chosen.gating, FullK):
-        selftest.check_routers(model, layers, own.little_k)
-    engine = Engine(chosen, layers, own.little_k, worn, stands_for, min(slots, worn.keys), hardware, poison)
+    if not isinstance(chosen.gating, FullK) and own.top_k < 2:
+        raise Refused(f"{own.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
+    return Settled(
+        chosen, own, worn, stands_for, min(slots, worn.keys), None if memory is None else budget, card, link,
+        link_gb_per_s, kernel_named(kernel, device, layout.dtype),
+    )  # fmt: skip
+
+
+def serve(
+    model: Any, layers: Sequence[compat.MoeLayer], store: HostStore, settled: Settled, *, poison: bool = False
+) -> Any:
+    """Attach as settled. The store is empty, or holds the experts where the modules have none any more."""
+    gating, device = settled.strategy.gating, compat.device_of(layers)
+    if device.type == "cuda" and settled.budget_nbytes is not None:
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, settled.budget_nbytes / total), device)
+    engine = Engine(
+        settled.strategy, layers, settled.own.little_k, settled.worn, settled.stands_for, settled.slots, settled.card,
+        store, settled.kernel, poison,
+    )  # fmt: skip
     decoder = Decoder(model, engine)
+    modules = [layer.experts for layer in layers]
 
     def leave() -> None:
+        engine.close()
         decoder.remove()
-        for layer in layers:
-            unbind(layer.experts)
-        engine.store.give_back()
+        for module in modules:
+            unbind(module)
+        store.give_back(modules)
 
-    engine.take_experts()
-    for number, layer in enumerate(layers):
-        bind(layer.experts, engine, number)
+    store.take(modules)
+    for number, module in enumerate(modules):
+        bind(module, engine, number)
     decoder.install()
     engine.leave, model.mobile = leave, engine
-    if isinstance(chosen.gating, BigLittle):
-        try:
-            engine.rolls_back = selftest.rolls_back(decoder.stock, engine)
-        except BaseException:
-            detach(model)
-            raise
-        engine.restart()
+    try:
+        engine.connect(lambda engine, cost: _link(settled, engine, cost))
+        if not isinstance(gating, FullK):
+            selftest.check_routers(decoder.stock, engine)
+            if isinstance(gating, BigLittle):
+                engine.rolls_back = selftest.rolls_back(decoder.stock, engine)
+            engine.restart()
+    except BaseException:
+        detach(model)
+        raise
     return model
+
+
+def _link_and_card(
+    link: str, hardware: str | HardwareProfile, link_gb_per_s: float | None, geometry: str | None, device: torch.device
+) -> tuple[str, HardwareProfile]:
+    """The link's kind, and the profile that budgets and virtual time are taken from."""
+    card = hardware if isinstance(hardware, HardwareProfile) else profile(hardware)
+    if link not in ("auto", "cuda", "virtual", "paced"):
+        raise Refused(f"Link {link!r} is not available; choose auto, cuda, virtual or paced.")
+    if link == "auto":
+        link = "cuda" if device.type == "cuda" else "virtual"
+    if link == "cuda" and device.type != "cuda":
+        raise Refused("Link cuda needs the model on a GPU; move it there, or choose virtual.")
+    if link == "paced" and device.type != "cpu":
+        raise Refused(f"Link paced copies to the CPU, and the model is on {device}; choose cuda or virtual.")
+    if geometry is not None and link != "virtual":
+        raise Refused(f"Geometry {geometry} can be charged in virtual time only; choose the link virtual.")
+    if link_gb_per_s is not None:
+        if not link_gb_per_s > 0:
+            raise Refused(f"A link of {link_gb_per_s:g} GB/s moves nothing; give a positive number.")
+        card = replace(card, link_gb_per_s=link_gb_per_s)
+    if device.type == "cuda" and hardware == "auto":
+        card = replace(card, name=torch.cuda.get_device_name(device), vram_nbytes=torch.cuda.mem_get_info(device)[1])
+    return link, card
+
+
+def _link(settled: Settled, engine: Engine, cost: CostModel) -> Link:
+    row_nbytes = engine.store.layout.nbytes
+    if settled.link == "virtual":
+
+        def arrived(key: tuple[int, int], slot: int) -> None:
+            engine.fill(key, slot)
+            engine.arrived(key, slot)
+
+        return VirtualLink(cost.load_ns, engine.geometry.expert_nbytes, engine.ledger, arrived)
+    from mobile.stream import PacedChannel, StreamLink
+
+    if settled.link == "paced":
+        return StreamLink(PacedChannel(engine.fill, cost.load_ns), row_nbytes, engine.ledger, engine.arrived)
+    from mobile.cuda import CudaChannel
+
+    channel = CudaChannel(engine.store, engine.slot_rows, engine.row, settled.link_gb_per_s)
+    return StreamLink(channel, row_nbytes, engine.ledger, engine.arrived)
 
 
 def detach(model: Any) -> Any:

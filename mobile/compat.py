@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,38 +13,44 @@ from packaging.version import Version
 from torch import nn
 
 from mobile.geometry import Geometry
-from mobile.layout import layout_of
+from mobile.layout import ExpertLayout, layout_of
 from mobile.refusal import Refused
 
 OLDEST, NEWEST_BELOW = "5.17", "5.24"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-PLAIN = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-WEIGHTS = ("gate_up_proj", "down_proj")
+KNOBS = ("top_k", "num_experts_per_tok", "top_k_experts")  # where a router, its block or its config keeps K
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One MoE layer of a live model: its stacked experts and the router that chooses among them."""
+    """One MoE layer of a live model: its stacked experts, the router that chooses among them, and where K is set."""
 
     experts: Any
     router: Any
     name: str
+    knob: tuple[Any, str]
 
     @property
     def count(self) -> int:
         return int(self.experts.num_experts)
 
+    @property
+    def top_k(self) -> int:
+        return int(getattr(*self.knob))
+
     def route(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """The expert ids (tokens, top_k) that the router chooses for these inputs; runs no hook."""
-        return chosen(type(self.router).forward(self.router, *args, **kwargs))
+        """The expert ids (tokens, top_k) that the router chooses for these inputs; runs no hook.
 
-
-def chosen(router_output: Any) -> torch.Tensor:
-    """The integer tensor among a router's outputs: the chosen experts, (tokens, top_k)."""
-    for part in router_output if isinstance(router_output, tuple) else ():
-        if isinstance(part, torch.Tensor) and not part.is_floating_point():
-            return part
-    raise Refused("The router returns no expert indices; this family needs an adapter that does not exist yet.")
+        A router that returns scores alone is taken at its highest ones: its block may correct them, so use this to
+        foresee a choice, never to make one.
+        """
+        output = type(self.router).forward(self.router, *args, **kwargs)
+        parts = [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+        for part in parts:
+            if not part.is_floating_point() and part.shape[-1] < self.count:
+                return part.reshape(-1, part.shape[-1])
+        scores = next(part for part in parts if part.shape[-1] == self.count)
+        return scores.reshape(-1, self.count).topk(self.top_k).indices
 
 
 def check_version() -> None:
@@ -55,52 +61,78 @@ def check_version() -> None:
         )
 
 
+def weight_names(experts: Any) -> tuple[str, ...]:
+    """The stacked weights of an experts module, each (experts, ...), in the order they lie in a row."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    return (up, f"{up}_bias", "down_proj", "down_proj_bias") if experts.has_bias else (up, "down_proj")
+
+
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
-    """The model's MoE layers in order. Raises Refused if it has none, or one that cannot be offloaded yet."""
+    """The model's MoE layers in order. Raises Refused if it has none, or one that cannot be offloaded."""
     kind = type(model).__name__
     layers = []
-    for name, module in model.named_modules():
-        if not all(hasattr(module, flag) for flag in FLAGS):
+    for name, experts in model.named_modules():
+        if not all(hasattr(experts, flag) for flag in FLAGS):
             continue
-        if {flag: getattr(module, flag) for flag in FLAGS} != PLAIN or hasattr(module, "post_expert_norm"):
-            raise Refused(f"{kind} stores its experts in a layout this version cannot offload yet ({name}).")
-        parent = model.get_submodule(name.rpartition(".")[0])
-        routers = [
-            child
-            for label, child in parent.named_children()
-            if child is not module
-            and "shared" not in label
-            and hasattr(child, "top_k")
-            and any(w.ndim == 2 and w.shape[0] == module.num_experts for w in child.parameters(recurse=False))
-        ]
-        if len(routers) != 1:
-            raise Refused(f"{kind} has no router beside {name} that this version understands.")
-        layers.append(MoeLayer(module, routers[0], name))
+        weights = {label for label, _ in experts.named_parameters()}
+        if weights != set(weight_names(experts)) or getattr(experts, "post_expert_norm", None) is not None:
+            raise Refused(f"{kind} keeps {', '.join(sorted(weights))} in {name}, a layout this version cannot offload.")
+        layers.append(_layer(kind, model, name, experts))
     if not layers:
         raise Refused(f"{kind} has no Mixture-of-Experts layers, so there is nothing to offload; use it as it is.")
-    shapes = {(layer.count, *(tuple(getattr(layer.experts, w).shape) for w in WEIGHTS)) for layer in layers}
-    if len(shapes) != 1:
-        raise Refused(f"{kind} has MoE layers of unlike sizes, which this version cannot offload yet.")
     return layers
 
 
+def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
+    block = model.get_submodule(name.rpartition(".")[0])
+    routers = [
+        child
+        for label, child in block.named_children()
+        if child is not experts
+        and "shared" not in label
+        and any(w.ndim == 2 and w.shape[0] == experts.num_experts for w in child.parameters())
+    ]
+    if len(routers) != 1:
+        raise Refused(f"{kind} has no router beside {name} that this version understands.")
+    for holder in (routers[0], block, getattr(routers[0], "config", None), getattr(experts, "config", None)):
+        for knob in KNOBS:
+            if isinstance(getattr(holder, knob, None), int):
+                return MoeLayer(experts, routers[0], name, (holder, knob))
+    raise Refused(f"{kind} does not say how many experts {name} runs for a token, in any place this version knows.")
+
+
+def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
+    """The row layout that all layers share. Raises Refused if they differ."""
+    weights = [{name: getattr(layer.experts, name) for name in weight_names(layer.experts)} for layer in layers]
+    layouts = {layout_of(named) for named in weights}
+    if len({w.dtype for named in weights for w in named.values()}) != 1:
+        raise Refused("The experts' weights are of several dtypes; load the model with one, like dtype=torch.bfloat16.")
+    if len(layouts) != 1 or len({layer.count for layer in layers}) != 1:
+        raise Refused("The model's MoE layers differ in size, and one slot must hold any expert of any layer.")
+    return layouts.pop()
+
+
+def device_of(layers: Sequence[MoeLayer]) -> torch.device:
+    """Where the model computes: its routers' device, since its experts may be nowhere."""
+    return next(iter(layers[0].router.parameters())).device
+
+
 @contextmanager
-def top_k_of(routers: list[Any], top_k: int) -> Iterator[None]:
+def top_k_of(layers: Sequence[MoeLayer], top_k: int) -> Iterator[None]:
     """Inside the block every router chooses `top_k` experts."""
-    before = [router.top_k for router in routers]
+    before = [(layer.knob, layer.top_k) for layer in layers]
     try:
-        for router in routers:
-            router.top_k = top_k
+        for (holder, name), _ in before:
+            setattr(holder, name, top_k)
         yield
     finally:
-        for router, k in zip(routers, before, strict=True):
-            router.top_k = k
+        for (holder, name), k in before:
+            setattr(holder, name, k)
 
 
-def geometry_of(model: Any, layers: list[MoeLayer]) -> Geometry:
-    """The live model's own sizes, read from its parameters."""
-    layout = layout_of({name: getattr(layers[0].experts, name) for name in WEIGHTS})
-    routed = {id(getattr(layer.experts, name)) for layer in layers for name in WEIGHTS}
+def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) -> Geometry:
+    """The live model's own sizes, read from its parameters, whether or not the experts are still among them."""
+    routed = {id(w) for layer in layers for w in layer.experts.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(module.weight) for module in (embedding, head) if module is not None}
     dense = sum(p.nbytes for p in model.parameters() if id(p) not in routed | apart)
@@ -108,11 +140,11 @@ def geometry_of(model: Any, layers: list[MoeLayer]) -> Geometry:
         name=type(model).__name__,
         moe_layers=len(layers),
         experts=layers[0].count,
-        top_k=int(layers[0].router.top_k),
+        top_k=layers[0].top_k,
         expert_nbytes=layout.nbytes,
         dense_nbytes=dense // len(layers),
         router_nbytes=sum(p.nbytes for p in layers[0].router.parameters()),
         head_nbytes=head.weight.nbytes if head is not None else 0,
-        embedding_nbytes=embedding.weight.nbytes if embedding is not None and head is not embedding else 0,
+        embedding_nbytes=embedding.weight.nbytes if head is None or head.weight is not embedding.weight else 0,
         width=layout.dtype.itemsize,
     )

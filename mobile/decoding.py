@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from mobile import rollback
 from mobile.engine import Engine
 from mobile.passes import Pass
+from mobile.refusal import Refused
 from mobile.strategy import BigLittle, FullK
 
 
@@ -26,7 +27,7 @@ class Decoder:
         self._signature = inspect.signature(type(model).forward)
         self._warned = False
         self._hooks: list[Any] = []
-        self._own_forward = "forward" in model.__dict__
+        self._stood_for: dict[str, Any] = {}
 
     def install(self) -> None:
         """Put the two-pass forward in the model's place, and listen to what its routers are given."""
@@ -35,19 +36,31 @@ class Decoder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self(*args, **kwargs)
 
-        self.model.forward = forward
+        for name, instead in (("forward", forward), ("save_pretrained", refuse_to_save)):
+            if name in vars(self.model):
+                self._stood_for[name] = vars(self.model)[name]
+            setattr(self.model, name, instead)
+        self._settings = self._generation_config
+        self._compiles = getattr(self._settings, "disable_compile", False)
+        self._settings.disable_compile = True  # generate() would compile this forward for a static cache
         for number, layer in enumerate(self.engine.layers):
             hook = functools.partial(self._heard, number)
             self._hooks.append(layer.router.register_forward_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Undo `install`."""
-        if self._own_forward:
-            self.model.forward = self.stock
-        else:
-            del self.model.forward
+        for name in ("forward", "save_pretrained"):
+            if name in self._stood_for:
+                setattr(self.model, name, self._stood_for[name])
+            else:
+                delattr(self.model, name)
+        self._settings.disable_compile = self._compiles
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def _generation_config(self) -> Any:
+        return getattr(self.model, "generation_config", None) or self.model.config
 
     def _heard(self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
         running = self.engine.running
@@ -55,6 +68,10 @@ class Decoder:
             running.router_inputs[number] = (args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.engine.step():
+            return self._step(args, kwargs)
+
+    def _step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = self._signature.bind(self.model, *args, **kwargs).arguments
         inputs = given.get("input_ids")
         embeds = given.get("inputs_embeds")
@@ -76,7 +93,7 @@ class Decoder:
         if not isinstance(self.gating, BigLittle):
             with self.engine.little_k():
                 return self._one(Pass("little", valid), args, kwargs, live)
-        if not rollback.supported(cache) or not self.engine.rolls_back:
+        if not self.engine.rolls_back or not rollback.supported(cache):
             self._warn(cache)
             return self._one(Pass("full", valid), args, kwargs, live)
         return self._two(valid, args, kwargs, live, cache, self.gating.gamma)
@@ -129,8 +146,8 @@ class Decoder:
     @functools.cached_property
     def _ends(self) -> list[int]:
         """Token ids that a finished row is fed: padding and every end of sequence."""
-        settings = getattr(self.model, "generation_config", None) or self.model.config
-        ids = [settings.pad_token_id, *_several(settings.eos_token_id)]
+        settings = self._generation_config
+        ids = [getattr(settings, "pad_token_id", None), *_several(getattr(settings, "eos_token_id", None))]
         return sorted({token for token in ids if token is not None})
 
     def _warn(self, cache: Any) -> None:
@@ -144,3 +161,8 @@ class Decoder:
 
 def _several(value: int | list[int] | None) -> list[int | None]:
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def refuse_to_save(*_: Any, **__: Any) -> NoReturn:
+    """Stands in for `save_pretrained`, which would write empty experts, for some families without a word."""
+    raise Refused("The experts are in the host store, so saving would lose them; call mobile.detach(model) first.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from mobile import compat
 from mobile.cost import CostModel
 from mobile.geometry import Geometry
 from mobile.hardware import HardwareProfile
-from mobile.kernels import group, loop
+from mobile.kernels import Kernel, group
 from mobile.ledger import Key, Ledger
-from mobile.link import VirtualLink
+from mobile.link import Link
 from mobile.passes import Pass
 from mobile.pool import SlotPool
 from mobile.residency import STAGING, Residency
@@ -22,26 +23,38 @@ from mobile.store import HostStore
 from mobile.strategy import Strategy
 from mobile.trace import Request
 
+MakeLink = Callable[["Engine", CostModel], Link]
+
 
 class Engine:
-    """Everything `attach` adds to a model, reachable as `model.mobile`."""
+    """Everything `attach` adds to a model, reachable as `model.mobile`.
+
+    Forward passes of several threads take turns (`lock`), so each thread's tokens are what it would get alone.
+    `recording` follows one caller only.
+    """
 
     def __init__(
-        self, strategy: Strategy, layers: list[compat.MoeLayer], little_k: int, worn: Geometry,
-        stands_for: tuple[tuple[int, ...], ...], slots: int, hardware: HardwareProfile, poison: bool,
+        self, strategy: Strategy, layers: Sequence[compat.MoeLayer], little_k: int, worn: Geometry,
+        stands_for: tuple[tuple[int, ...], ...], slots: int, hardware: HardwareProfile, store: HostStore,
+        kernel: Kernel, poison: bool,
     ) -> None:  # fmt: skip
         self.strategy, self.layers, self.geometry, self.slots = strategy, layers, worn, slots
-        self.hardware, self.stands_for = hardware, stands_for
+        self.hardware, self.stands_for, self.store = hardware, stands_for, store
         self.little = little_k
         self.ledger = Ledger()
         self.running: Pass | None = None
         self.rolls_back = False
         self.recorded: list[Request] | None = None
-        self._poison = poison
+        self.lock = threading.RLock()
+        self._kernel, self._poison = kernel, poison
+        self._top_k = [layer.top_k for layer in layers]
         self._owner = [mine for mine, covered in enumerate(stands_for) for _ in covered]
         self._batch: list[Request] = []
-        self.store = HostStore([layer.experts for layer in layers], compat.WEIGHTS)
+        self._broken = False  # a step was broken off and the slots hold nobody knows what
         self.leave: Callable[[], None] = lambda: None  # set by attach: how to undo it
+        self.device = compat.device_of(layers)
+        self.slot_rows = torch.zeros(slots + STAGING, store.layout.numel, dtype=store.layout.dtype, device=self.device)
+        self._views = store.layout.views(self.slot_rows)
 
     @property
     def experts(self) -> int:
@@ -53,57 +66,86 @@ class Engine:
 
     # --- coming and going ---------------------------------------------------------------------------
 
-    def take_experts(self) -> None:
-        """Move the model's experts to the host store and make the slots; the modules keep empty placeholders."""
-        self.store.take()
-        device = next(iter(self.layers[0].router.parameters())).device
-        layout = self.store.layout
-        self._slots = torch.zeros(self.slots + STAGING, layout.numel, dtype=layout.dtype, device=device)
-        self._views = layout.views(self._slots)
+    def connect(self, make: MakeLink) -> None:
+        """Make the link and start with cold slots."""
+        self._cost = CostModel(self.hardware, self.geometry)
+        self.link = make(self, self._cost)
         self.restart()
 
     def restart(self) -> None:
         """Cold slots, an empty ledger and a clock at zero."""
         self.ledger.clear()
-        cost = CostModel(self.hardware, self.geometry)
-        link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, self.ledger, self._arrived)
-        self.residency = Residency(self.strategy, SlotPool(self.slots), link, cost, self.ledger, self._emptied)
+        self._cold()
+        self.link.rewind()
+
+    def close(self) -> None:
+        """Let go of the link, if it was made."""
+        if hasattr(self, "link"):
+            self.link.close()
+
+    def _cold(self) -> None:
+        """Empty slots, whatever was in them or on its way; the clock and the counters go on."""
+        self.link.reset()
+        for layer, top_k in zip(self.layers, self._top_k, strict=True):
+            setattr(*layer.knob, top_k)
+        self.residency = Residency(
+            self.strategy, SlotPool(self.slots), self.link, self._cost, self.ledger, self._emptied
+        )
         if self._poison:
-            self._slots.fill_(float("nan"))
+            self.slot_rows.fill_(float("nan"))
         for key, slot in self.residency.preload_all():
-            self._fill(key, slot)
+            self.fill(key, slot)
+        self._broken = False
 
     # --- bytes --------------------------------------------------------------------------------------
 
-    def _fill(self, key: Key, slot: int) -> None:
-        self._slots[slot].copy_(self.store.rows[self._owner[key[0]]][key[1]])
+    def row(self, key: Key) -> torch.Tensor:
+        """The expert's row in host memory, (row elements,)."""
+        return self.store.rows[self._owner[key[0]]][key[1]]
 
-    def _arrived(self, key: Key, slot: int) -> None:
-        self._fill(key, slot)
+    def fill(self, key: Key, slot: int) -> None:
+        """Put the expert's bytes into the slot, now."""
+        self.slot_rows[slot].copy_(self.row(key))
+
+    def arrived(self, key: Key, slot: int) -> None:
+        """The link's word that the expert's bytes are in the slot."""
         self.residency.arrived(key, slot)
 
     def _emptied(self, slot: int) -> None:
         if self._poison:
-            self._slots[slot].fill_(float("nan"))
+            self.slot_rows[slot].fill_(float("nan"))
 
     # --- one forward pass ---------------------------------------------------------------------------
 
-    def little_k(self) -> Any:
+    def little_k(self) -> AbstractContextManager[None]:
         """A context in which every router chooses K/2 experts."""
-        return compat.top_k_of([layer.router for layer in self.layers], self.little)
+        return compat.top_k_of(self.layers, self.little)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """All that one call of the model does, alone on the engine.
+
+        Whatever breaks it off anywhere (a failing copy, Ctrl-C) leaves slots that are not trusted: the next one starts
+        cold.
+        """
+        with self.lock:
+            if self._broken:
+                self._cold()
+            self._broken = True
+            yield
+            self._broken = False
 
     @contextmanager
     def passing(self, running: Pass) -> Iterator[None]:
-        """One forward pass: opens and closes it on the clock, and settles both if it breaks off."""
+        """One forward pass: opens and closes it on the clock."""
         self.running = running
         self.residency.begin(running.kind, running.tokens)
         try:
             yield
+            self.residency.finish()
         except BaseException:
             self.residency.abandon()
             raise
-        else:
-            self.residency.finish()
         finally:
             self.running = None
 
@@ -119,8 +161,8 @@ class Engine:
         for other in others:
             for _ in self.residency.layer(other, groups.experts, groups.counts):
                 pass
-        slots = self.residency.layer(last, groups.experts, groups.counts)
-        return loop(self.layers[layer].experts, hidden, weights, groups, slots, self._views)
+        waves = self.residency.layer(last, groups.experts, groups.counts)
+        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views)
 
     def predict(self, little: Pass) -> list[torch.Tensor]:
         """Per layer the K experts (tokens, K) that the little pass's recorded router inputs name."""

@@ -3,72 +3,127 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 from mobile.ledger import Key, Ledger
 
 Arrival = Callable[[Key, int], None]
 
 
+class Copy(NamedTuple):
+    """A row on its way into a slot, and what it was first asked for as: "load" or "prefetch"."""
+
+    key: Key
+    slot: int
+    what: str
+
+
 class Link(Protocol):
-    """One host-to-device channel. Demand loads go before prefetches; a copy that has begun is not interrupted."""
+    """One host-to-device channel. Demand loads go before prefetches; a copy that has begun is not interrupted.
 
-    now: int
+    `now` is nanoseconds since the link was made.
+    """
 
-    def submit(self, key: Key, slot: int, *, demand: bool) -> None: ...
-    def promote(self, key: Key) -> None: ...
-    def cancel(self, key: Key) -> bool: ...
-    def wait(self, key: Key) -> None: ...
-    def compute(self, ns: int, about: Key | str) -> None: ...
+    @property
+    def now(self) -> int: ...
+    def submit(self, key: Key, slot: int, *, demand: bool) -> None:
+        """Queue a copy of `key` into `slot`; it begins at once if the channel is idle."""
+
+    def promote(self, key: Key) -> None:
+        """Compute waits for a queued prefetch: it goes with the demand loads. No effect if its copy has begun."""
+
+    def cancel(self, key: Key) -> bool:
+        """Take a queued prefetch back; False if its copy has begun or it was never queued."""
+        ...
+
+    def wait(self, key: Key) -> None:
+        """Compute goes on only once `key` has arrived; its waiting is counted as stall. Raises what its copy raised."""
+
+    def compute(self, ns: int, about: Key | str) -> None:
+        """The device computes, for `ns` where time is virtual, while copies go on."""
+
+    def used(self, slots: Sequence[int]) -> None:
+        """All that reads these slots has been launched: another copy may take them after it."""
+
+    def join(self) -> None:
+        """Copies asked for from now on begin only after the compute launched so far: loading without overlap."""
+
+    def reset(self) -> None:
+        """Let go of everything asked for; when it returns nothing writes into a slot any more."""
+
+    def rewind(self) -> None:
+        """`now` is zero again."""
+
+    def close(self) -> None:
+        """The last call: give back what the link holds."""
+
+
+class CopyQueue:
+    """Copies not begun: demand loads first, each kind in the order it was asked for."""
+
+    def __init__(self) -> None:
+        self.demand: deque[Copy] = deque()
+        self.prefetch: deque[Copy] = deque()
+
+    def add(self, key: Key, slot: int, *, demand: bool) -> None:
+        if demand:
+            self.demand.append(Copy(key, slot, "load"))
+        else:
+            self.prefetch.append(Copy(key, slot, "prefetch"))
+
+    def next(self) -> Copy | None:
+        queue = self.demand or self.prefetch
+        return queue.popleft() if queue else None
+
+    def __iter__(self) -> Iterator[Copy]:
+        return chain(self.demand, self.prefetch)
+
+    def promote(self, key: Key) -> None:
+        for copy in self.prefetch:
+            if copy.key == key:
+                self.prefetch.remove(copy)
+                self.demand.append(copy)
+                return
+
+    def cancel(self, key: Key) -> bool:
+        for copy in self.prefetch:
+            if copy.key == key:
+                self.prefetch.remove(copy)
+                return True
+        return False
+
+    def clear(self) -> None:
+        self.demand.clear()
+        self.prefetch.clear()
 
 
 class VirtualLink:
     """A discrete-event clock in integer nanoseconds: the same calls give the same times on any machine.
 
     `arrived(key, slot)` is called when a copy ends and must put the real bytes there, so that a step that used a
-    slot too early would compute with what was in it before.
+    slot too early would compute with what was in it before. If it raises, the copy has not ended.
     """
 
     def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
         self.now = 0
         self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
-        self._demand: deque[tuple[Key, int, str]] = deque()  # key, slot, what it was asked for as
-        self._prefetch: deque[tuple[Key, int, str]] = deque()
-        self._flying: tuple[Key, int, str] | None = None
+        self._queue = CopyQueue()
+        self.promote, self.cancel = self._queue.promote, self._queue.cancel
+        self._flying: Copy | None = None
         self._flying_end = 0
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
-        """Queue a copy of `key` into `slot`; it starts at once if the channel is idle."""
-        if demand:
-            self._demand.append((key, slot, "load"))
-        else:
-            self._prefetch.append((key, slot, "prefetch"))
+        self._queue.add(key, slot, demand=demand)
         if self._flying is None:
             self._start(self.now)
 
-    def promote(self, key: Key) -> None:
-        """Compute waits for a queued prefetch: it goes with the demand loads. No effect if its copy has begun."""
-        for entry in self._prefetch:
-            if entry[0] == key:
-                self._prefetch.remove(entry)
-                self._demand.append(entry)
-                return
-
-    def cancel(self, key: Key) -> bool:
-        """Take a queued prefetch back; False if its copy has begun or it was never queued."""
-        for entry in self._prefetch:
-            if entry[0] == key:
-                self._prefetch.remove(entry)
-                return True
-        return False
-
     def wait(self, key: Key) -> None:
-        """Let time pass until the copy of `key` has arrived; the time is counted as stall."""
         begun = self.now
         while True:
             assert self._flying is not None, f"waiting for {key}, which nobody loads"
-            landed = self._flying[0]
+            landed = self._flying.key
             self._pass_time(max(self.now, self._flying_end))
             if landed == key:
                 break
@@ -77,7 +132,6 @@ class VirtualLink:
             self._ledger.event("stall", begun, self.now, key)
 
     def compute(self, ns: int, about: Key | str) -> None:
-        """The device computes for `ns` while copies go on."""
         until = self.now + ns
         if self._ledger.keeps_events:
             self._ledger.event("compute", self.now, until, about)
@@ -86,22 +140,34 @@ class VirtualLink:
         else:
             self.now = until
 
+    def used(self, slots: Sequence[int]) -> None:
+        """Kernels run when they are called, so there is nothing to wait for."""
+
+    def join(self) -> None:
+        """Virtual compute is over when it was charged."""
+
+    def reset(self) -> None:
+        self._queue.clear()
+        self._flying = None
+
+    def rewind(self) -> None:
+        self.now = 0
+
+    def close(self) -> None:
+        """It holds nothing."""
+
     def _start(self, at: int) -> None:
-        queue = self._demand or self._prefetch
-        if not queue:
-            self._flying = None
-            return
-        self._flying = queue.popleft()
+        self._flying = self._queue.next()
         self._flying_end = at + self._load_ns
 
     def _pass_time(self, until: int) -> None:
         while self._flying is not None and self._flying_end <= until:
             (key, slot, what), ended = self._flying, self._flying_end
+            self._arrived(key, slot)
             counters = self._ledger.counters
             counters.loads += 1
             counters.bytes_loaded += self._row_nbytes
             if self._ledger.keeps_events:
                 self._ledger.event(what, ended - self._load_ns, ended, key)
-            self._arrived(key, slot)
             self._start(ended)
         self.now = until

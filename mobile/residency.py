@@ -14,6 +14,7 @@ from mobile.link import Link
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
+Wave = list[tuple[int, int]]  # (position among the active experts, slot)
 STAGING = 2  # buffers that prefill, and any step wider than the pool, streams through
 
 
@@ -67,10 +68,8 @@ class Residency:
         self._account()
 
     def abandon(self) -> None:
-        """The pass was broken off: settle the clock and let go of what the step held."""
+        """The pass was broken off, perhaps anywhere: settle the clock. What is in the slots is not to be trusted."""
         self._account()
-        self.pool.pinned = frozenset()
-        self.end_token()
 
     def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
         """The little pass was unsure of `tokens` tokens: its routers, replayed at K, name what the big pass will need.
@@ -117,10 +116,10 @@ class Residency:
 
     # --- one layer ----------------------------------------------------------------------------------
 
-    def layer(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Run one MoE layer: yields (expert, slot) in ascending order, each slot ready until the next is asked for.
+    def layer(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
+        """Run one MoE layer: yields waves of (position in `experts`, slot), ready until the next wave is asked for.
 
-        `experts` are the active ones, ascending, `counts` the tokens routed to each.
+        `experts` are the active ones, ascending, `counts` the tokens routed to each. Residents come first.
         """
         self.link.compute(self.cost.dense_ns(self._tokens), "dense")
         if self._kind == "prefill" or len(experts) > self.pool.size:
@@ -129,44 +128,48 @@ class Residency:
             yield from self._hold(layer, experts, counts)
         self._pump()
 
-    def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """A decode step whose experts all fit: bring them in, residents computing first, then hand them out."""
+    def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
+        """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
         pool, link, counters = self.pool, self.link, self.ledger.counters
         ready, expert_ns = pool.ready, self.cost.expert_ns
         keys = [(layer, expert) for expert in experts]
         pool.pinned = set(keys)
         if self._kind == "big":
             self._refute(layer)
-        cost = dict(zip(keys, counts, strict=True))
         resident, late, missing = [], [], []
-        for key in keys:
+        for position, key in enumerate(keys):
             if key in ready:
-                resident.append(key)
+                resident.append(position)
             elif key in pool:
-                late.append(key)
+                late.append(position)
                 link.promote(key)
             else:
-                missing.append(key)
+                missing.append(position)
         counters.hits += len(resident)
         counters.late_prefetches += len(late)
         counters.demand_loads += len(missing)
         if self.strategy.overlap:
-            for key in missing:
-                link.submit(key, self._slot_for(key), demand=True)
-        for key in resident:
-            link.compute(expert_ns(cost[key]), key)
-        for key in late + missing:
+            for position in missing:
+                link.submit(keys[position], self._slot_for(keys[position]), demand=True)
+        for position in resident:
+            link.compute(expert_ns(counts[position]), keys[position])
+        if resident:
+            yield [(position, pool.slot(keys[position])) for position in resident]
+        for position in late + missing:
+            key = keys[position]
             if key not in pool:
                 link.submit(key, self._slot_for(key), demand=True)
             if key not in ready:
                 link.wait(key)
-            link.compute(expert_ns(cost[key]), key)
+            link.compute(expert_ns(counts[position]), key)
+            yield [(position, pool.slot(key))]
+            if not self.strategy.overlap:
+                link.join()
+        link.used([pool.slot(key) for key in keys])
         pool.touch(keys)
         if pool.unproven:
             counters.prefetch_useful += len(pool.pinned & pool.unproven)
             pool.unproven -= pool.pinned
-        for key in keys:
-            yield key[1], pool.slot(key)
         pool.pinned = frozenset()
         if self.strategy.retain == "nothing":
             for key in keys:
@@ -183,7 +186,7 @@ class Residency:
         pool = self.pool
         self._take_back(key for key in pool.unproven - pool.ready - pool.pinned if key[0] == layer)
 
-    def _stream(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _stream(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
         """A step wider than a decode token: experts pass through the staging buffers, the pool's order untouched.
 
         A strategy that keeps experts lets missing ones settle in slots that are still free; none is evicted.
@@ -195,7 +198,7 @@ class Residency:
         placed: dict[Key, int] = {}
         ahead = STAGING if self.strategy.overlap else 1
         self._landed.clear()
-        for expert, count in zip(experts, counts, strict=True):
+        for position, (expert, count) in enumerate(zip(experts, counts, strict=True)):
             key = (layer, expert)
             while missing and len(placed) < ahead:
                 coming = missing.popleft()
@@ -211,7 +214,10 @@ class Residency:
             while key not in pool.ready and self._landed.get(slot) != key:
                 link.wait(key)
             link.compute(self.cost.expert_ns(count), key)
-            yield expert, slot
+            yield [(position, slot)]
+            link.used([slot])
+            if not self.strategy.overlap:
+                link.join()
             if not settled:
                 buffers.append(slot)
                 self._emptied(slot)

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from mobile.layout import ExpertLayout, layout_of
+from mobile.layout import ExpertLayout
 
 
 class HostStore:
-    """Rows per MoE layer, (experts, layout.numel). Moving a layer in empties its module's parameters.
+    """`rows` holds one tensor a MoE layer, (experts, layout.numel). Memory is taken as rows are written."""
 
-    Layers move one at a time, so the peak is the model plus one layer.
-    """
+    def __init__(self, layout: ExpertLayout, layers: int, experts: int) -> None:
+        self.layout = layout
+        self.rows = [torch.empty(experts, layout.numel, dtype=layout.dtype) for _ in range(layers)]
+        self._views = [layout.views(rows) for rows in self.rows]
 
-    def __init__(self, modules: list[nn.Module], names: tuple[str, ...]) -> None:
-        self.modules, self.names = modules, names
-        self.layout: ExpertLayout = layout_of({name: getattr(modules[0], name).data for name in names})
-        self.rows: list[torch.Tensor] = []
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for rows in self.rows)
 
-    def take(self) -> None:
-        """Move every module's experts into rows; the parameters stay as empty placeholders."""
-        for module in self.modules:
-            weights = {name: getattr(module, name) for name in self.names}
-            experts = next(iter(weights.values())).shape[0]
-            rows = torch.zeros(experts, self.layout.numel, dtype=self.layout.dtype)
-            for name, view in self.layout.views(rows).items():
-                view.copy_(weights[name].data)
-                weights[name].data = weights[name].data.new_empty(0)
-            self.rows.append(rows)
+    def weights(self, layer: int, name: str) -> torch.Tensor:
+        """One stacked weight of a layer, (experts, ...): a view of its rows, to read or to fill."""
+        return self._views[layer][name]
 
-    def give_back(self) -> None:
-        """Put every expert back into its module's own parameters, bit for bit, on their own device."""
-        for module, rows in zip(self.modules, self.rows, strict=True):
-            for name, view in self.layout.views(rows).items():
+    def reorder(self, order: Sequence[int]) -> None:
+        """Layer i becomes the one that was at `order[i]`."""
+        self.rows = [self.rows[number] for number in order]
+        self._views = [self._views[number] for number in order]
+
+    def take(self, modules: Sequence[nn.Module]) -> None:
+        """Move every module's experts into its rows; the parameters stay as empty placeholders.
+
+        Modules move one at a time, so the peak is the model plus one layer.
+        """
+        for layer, module in enumerate(modules):
+            for name, view in self._views[layer].items():
                 weight = getattr(module, name)
-                weight.data = view.clone(memory_format=torch.contiguous_format).to(weight.device)
+                if weight.numel():
+                    view.copy_(weight.data)
+                    weight.data = weight.data.new_empty(0)
+
+    def give_back(self, modules: Sequence[nn.Module]) -> None:
+        """Put every expert back into its module's own parameters, bit for bit, on their own device."""
+        for layer, module in enumerate(modules):
+            for name, view in self._views[layer].items():
+                weight = getattr(module, name)
+                weight.data = view.to(weight.device, copy=True).contiguous()
         self.rows.clear()
+        self._views.clear()

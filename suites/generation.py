@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mobile
 from mobile import trace
-from mobile.compat import geometry_of, moe_layers
+from mobile.compat import common_layout, geometry_of, moe_layers
 from mobile.geometry import Geometry
 from mobile.hardware import profile
 from mobile.strategy import Strategy, resolve, strategies
@@ -34,7 +34,8 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
         generation.model.folder, dtype=torch.float32, use_safetensors=True
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(generation.model.folder)
-    own = geometry_of(model, moe_layers(model))
+    layers = moe_layers(model)
+    own = geometry_of(model, layers, common_layout(layers))
     mobile.attach(model, strategy, slots=strategy.needs(own))
     lm = EngineLM(model, tokenizer, BATCH)
     answers = evaluate(lm, generation.task, generation.docs)

@@ -52,7 +52,7 @@ def test_poison_is_seen_when_a_slot_is_emptied_too_early(monkeypatch):
     """The test above can fail: an engine that copies nothing computes with the poison."""
     from mobile.engine import Engine
 
-    monkeypatch.setattr(Engine, "_fill", lambda self, key, slot: None)
+    monkeypatch.setattr(Engine, "fill", lambda self, key, slot: None)
     model = mobile.attach(tiny("olmoe"), "lru", slots=8, poison=True)
     assert model(prompt()).logits.isnan().any()
 

@@ -36,7 +36,7 @@ def checkpoint(tmp_path):
         ({"strategy": "lru", "gamma": 0.5}, "has no gamma"),
         ({"gamma": -1.0}, "negative"),
         ({"hardware": "abacus"}, "Unknown hardware"),
-        ({"link": "string"}, "choose auto or virtual"),
+        ({"link": "string"}, "choose auto, cuda, virtual or paced"),
         ({"geometry": "olmoe-1b-7b"}, "cannot stand for it"),
         ({"strategy": "resident", "slots": 10}, "too few"),
     ],

@@ -1,0 +1,213 @@
+"""`mobile doctor`: what this machine offers, measured where it can be, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from mobile import probe
+from mobile.cli import show
+from mobile.geometry import GEOMETRIES
+from mobile.probe import Gpu, Host, Limit, LinkRates, LinkState, Software
+
+EXAMPLES = """
+examples:
+  mobile doctor
+  mobile doctor --json | jq .host.memlock_nbytes
+
+Unknown is null in the JSON. Measuring takes about a second, and 0.5 GiB of host memory.
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the screen shows. `rates` and `rates_of` are of torch's first CUDA device."""
+
+    software: Software
+    host: Host
+    memcpy_gb_per_s: float | None
+    memcpy_threads: int
+    gpus: tuple[Gpu, ...]
+    cuda: bool
+    rates: LinkRates | None
+    rates_of: str | None
+
+
+def examine() -> Report:
+    """Look and measure. Imports torch."""
+    import torch
+
+    return Report(
+        software=probe.software(),
+        host=probe.host(),
+        memcpy_gb_per_s=probe.memcpy_gb_per_s(),
+        memcpy_threads=torch.get_num_threads(),
+        gpus=tuple(probe.gpus()),
+        cuda=torch.cuda.is_available(),
+        rates=probe.link_rates(),
+        rates_of=probe.cuda_uuid(),
+    )
+
+
+def advice(report: Report) -> list[str]:
+    """What is off, one sentence each with what to do about it; empty if nothing is."""
+    return [*_about_software(report), *_about_link(report), *_about_host(report)]
+
+
+def _about_software(report: Report) -> Iterator[str]:
+    if report.software.problem is not None:
+        yield report.software.problem
+    if report.cuda:
+        if report.software.pynvml is None:
+            yield "Install nvidia-ml-py to see the link's generation and width."
+    elif report.gpus and report.software.torch_cuda is None:
+        yield f"There is a {report.gpus[0].name}, but this torch is built without CUDA; install a CUDA build of torch."
+    elif report.gpus:
+        yield (
+            f"There is a {report.gpus[0].name}, but torch cannot use it; check that driver {report.gpus[0].driver} "
+            f"supports CUDA {report.software.torch_cuda} and that CUDA_VISIBLE_DEVICES does not hide it."
+        )
+    else:
+        yield "No CUDA device: bytes are moved and answers are real, time is virtual (computed). Speed needs a GPU."
+
+
+def _about_link(report: Report) -> Iterator[str]:
+    rates = report.rates
+    if rates is None:
+        return
+    best = next((gpu.link_max for gpu in report.gpus if gpu.uuid == report.rates_of), probe.UNKNOWN_LINK)
+    now = rates.under_load
+    if now.width is not None and best.width is not None and now.width < best.width:
+        yield (
+            f"The link runs {now.width} of {best.width} lanes under load; move the card to a full-width slot, and look "
+            "for a riser or an M.2 drive that shares its lanes."
+        )
+    if now.generation is not None and best.generation is not None and now.generation < best.generation:
+        yield (
+            f"The link runs at generation {now.generation} of {best.generation} under load; set the slot's PCIe speed "
+            "to auto in the firmware, and check the riser."
+        )
+    if not rates.registers:
+        yield (
+            "The driver would not page-lock ordinary memory, so experts would move at the pageable rate; raise "
+            f"RLIMIT_MEMLOCK (here {_limit(report.host.memlock_nbytes)}) with `ulimit -l unlimited` or "
+            "`docker run --ulimit memlock=-1`."
+        )
+
+
+def _about_host(report: Report) -> Iterator[str]:
+    usable = report.host.usable_nbytes
+    if usable is None:
+        return
+    needs = {name: preset.keys * preset.expert_nbytes for name, preset in GEOMETRIES.items()}
+    short = [f"{name} ({show.memory(need)})" for name, need in needs.items() if need > usable]
+    if short:
+        limited = isinstance(report.host.container_limit_nbytes, int)
+        what = "raise the container's limit or add memory" if limited else "free or add memory"
+        yield f"{show.memory(usable)} of host memory cannot hold the experts of {', '.join(short)}; {what} for those."
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def declare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what this machine offers, and what to change",
+        description="Show versions, GPU, link and host memory; measure copies; say what to change.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    report = examine()
+    if arguments.json:
+        show.as_json({**asdict(report), "usable_nbytes": report.host.usable_nbytes, "advice": advice(report)})
+        return 0
+    out = show.console()
+    for section in (_software(report.software), _host(report), *(_gpu(report, gpu) for gpu in report.gpus)):
+        out.print(section)
+        out.print()
+    if not report.gpus:
+        out.print("No GPU found.\n")
+    out.print("What to change", style="bold")
+    for line in advice(report) or ["Nothing."]:
+        out.print(f"- {line}")
+    return 0
+
+
+def _section(title: str, rows: dict[str, str]) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    made.add_column(style="dim", min_width=24)
+    made.add_column()
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
+
+
+def _software(found: Software) -> Table:
+    return _section(
+        "Software",
+        {
+            "Python": found.python,
+            "torch": f"{found.torch}, CUDA {found.torch_cuda or 'not built in'}",
+            "Transformers": f"{found.transformers}, {'supported' if found.problem is None else 'NOT SUPPORTED'}",
+            "triton": found.triton or "absent",
+            "pynvml (nvidia-ml-py)": found.pynvml or "absent",
+        },
+    )
+
+
+def _host(report: Report) -> Table:
+    found = report.host
+    return _section(
+        "Host",
+        {
+            "CPU": f"{found.cpu or 'unknown'}, {found.cpus_allowed or 'unknown'} allowed",
+            "memory": f"{show.memory(found.memory_available_nbytes)} available of "
+            f"{show.memory(found.memory_total_nbytes)}",
+            "container limit": _limit(found.container_limit_nbytes),
+            "swap": "none"
+            if found.swap_total_nbytes == 0
+            else f"{show.memory(found.swap_free_nbytes)} free of {show.memory(found.swap_total_nbytes)}",
+            "RLIMIT_MEMLOCK": _limit(found.memlock_nbytes),
+            "memcpy": f"{_rate(report.memcpy_gb_per_s)}, {report.memcpy_threads} thread(s), measured",
+        },
+    )
+
+
+def _gpu(report: Report, gpu: Gpu) -> Table:
+    rows = {
+        "driver": gpu.driver or "unknown",
+        "memory": f"{show.memory(gpu.memory_free_nbytes)} free of {show.memory(gpu.memory_total_nbytes)}",
+        "compute capability": gpu.compute_capability or "unknown",
+        "link now / max": f"{_pcie(gpu.link_now)} / {_pcie(gpu.link_max)}",
+    }
+    if report.rates is not None and gpu.uuid == report.rates_of:
+        rows |= {
+            "link under load": _pcie(report.rates.under_load),
+            "copies, page-locked": f"{_rate(report.rates.pinned_gb_per_s)}, measured",
+            "copies, pageable": f"{_rate(report.rates.pageable_gb_per_s)}, measured",
+        }
+    return _section(gpu.name, rows)
+
+
+def _limit(nbytes: Limit) -> str:
+    return nbytes if isinstance(nbytes, str) else show.memory(nbytes)
+
+
+def _rate(gb_per_s: float | None) -> str:
+    return "unknown" if gb_per_s is None else f"{gb_per_s:.1f} GB/s"
+
+
+def _pcie(link: LinkState) -> str:
+    if link.generation is None or link.width is None:
+        return "unknown"
+    return f"PCIe {link.generation}.0 x{link.width}"

@@ -1,0 +1,63 @@
+"""`mobile generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mobile.cli import session, show
+
+EXAMPLES = """
+examples:
+  mobile generate FOLDER "Once upon a time" --memory 8GiB
+  cat question.txt | mobile generate FOLDER - --strategy lru --slots 128 > answer.txt
+  mobile generate suites/models/olmoe-tiny "Q: not ( True and False ) is" --slots 72 --geometry olmoe-1b-7b
+  mobile generate FOLDER "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1 --json | jq .stats
+
+The text goes to stdout as it is written, the statistics to stderr.
+"""
+
+
+def declare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="one prompt, one answer",
+        description="Answer one prompt with a model whose experts wait in host memory.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    session.declare(parser)
+    session.declare_template(parser)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads stdin")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, no streaming")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    prompt = session.prompt_text(arguments.prompt)
+    opened = session.start(arguments)
+    from transformers import TextStreamer
+
+    model = opened.model
+    ids = opened.encode([{"role": "user", "content": prompt}])
+    streamer = None if arguments.json else TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    before = model.mobile.stats()
+    output = model.generate(
+        input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **opened.options
+    )  # fmt: skip
+    if arguments.json:
+        answer = output[0, ids.shape[1] :]
+        show.as_json(
+            {
+                "prompt": prompt,
+                "text": opened.decode(answer),
+                "new_tokens": len(answer),
+                "model": arguments.model,
+                "strategy": model.mobile.strategy.name,
+                "slots": model.mobile.slots,
+                "time": "virtual" if session.is_virtual(model) else "measured",
+                "stats": model.mobile.stats(),
+            }
+        )
+    show.note(session.line(model, before))
+    return 0

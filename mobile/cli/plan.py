@@ -1,0 +1,271 @@
+"""`mobile plan`: does a model fit, and what bounds each strategy, from its configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mobile import probe
+from mobile.cli import show
+from mobile.cost import CostModel
+from mobile.geometry import GEOMETRIES, Geometry, slots_for
+from mobile.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.refusal import Refused
+from mobile.residency import STAGING
+from mobile.strategy import BigLittle, HalfK, Strategy, strategies
+
+EXAMPLES = """
+examples:
+  mobile plan olmoe-1b-7b --memory 8GiB             a preset: nothing is fetched
+  mobile plan Qwen/Qwen3-30B-A3B --memory 12GiB     a hub id: only its configuration is fetched
+  mobile plan ./checkpoint --memory 2GiB --json | jq .slots
+  mobile plan olmoe-1b-7b --fallback-rate 0.2       what MoBiLE's bound is at that rate
+
+exit code: 0 if it fits the budget, 2 if it does not.
+"""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one decode token costs at a fallback rate (None: the strategy has none). Computed, per token.
+
+    `link_tokens_per_s` is None where nothing is copied.
+    """
+
+    fallback_rate: float | None
+    nbytes: int
+    link_tokens_per_s: float | None
+    compute_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy under the budget: the slots and device memory it needs to do what it is for, and its bounds."""
+
+    strategy: str
+    summary: str
+    lossless: bool
+    keeps: str
+    needs_slots: int
+    needs_nbytes: int
+    budget_meets_needs: bool
+    bounds: tuple[Bound, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A budget taken apart. Bytes on the device add up to at most `memory_nbytes`."""
+
+    fits: bool
+    model: str
+    hardware: str
+    memory_nbytes: int
+    geometry: Geometry
+    resident_nbytes: int
+    reserve_nbytes: int
+    staging_nbytes: int
+    slots: int
+    slots_nbytes: int
+    host_needed_nbytes: int
+    host_available_nbytes: int | None
+    host_fits: bool | None
+    strategies: tuple[Row, ...]
+    projected: bool = True
+
+
+def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
+    """The bounds of one decode token: bytes over the link's bandwidth without any cache, compute without any wait.
+
+    With K experts a layer a token moves L K bytes(expert); a little pass L K/2 of them, and a fallback the rest.
+    """
+    geometry = cost.geometry
+    layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
+
+    def compute_ns(experts: int) -> int:
+        return layers * (cost.dense_ns(1) + experts * cost.expert_ns(1)) + cost.head_ns(1)
+
+    moved: float
+    if isinstance(strategy.gating, BigLittle):
+        fallbacks = rate or 0.0
+        moved = layers * (little + fallbacks * (full - little))
+        prediction = cost.router_replay_ns if strategy.prefetch else 0
+        nanoseconds = compute_ns(little) + fallbacks * (prediction + compute_ns(full))
+    else:
+        chosen = little if isinstance(strategy.gating, HalfK) else full
+        moved, nanoseconds = layers * chosen, compute_ns(chosen)
+    nbytes = 0 if strategy.retain == "everything" else round(moved * geometry.expert_nbytes)
+    link = cost.profile.link_gb_per_s * 1e9 / nbytes if nbytes else None
+    return Bound(rate, nbytes, link, 1e9 / nanoseconds)
+
+
+def plan(
+    model: str, geometry: Geometry, memory_nbytes: int, hardware: HardwareProfile, host_nbytes: int | None,
+    fallback_rates: Sequence[float] = (0.0, 1.0),
+) -> Plan:  # fmt: skip
+    """Divide the budget. Raises Refused when it cannot hold the dense weights and one token's experts."""
+    slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, STAGING)
+    cost = CostModel(hardware, geometry)
+    rows = []
+    for strategy in strategies().values():
+        needs = strategy.needs(geometry)
+        rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
+        rows.append(
+            Row(
+                strategy=strategy.name,
+                summary=strategy.summary,
+                lossless=strategy.lossless,
+                keeps=strategy.retain,
+                needs_slots=needs,
+                needs_nbytes=hardware.reserve_nbytes
+                + geometry.resident_nbytes
+                + (needs + STAGING) * geometry.expert_nbytes,
+                budget_meets_needs=slots >= needs,
+                bounds=tuple(bound(strategy, cost, rate) for rate in rates),
+            )
+        )
+    host_needed = geometry.keys * geometry.expert_nbytes
+    return Plan(
+        fits=True,
+        model=model,
+        hardware=hardware.name,
+        memory_nbytes=memory_nbytes,
+        geometry=geometry,
+        resident_nbytes=geometry.resident_nbytes,
+        reserve_nbytes=hardware.reserve_nbytes,
+        staging_nbytes=STAGING * geometry.expert_nbytes,
+        slots=slots,
+        slots_nbytes=slots * geometry.expert_nbytes,
+        host_needed_nbytes=host_needed,
+        host_available_nbytes=host_nbytes,
+        host_fits=None if host_nbytes is None else host_needed <= host_nbytes,
+        strategies=tuple(rows),
+    )
+
+
+def geometry_from(source: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry:
+    """Sizes of a preset, or of the model a folder or hub id describes, built without weights."""
+    if source in GEOMETRIES and not Path(source).is_dir():
+        if dtype not in ("auto", "bfloat16"):
+            raise Refused(f"The preset {source} is bfloat16; leave --dtype out, or name a checkpoint.")
+        return GEOMETRIES[source]
+    from mobile import compat
+    from mobile.checkpoint import skeleton
+
+    compat.check_version()
+    model = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    layers = compat.moe_layers(model)
+    return compat.geometry_of(model, layers, compat.common_layout(layers))
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def declare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="does a model fit, and what bounds its speed; from the configuration alone",
+        description="Divide a memory budget and compute what bounds each strategy. No weight is read or fetched.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
+    parser.add_argument("--memory", help="device memory to use, like 12GiB (default: all the profile's card has)")
+    parser.add_argument("--hardware", default="auto", help="a hardware profile (default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=show.DTYPES, help="(default: auto, the configuration's)")
+    parser.add_argument("--fallback-rate", type=float, metavar="R", help="for `mobile`, instead of the range 0 to 1")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        rates: tuple[float, ...] = (0.0, 1.0)
+        if arguments.fallback_rate is not None:
+            if not 0 <= arguments.fallback_rate <= 1:
+                raise Refused(f"A fallback rate lies between 0 and 1, and {arguments.fallback_rate} does not.")
+            rates = (arguments.fallback_rate,)
+        hardware = profile(arguments.hardware)
+        memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
+        geometry = geometry_from(arguments.model, arguments.dtype, arguments.trust_remote_code)
+        made = plan(arguments.model, geometry, memory, hardware, probe.host().usable_nbytes, rates)
+    except Refused as refused:
+        if arguments.json:
+            show.as_json({"fits": False, "reason": str(refused)})
+        raise
+    if arguments.json:
+        show.as_json(asdict(made))
+    else:
+        _print(made, hardware)
+    return 0
+
+
+def _print(made: Plan, hardware: HardwareProfile) -> None:
+    out, geometry = show.console(), made.geometry
+    out.print(
+        f"{made.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
+        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was measured.\n"
+    )
+    device = show.table("Device memory", "part", "size", "")
+    device.add_row("dense weights", show.memory(made.resident_nbytes), "with embedding and head")
+    device.add_row("reserve", show.memory(made.reserve_nbytes), "context, workspace, KV cache")
+    each = show.memory(geometry.expert_nbytes)
+    device.add_row("prefill buffers", show.memory(made.staging_nbytes), f"{STAGING} experts of {each}")
+    share = f"{made.slots:,} of {geometry.keys:,} experts ({made.slots / geometry.keys:.1%})"
+    device.add_row("expert slots", show.memory(made.slots_nbytes), share)
+    out.print(device)
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
+    out.print(
+        f"\nHost memory: all experts need {show.memory(made.host_needed_nbytes)}; "
+        f"this machine has {show.memory(made.host_available_nbytes)} available: {verdict}.\n"
+    )
+    rows = show.table(
+        "Bounds per decode token (projected)",
+        "strategy", "lossless", "needs\nslots", "in\nmemory", "fits", "GB per\ntoken", "link\ntokens/s",
+        "compute\ntokens/s",
+    )  # fmt: skip
+    for row in made.strategies:
+        rows.add_row(
+            row.strategy,
+            "yes" if row.lossless else "no",
+            f"{row.needs_slots:,}",
+            show.memory(row.needs_nbytes),
+            "yes" if row.budget_meets_needs else "no",
+            _range([bound.nbytes / show.GB for bound in row.bounds], ".3g"),
+            _range([bound.link_tokens_per_s for bound in row.bounds], ",.1f"),
+            _range([bound.compute_tokens_per_s for bound in row.bounds], ",.1f"),
+        )
+    out.print(rows)
+    for line in _footnotes(made, hardware):
+        out.print(line)
+
+
+def _range(values: Sequence[float | None], digits: str) -> str:
+    known = [f"{value:{digits}}" for value in values if value is not None]
+    return "–".join(dict.fromkeys(known)) or "-"
+
+
+def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
+    geometry = made.geometry
+    full, little = geometry.top_k, geometry.little_k
+    rates = [b.fallback_rate for row in made.strategies for b in row.bounds if b.fallback_rate is not None]
+    at = " and ".join(f"{rate:g}" for rate in dict.fromkeys(rates))
+    times = "2 / (1 + r)" if full == 2 * little else f"{full} / ({little} + {full - little} r)"
+    lines = [
+        "",
+        f"link: {hardware.link_gb_per_s:g} GB/s over the bytes of one token's experts, without any cache. Strategies "
+        "that keep experts beat it by 1 / (1 - hit rate); routing decides the hit rate. Copy latency is left out.",
+        f"mobile: at fallback rates r = {at}. A token moves {little} + {full - little} r experts a layer, so the bound "
+        f"is {times} times plain offloading's, if its needs fit and every prefetch is in time.",
+        f"compute: nothing waited for; max(bytes / {hardware.memory_gb_per_s:g} GB/s, flops / {hardware.tflops:g} "
+        f"TFLOP/s) + {hardware.launch_seconds * 1e6:g} us a launch. Attention over the KV cache is left out.",
+        "The lower of both bounds holds. needs: slots with which a strategy does what it is for; with fewer it still "
+        "runs exactly, only slower (resident does not run).",
+        *(f"{hardware.name}: {source}" for source in hardware.sources),
+    ]
+    if made.slots == geometry.keys:
+        lines.append("Every expert has a slot here, so a strategy that keeps experts loads each of them only once.")
+    return lines

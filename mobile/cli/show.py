@@ -1,0 +1,55 @@
+"""How the commands print: tables and JSON on stdout, everything else on stderr, colours only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+GIB, MIB, GB = 2**30, 2**20, 10**9
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that does not wrap what goes into a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160)
+
+
+def note(text: str) -> None:
+    """One line for the reader, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def as_json(content: dict[str, Any]) -> None:
+    """The one JSON object of --json."""
+    print(json.dumps(content, indent=2, allow_nan=False))
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+        collapse_padding=True,
+    )
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return made
+
+
+def memory(nbytes: int | None) -> str:
+    """Bytes for a reader, in binary units."""
+    if nbytes is None:
+        return "unknown"
+    for unit, size in (("GiB", GIB), ("MiB", MIB)):
+        if nbytes >= size:
+            return f"{nbytes / size:,.2f} {unit}"
+    return f"{nbytes / 1024:,.1f} KiB"

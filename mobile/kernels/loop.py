@@ -1,0 +1,89 @@
+"""The reference kernel, equal bit for bit to Transformers' eager experts, and what the others share with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mobile.residency import Wave
+
+Views = Mapping[str, torch.Tensor]  # the slots' weights by name, (slots, ...)
+
+
+class Groups(NamedTuple):
+    """Routed (token, expert) pairs sorted by expert, and within one expert by rank, then token, as eager has them.
+
+    `experts` ascending, `counts` pairs of each, `starts` where its pairs begin; `tokens` and `ranks` (pairs,) int64.
+    """
+
+    experts: list[int]
+    counts: list[int]
+    starts: list[int]
+    tokens: torch.Tensor
+    ranks: torch.Tensor
+
+
+Kernel = Callable[[Any, torch.Tensor, torch.Tensor, Groups, Iterable[Wave], Views], torch.Tensor]
+
+
+def group(index: torch.Tensor, experts: int) -> Groups:
+    """Group index (tokens, K); entries equal to `experts` are nobody's and are left out. Waits for the device once."""
+    if index.shape[0] == 1:
+        ordered, ranks = index[0].sort(stable=True)
+        active = [expert for expert in ordered.tolist() if expert < experts]
+        ranks = ranks[: len(active)]
+        return Groups(active, [1] * len(active), list(range(len(active))), torch.zeros_like(ranks), ranks)
+    by_rank = index.T.reshape(-1)
+    order = torch.argsort(by_rank, stable=True)
+    totals = torch.bincount(by_rank, minlength=experts + 1)[:experts].tolist()
+    active = [expert for expert, count in enumerate(totals) if count]
+    counts, starts, end = [totals[expert] for expert in active], [], 0
+    for count in counts:
+        starts.append(end)
+        end += count
+    order = order[:end]
+    return Groups(active, counts, starts, order % index.shape[0], order // index.shape[0])
+
+
+def loop(
+    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views
+) -> torch.Tensor:
+    """Sum of weighted expert outputs, (tokens, H), in ascending expert order: the reference, one product at a time.
+
+    hidden (tokens, H), weights (tokens, K).
+    """
+    result = torch.zeros_like(hidden)
+    scales = weights[groups.tokens, groups.ranks, None]
+    held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    turn = 0
+    for wave in waves:
+        for position, slot in wave:
+            pairs = slice(groups.starts[position], groups.starts[position] + groups.counts[position])
+            tokens = groups.tokens[pairs]
+            outer = _expert(module, hidden[tokens], slot, views) * scales[pairs]
+            held[position] = tokens, outer.to(result.dtype)
+        while turn in held:
+            result.index_add_(0, *held.pop(turn))
+            turn += 1
+    return result
+
+
+def _expert(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
+    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = views[name][slot]
+        y = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
+        return y + views[f"{name}_bias"][slot] if module.has_bias else y
+
+    return project(activate(module, project(x, up_name(module))), "down_proj")
+
+
+def up_name(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def activate(module: Any, inner: torch.Tensor) -> torch.Tensor:
+    """What an expert does between its two products: (pairs, 2I) -> (pairs, I), or (pairs, I) where nothing gates."""
+    return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)

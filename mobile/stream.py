@@ -1,0 +1,215 @@
+"""Links in real time: a host-side queue in front of a channel that copies while the device computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mobile.ledger import Key, Ledger
+from mobile.link import Arrival, Copy, CopyQueue
+
+COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahead of a demand load; two keep it busy
+
+
+class Channel(Protocol):
+    """What really copies, one row after another in the order of `begin`. Methods raise what a copy raised."""
+
+    def begin(self, key: Key, slot: int) -> None:
+        """Start copying and return."""
+
+    def ended(self, slot: int) -> bool:
+        """Whether the copy last begun into `slot` is over; does not wait."""
+        ...
+
+    def finish(self, slot: int) -> None:
+        """Wait on the host until it is over."""
+
+    def fence(self, slot: int) -> None:
+        """Have the device wait for it before whatever is launched next."""
+
+    def used(self, slots: Sequence[int]) -> None:
+        """All that reads these slots has been launched."""
+
+    def join(self) -> None:
+        """Copies begun from now on wait for the compute launched so far."""
+
+    def stalled_ns(self) -> int:
+        """Nanoseconds that compute is known to have waited since this was last asked."""
+        ...
+
+    def span(self, slot: int) -> tuple[int, int]:
+        """When the last copy into `slot`, which has ended, began and ended, in `time.perf_counter_ns`."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what was begun and let go of everything."""
+
+
+@dataclass
+class Begun:
+    """A copy under way; `announced` once compute was told to wait for it."""
+
+    copy: Copy
+    announced: bool = False
+
+
+class StreamLink:
+    """A Link over a channel. The host waits only where two copies are begun and a third is needed."""
+
+    def __init__(self, channel: Channel, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
+        self.channel, self._row_nbytes, self._ledger, self._arrived = channel, row_nbytes, ledger, arrived
+        self._queue = CopyQueue()
+        self.promote, self.cancel = self._queue.promote, self._queue.cancel
+        self._begun: deque[Begun] = deque()
+        self._failed: dict[Key, Exception] = {}
+        self._zero = time.perf_counter_ns()
+
+    @property
+    def now(self) -> int:
+        return time.perf_counter_ns() - self._zero
+
+    def submit(self, key: Key, slot: int, *, demand: bool) -> None:
+        self._failed.pop(key, None)
+        self._queue.add(key, slot, demand=demand)
+        self._advance()
+
+    def wait(self, key: Key) -> None:
+        while True:
+            self._advance()
+            if key in self._failed:
+                raise self._failed.pop(key)
+            begun = next((begun for begun in self._begun if begun.copy.key == key), None)
+            if begun is not None:
+                self.channel.fence(begun.copy.slot)
+                if not begun.announced:
+                    begun.announced = True
+                    self._arrived(key, begun.copy.slot)
+                break
+            if not any(copy.key == key for copy in self._queue):
+                break
+            self.channel.finish(self._begun[0].copy.slot)
+        self._ledger.counters.stall_ns += self.channel.stalled_ns()
+
+    def compute(self, ns: int, about: Key | str) -> None:
+        self._advance()
+
+    def used(self, slots: Sequence[int]) -> None:
+        self.channel.used(slots)
+
+    def join(self) -> None:
+        self.channel.join()
+
+    def reset(self) -> None:
+        self._queue.clear()
+        while self._begun:
+            self.channel.finish(self._begun.popleft().copy.slot)
+        self._failed.clear()
+
+    def rewind(self) -> None:
+        self._zero = time.perf_counter_ns()
+
+    def close(self) -> None:
+        self.reset()
+        self.channel.close()
+
+    def _advance(self) -> None:
+        """Note which copies have ended, and begin as many as may be."""
+        self._note_ended()
+        while len(self._begun) < COMMITTED and (copy := self._queue.next()) is not None:
+            while any(begun.copy.slot == copy.slot for begun in self._begun):  # one slot, one copy at a time
+                self.channel.finish(copy.slot)
+                self._note_ended()
+            self.channel.begin(copy.key, copy.slot)
+            self._begun.append(Begun(copy))
+
+    def _note_ended(self) -> None:
+        while self._begun:
+            copy = self._begun[0].copy
+            try:
+                if not self.channel.ended(copy.slot):
+                    return
+            except Exception as error:  # kept for whoever needs this expert; nobody may ever
+                self._failed[copy.key] = error
+                self._begun.popleft()
+                continue
+            begun = self._begun.popleft()
+            counters = self._ledger.counters
+            counters.loads += 1
+            counters.bytes_loaded += self._row_nbytes
+            if self._ledger.keeps_events:
+                start, end = self.channel.span(copy.slot)
+                self._ledger.event(copy.what, start - self._zero, end - self._zero, copy.key)
+            if not begun.announced:
+                self._arrived(copy.key, copy.slot)
+
+
+class PacedChannel:
+    """Copies on a thread of its own, each no faster than `load_ns`: a smoke test of the queue, not a measurement."""
+
+    def __init__(self, fill: Callable[[Key, int], None], load_ns: int) -> None:
+        self._fill, self._load_ns = fill, load_ns
+        self._work: queue.SimpleQueue[tuple[Key, int, threading.Event] | None] = queue.SimpleQueue()
+        self._over: dict[int, threading.Event] = {}
+        self._error: dict[int, Exception] = {}
+        self._span: dict[int, tuple[int, int]] = {}
+        self._stalled = 0
+        self._thread = threading.Thread(target=self._copy, name="mobile-paced-link", daemon=True)
+        self._thread.start()
+
+    def _copy(self) -> None:
+        while (job := self._work.get()) is not None:
+            key, slot, over = job
+            begun = time.perf_counter_ns()
+            try:
+                self._fill(key, slot)
+            except Exception as error:
+                self._error[slot] = error
+            left = begun + self._load_ns - time.perf_counter_ns()
+            if left > 0:
+                time.sleep(left / 1e9)
+            self._span[slot] = begun, time.perf_counter_ns()
+            over.set()
+
+    def begin(self, key: Key, slot: int) -> None:
+        self._error.pop(slot, None)
+        self._over[slot] = threading.Event()
+        self._work.put((key, slot, self._over[slot]))
+
+    def ended(self, slot: int) -> bool:
+        if not self._over[slot].is_set():
+            return False
+        if slot in self._error:
+            raise self._error.pop(slot)
+        return True
+
+    def finish(self, slot: int) -> None:
+        begun = time.perf_counter_ns()
+        self._over[slot].wait()
+        self._stalled += time.perf_counter_ns() - begun
+
+    def fence(self, slot: int) -> None:
+        self.finish(slot)
+        if slot in self._error:
+            raise self._error.pop(slot)
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Kernels run when they are called, so there is nothing to wait for."""
+
+    def join(self) -> None:
+        """The same: what was launched is over."""
+
+    def stalled_ns(self) -> int:
+        stalled, self._stalled = self._stalled, 0
+        return stalled
+
+    def span(self, slot: int) -> tuple[int, int]:
+        return self._span[slot]
+
+    def close(self) -> None:
+        self._work.put(None)
+        self._thread.join()

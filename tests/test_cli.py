@@ -1,0 +1,603 @@
+"""The command `mobile`: what it prints, where, and how it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from mobile import probe, trace
+from mobile.cli import doctor, main
+from mobile.cli.chat import Conversation
+from mobile.geometry import GEOMETRIES, Geometry
+from mobile.hardware import profile
+from mobile.probe import Gpu, Host, LinkRates, LinkState, Software
+from mobile.strategy import strategies
+from suites.timing import Bench, time_requests
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "suites/models/olmoe-tiny")
+QUESTION = "Q: True and not ( False or True ) is\nA:"
+ANSWER = " True and not True = True and False = False. So the answer is False."
+FP32 = ("--dtype", "float32", "--device", "cpu")
+BUDGET = ("--slots", "72", *FP32)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run the command in this process."""
+
+    def run(*argv: str, stdin: str = "") -> Ran:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = main(argv)
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+def as_process(*argv: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mobile", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60, **options
+    )
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("plan",), "The following arguments are required: MODEL; see mobile plan --help."),
+        (("fly",), "see mobile --help"),
+        (("plan", "olmoe-1b-7b", "--memory", "plenty"), "write it like 8GiB or"),
+        (("plan", "olmoe-1b-7b", "--hardware", "abacus"), "Unknown hardware 'abacus'"),
+        (("plan", "olmoe-1b-7b", "--dtype", "float32"), "leave --dtype out"),
+        (("plan", "olmoe-1b-7b", "--fallback-rate", "2"), "between 0 and 1"),
+        (("plan", "./absent"), "There is no folder ./absent"),
+        (("generate", "./absent", "hello"), "There is no folder ./absent"),
+        (("generate", MODEL, "hello", "--strategy", "magic"), "Unknown strategy 'magic'"),
+        (("generate", MODEL, "hello", "--slots", "72", "--memory", "1GiB"), "not both"),
+        (("generate", MODEL, "hello", "--slots", "7"), "give at least 8"),
+        (("generate", MODEL, "hello", "--strategy", "lru", "--gamma", "0.5"), "has no gamma"),
+        (("generate", MODEL, "hello", "--link", "string"), "'string' is not available"),
+        (("generate", MODEL, "hello", "--top-p", "2"), "--top-p is a probability above 0"),
+        (("generate", MODEL, "hello", "--temperature", "-1"), "--temperature is 0 (greedy) or more"),
+        (("generate", MODEL, "hello", "--max-new-tokens", "0"), "must be at least 1"),
+        (("generate", MODEL, "hello", "--chat"), "has no chat template"),
+        (("generate", MODEL, "hello", "--chat", "--raw"), "not allowed with"),
+        (("generate", MODEL, "", *BUDGET), "The prompt is empty"),
+        (("chat", MODEL, "--chat"), "has no chat template"),
+        (("trace", MODEL, "--prompts", "absent.txt", "--out", "t.npz"), "Cannot read the prompts in absent.txt"),
+        (("trace", MODEL, "--prompts", "-", "--out", "t.npz"), "standard input has no prompts"),
+        (("trace", MODEL, "--prompts", "-", "--out", "absent/t.npz"), "a folder that exists"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_sentence(cli, argv, says):
+    ran = cli(*argv)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert says in ran.err
+
+
+def test_help_is_instant_because_it_imports_no_torch():
+    code = (
+        "import sys, mobile.cli\n"
+        "try: mobile.cli.main(['generate', '--help'])\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout
+
+
+def test_without_a_command_the_help_is_shown_and_the_code_says_that_nothing_ran(cli):
+    ran = cli()
+    assert ran.code == 2
+    assert ran.out == ""
+    assert "mobile COMMAND --help" in ran.err
+
+
+def test_output_into_a_pipe_has_no_colours_and_a_closed_pipe_no_traceback():
+    done = as_process("plan", "olmoe-1b-7b", env={**os.environ, "TERM": "xterm-256color"})
+    assert done.returncode == 0
+    assert "expert slots" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "mobile", "plan", "olmoe-1b-7b", "--json"], cwd=ROOT, stdout=closed,
+            stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+# --- plan -------------------------------------------------------------------------------------------
+
+
+def bounds(plan: dict, strategy: str) -> list[dict]:
+    return next(row["bounds"] for row in plan["strategies"] if row["strategy"] == strategy)
+
+
+def test_a_plan_divides_the_whole_budget_and_names_every_strategy(cli):
+    plan = cli("plan", "olmoe-1b-7b", "--memory", "8GiB", "--json").json
+    expert = plan["geometry"]["expert_nbytes"]
+    used = sum(plan[part] for part in ("resident_nbytes", "reserve_nbytes", "staging_nbytes", "slots_nbytes"))
+    assert plan["fits"] is True
+    assert plan["memory_nbytes"] - expert < used <= plan["memory_nbytes"]
+    assert plan["slots_nbytes"] == plan["slots"] * expert
+    assert plan["host_needed_nbytes"] == 1024 * expert
+    assert plan["host_fits"] is (plan["host_available_nbytes"] >= plan["host_needed_nbytes"])
+    assert [row["strategy"] for row in plan["strategies"]] == list(strategies())
+    for row in plan["strategies"]:
+        assert row["budget_meets_needs"] is (plan["slots"] >= row["needs_slots"])
+    assert {row["budget_meets_needs"] for row in plan["strategies"]} == {True, False}
+
+
+def test_link_bounds_are_the_arithmetic_everyone_can_redo(cli):
+    plan = cli("plan", "olmoe-1b-7b", "--json").json
+    (plain,) = bounds(plan, "on-demand")
+    assert plain["link_tokens_per_s"] == pytest.approx(GEOMETRIES["olmoe-1b-7b"].on_demand_ceiling(25.0), rel=1e-9)
+    (half,) = bounds(plan, "static-half")
+    never, always = bounds(plan, "mobile")
+    assert (never["fallback_rate"], always["fallback_rate"]) == (0.0, 1.0)
+    assert never["link_tokens_per_s"] == half["link_tokens_per_s"] == pytest.approx(2 * plain["link_tokens_per_s"])
+    assert always["link_tokens_per_s"] == pytest.approx(plain["link_tokens_per_s"])
+    assert bounds(plan, "resident")[0]["link_tokens_per_s"] is None
+    (some,) = bounds(cli("plan", "olmoe-1b-7b", "--fallback-rate", "0.25", "--json").json, "mobile")
+    assert some["link_tokens_per_s"] == pytest.approx(2 / 1.25 * plain["link_tokens_per_s"])
+
+
+def test_what_a_plan_computes_is_what_a_run_counts(cli):
+    plan = cli("plan", MODEL, "--dtype", "float32", "--json").json
+    for strategy in ("resident", "on-demand"):
+        stats = cli("generate", MODEL, QUESTION, "--strategy", strategy, *FP32, "--json").json["stats"]
+        (bound,) = bounds(plan, strategy)
+        assert stats["decode_bytes"] == stats["tokens"] * bound["nbytes"]
+        compute_seconds = stats["decode_seconds"] - stats["decode_stall_seconds"]
+        assert stats["tokens"] / compute_seconds == pytest.approx(bound["compute_tokens_per_s"], rel=1e-6)
+
+
+def test_a_plan_needs_a_configuration_and_no_weights(cli, tmp_path):
+    shutil.copy(f"{MODEL}/config.json", tmp_path)
+    bare, whole = (cli("plan", str(folder), "--memory", "2GiB", "--json").json for folder in (tmp_path, MODEL))
+    assert {**bare, "model": "", "host_available_nbytes": 0} == {**whole, "model": "", "host_available_nbytes": 0}
+    assert bare["geometry"]["experts"] == 64
+    wide = cli("plan", str(tmp_path), "--memory", "2GiB", "--dtype", "float32", "--json").json
+    assert wide["resident_nbytes"] == 2 * bare["resident_nbytes"]
+
+
+def test_a_budget_that_is_too_small_says_so_to_people_and_to_programs(cli):
+    ran = cli("plan", "olmoe-1b-7b", "--memory", "2GiB", "--json")
+    assert ran.code == 2
+    assert ran.json["fits"] is False
+    assert "cannot hold olmoe-1b-7b" in ran.json["reason"]
+    assert ran.err == f"error: {ran.json['reason']}\n"
+
+
+def test_a_model_without_experts_and_an_unreachable_one_are_refused(cli, tmp_path, monkeypatch):
+    LlamaConfig(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2).save_pretrained(
+        tmp_path
+    )
+    assert "nothing to offload" in cli("plan", str(tmp_path)).err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ran = cli("plan", "nobody/nothing")
+    assert ran.code == 2
+    assert "nobody/nothing" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_the_plan_for_people_states_its_assumptions(cli):
+    ran = cli("plan", "olmoe-1b-7b", "--memory", "8GiB")
+    assert ran.code == 0
+    for words in (
+        "Computed from sizes; nothing was measured",
+        "projected",
+        "without any cache",
+        "2 / (1 + r)",
+        "assumed",
+    ):
+        assert words in ran.out
+    assert "31.0–15.5" in ran.out
+    table = ran.out[ran.out.index("Bounds per") : ran.out.index("link:")]
+    assert max(map(len, table.splitlines())) <= 80
+
+
+# --- doctor -----------------------------------------------------------------------------------------
+
+
+def test_the_doctor_reports_this_machine_and_leaves_unknowns_empty(cli):
+    report = cli("doctor", "--json").json
+    assert report["software"]["torch"] == torch.__version__
+    assert report["software"]["problem"] is None
+    assert report["host"]["cpus_allowed"] == len(os.sched_getaffinity(0))
+    assert 0 < report["usable_nbytes"] <= report["host"]["memory_total_nbytes"]
+    assert report["memcpy_gb_per_s"] > 0
+    if not torch.cuda.is_available():
+        assert report["rates"] is None
+        assert report["rates_of"] is None
+        assert any("virtual" in line or "torch" in line for line in report["advice"])
+
+
+def test_the_doctor_for_people_fits_one_screen_and_ends_with_what_to_change(cli):
+    ran = cli("doctor")
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert len(lines) < 45
+    assert lines.index("What to change") < len(lines) - 1
+    assert "measured" in ran.out
+
+
+CARD = Gpu("Card", "GPU-1", "600.1", 16 * 2**30, 15 * 2**30, "8.9", LinkState(1, 16), LinkState(4, 16))
+SOUND = doctor.Report(
+    software=Software("3.11", "2.13", "13.0", "5.17.0", "3.9", "13", None),
+    host=Host("cpu", 8, 128 * 2**30, 100 * 2**30, "unlimited", None, 0, 0, "unlimited"),
+    memcpy_gb_per_s=10.0, memcpy_threads=1, gpus=(CARD,), cuda=True,
+    rates=LinkRates(25.0, 6.0, LinkState(4, 16), True), rates_of="GPU-1",
+)  # fmt: skip
+
+
+def test_nothing_is_advised_where_nothing_is_off_even_if_the_idle_link_is_slow():
+    assert doctor.advice(SOUND) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rates": LinkRates(12.0, 6.0, LinkState(4, 8), True)}, "8 of 16 lanes under load"),
+        ({"rates": LinkRates(12.0, 6.0, LinkState(3, 16), True)}, "generation 3 of 4 under load"),
+        ({"rates": LinkRates(25.0, 6.0, LinkState(4, 16), False)}, "raise RLIMIT_MEMLOCK (here unlimited)"),
+        ({"host": replace(SOUND.host, memory_available_nbytes=20 * 2**30)}, "cannot hold the experts of qwen1.5-moe"),
+        ({"host": replace(SOUND.host, container_limit_nbytes=20 * 2**30)}, "raise the container's limit"),
+        ({"cuda": False, "rates": None}, "torch cannot use it"),
+        (
+            {"cuda": False, "rates": None, "software": replace(SOUND.software, torch_cuda=None)},
+            "install a CUDA build of torch",
+        ),
+        ({"cuda": False, "rates": None, "gpus": ()}, "time is virtual"),
+        ({"software": replace(SOUND.software, problem="Transformers 4 is not supported.")}, "Transformers 4"),
+        ({"software": replace(SOUND.software, pynvml=None)}, "Install nvidia-ml-py"),
+    ],
+)
+def test_each_thing_that_is_off_gets_one_sentence(change, says):
+    (line,) = doctor.advice(replace(SOUND, **change))
+    assert says in line
+
+
+def test_a_link_that_nobody_can_read_is_not_called_narrow():
+    unread = LinkRates(25.0, 6.0, LinkState(None, None), True)
+    assert doctor.advice(replace(SOUND, rates=unread)) == []
+    assert doctor.advice(replace(SOUND, rates=unread, rates_of=None)) == []
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {  # version 2: the parent's limit is the tighter one
+                "proc/self/cgroup": "0::/pod/me\n",
+                "sys/fs/cgroup/pod/me/memory.max": "max\n",
+                "sys/fs/cgroup/pod/memory.max": "1000\n",
+                "sys/fs/cgroup/pod/memory.current": "700\n",
+                "sys/fs/cgroup/pod/memory.stat": "anon 500\ninactive_file 200\n",
+            },
+            (1000, 500),
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,memory:/me\n0::/\n",
+                "sys/fs/cgroup/memory/me/memory.limit_in_bytes": "2000\n",
+                "sys/fs/cgroup/memory/me/memory.usage_in_bytes": "50\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            },
+            (2000, 50),
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, ("unlimited", None)),
+        ({}, (None, None)),
+    ],
+)
+def test_a_containers_memory_limit_is_found(tmp_path, files, expected):
+    assert probe.container_memory(tree(tmp_path, files)) == expected
+
+
+def test_what_is_usable_is_what_the_container_leaves(tmp_path):
+    tree(
+        tmp_path,
+        {
+            "proc/meminfo": "MemTotal: 100 kB\nMemAvailable: 80 kB\n",
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": f"{50 * 1024}",
+            "sys/fs/cgroup/memory.current": f"{20 * 1024}",
+        },
+    )
+    here = probe.host(tmp_path)
+    assert here.usable_nbytes == 30 * 1024
+    assert here.swap_total_nbytes is None
+    assert probe.host(tmp_path / "nothing").usable_nbytes is None
+
+
+def test_what_a_driver_does_not_tell_is_unknown(monkeypatch):
+    def silent(*_):
+        raise RuntimeError("not supported")
+
+    fake = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetName=lambda _: b"Old Card",
+        nvmlDeviceGetMemoryInfo=silent, nvmlDeviceGetUUID=lambda _: "GPU-1",
+        nvmlDeviceGetCudaComputeCapability=lambda _: (8, 9), nvmlSystemGetDriverVersion=lambda: "600.1",
+        nvmlDeviceGetCurrPcieLinkGeneration=lambda _: 1, nvmlDeviceGetCurrPcieLinkWidth=silent,
+        nvmlDeviceGetMaxPcieLinkWidth=lambda _: 16,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert probe.gpus() == [
+        Gpu("Old Card", "GPU-1", "600.1", None, None, "8.9", LinkState(1, None), LinkState(None, 16))
+    ]
+
+
+# --- generate ---------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_alone_on_stdout_and_the_statistics_on_stderr(cli):
+    ran = cli("generate", MODEL, QUESTION, "--geometry", "olmoe-1b-7b", *BUDGET)
+    assert ran.code == 0
+    assert ran.out == ANSWER + "\n"
+    last = ran.err.splitlines()[-1]
+    assert last.startswith("[mobile] 14 prompt + 17 decoded tokens, ")
+    for words in ("tokens per virtual second", "% hits", "% fallbacks", "GB moved", "% of decode stalled"):
+        assert words in last
+
+
+def test_a_lossless_strategy_writes_what_the_stock_model_writes(cli):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    stock = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    inputs = tokenizer("Tara has", return_tensors="pt")
+    with torch.no_grad():
+        ids = stock.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    ran = cli("generate", MODEL, "Tara has", "--strategy", "lru", "--slots", "9", "--max-new-tokens", "12", *FP32)
+    assert ran.out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert "fallbacks" not in ran.err
+
+
+def test_json_is_one_object_with_prompt_text_and_statistics(cli):
+    done = cli("generate", MODEL, "--json", *BUDGET, stdin=QUESTION + "\n").json
+    assert (done["prompt"], done["text"], done["new_tokens"]) == (QUESTION, ANSWER, 18)
+    assert (done["strategy"], done["slots"], done["time"]) == ("mobile", 72, "virtual")
+    assert done["stats"]["tokens"] == 17
+    assert done["stats"]["bytes_loaded"] > 0
+
+
+def test_sampling_follows_the_seed_and_greedy_ignores_it(cli):
+    def text(*options: str) -> str:
+        return cli("generate", MODEL, "Tara", "--max-new-tokens", "12", *options, *BUDGET).out
+
+    hot = ("--temperature", "3")
+    assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
+    greedy = text("--seed", "1")
+    assert greedy == text("--temperature", "0", "--seed", "2")
+    assert greedy == text(*hot, "--top-p", "0.000001")
+
+
+# --- chat -------------------------------------------------------------------------------------------
+
+TURNS = ["Q: not True is\nA:", "Q: True and False is\nA:", "Q: not ( True or False ) is\nA:"]
+PLAIN = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+FORGETFUL = "{% for m in messages %}{{ m.content if loop.last else m.content[:12] }}\n{% endfor %}"
+
+
+@pytest.fixture
+def templated(tmp_path):
+    """A copy of the shipped model whose tokenizer has the given chat template."""
+
+    def make(template: str) -> str:
+        folder = tmp_path / "model"
+        shutil.copytree(MODEL, folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+        return str(folder)
+
+    return make
+
+
+def prompt_tokens(ran: Ran) -> list[int]:
+    return [int(line.split()[1]) for line in ran.err.splitlines() if line.startswith("[")]
+
+
+def answers(ran: Ran) -> list[str]:
+    return ran.out.splitlines()
+
+
+def test_a_conversation_is_computed_once_and_reads_as_if_it_were_computed_anew(cli, monkeypatch):
+    lines = "".join(turn.replace("\n", " ") + "\n" for turn in TURNS)
+    kept = cli("chat", MODEL, "--strategy", "lru", "--max-new-tokens", "20", *BUDGET, stdin=lines)
+    assert kept.code == 0
+    assert "no chat template" in kept.err
+    assert len(answers(kept)) == 3
+    monkeypatch.setattr(Conversation, "_keep_what_matches", lambda self, ids: self._forget_cache())
+    anew = cli("chat", MODEL, "--strategy", "lru", "--max-new-tokens", "20", *BUDGET, stdin=lines)
+    assert kept.out == anew.out
+    assert prompt_tokens(kept)[0] == prompt_tokens(anew)[0]
+    assert all(less < all_ for less, all_ in zip(prompt_tokens(kept)[1:], prompt_tokens(anew)[1:], strict=True))
+
+
+@pytest.mark.parametrize("template", [PLAIN, FORGETFUL])
+def test_a_template_that_renders_old_turns_anew_cuts_the_cache_back(cli, templated, monkeypatch, template):
+    folder = templated(template)
+    lines = "".join(turn.replace("\n", " ") + "\n" for turn in TURNS)
+    options = ("--strategy", "lru", "--max-new-tokens", "20", *BUDGET)
+    kept = cli("chat", folder, *options, stdin=lines)
+    assert "no chat template" not in kept.err
+    monkeypatch.setattr(Conversation, "_keep_what_matches", lambda self, ids: self._forget_cache())
+    anew = cli("chat", folder, *options, stdin=lines)
+    assert kept.out == anew.out
+    assert sum(prompt_tokens(kept)) < sum(prompt_tokens(anew))
+
+
+def test_reset_forgets_exit_ends_and_other_commands_are_named(cli):
+    once = cli("chat", MODEL, *BUDGET, stdin="Q: not True is A:\n")
+    twice = cli(
+        "chat", MODEL, *BUDGET, stdin="Q: not True is A:\n/reset\n\n/what\nQ: not True is A:\n/exit\nnever read\n"
+    )
+    assert twice.code == 0
+    assert twice.out == once.out * 2
+    assert "Unknown command /what; there are /reset and /exit." in twice.err
+
+
+def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(cli, monkeypatch):
+    printing, pieces = transformers.TextStreamer.on_finalized_text, []
+
+    def interrupted(self, text, stream_end=False):
+        printing(self, text, stream_end)
+        pieces.append(text)
+        if len(pieces) == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.TextStreamer, "on_finalized_text", interrupted)
+    ran = cli("chat", MODEL, *BUDGET, stdin="Q: not ( True and False ) is A:\n/reset\nQ: not True is A:\n")
+    assert ran.code == 0
+    assert "(stopped)" in ran.err
+    first, second = answers(ran)
+    monkeypatch.undo()
+    whole = answers(cli("chat", MODEL, *BUDGET, stdin="Q: not ( True and False ) is A:\n"))[0]
+    assert whole.startswith(first.rstrip())
+    assert len(first) < len(whole)
+    assert second == answers(cli("chat", MODEL, *BUDGET, stdin="Q: not True is A:\n"))[0]
+
+
+def test_after_ctrl_c_between_two_layers_the_next_turn_is_what_a_new_computation_gives(cli, monkeypatch):
+    from mobile.engine import Engine
+
+    running, answering, turns, calls = Engine.run_experts, Conversation.answer, [], []
+
+    def counted(self, prompt):
+        turns.append(prompt)
+        answering(self, prompt)
+
+    def interrupted(self, layer, *arguments):
+        if len(turns) == 2:
+            calls.append(layer)
+            if len(calls) == 22:  # layers 0 and 1 of the sixth pass have written to the cache, 2 and 3 have not
+                raise KeyboardInterrupt
+        return running(self, layer, *arguments)
+
+    monkeypatch.setattr(Conversation, "answer", counted)
+    monkeypatch.setattr(Engine, "run_experts", interrupted)
+    options = ("--strategy", "lru", "--max-new-tokens", "20", *BUDGET)
+    lines = "Q: not True is A:\nQ: not ( True and False ) is A:\nQ: not False is A:\n"
+    kept = cli("chat", MODEL, *options, stdin=lines)
+    assert kept.code == 0
+    assert "(stopped)" in kept.err
+    assert len(answers(kept)) == 3
+    turns.clear()
+    calls.clear()
+    monkeypatch.setattr(Conversation, "_keep_what_matches", lambda self, ids: self._forget_cache())
+    assert kept.out == cli("chat", MODEL, *options, stdin=lines).out
+
+
+def test_ctrl_c_ends_generate_with_its_own_code_and_no_traceback(cli, monkeypatch):
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.TextStreamer, "on_finalized_text", interrupted)
+    ran = cli("generate", MODEL, "Tara", *BUDGET)
+    assert ran.code == 130
+    assert ran.err.endswith("interrupted\n")
+
+
+# --- trace ------------------------------------------------------------------------------------------
+
+
+def test_a_trace_reads_back_and_replays_to_the_counters_of_the_run(cli, tmp_path):
+    out, prompts = tmp_path / "trace.npz", tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": turn, "answer": "?"}) + "\n" for turn in TURNS))
+    ran = cli("trace", MODEL, "--prompts", str(prompts), "--out", str(out), "--json", *BUDGET)
+    requests, about = trace.load(out)
+    assert ran.json["requests"] == len(requests) == len(about["prompt_sha256"]) == 3
+    assert ran.json["steps"] == sum(map(len, requests))
+    assert ran.json["nbytes"] == out.stat().st_size
+    geometry = Geometry(**about["geometry"])
+    own = tuple((layer,) for layer in range(geometry.moe_layers))
+    on = Bench(strategies()[about["strategy"]], geometry, own, profile("auto"), 72)
+    _, replayed = time_requests(on, requests)
+    assert replayed.stats() == ran.json["stats"]
+    assert ran.json["stats"]["tokens"] > 20
+
+
+def test_a_trace_is_not_overwritten_unless_forced(cli, tmp_path):
+    out = tmp_path / "trace.npz"
+    out.write_text("precious")
+    arguments = ("trace", MODEL, "--prompts", "-", "--out", str(out), "--max-new-tokens", "3", *BUDGET)
+    ran = cli(*arguments, stdin="Tara has\n\nPia has\n")
+    assert ran.code == 2
+    assert "add --force" in ran.err
+    assert out.read_text() == "precious"
+    ran = cli(*arguments, "--force", stdin="Tara has\n\nPia has\n")
+    assert ran.code == 0
+    assert ran.out.startswith(f"{out}: 2 requests, 6 forward passes, ")
+    assert len(trace.load(out)[0]) == 2
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("second", ["plain words", '{"question": "?"}', '{"prompt": 3}', "[]"])
+def test_a_line_that_is_no_prompt_is_named(cli, tmp_path, second):
+    lines = f'{{"prompt": "fine"}}\n{second}\n'
+    ran = cli("trace", MODEL, "--prompts", "-", "--out", str(tmp_path / "t.npz"), stdin=lines)
+    assert ran.code == 2
+    assert "ine 2 of standard input" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- as a process -----------------------------------------------------------------------------------
+
+
+def test_as_a_process_it_answers_through_pipes_and_survives_ctrl_c_at_the_prompt():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mobile", "chat", MODEL, *BUDGET], cwd=ROOT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert "no chat template" in process.stderr.readline()  # it is loaded, and about to read
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "/exit" in process.stderr.readline()
+    out, err = process.communicate("Q: not True is A:\n", timeout=60)
+    assert process.returncode == 0
+    assert out.count("\n") == 1
+    assert out.strip()
+    assert err.startswith("[mobile] ")
+    assert "\x1b" not in out + err
