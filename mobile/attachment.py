@@ -145,7 +145,7 @@ def serve(
         if not isinstance(gating, FullK):
             selftest.check_routers(decoder.stock, engine)
             if isinstance(gating, BigLittle):
-                engine.rolls_back = selftest.rolls_back(decoder.stock, engine)
+                engine.undoable = selftest.rolls_back(decoder.stock, engine)
             engine.restart()
     except BaseException:
         detach(model)

@@ -18,7 +18,7 @@ from mobile.refusal import Refused
 
 OLDEST, NEWEST_BELOW = "5.17", "5.24"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-KNOBS = ("top_k", "num_experts_per_tok", "top_k_experts")  # where a router, its block or its config keeps K
+KNOBS = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,11 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
 
 def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
     block = model.get_submodule(name.rpartition(".")[0])
-    routers = [
+    children = {label: child for label, child in block.named_children() if child is not experts}
+    routers = [children[label] for label in ("gate", "router") if label in children] or [
         child
-        for label, child in block.named_children()
-        if child is not experts
-        and "shared" not in label
-        and any(w.ndim == 2 and w.shape[0] == experts.num_experts for w in child.parameters())
+        for label, child in children.items()
+        if "shared" not in label and any(w.ndim == 2 and w.shape[0] == experts.num_experts for w in child.parameters())
     ]
     if len(routers) != 1:
         raise Refused(f"{kind} has no router beside {name} that this version understands.")

@@ -80,20 +80,20 @@ class Decoder:
             return self.stock(*args, **kwargs)
         rows, length = source.shape[:2]
         cache = given.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
+        begun = _holds_tokens(cache)
         mask = given.get("attention_mask")
         valid = torch.ones(rows, length, dtype=torch.bool, device=source.device)
-        if length != 1 or past == 0:
+        if length != 1 or not begun:
             if isinstance(mask, torch.Tensor) and mask.ndim == 2:
                 valid = mask[:, -length:].to(torch.bool)
-            return self._one(Pass("prefill", valid), args, kwargs, fresh=past == 0)
+            return self._one(Pass("prefill", valid), args, kwargs, fresh=not begun)
         live = self._live(inputs, rows, source.device)
         if isinstance(self.gating, FullK):
             return self._one(Pass("full", valid), args, kwargs, live)
         if not isinstance(self.gating, BigLittle):
             with self.engine.little_k():
                 return self._one(Pass("little", valid), args, kwargs, live)
-        if not self.engine.rolls_back or not rollback.supported(cache):
+        if not self.engine.undoable or not rollback.supported(cache, self.engine.undoable):
             self._warn(cache)
             return self._one(Pass("full", valid), args, kwargs, live)
         return self._two(valid, args, kwargs, live, cache, self.gating.gamma)
@@ -157,6 +157,12 @@ class Decoder:
                 f"{type(cache).__name__} cannot be rolled back safely here, so every token runs with all experts.",
                 stacklevel=4,
             )
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a step on this cache goes on with a sequence. A hybrid's first layers may hold no length at all."""
+    lengths = (layer.get_seq_length() for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length"))
+    return any(length > 0 for length in lengths)
 
 
 def _several(value: int | list[int] | None) -> list[int | None]:

@@ -43,7 +43,7 @@ class Engine:
         self.little = little_k
         self.ledger = Ledger()
         self.running: Pass | None = None
-        self.rolls_back = False
+        self.undoable: frozenset[type] = frozenset()  # cache types in which the self-test undid a step
         self.recorded: list[Request] | None = None
         self.lock = threading.RLock()
         self._kernel, self._poison = kernel, poison

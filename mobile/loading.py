@@ -34,6 +34,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from mobile import checkpoint, compat
 from mobile.attachment import serve, settle
 from mobile.hardware import HardwareProfile
+from mobile.host import host
 from mobile.refusal import Refused
 from mobile.store import HostStore
 from mobile.strategy import Strategy, resolve
@@ -122,16 +123,12 @@ def _dequantised(config: Any) -> dict[str, Any]:
 
 
 def _check_host_memory(nbytes: int) -> None:
-    """Raises Refused where the kernel says that this much memory is not there."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    if nbytes > available:
+    """Raises Refused where this machine, or the container's limit, leaves less than that."""
+    usable = host().usable_nbytes
+    if usable is not None and nbytes > usable:
         raise Refused(
-            f"The experts take {nbytes / 2**30:.1f} GiB of host memory and {available / 2**30:.1f} GiB are free; "
-            "close other programs, or load a smaller dtype."
+            f"The experts take {nbytes / 2**30:.1f} GiB of host memory and {usable / 2**30:.1f} GiB are free; "
+            "close other programs, raise the container's limit if there is one, or load a smaller dtype."
         )
 
 

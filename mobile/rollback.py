@@ -1,4 +1,8 @@
-"""Rollback: undo one decode step in a cache, per cache-layer type."""
+"""Rollback: undo one decode step in a cache.
+
+A step's update replaces a cache's tensors, with few exceptions: keys and values that only grow are cropped, which holds
+no second copy of them, and states that are written in place are cloned. Everything else is put back by reference.
+"""
 
 from __future__ import annotations
 
@@ -7,99 +11,71 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 Undo = Callable[[], None]
+IN_PLACE = frozenset({"conv_states", "recurrent_states", "cumulative_length"})
+WINDOW = IN_PLACE | {"keys", "values"}  # a static sliding window is rolled in place
 
 
-def _crop(layer: DynamicLayer) -> Undo:
-    """Keys and values only grow at their end."""
-    return lambda: layer.crop(-1)
+def supported(cache: Any, proven: frozenset[type] = frozenset()) -> bool:
+    """Whether the cache and all its layers are Transformers' own, or of types `proven` by the self-test.
+
+    By exact type: a subclass may keep state that this does not know of.
+    """
+    layers = getattr(cache, "layers", None)
+    if not layers:
+        return False
+    own = {type(layer) for layer in layers} - proven
+    own_layers = all(kind is getattr(cache_utils, kind.__name__, None) and "Quant" not in kind.__name__ for kind in own)
+    return own_layers and type(cache) in {DynamicCache, StaticCache, *proven}
 
 
-def _references(layer: Any) -> Undo:
-    """A dynamic sliding window's update replaces its tensors and never writes into them; its crop fails when full."""
-    before = dict(vars(layer))
-    return lambda: vars(layer).update(before)
-
-
-def _lengths(layer: Any) -> Undo:
-    """A static layer's stale tail is overwritten by the next step; only its length must go back."""
-    length = layer.cumulative_length.clone()
-    return lambda: layer.cumulative_length.copy_(length)
-
-
-def _contents(layer: Any, skip: tuple[str, ...] = ()) -> Undo:
-    """Any layer: its tensors are cloned, and the same tensors get their contents back."""
-    before = {name: _saved(value) for name, value in vars(layer).items() if name not in skip}
-
-    def undo() -> None:
-        for name, value in before.items():
-            setattr(layer, name, _restored(value))
-
-    return undo
-
-
-def _saved(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value, value.clone()
-    if isinstance(value, dict):
-        return {key: _saved(one) for key, one in value.items()}
-    return list(value) if isinstance(value, list) else value
-
-
-def _restored(saved: Any) -> Any:
-    if isinstance(saved, tuple) and len(saved) == 2 and isinstance(saved[0], torch.Tensor):
-        return saved[0].copy_(saved[1]) if saved[0].numel() else saved[0]
-    if isinstance(saved, dict):
-        return {key: _restored(one) for key, one in saved.items()}
-    return list(saved) if isinstance(saved, list) else saved
-
-
-def _crop_and_state(layer: Any) -> Undo:
-    """Attention beside a recurrence: the first is cropped, the state of the second is small and cloned."""
-    state = _contents(layer, skip=("keys", "values"))
-
-    def undo() -> None:
-        DynamicLayer.crop(layer, -1)
-        state()
-
-    return undo
-
-
-# By exact type: a subclass may keep state that these do not know of.
-UNDO: dict[str, Callable[[Any], Undo]] = {
-    "DynamicLayer": _crop,
-    "DynamicIndexedLayer": _crop,
-    "DynamicSlidingWindowLayer": _references,
-    "StaticLayer": _lengths,
-    "StaticSlidingWindowLayer": _contents,
-    "StaticIndexedLayer": _contents,
-    "LinearAttentionLayer": _contents,
-    "LinearAttentionAndFullAttentionLayer": _crop_and_state,
-    "LinearAttentionAndSlidingWindowAttentionLayer": _contents,
-    "LinearAttentionAndStaticFullAttentionLayer": _contents,
-    "LinearAttentionAndStaticSlidingWindowAttentionLayer": _contents,
-}
-
-
-def _known(layer: Any) -> bool:
-    name = type(layer).__name__
-    return name in UNDO and type(layer) is getattr(cache_utils, name, None)
-
-
-def supported(cache: Any) -> bool:
-    """Whether every layer of the cache can be rolled back."""
-    layers = getattr(cache, "layers", [])
-    return bool(layers) and all(_known(layer) for layer in layers)
+def types_of(cache: Any) -> frozenset[type]:
+    """The types that a self-test on this cache says something about."""
+    return frozenset({type(cache), *(type(layer) for layer in getattr(cache, "layers", ()))})
 
 
 def before_step(cache: Any) -> Undo:
-    """Call before a one-token step; the result, called after it, restores the cache. Needs `supported(cache)`."""
-    undos = [UNDO[type(layer).__name__](layer) for layer in cache.layers]
+    """Call before a one-token step; the result, called after it, restores the cache."""
+    undos = [_put_back(cache, IN_PLACE, leave=frozenset({"layers"})), *(_before_step(layer) for layer in cache.layers)]
 
     def undo() -> None:
         for one in undos:
             one()
 
     return undo
+
+
+def _before_step(layer: Any) -> Undo:
+    if type(layer) is DynamicLayer and layer.is_initialized:
+        return lambda: layer.crop(-1)
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return _put_back(layer, WINDOW)
+    if isinstance(layer, StaticLayer):  # its stale tail is overwritten by the next step
+        return _put_back(layer, IN_PLACE, leave=frozenset({"keys", "values"}))
+    return _put_back(layer, IN_PLACE)
+
+
+def _put_back(holder: Any, in_place: frozenset[str], leave: frozenset[str] = frozenset()) -> Undo:
+    before = {name: _saved(value, name in in_place) for name, value in vars(holder).items() if name not in leave}
+
+    def undo() -> None:
+        for name, saved in before.items():
+            setattr(holder, name, saved())
+
+    return undo
+
+
+def _saved(value: Any, in_place: bool) -> Callable[[], Any]:
+    """How to get the value back as it is now; containers are rebuilt, their items looked at one by one."""
+    if isinstance(value, dict):
+        parts = {key: _saved(item, in_place) for key, item in value.items()}
+        return lambda: {key: part() for key, part in parts.items()}
+    if isinstance(value, list):
+        items = [_saved(item, in_place) for item in value]
+        return lambda: [item() for item in items]
+    if in_place and isinstance(value, torch.Tensor):
+        kept = value.clone()
+        return lambda: value.copy_(kept)
+    return lambda: value

@@ -40,17 +40,19 @@ def check_routers(stock: Forward, engine: Engine) -> None:
             )
 
 
-def rolls_back(stock: Forward, engine: Engine) -> bool:
-    """Whether a little step undone and a big step taken equal, bit for bit, the big step on an untouched cache."""
+def rolls_back(stock: Forward, engine: Engine) -> frozenset[type]:
+    """The types of the model's own cache and its layers, if a little step can be undone in them; else nothing.
+
+    A little step undone and a big step taken must equal, bit for bit, the big step on an untouched cache.
+    """
     cache = _run(stock, engine, "prefill", 0, 1, 2, use_cache=True)[0].past_key_values
-    if not rollback.supported(cache):
-        return False
+    if not getattr(cache, "layers", None):
+        return frozenset()
     untouched = copy.deepcopy(cache)
     undo = rollback.before_step(cache)
     with engine.little_k():
         _run(stock, engine, "little", 1, past_key_values=cache, use_cache=True)
     undo()
     again = _run(stock, engine, "full", 1, past_key_values=cache, use_cache=True)[0]
-    return torch.equal(
-        again.logits, _run(stock, engine, "full", 1, past_key_values=untouched, use_cache=True)[0].logits
-    )
+    expected = _run(stock, engine, "full", 1, past_key_values=untouched, use_cache=True)[0]
+    return rollback.types_of(cache) if torch.equal(again.logits, expected.logits) else frozenset()

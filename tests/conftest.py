@@ -65,6 +65,10 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 10, **extra:
     return out.sequences, torch.stack(out.logits)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-readme", action="store_true", help="write the support table that the tests find")
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
