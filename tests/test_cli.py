@@ -20,12 +20,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from mobile import probe, trace
+from mobile import trace
 from mobile.cli import doctor, main
 from mobile.cli.chat import Conversation
 from mobile.geometry import GEOMETRIES, Geometry
+from mobile.gpu import Gpu, LinkRates, LinkState, gpus
 from mobile.hardware import profile
-from mobile.probe import Gpu, Host, LinkRates, LinkState, Software
+from mobile.host import Host, Software, container_memory, host
 from mobile.strategy import strategies
 from suites.timing import Bench, time_requests
 
@@ -226,9 +227,17 @@ def test_the_plan_for_people_states_its_assumptions(cli):
         "assumed",
     ):
         assert words in ran.out
-    assert "31.0–15.5" in ran.out
-    table = ran.out[ran.out.index("Bounds per") : ran.out.index("link:")]
-    assert max(map(len, table.splitlines())) <= 80
+    never, always = (line for line in ran.out.splitlines() if line.startswith("mobile, r = "))
+    assert "31.0" in never
+    assert "15.5" in always
+
+
+@pytest.mark.parametrize("model", [*GEOMETRIES, MODEL])
+def test_the_tables_of_a_plan_fit_80_columns(cli, model):
+    lines = cli("plan", model).out.splitlines()
+    tables = lines[lines.index("") : next(number for number, line in enumerate(lines) if line.startswith("link:"))]
+    assert sum(line.startswith("mobile, r = ") for line in tables) == 2
+    assert max(map(len, (line for line in tables if not line.startswith("Host memory")))) <= 80
 
 
 # --- doctor -----------------------------------------------------------------------------------------
@@ -256,7 +265,7 @@ def test_the_doctor_for_people_fits_one_screen_and_ends_with_what_to_change(cli)
     assert "measured" in ran.out
 
 
-CARD = Gpu("Card", "GPU-1", "600.1", 16 * 2**30, 15 * 2**30, "8.9", LinkState(1, 16), LinkState(4, 16))
+CARD = Gpu("Card", "GPU-1", "600.1", 16 * 2**30, 15 * 2**30, "8.9", LinkState(1, 16), LinkState(4, 16), 2505)
 SOUND = doctor.Report(
     software=Software("3.11", "2.13", "13.0", "5.17.0", "3.9", "13", None),
     host=Host("cpu", 8, 128 * 2**30, 100 * 2**30, "unlimited", None, 0, 0, "unlimited"),
@@ -314,7 +323,7 @@ def tree(root: Path, files: dict[str, str]) -> Path:
                 "sys/fs/cgroup/pod/me/memory.max": "max\n",
                 "sys/fs/cgroup/pod/memory.max": "1000\n",
                 "sys/fs/cgroup/pod/memory.current": "700\n",
-                "sys/fs/cgroup/pod/memory.stat": "anon 500\ninactive_file 200\n",
+                "sys/fs/cgroup/pod/memory.stat": "anon 500\ninactive_file 120\nactive_file 80\n",
             },
             (1000, 500),
         ),
@@ -332,7 +341,7 @@ def tree(root: Path, files: dict[str, str]) -> Path:
     ],
 )
 def test_a_containers_memory_limit_is_found(tmp_path, files, expected):
-    assert probe.container_memory(tree(tmp_path, files)) == expected
+    assert container_memory(tree(tmp_path, files)) == expected
 
 
 def test_what_is_usable_is_what_the_container_leaves(tmp_path):
@@ -345,10 +354,10 @@ def test_what_is_usable_is_what_the_container_leaves(tmp_path):
             "sys/fs/cgroup/memory.current": f"{20 * 1024}",
         },
     )
-    here = probe.host(tmp_path)
+    here = host(tmp_path)
     assert here.usable_nbytes == 30 * 1024
     assert here.swap_total_nbytes is None
-    assert probe.host(tmp_path / "nothing").usable_nbytes is None
+    assert host(tmp_path / "nothing").usable_nbytes is None
 
 
 def test_what_a_driver_does_not_tell_is_unknown(monkeypatch):
@@ -361,12 +370,22 @@ def test_what_a_driver_does_not_tell_is_unknown(monkeypatch):
         nvmlDeviceGetMemoryInfo=silent, nvmlDeviceGetUUID=lambda _: "GPU-1",
         nvmlDeviceGetCudaComputeCapability=lambda _: (8, 9), nvmlSystemGetDriverVersion=lambda: "600.1",
         nvmlDeviceGetCurrPcieLinkGeneration=lambda _: 1, nvmlDeviceGetCurrPcieLinkWidth=silent,
-        nvmlDeviceGetMaxPcieLinkWidth=lambda _: 16,
+        nvmlDeviceGetMaxPcieLinkWidth=lambda _: 16, nvmlDeviceGetClockInfo=lambda _, clock: {1: 210}[clock],
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert probe.gpus() == [
-        Gpu("Old Card", "GPU-1", "600.1", None, None, "8.9", LinkState(1, None), LinkState(None, 16))
+    assert gpus() == [
+        Gpu("Old Card", "GPU-1", "600.1", None, None, "8.9", LinkState(1, None), LinkState(None, 16), 210)
     ]
+
+
+def test_a_model_that_the_container_cannot_hold_is_refused_before_it_is_read(cli, monkeypatch):
+    from mobile import loading
+
+    small = replace(SOUND.host, container_limit_nbytes=2**30, container_used_nbytes=2**30 - 1000)
+    monkeypatch.setattr(loading, "host", lambda: small)
+    ran = cli("generate", MODEL, "hello", *BUDGET)
+    assert ran.code == 2
+    assert "raise the container's limit" in ran.err
 
 
 # --- generate ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from mobile.compat import moe_layers
 
 README = Path(__file__).parent.parent / "README.md"
 TOKENS = 8
-K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+K_NAMES = ("top_k_experts", "num_experts_per_tok", "moe_k", "moe_topk")
 
 
 @dataclass(frozen=True)

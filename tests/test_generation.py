@@ -10,6 +10,7 @@ import torch
 from conftest import greedy, prompt, tiny
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -95,7 +96,8 @@ def test_beam_search(family):
 def test_several_sampled_sequences_of_one_prompt(family):
     def call(model: PreTrainedModel) -> list[torch.Tensor]:
         torch.manual_seed(7)
-        return written(prompt(), do_sample=True, temperature=1.5, num_return_sequences=3)(model)
+        options = {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3, "min_new_tokens": 12}
+        return written(prompt(), **options)(model)
 
     unchanged(tiny(family), call)
     sequences = call(tiny(family))[0]
@@ -290,8 +292,9 @@ def answers(model: PreTrainedModel, tokenizer, batch_size: int) -> list[str]:
     """What it writes for six items of a task."""
     lm = hflm(model, tokenizer, batch_size)
     result = simple_evaluate(
-        lm, tasks=[task_config("arithmetic")], limit=6, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
-    )
+        lm, tasks=[task_config("arithmetic")], limit=6, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
+        task_manager=TaskManager(include_defaults=False),
+    )  # fmt: skip
     samples = sorted(result["samples"]["arithmetic"], key=lambda sample: sample["doc_id"])
     return [sample["resps"][0][0] for sample in samples]
 
@@ -334,12 +337,13 @@ def test_lm_evals_own_model_class_scores_given_texts(tokenizer):
 
 def test_an_attached_model_refuses_to_be_saved_and_a_detached_one_is_saved_whole(family, tmp_path):
     model = tiny(family)
-    expected = greedy(model, prompt())[1]
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     mobile.attach(model, "lru", slots=8)
     with pytest.raises(Refused, match="detach"):
         model.save_pretrained(tmp_path)
     assert not [*tmp_path.iterdir()]
     greedy(model, prompt())
     mobile.detach(model).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
-    assert torch.equal(greedy(loaded, prompt())[1], expected)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in expected.items())

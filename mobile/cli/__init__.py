@@ -1,4 +1,4 @@
-"""The command `mobile`: plan | doctor | generate | chat | trace. Torch is imported by the commands, not by --help."""
+"""The command `mobile`. Torch is imported by the commands, not by --help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mobile.cli import chat, doctor, generate, plan, trace
+from mobile.cli import chat, doctor, generate, plan, serve, trace
 from mobile.refusal import Refused
 
 EXAMPLES = """
@@ -17,6 +17,7 @@ examples:
   mobile plan olmoe-1b-7b --memory 8GiB             does it fit, and what bounds each strategy
   mobile generate allenai/OLMoE-1B-7B-0924 "Once upon a time" --memory 8GiB
   mobile chat allenai/OLMoE-1B-7B-0924-Instruct --memory 8GiB
+  mobile serve FOLDER --memory 8GiB                 then: http://localhost:8000/v1
   mobile trace FOLDER --prompts prompts.jsonl --out trace.npz
 
 `mobile COMMAND --help` explains one command.
@@ -39,7 +40,7 @@ def build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (plan, doctor, generate, chat, trace):
+    for command in (plan, doctor, generate, chat, serve, trace):
         command.declare(commands)
     return parser
 

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from mobile.cli import session, show
+from mobile.cli import options, session, show
 from mobile.refusal import Refused
 
 EXAMPLES = """
@@ -47,10 +47,7 @@ class Conversation:
         try:
             ids = opened.encode([*self.messages, asked])
             self._keep_what_matches(ids[0])
-            output = opened.model.generate(
-                input_ids=ids, attention_mask=ids.new_ones(ids.shape), past_key_values=self.cache,
-                streamer=streamer, return_dict_in_generate=True, **opened.options,
-            )  # fmt: skip
+            output = opened.generate(ids, past_key_values=self.cache, streamer=streamer, return_dict_in_generate=True)
             self.cache = output.past_key_values
             self.seen = output.sequences[0, : self.cache.get_seq_length()]
         except KeyboardInterrupt:
@@ -103,16 +100,12 @@ def _recorder(tokenizer: Any) -> Any:
 
 
 def declare(commands: Any) -> None:
-    parser = commands.add_parser(
-        "chat",
-        help="a conversation on stdin and stdout",
-        description="Talk with a model whose experts wait in host memory.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    session.declare(parser)
-    session.declare_template(parser)
-    parser.set_defaults(run=run)
+    parser = options.command(
+        commands, "chat", run, help="a conversation on stdin and stdout",
+        description="Talk with a model whose experts wait in host memory.", epilog=EXAMPLES,
+    )  # fmt: skip
+    options.loading(parser)
+    options.text(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from mobile import probe
-from mobile.cli import show
+from mobile.cli import options, show
 from mobile.geometry import GEOMETRIES
-from mobile.probe import Gpu, Host, Limit, LinkRates, LinkState, Software
+from mobile.gpu import UNKNOWN_LINK, Gpu, LinkRates, LinkState, cuda_uuid, gpus, link_rates
+from mobile.host import Host, Limit, Software, host, memcpy_gb_per_s, software
 
 EXAMPLES = """
 examples:
@@ -42,14 +42,14 @@ def examine() -> Report:
     import torch
 
     return Report(
-        software=probe.software(),
-        host=probe.host(),
-        memcpy_gb_per_s=probe.memcpy_gb_per_s(),
+        software=software(),
+        host=host(),
+        memcpy_gb_per_s=memcpy_gb_per_s(),
         memcpy_threads=torch.get_num_threads(),
-        gpus=tuple(probe.gpus()),
+        gpus=tuple(gpus()),
         cuda=torch.cuda.is_available(),
-        rates=probe.link_rates(),
-        rates_of=probe.cuda_uuid(),
+        rates=link_rates(),
+        rates_of=cuda_uuid(),
     )
 
 
@@ -79,7 +79,7 @@ def _about_link(report: Report) -> Iterator[str]:
     rates = report.rates
     if rates is None:
         return
-    best = next((gpu.link_max for gpu in report.gpus if gpu.uuid == report.rates_of), probe.UNKNOWN_LINK)
+    best = next((gpu.link_max for gpu in report.gpus if gpu.uuid == report.rates_of), UNKNOWN_LINK)
     now = rates.under_load
     if now.width is not None and best.width is not None and now.width < best.width:
         yield (
@@ -115,15 +115,11 @@ def _about_host(report: Report) -> Iterator[str]:
 
 
 def declare(commands: Any) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="what this machine offers, and what to change",
-        description="Show versions, GPU, link and host memory; measure copies; say what to change.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.set_defaults(run=run)
+    parser = options.command(
+        commands, "doctor", run, help="what this machine offers, and what to change",
+        description="Show versions, GPU, link and host memory; measure copies; say what to change.", epilog=EXAMPLES,
+    )  # fmt: skip
+    options.json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

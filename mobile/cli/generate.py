@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mobile.cli import session, show
+from mobile.cli import options, session, show
 
 EXAMPLES = """
 examples:
@@ -19,18 +19,14 @@ The text goes to stdout as it is written, the statistics to stderr.
 
 
 def declare(commands: Any) -> None:
-    parser = commands.add_parser(
-        "generate",
-        help="one prompt, one answer",
-        description="Answer one prompt with a model whose experts wait in host memory.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    session.declare(parser)
-    session.declare_template(parser)
+    parser = options.command(
+        commands, "generate", run, help="one prompt, one answer",
+        description="Answer one prompt with a model whose experts wait in host memory.", epilog=EXAMPLES,
+    )  # fmt: skip
+    options.loading(parser)
+    options.text(parser)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads stdin")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, no streaming")
-    parser.set_defaults(run=run)
+    options.json(parser, "one JSON object on stdout, no streaming")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,9 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     ids = opened.encode([{"role": "user", "content": prompt}])
     streamer = None if arguments.json else TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
     before = model.mobile.stats()
-    output = model.generate(
-        input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **opened.options
-    )  # fmt: skip
+    output = opened.generate(ids, streamer=streamer)
     if arguments.json:
         answer = output[0, ids.shape[1] :]
         show.as_json(

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile import probe
-from mobile.cli import show
+from mobile.cli import options, show
 from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES, Geometry, slots_for
-from mobile.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.hardware import PROFILES, HardwareProfile, parse_nbytes, profile
+from mobile.host import host
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.strategy import BigLittle, HalfK, Strategy, strategies
@@ -164,21 +164,19 @@ def geometry_from(source: str, dtype: str = "auto", trust_remote_code: bool = Fa
 
 
 def declare(commands: Any) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="does a model fit, and what bounds its speed; from the configuration alone",
+    parser = options.command(
+        commands, "plan", run, help="does a model fit, and what bounds its speed",
         description="Divide a memory budget and compute what bounds each strategy. No weight is read or fetched.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
-    parser.add_argument("--memory", help="device memory to use, like 12GiB (default: all the profile's card has)")
-    parser.add_argument("--hardware", default="auto", help="a hardware profile (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=show.DTYPES, help="(default: auto, the configuration's)")
-    parser.add_argument("--fallback-rate", type=float, metavar="R", help="for `mobile`, instead of the range 0 to 1")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.set_defaults(run=run)
+    parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {', '.join(PROFILES)}")
+    parser.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
+                        help=f"of the weights: {', '.join(options.DTYPES)}")  # fmt: skip
+    parser.add_argument("--fallback-rate", type=float, metavar="R", help="for `mobile` (default: both 0 and 1)")
+    options.trust(parser)
+    options.json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -191,7 +189,7 @@ def run(arguments: argparse.Namespace) -> int:
         hardware = profile(arguments.hardware)
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
         geometry = geometry_from(arguments.model, arguments.dtype, arguments.trust_remote_code)
-        made = plan(arguments.model, geometry, memory, hardware, probe.host().usable_nbytes, rates)
+        made = plan(arguments.model, geometry, memory, hardware, host().usable_nbytes, rates)
     except Refused as refused:
         if arguments.json:
             show.as_json({"fits": False, "reason": str(refused)})
@@ -216,6 +214,7 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     device.add_row("prefill buffers", show.memory(made.staging_nbytes), f"{STAGING} experts of {each}")
     share = f"{made.slots:,} of {geometry.keys:,} experts ({made.slots / geometry.keys:.1%})"
     device.add_row("expert slots", show.memory(made.slots_nbytes), share)
+    device.columns[-1].justify = "left"
     out.print(device)
     verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
     out.print(
@@ -224,42 +223,36 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     )
     rows = show.table(
         "Bounds per decode token (projected)",
-        "strategy", "lossless", "needs\nslots", "in\nmemory", "fits", "GB per\ntoken", "link\ntokens/s",
+        "strategy", "lossless", "needs\nslots", "in\nmemory", "fits", "moved\na token", "link\ntokens/s",
         "compute\ntokens/s",
     )  # fmt: skip
     for row in made.strategies:
-        rows.add_row(
-            row.strategy,
-            "yes" if row.lossless else "no",
-            f"{row.needs_slots:,}",
-            show.memory(row.needs_nbytes),
-            "yes" if row.budget_meets_needs else "no",
-            _range([bound.nbytes / show.GB for bound in row.bounds], ".3g"),
-            _range([bound.link_tokens_per_s for bound in row.bounds], ",.1f"),
-            _range([bound.compute_tokens_per_s for bound in row.bounds], ",.1f"),
-        )
+        for bound in row.bounds:
+            rows.add_row(
+                row.strategy if bound.fallback_rate is None else f"{row.strategy}, r = {bound.fallback_rate:g}",
+                "yes" if row.lossless else "no",
+                f"{row.needs_slots:,}",
+                show.memory(row.needs_nbytes),
+                "yes" if row.budget_meets_needs else "no",
+                show.moved(bound.nbytes),
+                "-" if bound.link_tokens_per_s is None else show.rate(bound.link_tokens_per_s),
+                show.rate(bound.compute_tokens_per_s),
+            )
     out.print(rows)
     for line in _footnotes(made, hardware):
         out.print(line)
 
 
-def _range(values: Sequence[float | None], digits: str) -> str:
-    known = [f"{value:{digits}}" for value in values if value is not None]
-    return "–".join(dict.fromkeys(known)) or "-"
-
-
 def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
     geometry = made.geometry
     full, little = geometry.top_k, geometry.little_k
-    rates = [b.fallback_rate for row in made.strategies for b in row.bounds if b.fallback_rate is not None]
-    at = " and ".join(f"{rate:g}" for rate in dict.fromkeys(rates))
     times = "2 / (1 + r)" if full == 2 * little else f"{full} / ({little} + {full - little} r)"
     lines = [
         "",
         f"link: {hardware.link_gb_per_s:g} GB/s over the bytes of one token's experts, without any cache. Strategies "
         "that keep experts beat it by 1 / (1 - hit rate); routing decides the hit rate. Copy latency is left out.",
-        f"mobile: at fallback rates r = {at}. A token moves {little} + {full - little} r experts a layer, so the bound "
-        f"is {times} times plain offloading's, if its needs fit and every prefetch is in time.",
+        f"mobile: at the fallback rate r a token moves {little} + {full - little} r experts a layer, so the bound is "
+        f"{times} times plain offloading's, if its needs fit and every prefetch is in time.",
         f"compute: nothing waited for; max(bytes / {hardware.memory_gb_per_s:g} GB/s, flops / {hardware.tflops:g} "
         f"TFLOP/s) + {hardware.launch_seconds * 1e6:g} us a launch. Attention over the KV cache is left out.",
         "The lower of both bounds holds. needs: slots with which a strategy does what it is for; with fewer it still "

@@ -1,4 +1,4 @@
-"""What generate, chat and trace share: their options, an attached model with its tokenizer, the line of statistics."""
+"""What the commands that run a model share: the attached model with its tokenizer, and the line of statistics."""
 
 from __future__ import annotations
 
@@ -7,45 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from mobile.cli import show
+from mobile.cli import options, show
 from mobile.refusal import Refused
 from mobile.strategy import BigLittle
-
-LOADING = (
-    "strategy", "memory", "slots", "gamma", "hardware", "link", "link_gb_per_s", "geometry", "kernel", "device",
-    "dtype",
-)  # fmt: skip
-
-
-def declare(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
-    """The options of a command that runs a model."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
-    engine = parser.add_argument_group("engine (what is not given is mobile.load's default)")
-    engine.add_argument("--strategy", help="such as mobile, lru, on-demand, resident; `mobile plan` lists them")
-    engine.add_argument("--memory", help="device memory to use, like 8GiB")
-    engine.add_argument("--slots", type=int, help="expert slots, instead of --memory")
-    engine.add_argument("--gamma", type=float, help="confidence below which a token runs all experts")
-    engine.add_argument("--hardware", help="the profile that virtual time is computed with")
-    engine.add_argument("--link", help="cuda (real time), virtual (computed), paced (a test of threads) or auto")
-    engine.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this")
-    if geometry:
-        engine.add_argument("--geometry", help="charge time and bytes as if the model were this real one")
-    engine.add_argument("--kernel", help="what computes experts: auto, loop, grouped or triton")
-    engine.add_argument("--device", help="where to run, such as cpu or cuda")
-    engine.add_argument("--dtype", choices=show.DTYPES, help="of the weights (default: the checkpoint's)")
-    engine.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
-    text = parser.add_argument_group("text")
-    text.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    text.add_argument("--temperature", type=float, help="sample at this temperature (default: greedy)")
-    text.add_argument("--top-p", type=float, help="sample from the smallest set of tokens with this probability")
-    text.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-
-
-def declare_template(parser: argparse.ArgumentParser) -> None:
-    """Whether a prompt is put into the tokenizer's chat template."""
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--chat", action="store_true", help="use the chat template, and refuse where there is none")
-    choice.add_argument("--raw", action="store_true", help="give the prompt to the model as it is")
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -93,33 +57,48 @@ class Session:
             raise Refused("The prompt is empty; give it some text.")
         return ids.to(self.model.device)
 
+    def generate(self, ids: Any, **more: Any) -> Any:
+        """The model's generate() with the options of the command line; `more` goes before them."""
+        return self.model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **{**self.options, **more})
+
     def decode(self, ids: Any) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
 def start(arguments: argparse.Namespace) -> Session:
-    """Load tokenizer and model. Raises Refused for whatever of them cannot work, the cheap checks first."""
-    options = sampling(arguments)
+    """What the command line asks for. Raises Refused for whatever of it cannot work, the cheap checks first."""
     import torch
+
+    sampled = sampling(arguments)
+    tokenizer = load_tokenizer(arguments)
+    template = not arguments.raw and tokenizer.chat_template is not None
+    if arguments.chat and not template:
+        raise Refused(f"The tokenizer of {arguments.model} has no chat template; leave --chat out, or use --raw.")
+    model = load_model(arguments)
+    torch.manual_seed(arguments.seed)
+    return Session(model, tokenizer, template, sampled)
+
+
+def load_tokenizer(arguments: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
-    import mobile
     from mobile.checkpoint import find
 
     trust: bool = arguments.trust_remote_code
     folder = find(arguments.model, trust_remote_code=trust).folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"Cannot load a tokenizer from {arguments.model}: {str(error).splitlines()[0]}") from error
-    template = not getattr(arguments, "raw", False) and tokenizer.chat_template is not None
-    if getattr(arguments, "chat", False) and not template:
-        raise Refused(f"The tokenizer of {arguments.model} has no chat template; leave --chat out, or use --raw.")
-    given: dict[str, Any] = {name: value for name in LOADING if (value := getattr(arguments, name, None)) is not None}
-    model = mobile.load(arguments.model, trust_remote_code=trust, **given)
-    torch.manual_seed(arguments.seed)
-    return Session(model, tokenizer, template, options)
+
+
+def load_model(arguments: argparse.Namespace) -> Any:
+    import mobile
+
+    asked = vars(arguments)
+    given = {name: asked[name] for name in options.LOADING if asked.get(name) is not None}
+    return mobile.load(arguments.model, trust_remote_code=arguments.trust_remote_code, **given)
 
 
 def prompt_text(given: str | None) -> str:

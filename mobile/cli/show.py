@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 GIB, MIB, GB = 2**30, 2**20, 10**9
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -53,3 +52,16 @@ def memory(nbytes: int | None) -> str:
         if nbytes >= size:
             return f"{nbytes / size:,.2f} {unit}"
     return f"{nbytes / 1024:,.1f} KiB"
+
+
+def moved(nbytes: int) -> str:
+    """Bytes over a link for a reader, in decimal units like its bandwidth."""
+    for unit, size in (("GB", GB), ("MB", 10**6)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:,.2f} {unit}"
+    return f"{nbytes / 1000:,.2f} kB" if nbytes else "0"
+
+
+def rate(a_second: float) -> str:
+    """A rate for a reader, without digits that say nothing."""
+    return f"{a_second:,.1f}" if a_second < 1000 else f"{a_second:,.0f}"

@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mobile import probe
 from mobile import trace as traces
-from mobile.cli import session, show
+from mobile.cli import options, session, show
+from mobile.host import package
 from mobile.refusal import Refused
 
 EXAMPLES = """
@@ -28,20 +28,16 @@ numbers and confidences, no text and no weights.
 
 
 def declare(commands: Any) -> None:
-    parser = commands.add_parser(
-        "trace",
-        help="run prompts and save the routing",
-        description="Run prompts one by one and save which experts every token chose.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    session.declare(parser, geometry=False)  # the trace keeps the model's own sizes; a replay dresses it
-    session.declare_template(parser)
+    parser = options.command(
+        commands, "trace", run, help="run prompts and save the routing",
+        description="Run prompts one by one and save which experts every token chose.", epilog=EXAMPLES,
+    )  # fmt: skip
+    options.loading(parser, geometry=False)  # the trace keeps the model's own sizes; a replay dresses it
+    options.text(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="lines or JSONL; - reads stdin")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the trace to write, such as trace.npz")
     parser.add_argument("--force", action="store_true", help="overwrite an existing trace")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.set_defaults(run=run)
+    options.json(parser)
 
 
 def parse_prompts(text: str, source: str) -> list[str]:
@@ -87,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     with engine.recording() as requests, progress:
         for prompt in progress.track(prompts, description="prompts"):
             ids = opened.encode([{"role": "user", "content": prompt}])
-            opened.model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **opened.options)
+            opened.generate(ids)
     about = {
         "geometry": asdict(engine.geometry),
         "model": arguments.model,
@@ -96,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         "chat_template": opened.template,
         "max_new_tokens": arguments.max_new_tokens,
         "prompt_sha256": [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts],
-        "versions": {name: probe.package(name) for name in ("mobile-moe", "torch", "transformers")},
+        "versions": {name: package(name) for name in ("mobile-moe", "torch", "transformers")},
     }
     traces.save(out, requests, len(engine.layers), about)
     steps, nbytes = sum(map(len, requests)), out.stat().st_size

@@ -1,0 +1,63 @@
+"""Options that several commands share, each declared once. No torch: --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mobile.geometry import GEOMETRIES
+from mobile.hardware import PROFILES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOADING = (
+    "strategy", "memory", "slots", "gamma", "hardware", "link", "link_gb_per_s", "geometry", "kernel", "device",
+    "dtype",
+)  # fmt: skip
+
+
+def command(commands: Any, name: str, run: Any, *, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of one command; its epilog is printed as it is written."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def trust(parser: Any) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
+
+
+def json(parser: Any, help: str = "one JSON object on stdout") -> None:
+    parser.add_argument("--json", action="store_true", help=help)
+
+
+def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
+    """The model, and how it is loaded; every default is mobile.load's."""
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--strategy", metavar="NAME", help="`mobile plan` lists them (default: mobile)")
+    group.add_argument("--memory", metavar="SIZE", help="device memory to use, like 8GiB (default: all)")
+    group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
+    group.add_argument("--gamma", type=float, metavar="P", help="confidence below which a token runs all experts")
+    group.add_argument("--link", metavar="KIND", help="auto, cuda, virtual (time is computed) or paced (for tests)")
+    group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this")
+    group.add_argument("--hardware", metavar="NAME", help=f"what virtual time is computed for: {', '.join(PROFILES)}")
+    if geometry:
+        group.add_argument("--geometry", metavar="NAME", help=f"charge its virtual time: {', '.join(GEOMETRIES)}")
+    group.add_argument("--kernel", metavar="KIND", help="what computes experts: auto, loop, grouped or triton")
+    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"of the weights: {', '.join(DTYPES)}")
+    trust(group)
+
+
+def text(parser: argparse.ArgumentParser) -> None:
+    """What is generated, and whether a prompt is put into the tokenizer's chat template."""
+    group = parser.add_argument_group("text")
+    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
+    group.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that add up to this")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--chat", action="store_true", help="use the chat template, and refuse where there is none")
+    choice.add_argument("--raw", action="store_true", help="give the prompt to the model as it is")
