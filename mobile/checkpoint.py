@@ -79,6 +79,8 @@ def config_of(source: str | os.PathLike[str], *, trust_remote_code: bool = False
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise Refused(f"{source} runs code of its own; read it, then pass trust_remote_code=True.") from error
         raise Refused(f"Cannot load {source}: {str(error).splitlines()[0]}") from error
 
 

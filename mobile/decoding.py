@@ -68,8 +68,7 @@ class Decoder:
             running.router_inputs[number] = (args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.engine.step():
-            return self._step(args, kwargs)
+        return self.engine.step(self._step, args, kwargs)
 
     def _step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         given = self._signature.bind(self.model, *args, **kwargs).arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,15 +79,16 @@ class Engine:
         self.link.rewind()
 
     def close(self) -> None:
-        """Let go of the link, if it was made."""
+        """Let go of the link, if it was made, and of the routers."""
+        self._all_k()
         if hasattr(self, "link"):
             self.link.close()
 
     def _cold(self) -> None:
         """Empty slots, whatever was in them or on its way; the clock and the counters go on."""
         self.link.reset()
-        for layer, top_k in zip(self.layers, self._top_k, strict=True):
-            setattr(*layer.knob, top_k)
+        self._all_k()
+        self.running = None
         self.residency = Residency(
             self.strategy, SlotPool(self.slots), self.link, self._cost, self.ledger, self._emptied
         )
@@ -117,45 +118,63 @@ class Engine:
 
     # --- one forward pass ---------------------------------------------------------------------------
 
-    def little_k(self) -> AbstractContextManager[None]:
-        """A context in which every router chooses K/2 experts."""
-        return compat.top_k_of(self.layers, self.little)
-
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def little_k(self) -> Iterator[None]:
+        """A context in which every router chooses K/2 experts."""
+        for layer in self.layers:
+            setattr(*layer.knob, self.little)
+        yield
+        self._all_k()
+
+    def _all_k(self) -> None:
+        for layer, top_k in zip(self.layers, self._top_k, strict=True):
+            setattr(*layer.knob, top_k)
+
+    def step(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """All that one call of the model does, alone on the engine.
 
         Whatever breaks it off anywhere (a failing copy, Ctrl-C) leaves slots that are not trusted: the next one starts
-        cold.
+        cold. What it had opened is closed here alone: Ctrl-C may come between a context and the knowledge of it.
         """
         with self.lock:
             if self._broken:
                 self._cold()
             self._broken = True
-            yield
+            try:
+                result = run(*arguments)
+            except BaseException:
+                self._all_k()
+                if self.running is not None:
+                    self.residency.abandon()
+                raise
             self._broken = False
+            return result
 
     @contextmanager
     def passing(self, running: Pass) -> Iterator[None]:
         """One forward pass: opens and closes it on the clock."""
         self.running = running
         self.residency.begin(running.kind, running.tokens)
-        try:
-            yield
-            self.residency.finish()
-        except BaseException:
-            self.residency.abandon()
-            raise
-        finally:
-            self.running = None
+        yield
+        self.residency.finish()
+        self.running = None
 
     def run_experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
-        if self.running is None:  # the base model called without its head: prefill, if anything
-            if layer == 0:
-                self.residency.begin("prefill", hidden.shape[0])
-        else:
-            index, weights = self.running.select(layer, index, weights, self.experts)
+        with self.lock:
+            if self.running is not None:
+                return self._run_experts(layer, hidden, *self.running.select(layer, index, weights, self.experts))
+            return self.step(self._run_alone, layer, hidden, index, weights)
+
+    def _run_alone(self, layer: int, hidden: torch.Tensor, *selection: torch.Tensor) -> torch.Tensor:
+        """The base model was called without its head: prefill, if anything."""
+        if layer == 0:
+            self.residency.begin("prefill", hidden.shape[0])
+        return self._run_experts(layer, hidden, *selection)
+
+    def _run_experts(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         groups = group(index, self.experts)
         *others, last = self.stands_for[layer]
         for other in others:

@@ -92,7 +92,7 @@ def load(
                 model = _read_converted(kind, found.folder, options, store, advance)
             else:
                 model = _read_directly(type(empty), config, found, options, store, readings, advance)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             if isinstance(error, Refused):
                 raise
             raise Refused(f"Cannot load {source}: {str(error).splitlines()[0]}") from error

@@ -7,7 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mobile.ledger import Key, Ledger
@@ -85,7 +86,11 @@ class StreamLink:
                 raise self._failed.pop(key)
             begun = next((begun for begun in self._begun if begun.copy.key == key), None)
             if begun is not None:
-                self.channel.fence(begun.copy.slot)
+                try:
+                    self.channel.fence(begun.copy.slot)
+                except Exception:  # it is over, and must not be taken for one that landed
+                    self._begun.remove(begun)
+                    raise
                 if not begun.announced:
                     begun.announced = True
                     self._arrived(key, begun.copy.slot)
@@ -106,8 +111,10 @@ class StreamLink:
 
     def reset(self) -> None:
         self._queue.clear()
-        while self._begun:
-            self.channel.finish(self._begun.popleft().copy.slot)
+        while self._begun:  # forgotten only once it is over, should Ctrl-C come meanwhile
+            with suppress(Exception):
+                self.channel.finish(self._begun[0].copy.slot)
+            self._begun.popleft()
         self._failed.clear()
 
     def rewind(self) -> None:
@@ -148,54 +155,72 @@ class StreamLink:
                 self._arrived(copy.key, copy.slot)
 
 
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+@dataclass(eq=False)
+class Paced:
+    """A copy that a thread makes; `bell` is released once it is over, to wake who waits."""
+
+    key: Key
+    slot: int
+    over: bool = False
+    bell: threading.Lock = field(default_factory=_locked)
+    error: Exception | None = None
+    span: tuple[int, int] = (0, 0)
+
+    def wait(self) -> None:
+        """Of one thread at a time. Ctrl-C may break it off anywhere, which cannot be said of an Event's wait."""
+        while not self.over:
+            self.bell.acquire()
+
+
 class PacedChannel:
     """Copies on a thread of its own, each no faster than `load_ns`: a smoke test of the queue, not a measurement."""
 
     def __init__(self, fill: Callable[[Key, int], None], load_ns: int) -> None:
         self._fill, self._load_ns = fill, load_ns
-        self._work: queue.SimpleQueue[tuple[Key, int, threading.Event] | None] = queue.SimpleQueue()
-        self._over: dict[int, threading.Event] = {}
-        self._error: dict[int, Exception] = {}
-        self._span: dict[int, tuple[int, int]] = {}
+        self._work: queue.SimpleQueue[Paced | None] = queue.SimpleQueue()
+        self._last: dict[int, Paced] = {}  # by slot
         self._stalled = 0
         self._thread = threading.Thread(target=self._copy, name="mobile-paced-link", daemon=True)
         self._thread.start()
 
     def _copy(self) -> None:
-        while (job := self._work.get()) is not None:
-            key, slot, over = job
+        while (copy := self._work.get()) is not None:
             begun = time.perf_counter_ns()
             try:
-                self._fill(key, slot)
+                self._fill(copy.key, copy.slot)
             except Exception as error:
-                self._error[slot] = error
+                copy.error = error
             left = begun + self._load_ns - time.perf_counter_ns()
             if left > 0:
                 time.sleep(left / 1e9)
-            self._span[slot] = begun, time.perf_counter_ns()
-            over.set()
+            copy.span = begun, time.perf_counter_ns()
+            copy.over = True
+            copy.bell.release()
 
     def begin(self, key: Key, slot: int) -> None:
-        self._error.pop(slot, None)
-        self._over[slot] = threading.Event()
-        self._work.put((key, slot, self._over[slot]))
+        self._last[slot] = copy = Paced(key, slot)
+        self._work.put(copy)
 
     def ended(self, slot: int) -> bool:
-        if not self._over[slot].is_set():
-            return False
-        if slot in self._error:
-            raise self._error.pop(slot)
-        return True
+        copy = self._last[slot]
+        if copy.over and copy.error is not None:
+            raise copy.error
+        return copy.over
 
     def finish(self, slot: int) -> None:
         begun = time.perf_counter_ns()
-        self._over[slot].wait()
+        self._last[slot].wait()
         self._stalled += time.perf_counter_ns() - begun
 
     def fence(self, slot: int) -> None:
         self.finish(slot)
-        if slot in self._error:
-            raise self._error.pop(slot)
+        self.ended(slot)
 
     def used(self, slots: Sequence[int]) -> None:
         """Kernels run when they are called, so there is nothing to wait for."""
@@ -208,7 +233,7 @@ class PacedChannel:
         return stalled
 
     def span(self, slot: int) -> tuple[int, int]:
-        return self._span[slot]
+        return self._last[slot].span
 
     def close(self) -> None:
         self._work.put(None)

@@ -69,6 +69,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-readme", action="store_true", help="write the support table that the tests find")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Benchmarks run only when asked for; their plugin may be missing on a bare GPU machine."""
+    if hasattr(config.option, "benchmark_skip") and not config.option.benchmark_only:
+        config.option.benchmark_skip = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in `gpu` skip themselves without a GPU, and no other test needs one."""
+    for item in items:
+        if item.path.parent.name == "gpu":
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -24,7 +24,7 @@ examples:
   mobile plan ./checkpoint --memory 2GiB --json | jq .slots
   mobile plan olmoe-1b-7b --fallback-rate 0.2       what MoBiLE's bound is at that rate
 
-exit code: 0 if it fits the budget, 2 if it does not.
+exit code: 2 if the device memory cannot hold it, else 0; whether this host can is host_fits in the JSON.
 """
 
 
@@ -223,7 +223,7 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     )
     rows = show.table(
         "Bounds per decode token (projected)",
-        "strategy", "lossless", "needs\nslots", "in\nmemory", "fits", "moved\na token", "link\ntokens/s",
+        "strategy", "lossless", "needs\nslots", "needs\nmemory", "fits", "bytes\na token", "link\ntokens/s",
         "compute\ntokens/s",
     )  # fmt: skip
     for row in made.strategies:

@@ -68,18 +68,6 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
     return app
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """The address is taken before the model is loaded, and listened to after."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except (OSError, OverflowError) as error:
-        raise Refused(f"Cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or error}.") from error
-    return bound
-
-
 # --- the command ------------------------------------------------------------------------------------
 
 
@@ -100,12 +88,19 @@ def run(arguments: argparse.Namespace) -> int:
     import uvicorn
 
     name: str = arguments.model
-    with _bound(arguments.host, arguments.port) as bound:
+    with _listening(arguments.host, arguments.port) as listening:
         tokenizer = session.load_tokenizer(arguments)
         app = application(name, session.load_model(arguments), tokenizer)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_FINISH))
-        bound.listen()
-        show.note(f"{name} is served at http://{arguments.host}:{bound.getsockname()[1]}/v1; Ctrl-C ends it.")
+        show.note(f"{name} is served at http://{arguments.host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it.")
         with suppress(KeyboardInterrupt):
-            server.run(sockets=[bound])
+            server.run(sockets=[listening])
     return 0
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """The address, taken before the model is loaded; who connects meanwhile waits."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise Refused(f"Cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or error}.") from error
