@@ -143,8 +143,9 @@ class Engine:
             try:
                 result = run(*arguments)
             except BaseException:
+                broken_off, self.running = self.running, None
                 self._all_k()
-                if self.running is not None:
+                if broken_off is not None:
                     self.residency.abandon()
                 raise
             self._broken = False
