@@ -118,6 +118,8 @@ def serve(
 ) -> Any:
     """Attach as settled. The store is empty, or holds the experts where the modules have none any more."""
     gating, device = settled.strategy.gating, compat.device_of(layers)
+    modules = [layer.experts for layer in layers]
+    held = all(weight.numel() for module in modules for weight in module.parameters())
     if device.type == "cuda" and settled.budget_nbytes is not None:
         total = torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, settled.budget_nbytes / total), device)
@@ -126,14 +128,14 @@ def serve(
         store, settled.kernel, poison,
     )  # fmt: skip
     decoder = Decoder(model, engine)
-    modules = [layer.experts for layer in layers]
 
     def leave() -> None:
         engine.close()
         decoder.remove()
         for module in modules:
             unbind(module)
-        store.give_back(modules)
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
     store.take(modules)
     for number, module in enumerate(modules):
@@ -148,8 +150,33 @@ def serve(
                 engine.undoable = selftest.rolls_back(decoder.stock, engine)
             engine.restart()
     except BaseException:
-        detach(model)
+        leave()
+        del model.mobile
+        if held:
+            store.give_back(modules)
         raise
+    return model
+
+
+def detach(model: Any) -> Any:
+    """The stock model again, bit for bit; returns it.
+
+    Raises Refused if it is not attached, or if its device has no room for all experts; it stays attached then.
+    """
+    engine = getattr(model, "mobile", None)
+    if not isinstance(engine, Engine):
+        raise Refused("This model is not attached, so there is nothing to detach.")
+    if engine.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
+        room = torch.cuda.mem_get_info(engine.device)[0] + unused + engine.slot_rows.nbytes
+        if engine.store.nbytes > room:
+            raise Refused(
+                f"Detaching puts {engine.store.nbytes / 2**30:.1f} GiB of experts on {engine.device}, which has "
+                f"{room / 2**30:.1f} GiB free; delete the model instead."
+            )
+    engine.leave()
+    del model.mobile
+    engine.store.give_back([layer.experts for layer in engine.layers])
     return model
 
 
@@ -194,13 +221,3 @@ def _link(settled: Settled, engine: Engine, cost: CostModel) -> Link:
 
     channel = CudaChannel(engine.store, engine.slot_rows, engine.row, settled.link_gb_per_s)
     return StreamLink(channel, row_nbytes, engine.ledger, engine.arrived)
-
-
-def detach(model: Any) -> Any:
-    """The stock model again, bit for bit; returns it. Raises Refused if it is not attached."""
-    engine = getattr(model, "mobile", None)
-    if not isinstance(engine, Engine):
-        raise Refused("This model is not attached, so there is nothing to detach.")
-    engine.leave()
-    del model.mobile
-    return model

@@ -247,7 +247,7 @@ def _read_converted(kind: Any, folder: Path, options: dict[str, Any], store: Hos
         store.weights(order.setdefault(module, len(order)), name).copy_(weight)
         advance(weight.nbytes)
 
-    with _experts_kept_out(take):
+    with _experts_kept_out(take), _one_at_a_time():
         model, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
     _check_complete(info["missing_keys"])
     store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
@@ -275,6 +275,21 @@ def _experts_kept_out(take: Callable[[nn.Module, str, torch.Tensor], None]) -> I
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Transformers' switch against reading ahead, which would hold as many tensors as its threads are fast."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _check_complete(missing: Sequence[str]) -> None:

@@ -44,10 +44,12 @@ class HostStore:
                     weight.data = weight.data.new_empty(0)
 
     def give_back(self, modules: Sequence[nn.Module]) -> None:
-        """Put every expert back into its module's own parameters, bit for bit, on their own device."""
+        """Put every expert back into its module's own parameters, bit for bit, on their own device.
+
+        Each layer's rows are let go of before the next: the peak is again the model plus one layer.
+        """
         for layer, module in enumerate(modules):
             for name, view in self._views[layer].items():
                 weight = getattr(module, name)
                 weight.data = view.to(weight.device, copy=True).contiguous()
-        self.rows.clear()
-        self._views.clear()
+            self.rows[layer], self._views[layer] = self.rows[layer].new_empty(0), {}

@@ -189,7 +189,7 @@ def test_hidden_states_of_every_token(family):
             prompt(), max_new_tokens=6, min_new_tokens=6, do_sample=False, output_hidden_states=True,
             return_dict_in_generate=True,
         )  # fmt: skip
-        assert len(out.hidden_states) == 4
+        assert len(out.hidden_states) == 6
         return [out.sequences, *(layer for token in out.hidden_states for layer in token)]
 
     unchanged(tiny(family), call)
