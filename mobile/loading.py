@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections import defaultdict
@@ -246,6 +247,7 @@ def _read_converted(kind: Any, folder: Path, options: dict[str, Any], store: Hos
     def take(module: nn.Module, name: str, weight: torch.Tensor) -> None:
         store.weights(order.setdefault(module, len(order)), name).copy_(weight)
         advance(weight.nbytes)
+        _return_freed_memory()
 
     with _experts_kept_out(take), _one_at_a_time():
         model, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
@@ -275,6 +277,13 @@ def _experts_kept_out(take: Callable[[nn.Module, str, torch.Tensor], None]) -> I
         yield
     finally:
         hook.remove()
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give freed pages back: a converted layer's pieces otherwise stay, 190 MB of 400 in half of all runs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
