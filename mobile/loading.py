@@ -280,7 +280,7 @@ def _experts_kept_out(take: Callable[[nn.Module, str, torch.Tensor], None]) -> I
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give freed pages back: a converted layer's pieces otherwise stay, 190 MB of 400 in half of all runs."""
+    """Have glibc give freed pages back: else the pieces of converted layers stay, 190 MB of 400 in half of all runs."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

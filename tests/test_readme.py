@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,23 @@ def test_its_python_runs(tmp_path):
     assert (tmp_path / "timeline.json").is_file()
 
 
+def test_its_commands_run(tmp_path):
+    """All but the server, which runs until it is told to stop: its --help; the chat gets one line."""
+    (tmp_path / "suites").symlink_to(ROOT / "suites")
+    (tmp_path / "prompts.txt").write_text("Q: not True is\n")
+    lines = re.findall(r"^mobile (.+)$", README, re.MULTILINE)
+    assert {line.split()[0] for line in lines} == {"plan", "doctor", "generate", "chat", "trace", "serve"}
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "serve":
+            words = [*words, "--help"]
+        done = subprocess.run(
+            [sys.executable, "-m", "mobile", *words], cwd=tmp_path, input="hello\n", capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, (line, done.stderr)
+
+
 def test_its_table_of_strategies_is_the_registry():
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (yes|no) \|$", README, re.MULTILINE))
     assert rows == {name: "yes" if s.lossless else "no" for name, s in mobile.strategies().items()}
@@ -42,5 +60,5 @@ def test_its_tree_names_modules_that_exist():
     tree = README.split("## Where things are")[1].split("```")[1]
     for room in ("mobile", "suites", "reports"):
         assert f"{room}/" in tree
-    for name in re.findall(r"^  (\w+) ", tree, re.MULTILINE):
-        assert list(ROOT.glob(f"*/{name}.py")), name
+    for name in re.findall(r"^  (\w+/?) ", tree, re.MULTILINE):
+        assert list(ROOT.glob(f"*/{name.rstrip('/')}" + ("" if name.endswith("/") else ".py"))), name
