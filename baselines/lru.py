@@ -19,6 +19,6 @@ LRU = Strategy(
     summary="keep recently used experts, evict the least recently used",
     source="Eliseev and Mazur, arXiv 2312.17238 (2023)",
     lossless=True,
-    retain="recent",
+    retain="some",
     needs=_one_token,
 )

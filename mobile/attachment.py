@@ -91,6 +91,8 @@ def settle(
 ) -> Settled:  # fmt: skip
     """Decide everything, or raise Refused. `model` may lie on the meta device: no weight is read."""
     chosen = resolve(strategy, gamma)
+    if chosen.foresight:
+        raise Refused(f"Strategy {chosen.name} needs to know the future; record a trace, and replay it.")
     link, card = _link_and_card(link, hardware, link_gb_per_s, geometry, device)
     own = compat.geometry_of(model, layers, layout)
     worn, stands_for = dress(own, geometry)

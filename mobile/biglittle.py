@@ -17,7 +17,7 @@ MOBILE = Strategy(
     source="Zhao et al., MoBiLE, arXiv 2510.12357 (2025)",
     lossless=False,
     gating=BigLittle(),
-    retain="recent",
+    retain="some",
     prefetch=True,
     needs=_little_set_and_one_layer,
 )

@@ -44,13 +44,25 @@ class MoeLayer:
         A router that returns scores alone is taken at its highest ones: its block may correct them, so use this to
         foresee a choice, never to make one.
         """
-        output = type(self.router).forward(self.router, *args, **kwargs)
-        parts = [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+        parts = self._ask(args, kwargs)
         for part in parts:
             if not part.is_floating_point() and part.shape[-1] < self.count:
                 return part.reshape(-1, part.shape[-1])
-        scores = next(part for part in parts if part.shape[-1] == self.count)
-        return scores.reshape(-1, self.count).topk(self.top_k).indices
+        return self._scores(parts).topk(self.top_k).indices
+
+    def logits(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The router's scores of every expert (tokens, experts) for these inputs; runs no hook."""
+        return self._scores(self._ask(args, kwargs))
+
+    def _ask(self, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        output = type(self.router).forward(self.router, *args, **kwargs)
+        return [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+
+    def _scores(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        scores = next((part for part in parts if part.is_floating_point() and part.shape[-1] >= self.count), None)
+        if scores is None:
+            raise Refused(f"{type(self.router).__name__} shows no scores of all experts, so nothing can be foreseen.")
+        return scores.reshape(-1, scores.shape[-1])[:, : self.count]
 
 
 def check_version() -> None:

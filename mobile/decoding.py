@@ -64,8 +64,10 @@ class Decoder:
 
     def _heard(self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
         running = self.engine.running
-        if running is not None and running.kind == "little":
+        if running is not None and running.kind != "prefill":
             running.router_inputs[number] = (args, kwargs)
+        if self.engine.foresees:
+            self.engine.heard[number] = (args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine.step(self._step, args, kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from mobile import compat
@@ -16,12 +17,12 @@ from mobile.hardware import HardwareProfile
 from mobile.kernels import Kernel, group
 from mobile.ledger import Key, Ledger
 from mobile.link import Link
-from mobile.passes import Pass
+from mobile.passes import Pass, RouterInput
 from mobile.pool import SlotPool
 from mobile.residency import STAGING, Residency
 from mobile.store import HostStore
 from mobile.strategy import Strategy
-from mobile.trace import Request
+from mobile.trace import Request, foreseen_from
 
 MakeLink = Callable[["Engine", CostModel], Link]
 
@@ -45,6 +46,8 @@ class Engine:
         self.running: Pass | None = None
         self.undoable: frozenset[type] = frozenset()  # cache types in which the self-test undid a step
         self.recorded: list[Request] | None = None
+        self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
+        self._records_ahead = False
         self.lock = threading.RLock()
         self._kernel, self._poison = kernel, poison
         self._top_k = [layer.top_k for layer in layers]
@@ -177,12 +180,32 @@ class Engine:
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         groups = group(index, self.experts)
+        if self.foresees and self.running is not None and self.running.kind != "prefill":
+            self._look_ahead(layer, self.running)
         *others, last = self.stands_for[layer]
         for other in others:
-            for _ in self.residency.layer(other, groups.experts, groups.counts):
+            for _ in self.residency.layer(other, groups.experts, groups.counts, self._signal(layer, last=False)):
                 pass
-        waves = self.residency.layer(last, groups.experts, groups.counts)
+        waves = self.residency.layer(last, groups.experts, groups.counts, self._signal(layer, last=True))
         return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether the next layer's router is asked at every layer: for a lookahead, or for a trace."""
+        return self.strategy.lookahead is not None or self._records_ahead
+
+    def _look_ahead(self, layer: int, running: Pass) -> None:
+        """Ask the next layer's router about this layer's input; what else it is given, it was given the last time."""
+        if layer + 1 == len(self.layers):
+            return
+        (hidden, *_), _ = running.router_inputs[layer]
+        (_, *others), named = self.heard.get(layer + 1, ((None,), {}))
+        logits = self.layers[layer + 1].logits((hidden, *others), named)
+        running.ahead[layer] = logits.to(torch.float16).cpu().numpy()
+
+    def _signal(self, layer: int, *, last: bool) -> np.ndarray | None:
+        source = foreseen_from(layer, last, len(self.layers))
+        return self.running.ahead.get(source) if self.running is not None and source is not None else None
 
     def predict(self, little: Pass) -> list[torch.Tensor]:
         """Per layer the K experts (tokens, K) that the little pass's recorded router inputs name."""
@@ -211,10 +234,13 @@ class Engine:
                 self._batch[row].append(done.row_step(row, sure, predicted or ()))
 
     @contextmanager
-    def recording(self) -> Iterator[list[Request]]:
-        """Inside the block every sequence's routing is recorded; yields the growing list of requests."""
-        self.recorded, self._batch = [], []
+    def recording(self, *, ahead: bool = False) -> Iterator[list[Request]]:
+        """Inside the block every sequence's routing is recorded; yields the growing list of requests.
+
+        With `ahead`, and what next-layer predictors need, see `trace.Step`.
+        """
+        self.recorded, self._batch, self._records_ahead = [], [], ahead
         try:
             yield self.recorded
         finally:
-            self.recorded = None
+            self.recorded, self._records_ahead = None, False

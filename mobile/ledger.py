@@ -75,6 +75,7 @@ class Ledger:
 
     def __init__(self, limit: int = 200_000) -> None:
         self.counters = Counters()
+        self.guesses: dict[int, tuple[int, int, int]] = {}  # by layer: experts foreseen, of them right, and needed
         self.events: deque[Event] = deque(maxlen=limit)
         self.keeps_events = limit > 0
 
@@ -83,8 +84,14 @@ class Ledger:
         if end_ns > start_ns:
             self.events.append(Event(what, start_ns, end_ns, about))
 
+    def guess(self, layer: int, foreseen: int, right: int, needed: int) -> None:
+        """A visit of `layer` needed so many experts, of which `right` were among the `foreseen`."""
+        before = self.guesses.get(layer, (0, 0, 0))
+        self.guesses[layer] = (before[0] + foreseen, before[1] + right, before[2] + needed)
+
     def clear(self) -> None:
         self.counters = Counters()
+        self.guesses.clear()
         self.events.clear()
 
     def stats(self) -> dict[str, Any]:

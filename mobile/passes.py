@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from mobile.trace import Kind, Step
 
+RouterInput = tuple[tuple, dict[str, Any]]
 Selection = tuple[torch.Tensor, torch.Tensor]  # expert ids and their weights, (tokens, K) each
 
 
@@ -24,7 +26,8 @@ class Pass:
     kind: Kind
     valid: torch.Tensor
     selections: list[Selection] = field(default_factory=list)
-    router_inputs: dict[int, tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
+    router_inputs: dict[int, RouterInput] = field(default_factory=dict)
+    ahead: dict[int, np.ndarray] = field(default_factory=dict)  # by layer, the next one's router logits on its input
     confident: torch.Tensor | None = None
     settled: Sequence[Selection] = ()
 
@@ -61,4 +64,10 @@ class Pass:
             counts=tuple(counts) if self.kind == "prefill" else (),
             confidence=confidence,
             predicted=tuple(tuple(sorted(layer[row].tolist())) for layer in predicted),
+            ahead=self._ahead(row) if self.kind != "prefill" else None,
         )
+
+    def _ahead(self, row: int) -> np.ndarray | None:
+        if not self.ahead:
+            return None
+        return np.stack([self.ahead[layer][row] for layer in range(len(self.selections) - 1)])

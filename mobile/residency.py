@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
+
 from mobile.cost import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.link import Link
+from mobile.policy import Setting, Visit
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
@@ -26,9 +29,14 @@ class Residency:
 
     def __init__(
         self, strategy: Strategy, pool: SlotPool, link: Link, cost: CostModel, ledger: Ledger,
-        emptied: Callable[[int], None] = lambda slot: None,
+        emptied: Callable[[int], None] = lambda slot: None, future: tuple[Visit, ...] | None = None,
     ) -> None:  # fmt: skip
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
+        setting = Setting(cost.geometry, pool.size, future)
+        self._evict = strategy.evict(setting)
+        self._lookahead = None if strategy.lookahead is None else strategy.lookahead(setting)
+        self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
+        self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
         self._emptied = emptied
         self._kind = ""
         self._tokens = 1
@@ -81,6 +89,7 @@ class Residency:
         self._kind = "big"
         if self.strategy.prefetch:
             self.link.compute(self.cost.router_replay_ns, "router replay")
+            self._foresee(predicted)
             self._wanted.extend(key for key in predicted if key not in self.pool)
             self.pool.protected.update(key for key in predicted if key in self.pool)
             self._pump()
@@ -89,6 +98,7 @@ class Residency:
     def end_token(self) -> None:
         """The token is settled: nothing is protected for it any more, and prefetches not begun are taken back."""
         self._wanted.clear()
+        self._guessed.clear()
         self._take_back(self.pool.unproven - self.pool.ready)
         self.pool.protected.clear()
 
@@ -116,26 +126,31 @@ class Residency:
 
     # --- one layer ----------------------------------------------------------------------------------
 
-    def layer(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
+    def layer(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None = None
+    ) -> Iterator[Wave]:
         """Run one MoE layer: yields waves of (position in `experts`, slot), ready until the next wave is asked for.
 
-        `experts` are the active ones, ascending, `counts` the tokens routed to each. Residents come first.
+        `experts` are the active ones, ascending, `counts` the tokens routed to each; `ahead` is a lookahead's signal.
+        Residents come first.
         """
         self.link.compute(self.cost.dense_ns(self._tokens), "dense")
         if self._kind == "prefill" or len(experts) > self.pool.size:
             yield from self._stream(layer, experts, counts)
         else:
-            yield from self._hold(layer, experts, counts)
+            yield from self._hold(layer, experts, counts, ahead)
         self._pump()
 
-    def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
+    def _hold(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None
+    ) -> Iterator[Wave]:
         """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
         pool, link, counters = self.pool, self.link, self.ledger.counters
         ready, expert_ns = pool.ready, self.cost.expert_ns
         keys = [(layer, expert) for expert in experts]
         pool.pinned = set(keys)
-        if self._kind == "big":
-            self._refute(layer)
+        if self._guessed:
+            self._refute(layer, experts)
         resident, late, missing = [], [], []
         for position, key in enumerate(keys):
             if key in ready:
@@ -151,6 +166,8 @@ class Residency:
         if self.strategy.overlap:
             for position in missing:
                 link.submit(keys[position], self._slot_for(keys[position]), demand=True)
+        if self._lookahead is not None:
+            self._look(self._lookahead.routed(layer, experts, ahead))
         for position in resident:
             link.compute(expert_ns(counts[position]), keys[position])
         if resident:
@@ -174,17 +191,51 @@ class Residency:
         if self.strategy.retain == "nothing":
             for key in keys:
                 self._drop(key)
-        elif self._kind == "little":
+            return
+        self._evict.used(layer, keys)
+        if self._kind == "little":
             pool.protected.update(keys)
-        elif self._kind == "big":
+        elif pool.protected:
             pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
+        if self.strategy.staging:
+            self._clear_staging(layer)
 
-    def _refute(self, layer: int) -> None:
+    def _foresee(self, keys: Sequence[Key]) -> None:
+        """Remember what was foreseen of each layer, to hold it against what its router says."""
+        for layer, expert in keys:
+            self._guessed.setdefault(layer, set()).add(expert)
+
+    def _look(self, keys: Sequence[Key]) -> None:
+        """A lookahead's word on what comes next, the most urgent first: it stands in place of what it said before."""
+        pool = self.pool
+        for layer in {key[0] for key in keys}:
+            self._guessed.pop(layer, None)
+        self._foresee(keys)
+        self._wanted.clear()
+        self._wanted.extend(key for key in keys if key not in pool)
+        pool.protected.update(key for key in keys if key in pool)
+        self._pump()
+
+    def _refute(self, layer: int, experts: Sequence[int]) -> None:
         """The router has spoken: what was predicted for this layer and not chosen is not worth a copy any more."""
+        guessed = self._guessed.pop(layer, None)
+        if guessed is not None:
+            self.ledger.guess(layer, len(guessed), len(guessed.intersection(experts)), len(experts))
         while self._wanted and self._wanted[0][0] <= layer:
             self._wanted.popleft()
         pool = self.pool
         self._take_back(key for key in pool.unproven - pool.ready - pool.pinned if key[0] == layer)
+
+    def _clear_staging(self, layer: int) -> None:
+        """Wrong guesses leave their slots, and experts in use take no more than their own."""
+        pool = self.pool
+        for key in sorted(key for key in pool.unproven & pool.ready if key[0] == layer):
+            self._drop(key)
+        while len(pool) - len(pool.unproven) > self._for_proven:
+            victim = self._evict.victim(pool, (layer, -1), protected=False)
+            if victim is None:
+                return
+            self._drop(victim)
 
     def _stream(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
         """A step wider than a decode token: experts pass through the staging buffers, the pool's order untouched.
@@ -233,12 +284,18 @@ class Residency:
 
     def _slot_for(self, key: Key) -> int:
         """A slot for a demand load, whatever it takes: free, evicted, taken from a queued prefetch, or waited for."""
-        pool = self.pool
+        pool, victim_of = self.pool, self._evict.victim
         while True:
-            slot = pool.take_free(key)
+            reserved = len(pool) - len(pool.unproven) >= self._for_proven
+            slot = None if reserved else pool.take_free(key)
             if slot is not None:
                 return slot
-            victim = next(pool.evictable(protected=False), None) or next(pool.evictable(protected=True), None)
+            victim = victim_of(pool, key, protected=False)
+            if victim is None:
+                slot = pool.take_free(key)
+                if slot is not None:
+                    return slot
+                victim = victim_of(pool, key, protected=True)
             if victim is not None:
                 self._drop(victim)
                 continue
@@ -255,9 +312,11 @@ class Residency:
         while self._wanted:
             key = self._wanted[0]
             if key not in pool:
+                if self.strategy.staging and len(pool.unproven) >= self.strategy.staging:
+                    return
                 slot = pool.take_free(key)
                 if slot is None:
-                    victim = next(pool.evictable(protected=False), None)
+                    victim = self._evict.victim(pool, key, protected=False)
                     if victim is None:
                         return
                     self._drop(victim)

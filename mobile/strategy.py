@@ -9,9 +9,10 @@ from importlib.metadata import entry_points
 from typing import Literal
 
 from mobile.geometry import Geometry
+from mobile.policy import Eviction, Lookahead, Recent, Setting
 from mobile.refusal import Refused
 
-Retain = Literal["nothing", "recent", "everything"]
+Retain = Literal["nothing", "some", "everything"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ def _top_k(geometry: Geometry) -> int:
 class Strategy:
     """One way to run a model that does not fit.
 
-    `retain` is the cache policy: "nothing" empties a slot when its layer is done, "recent" evicts the least
-    recently used, "everything" holds every expert from the start. `overlap` lets copies run while the device
-    computes. `prefetch` loads a fallback's predicted experts ahead of compute. `needs` gives the fewest slots
-    with which the strategy does what it is for; fewer, down to top-k, still run exactly.
+    `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and drops those that `evict`
+    names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
+    `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
+    layer, and of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
+    a wrong one evicts nothing. `foresight` says that a policy needs the future, which only a replay has. `needs` gives
+    the fewest slots with which the strategy does what it is for; fewer, down to top-k, still run exactly.
     """
 
     name: str
@@ -56,6 +59,10 @@ class Strategy:
     retain: Retain = "nothing"
     overlap: bool = True
     prefetch: bool = False
+    evict: Callable[[Setting], Eviction] = Recent
+    lookahead: Callable[[Setting], Lookahead] | None = None
+    staging: int = 0
+    foresight: bool = False
     needs: Callable[[Geometry], int] = _top_k
 
     @property

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from mobile.ledger import Counters
+from mobile.policy import Visit
 from mobile.refusal import Refused
 from mobile.residency import Residency
 
-FORMAT = "mobile-trace-1"
+FORMAT = "mobile-trace-2"
 Kind = Literal["prefill", "full", "little", "big"]
 KINDS: tuple[Kind, ...] = ("prefill", "full", "little", "big")
 Experts = tuple[tuple[int, ...], ...]  # per MoE layer of the recorded model, ascending
@@ -27,7 +28,8 @@ class Step:
 
     `experts` names each layer's active experts and `counts` the tokens each of them got (empty: one each).
     `confidence` is the highest softmax probability after a little pass, `predicted` the experts per layer that
-    a fallback expected before its big pass.
+    a fallback expected before its big pass. `ahead` (layers - 1, experts), float16, holds for each layer but the last
+    the next layer's router logits on this layer's router input: all that next-layer predictors need of that input.
     """
 
     kind: Kind
@@ -36,6 +38,7 @@ class Step:
     counts: Experts = ()
     confidence: float | None = None
     predicted: Experts = ()
+    ahead: np.ndarray | None = field(default=None, compare=False)
 
 
 Request = list[Step]  # one prompt and its decode steps, in order
@@ -49,13 +52,37 @@ def run(step: Step, residency: Residency, stands_for: Sequence[Sequence[int]]) -
              for layer in mine for expert in experts]
         )  # fmt: skip
     residency.begin(step.kind, step.tokens)
+    ahead = None if step.ahead is None else step.ahead[:, None]
     for mine, layers in enumerate(stands_for):
         experts = step.experts[mine]
         counts = step.counts[mine] if step.counts else (1,) * len(experts)
         for layer in layers:
-            for _ in residency.layer(layer, experts, counts):
+            signal = None
+            if ahead is not None:
+                source = foreseen_from(mine, layer == layers[-1], len(stands_for))
+                signal = None if source is None else ahead[source]
+            for _ in residency.layer(layer, experts, counts, signal):
                 pass
     residency.finish()
+
+
+def foreseen_from(mine: int, last: bool, layers: int) -> int | None:
+    """The recorded layer whose input foresees the layer after one that recorded layer `mine` stands for.
+
+    Within a group of layers that one recorded layer stands for, the next is that same layer, foreseen from the one
+    before it: so every real layer is foreseen as well as a recorded one, and those of the first group not at all.
+    """
+    source = mine if last else mine - 1
+    return source if 0 <= source < layers - 1 else None
+
+
+def visits(requests: Iterable[Request], stands_for: Sequence[Sequence[int]]) -> tuple[Visit, ...]:
+    """Every decode visit of a layer in order: the future that a strategy with foresight is told."""
+    return tuple(
+        (layer, step.experts[mine])
+        for request in requests for step in request if step.kind != "prefill"
+        for mine, layers in enumerate(stands_for) for layer in layers
+    )  # fmt: skip
 
 
 def replay(requests: Iterable[Request], residency: Residency, stands_for: Sequence[Sequence[int]]) -> list[Counters]:
@@ -91,9 +118,12 @@ def save(path: Path, requests: Sequence[Request], layers: int, about: dict[str, 
         "confidence": np.array([np.nan if s.confidence is None else s.confidence for s in steps], dtype=np.float64),
         "request_steps": np.array([len(request) for request in requests], dtype=np.uint32),
     }
-    for field in ("experts", "counts", "predicted"):
-        rows = [row for step in steps for row in (getattr(step, field) or empty)]
-        arrays[f"{field}_lengths"], arrays[f"{field}_values"] = _pack(rows)
+    for name in ("experts", "counts", "predicted"):
+        rows = [row for step in steps for row in (getattr(step, name) or empty)]
+        arrays[f"{name}_lengths"], arrays[f"{name}_values"] = _pack(rows)
+    told = [(i, step.ahead) for i, step in enumerate(steps) if step.ahead is not None]
+    arrays["ahead_steps"] = np.array([i for i, _ in told], dtype=np.uint32)
+    arrays["ahead"] = np.stack([ahead for _, ahead in told]) if told else np.empty((0, layers - 1, 0), np.float16)
     header = json.dumps({"format": FORMAT, "layers": layers, "about": about}, sort_keys=True).encode()
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -115,19 +145,19 @@ def load(path: Path) -> tuple[list[Request], dict[str, Any]]:
         raise Refused(f"{path} is not a complete {FORMAT} file; record it again.") from error
     layers = header["layers"]
     per_layer = {
-        field: _unpack(data[f"{field}_lengths"], data[f"{field}_values"])
-        for field in ("experts", "counts", "predicted")
+        name: _unpack(data[f"{name}_lengths"], data[f"{name}_values"]) for name in ("experts", "counts", "predicted")
     }
+    ahead = dict(zip(data["ahead_steps"].tolist(), data["ahead"], strict=True))
     steps = []
     for i, kind in enumerate(data["kind"].tolist()):
-        rows = {field: tuple(per_layer[field][i * layers : (i + 1) * layers]) for field in per_layer}
+        rows = {name: tuple(per_layer[name][i * layers : (i + 1) * layers]) for name in per_layer}
         confidence = float(data["confidence"][i])
         steps.append(
             Step(
                 kind=KINDS[kind], tokens=int(data["tokens"][i]), experts=rows["experts"],
                 counts=rows["counts"] if any(rows["counts"]) else (),
                 confidence=None if np.isnan(confidence) else confidence,
-                predicted=rows["predicted"] if KINDS[kind] == "big" else (),
+                predicted=rows["predicted"] if KINDS[kind] == "big" else (), ahead=ahead.get(i),
             )
         )  # fmt: skip
     requests, start = [], 0

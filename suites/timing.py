@@ -10,10 +10,11 @@ from mobile.geometry import Geometry, dress, slots_for
 from mobile.hardware import HardwareProfile, parse_nbytes
 from mobile.ledger import Counters, Event, Ledger
 from mobile.link import VirtualLink
+from mobile.policy import Visit
 from mobile.pool import SlotPool
 from mobile.residency import STAGING, Residency
 from mobile.strategy import Strategy
-from mobile.trace import Request, replay, run
+from mobile.trace import Request, replay, run, visits
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Bench:
     hardware: HardwareProfile
     slots: int
 
-    def residency(self, events: int = 0) -> Residency:
+    def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> Residency:
         """A cold engine without a model behind it; its ledger keeps the newest `events`."""
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: made.arrived(key, slot))
-        made = Residency(self.strategy, SlotPool(self.slots), link, cost, ledger)
+        made = Residency(self.strategy, SlotPool(self.slots), link, cost, ledger, future=future)
         made.preload_all()
         return made
 
@@ -48,13 +49,14 @@ def bench(strategy: Strategy, own: Geometry, geometry: str, hardware: HardwarePr
 
 def time_requests(on: Bench, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
     """What each request takes, in order on one engine that starts cold and stays warm; and the totals."""
-    residency = on.residency()
+    residency = on.residency(future=visits(requests, on.stands_for) if on.strategy.foresight else None)
     return replay(requests, residency, on.stands_for), residency.ledger
 
 
 def timeline(on: Bench, request: Request, tokens: int) -> list[Event]:
     """Every event of a few decode tokens: from the token before the first fallback, or from the second token."""
-    residency = on.residency(events=100_000)
+    future = visits([request], on.stands_for) if on.strategy.foresight else None
+    residency = on.residency(events=100_000, future=future)
     starts = [i for i, step in enumerate(request) if step.kind in ("full", "little")]
     fallback = next((i for i, step in enumerate(request) if step.kind == "big"), None)
     first = 1 if fallback is None else max(0, sum(i < fallback for i in starts) - 2)

@@ -40,7 +40,7 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a trace"):
         path.write_bytes(content)
-        with pytest.raises(Refused, match="not a complete mobile-trace-1 file"):
+        with pytest.raises(Refused, match="not a complete mobile-trace-2 file"):
             trace.load(path)
     with pytest.raises(Refused, match="record it again"):
         trace.load(tmp_path / "absent.npz")

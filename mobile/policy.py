@@ -1,0 +1,66 @@
+"""The two questions a strategy answers in its own words: which expert gives way, and which will be needed soon.
+
+Neither needs torch: a live run and a replayed trace ask the same object the same questions in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mobile.geometry import Geometry
+from mobile.ledger import Key
+from mobile.pool import SlotPool
+
+Visit = tuple[int, tuple[int, ...]]  # one decode step of one MoE layer: the layer and its active experts, ascending
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a policy knows before it starts: the geometry charged for and the slots there are.
+
+    `future` is every decode visit to come, in order; only a replay can know it.
+    """
+
+    geometry: Geometry
+    slots: int
+    future: tuple[Visit, ...] | None = None
+
+
+class Eviction(Protocol):
+    """Which expert gives way. One object an engine: it may remember what it saw."""
+
+    def used(self, layer: int, keys: Sequence[Key]) -> None:
+        """A decode step ran these experts of `layer`; called once for every visit."""
+
+    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+        """The expert to drop so that `coming` has a slot: ready, unpinned, and in `pool.protected` or not."""
+        ...
+
+
+class Lookahead(Protocol):
+    """Which experts of later layers will be needed. One object an engine."""
+
+    def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
+        """`layer` was routed to `experts`: the keys to bring in next, the most urgent first; called at every visit.
+
+        `ahead` (rows, experts) are the next layer's router logits on this layer's router input, float16; None where
+        there is no next layer, or the first layers of a dressed model stand for one small layer.
+        """
+        ...
+
+
+class Recent:
+    """Evict the least recently used; the pool keeps that order itself."""
+
+    def __init__(self, setting: Setting) -> None:
+        """It needs to know nothing."""
+
+    def used(self, layer: int, keys: Sequence[Key]) -> None:
+        """The pool has noted it."""
+
+    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+        return next(pool.evictable(protected=protected), None)
