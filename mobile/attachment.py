@@ -21,7 +21,7 @@ from mobile.link import Link, VirtualLink
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.store import HostStore
-from mobile.strategy import BigLittle, FullK, Strategy, resolve
+from mobile.strategy import BigLittle, HalfK, Strategy, resolve
 
 
 def attach(
@@ -107,7 +107,7 @@ def settle(
         raise Refused(f"{slots} slots cannot hold one token's {worn.top_k} experts; give at least {worn.top_k} slots.")
     if chosen.retain == "everything" and slots < worn.keys:
         raise Refused(f"Strategy {chosen.name} keeps all {worn.keys} experts on the device; {slots} slots are too few.")
-    if not isinstance(chosen.gating, FullK) and own.top_k < 2:
+    if isinstance(chosen.gating, HalfK | BigLittle) and own.top_k < 2:
         raise Refused(f"{own.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
     return Settled(
         chosen, own, worn, stands_for, min(slots, worn.keys), None if memory is None else budget, card, link,
@@ -146,7 +146,7 @@ def serve(
     engine.leave, model.mobile = leave, engine
     try:
         engine.connect(lambda engine, cost: _link(settled, engine, cost))
-        if not isinstance(gating, FullK):
+        if isinstance(gating, HalfK | BigLittle):
             selftest.check_routers(decoder.stock, engine)
             if isinstance(gating, BigLittle):
                 engine.undoable = selftest.rolls_back(decoder.stock, engine)

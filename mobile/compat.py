@@ -50,6 +50,15 @@ class MoeLayer:
                 return part.reshape(-1, part.shape[-1])
         return self._scores(parts).topk(self.top_k).indices
 
+    def choice(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The expert ids and weights (tokens, top_k) that the router gives for these inputs; runs no hook."""
+        parts = self._ask(args, kwargs)
+        for index in parts:
+            for weights in parts:
+                if not index.is_floating_point() and weights.is_floating_point() and weights.shape == index.shape:
+                    return index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
+        raise Refused(f"{type(self.router).__name__} gives no weights with its choice, so no layer is routed ahead.")
+
     def logits(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The router's scores of every expert (tokens, experts) for these inputs; runs no hook."""
         return self._scores(self._ask(args, kwargs))

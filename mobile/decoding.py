@@ -14,7 +14,7 @@ from mobile import rollback
 from mobile.engine import Engine
 from mobile.passes import Pass
 from mobile.refusal import Refused
-from mobile.strategy import BigLittle, FullK
+from mobile.strategy import BigLittle, FullK, Rerouted
 
 
 class Decoder:
@@ -89,7 +89,7 @@ class Decoder:
                 valid = mask[:, -length:].to(torch.bool)
             return self._one(Pass("prefill", valid), args, kwargs, fresh=not begun)
         live = self._live(inputs, rows, source.device)
-        if isinstance(self.gating, FullK):
+        if isinstance(self.gating, FullK | Rerouted):
             return self._one(Pass("full", valid), args, kwargs, live)
         if not isinstance(self.gating, BigLittle):
             with self.engine.little_k():

@@ -17,11 +17,11 @@ from mobile.hardware import HardwareProfile
 from mobile.kernels import Kernel, group
 from mobile.ledger import Key, Ledger
 from mobile.link import Link
-from mobile.passes import Pass, RouterInput
+from mobile.passes import Pass, RouterInput, Selection
 from mobile.pool import SlotPool
 from mobile.residency import STAGING, Residency
 from mobile.store import HostStore
-from mobile.strategy import Strategy
+from mobile.strategy import Rerouted, Strategy
 from mobile.trace import Request, foreseen_from
 
 MakeLink = Callable[["Engine", CostModel], Link]
@@ -48,6 +48,7 @@ class Engine:
         self.recorded: list[Request] | None = None
         self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
         self._records_ahead = False
+        self._foreseen: dict[int, Selection] = {}  # by layer, its router's word on the layer before's input
         self.lock = threading.RLock()
         self._kernel, self._poison = kernel, poison
         self._top_k = [layer.top_k for layer in layers]
@@ -167,8 +168,17 @@ class Engine:
         """One layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
         with self.lock:
             if self.running is not None:
-                return self._run_experts(layer, hidden, *self.running.select(layer, index, weights, self.experts))
+                chosen = self._reroute(layer, index, weights) if self.running.kind == "full" else (index, weights)
+                return self._run_experts(layer, hidden, *self.running.select(layer, *chosen, self.experts))
             return self.step(self._run_alone, layer, hidden, index, weights)
+
+    def _reroute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> Selection:
+        """What the gating makes of the router's choice; an expert of weight 0 becomes nobody's."""
+        gating = self.strategy.gating
+        if not isinstance(gating, Rerouted):
+            return index, weights
+        index, weights = gating.choose(layer, (index, weights), self._foreseen.pop(layer, None))
+        return index.masked_fill(weights == 0, self.experts), weights
 
     def _run_alone(self, layer: int, hidden: torch.Tensor, *selection: torch.Tensor) -> torch.Tensor:
         """The base model was called without its head: prefill, if anything."""
@@ -191,8 +201,16 @@ class Engine:
 
     @property
     def foresees(self) -> bool:
-        """Whether the next layer's router is asked at every layer: for a lookahead, or for a trace."""
+        """Whether the next layer's router is asked at every layer: to look or route ahead, or for a trace."""
+        return self._signals or self._routes_ahead
+
+    @property
+    def _signals(self) -> bool:
         return self.strategy.lookahead is not None or self._records_ahead
+
+    @property
+    def _routes_ahead(self) -> bool:
+        return isinstance(self.strategy.gating, Rerouted) and self.strategy.gating.foresees
 
     def _look_ahead(self, layer: int, running: Pass) -> None:
         """Ask the next layer's router about this layer's input; what else it is given, it was given the last time."""
@@ -200,8 +218,11 @@ class Engine:
             return
         (hidden, *_), _ = running.router_inputs[layer]
         (_, *others), named = self.heard.get(layer + 1, ((None,), {}))
-        logits = self.layers[layer + 1].logits((hidden, *others), named)
-        running.ahead[layer] = logits.to(torch.float16).cpu().numpy()
+        following, given = self.layers[layer + 1], (hidden, *others)
+        if self._signals:
+            running.ahead[layer] = following.logits(given, named).to(torch.float16).cpu().numpy()
+        if self._routes_ahead:
+            self._foreseen[layer + 1] = following.choice(given, named)
 
     def _signal(self, layer: int, *, last: bool) -> np.ndarray | None:
         source = foreseen_from(layer, last, len(self.layers))

@@ -29,6 +29,7 @@ class Pass:
     router_inputs: dict[int, RouterInput] = field(default_factory=dict)
     ahead: dict[int, np.ndarray] = field(default_factory=dict)  # by layer, the next one's router logits on its input
     confident: torch.Tensor | None = None
+    experts: int = 0  # of a layer; known once one has selected
     settled: Sequence[Selection] = ()
 
     @property
@@ -37,6 +38,7 @@ class Pass:
 
     def select(self, layer: int, index: torch.Tensor, weights: torch.Tensor, experts: int) -> Selection:
         """The selection this pass runs in `layer`, given the router's; entries equal to `experts` are nobody's."""
+        self.experts = experts
         if self.confident is not None:
             kept_index, kept_weights = self.settled[layer]
             kept = kept_index.shape[1]
@@ -54,7 +56,7 @@ class Pass:
         experts, counts = [], []
         for index, _ in self.selections:
             mine = index.view(rows, length, -1)[row][self.valid[row]]
-            ids, times = mine.unique(return_counts=True)
+            ids, times = mine[mine < self.experts].unique(return_counts=True)
             experts.append(tuple(ids.tolist()))
             counts.append(tuple(times.tolist()))
         return Step(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Any, Literal
 
 from mobile.geometry import Geometry
 from mobile.policy import Eviction, Lookahead, Recent, Setting
@@ -32,7 +32,21 @@ class BigLittle:
     gamma: float = 0.7
 
 
-Gating = FullK | HalfK | BigLittle
+@dataclass(frozen=True)
+class Rerouted:
+    """Every decode token runs what `choose` makes of the router's choice; prefill runs K.
+
+    `choose(layer, routed, foreseen)` takes and returns (expert ids, weights), (tokens, K) each. `routed` is what the
+    layer's router says, `foreseen` what it says of the previous layer's input: None in the first layer, and
+    everywhere if not `foresees`. An expert of weight 0 is not run. The tensors' own methods suffice: no torch here.
+    """
+
+    choose: Callable[[int, Chosen, Chosen | None], Chosen]
+    foresees: bool = False
+
+
+Chosen = tuple[Any, Any]
+Gating = FullK | HalfK | BigLittle | Rerouted
 
 
 def _top_k(geometry: Geometry) -> int:
