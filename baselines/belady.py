@@ -21,6 +21,7 @@ class Future:
 
     def __init__(self, setting: Setting) -> None:
         assert setting.future is not None, "a strategy with foresight is told the future"
+        self._visits = setting.future
         self.never = len(setting.future)
         self.visit = 0  # the one that runs, or comes next
         self._uses: dict[Key, list[int]] = {}  # the last one first
@@ -32,6 +33,15 @@ class Future:
     def next_use(self, key: Key) -> int:
         uses = self._uses.get(key)
         return uses[-1] if uses else self.never
+
+    def use_after_next(self, key: Key) -> int:
+        uses = self._uses.get(key, ())
+        return uses[-2] if len(uses) > 1 else self.never
+
+    def running(self) -> Sequence[Key]:
+        """The experts of the visit that runs, or comes next."""
+        layer, experts = self._visits[self.visit]
+        return [(layer, expert) for expert in experts]
 
     def keys(self) -> Sequence[Key]:
         """Every expert that will be used."""

@@ -64,13 +64,17 @@ class Ranked:
             self.held.put(key, self._rank_of(key))
 
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        if len(self.held) < len(pool):  # prefill leaves experts in free slots without a word
-            self.note(*(key for key in pool if key not in self.held))
-        found = self.held.lowest(lambda key: evictable(pool, key, protected=protected))
+        found = self.first(pool, protected=protected)
         if found is not None:
             self.held.drop(found)
             self.note(coming)
         return found
+
+    def first(self, pool: SlotPool, *, protected: bool = False) -> Key | None:
+        """The one that would give way now."""
+        if len(self.held) < len(pool):  # prefill leaves experts in free slots without a word
+            self.note(*(key for key in pool if key not in self.held))
+        return self.held.lowest(lambda key: evictable(pool, key, protected=protected))
 
 
 def evictable(pool: SlotPool, key: Key, *, protected: bool) -> bool:
