@@ -216,7 +216,8 @@ class Residency:
             self._guessed.pop(layer, None)
         self._foresee(keys)
         self._wanted.clear()
-        self._wanted.extend(key for key in keys if key not in pool)
+        missing = [key for key in keys if key not in pool]
+        self._wanted.extend(missing[: self.strategy.guesses or None])
         pool.protected.update(key for key in keys if key in pool)
         self._pump()
 
