@@ -65,7 +65,7 @@ def _checks(
 
     The batch's numbers may differ from a single row's in their last bits, so this is looked at, not assumed.
     """
-    same_routing = [s for s in strategies().values() if s.routes_as_full_k]
+    same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.foresight]
     stands_for = same_routing if strategy.routes_as_full_k else [strategy]
     options = task_config(generation.task)["generation_kwargs"]
     prompts = prompts_of(generation.task, generation.docs[:CHECKED])
