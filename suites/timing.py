@@ -38,10 +38,15 @@ class Bench:
 
 
 def bench(strategy: Strategy, own: Geometry, geometry: str, hardware: HardwareProfile, budget: str) -> Bench:
-    """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs."""
+    """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs.
+
+    "25%" is a quarter of all experts, anything else a memory size.
+    """
     worn, stands_for = dress(own, geometry)
     if budget in ("all", "smallest"):
         slots = strategy.needs(worn)
+    elif budget.endswith("%"):
+        slots = max(worn.top_k, round(worn.keys * float(budget[:-1]) / 100))
     else:
         slots = slots_for(worn, parse_nbytes(budget), hardware.reserve_nbytes, STAGING)
     return Bench(strategy, worn, stands_for, hardware, slots)
