@@ -24,8 +24,8 @@ FORESIGHT = (
     "A layer of the small model stands for several of the real one; each is foreseen as well as a recorded layer is."
 )
 RECALL = (
-    "Recall by depth, at the fewest slots each strategy needs. Layers that nothing foresees have no point; strategies that "
-    "run what they foresee, right or wrong, are left out."
+    "Recall by depth, at the fewest slots each strategy needs. Layers that nothing foresees have no point; strategies "
+    "that run what they foresee, right or wrong, are left out."
 )
 HITS = (
     "Hit rate of the cache alone. Belady's rule knows the future and is the most that any eviction could reach; what a "
