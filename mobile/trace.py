@@ -55,14 +55,13 @@ def run(step: Step, residency: Residency, stands_for: Sequence[Sequence[int]]) -
     ahead = None if step.ahead is None else step.ahead[:, None]
     for mine, layers in enumerate(stands_for):
         experts = step.experts[mine]
-        counts = step.counts[mine] if step.counts else (1,) * len(experts)
+        counts = step.counts[mine] if step.counts else ()
         for layer in layers:
             signal = None
             if ahead is not None:
                 source = foreseen_from(mine, layer == layers[-1], len(stands_for))
                 signal = None if source is None else ahead[source]
-            for _ in residency.layer(layer, experts, counts, signal):
-                pass
+            residency.run_layer(layer, experts, counts, signal)
     residency.finish()
 
 

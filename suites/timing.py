@@ -31,8 +31,9 @@ class Bench:
         """A cold engine without a model behind it; its ledger keeps the newest `events`."""
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry)
-        link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: made.arrived(key, slot))
+        link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
         made = Residency(self.strategy, SlotPool(self.slots), link, cost, ledger, future=future)
+        link.arrived = made.arrived
         made.preload_all()
         return made
 
