@@ -84,6 +84,8 @@ def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:
             arrays = {name: _member(archive, name, *of) for name, of in ARRAYS.items()}
         layers, about = header["layers"], header["about"]
         _check(arrays, layers, about)
+    except Refused:
+        raise
     except Inconsistent as error:
         raise Refused(f"{path} is not a consistent {FORMAT} file, for {error}; record it again.") from error
     except OSError as error:

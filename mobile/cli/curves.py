@@ -13,6 +13,7 @@ from mobile.replaying import Outcome
 # Okabe and Ito's colours (2008), told apart with any colour vision; yellow is left out, being faint on white.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vXP*h<>"
+LINES = ("-", "--", "-.", ":")  # where curves cover each other, each still shows
 FORMATS = (".svg", ".png")
 LABEL_GAP = 0.045  # of the axis, between two labels
 
@@ -40,8 +41,9 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
         heights = _apart({name: points[-1][1] for name, points in curves.items()})
-        for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=6, linewidth=1.6)
+        styles = zip(cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
+        for (name, points), (colour, marker, line) in zip(curves.items(), styles, strict=False):
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, linewidth=1.6)
             axes.annotate(
                 name, xy=points[-1], xytext=(1.03, heights[name]), textcoords=axes.get_yaxis_transform(), color=colour,
                 va="center", fontsize=9, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
@@ -55,8 +57,11 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
 def _apart(wanted: dict[str, float]) -> dict[str, float]:
     """Heights as near to the wanted ones as labels that do not cover each other allow."""
     placed: dict[str, float] = {}
-    lowest = -1.0
+    lowest, highest = 0.0, 1.0
     for name, height in sorted(wanted.items(), key=lambda item: item[1]):
-        placed[name] = lowest = max(height, lowest + LABEL_GAP)
-    surplus = max(0.0, max(placed.values(), default=0.0) - max(1.0, *wanted.values()) if wanted else 0.0)
-    return {name: height - surplus for name, height in placed.items()}
+        placed[name] = max(height, lowest)
+        lowest = placed[name] + LABEL_GAP
+    for name in reversed(placed):
+        placed[name] = min(placed[name], highest)
+        highest = placed[name] - LABEL_GAP
+    return placed
