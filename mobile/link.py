@@ -108,25 +108,27 @@ class VirtualLink:
 
     def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
         self.now = 0
-        self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
+        self._load_ns, self._row_nbytes, self._ledger, self.arrived = load_ns, row_nbytes, ledger, arrived
         self._queue = CopyQueue()
         self.promote, self.cancel = self._queue.promote, self._queue.cancel
         self._flying: Copy | None = None
         self._flying_end = 0
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
-        self._queue.add(key, slot, demand=demand)
-        if self._flying is None:
-            self._start(self.now)
+        if self._flying is None:  # then nothing is queued
+            self._flying = Copy(key, slot, "load" if demand else "prefetch")
+            self._flying_end = self.now + self._load_ns
+        else:
+            self._queue.add(key, slot, demand=demand)
 
     def wait(self, key: Key) -> None:
-        begun = self.now
-        while True:
+        begun, landed = self.now, None
+        while landed != key:
             assert self._flying is not None, f"waiting for {key}, which nobody loads"
-            landed = self._flying.key
-            self._pass_time(max(self.now, self._flying_end))
-            if landed == key:
-                break
+            landed, ended = self._flying.key, self._flying_end
+            self._land()
+            if ended > self.now:
+                self.now = ended
         self._ledger.counters.stall_ns += self.now - begun
         if self._ledger.keeps_events:
             self._ledger.event("stall", begun, self.now, key)
@@ -135,10 +137,9 @@ class VirtualLink:
         until = self.now + ns
         if self._ledger.keeps_events:
             self._ledger.event("compute", self.now, until, about)
-        if self._flying is not None and self._flying_end <= until:
-            self._pass_time(until)
-        else:
-            self.now = until
+        while self._flying is not None and self._flying_end <= until:
+            self._land()
+        self.now = until
 
     def used(self, slots: Sequence[int]) -> None:
         """Kernels run when they are called, so there is nothing to wait for."""
@@ -156,18 +157,16 @@ class VirtualLink:
     def close(self) -> None:
         """It holds nothing."""
 
-    def _start(self, at: int) -> None:
-        self._flying = self._queue.next()
-        self._flying_end = at + self._load_ns
-
-    def _pass_time(self, until: int) -> None:
-        while self._flying is not None and self._flying_end <= until:
-            (key, slot, what), ended = self._flying, self._flying_end
-            self._arrived(key, slot)
-            counters = self._ledger.counters
-            counters.loads += 1
-            counters.bytes_loaded += self._row_nbytes
-            if self._ledger.keeps_events:
-                self._ledger.event(what, ended - self._load_ns, ended, key)
-            self._start(ended)
-        self.now = until
+    def _land(self) -> None:
+        """The copy in flight ends, and the next one begins."""
+        assert self._flying is not None
+        (key, slot, what), ended, ledger = self._flying, self._flying_end, self._ledger
+        self.arrived(key, slot)
+        counters = ledger.counters
+        counters.loads += 1
+        counters.bytes_loaded += self._row_nbytes
+        if ledger.keeps_events:
+            ledger.event(what, ended - self._load_ns, ended, key)
+        queue = self._queue.demand or self._queue.prefetch
+        self._flying = queue.popleft() if queue else None
+        self._flying_end = ended + self._load_ns

@@ -29,7 +29,7 @@ class Residency:
 
     def __init__(
         self, strategy: Strategy, pool: SlotPool, link: Link, cost: CostModel, ledger: Ledger,
-        emptied: Callable[[int], None] = lambda slot: None, future: tuple[Visit, ...] | None = None,
+        emptied: Callable[[int], None] | None = None, future: tuple[Visit, ...] | None = None,
     ) -> None:  # fmt: skip
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
         setting = Setting(cost.geometry, pool.size, future)
@@ -38,8 +38,10 @@ class Residency:
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
         self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
         self._emptied = emptied
+        self._keys = [[(layer, expert) for expert in range(cost.geometry.experts)]
+                      for layer in range(cost.geometry.moe_layers)]  # fmt: skip
         self._kind = ""
-        self._tokens = 1
+        self._dense_ns = cost.dense_ns(1)
         self._begun = (0, 0, 0)  # clock, bytes and stall when this pass began
         self._landed: dict[int, Key] = {}  # what each staging buffer holds
         self._wanted: deque[Key] = deque()  # predicted by a fallback, not yet given a slot
@@ -62,7 +64,7 @@ class Residency:
         """A forward pass of `tokens` tokens begins: "prefill", "full", "little" or "big"."""
         if kind != "big":
             self.end_token()
-        self._kind, self._tokens = kind, tokens
+        self._kind, self._dense_ns = kind, self.cost.dense_ns(tokens)
         counters = self.ledger.counters
         self._begun = self._clock()
         if kind == "prefill":
@@ -134,64 +136,118 @@ class Residency:
         `experts` are the active ones, ascending, `counts` the tokens routed to each; `ahead` is a lookahead's signal.
         Residents come first.
         """
-        self.link.compute(self.cost.dense_ns(self._tokens), "dense")
+        self.link.compute(self._dense_ns, "dense")
         if self._kind == "prefill" or len(experts) > self.pool.size:
             yield from self._stream(layer, experts, counts)
         else:
             yield from self._hold(layer, experts, counts, ahead)
         self._pump()
 
+    def run_layer(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None = None
+    ) -> None:
+        """As `layer`, where nobody computes on the waves: a replay. No `counts` are one token each.
+
+        Without events to tell apart, all residents are one charge; what is decided, and when, is the same.
+        """
+        if self.ledger.keeps_events or self._kind == "prefill" or len(experts) > self.pool.size:
+            for _ in self.layer(layer, experts, counts or (1,) * len(experts), ahead):
+                pass
+            return
+        link, expert_ns = self.link, self.cost.expert_ns
+        link.compute(self._dense_ns, "dense")
+        keys, resident, coming = self._arrange(layer, experts, ahead)
+        each = expert_ns(1)
+        if resident:
+            link.compute(sum(expert_ns(counts[i]) for i in resident) if counts else each * len(resident), "")
+        ready, in_turn = self.pool.ready, not self.strategy.overlap
+        for position in coming:
+            key = keys[position]
+            if key not in ready:
+                self._bring(key)
+            link.compute(expert_ns(counts[position]) if counts else each, key)
+            if in_turn:
+                link.join()
+        self._settle(layer, keys)
+        if self._wanted:
+            self._pump()
+
     def _hold(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None
     ) -> Iterator[Wave]:
         """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
-        pool, link, counters = self.pool, self.link, self.ledger.counters
-        ready, expert_ns = pool.ready, self.cost.expert_ns
-        keys = [(layer, expert) for expert in experts]
-        pool.pinned = set(keys)
-        if self._guessed:
-            self._refute(layer, experts)
-        resident, late, missing = [], [], []
-        for position, key in enumerate(keys):
-            if key in ready:
-                resident.append(position)
-            elif key in pool:
-                late.append(position)
-                link.promote(key)
-            else:
-                missing.append(position)
-        counters.hits += len(resident)
-        counters.late_prefetches += len(late)
-        counters.demand_loads += len(missing)
-        if self.strategy.overlap:
-            for position in missing:
-                link.submit(keys[position], self._slot_for(keys[position]), demand=True)
-        if self._lookahead is not None:
-            self._look(self._lookahead.routed(layer, experts, ahead))
+        pool, link, expert_ns = self.pool, self.link, self.cost.expert_ns
+        keys, resident, coming = self._arrange(layer, experts, ahead)
         for position in resident:
             link.compute(expert_ns(counts[position]), keys[position])
         if resident:
             yield [(position, pool.slot(keys[position])) for position in resident]
-        for position in late + missing:
+        for position in coming:
             key = keys[position]
-            if key not in pool:
-                link.submit(key, self._slot_for(key), demand=True)
-            if key not in ready:
-                link.wait(key)
+            if key not in pool.ready:
+                self._bring(key)
             link.compute(expert_ns(counts[position]), key)
             yield [(position, pool.slot(key))]
             if not self.strategy.overlap:
                 link.join()
         link.used([pool.slot(key) for key in keys])
-        pool.touch(keys)
+        self._settle(layer, keys)
+
+    def _arrange(
+        self, layer: int, experts: Sequence[int], ahead: np.ndarray | None
+    ) -> tuple[list[Key], list[int], list[int]]:
+        """The layer is routed: its keys, which of them are resident and which are to be brought, by position.
+
+        What is missing is asked for at once, unless loading takes turns with compute.
+        """
+        pool, link, counters = self.pool, self.link, self.ledger.counters
+        ready, key_of = pool.ready, self._keys[layer]
+        keys = [key_of[expert] for expert in experts]
+        pool.pinned = set(keys)
+        if self._guessed:
+            self._refute(layer, experts)
+        resident = [position for position, key in enumerate(keys) if key in ready]
+        coming: list[int] = []
+        if len(resident) < len(keys):
+            missing = []
+            for position, key in enumerate(keys):
+                if key in ready:
+                    continue
+                if key in pool:
+                    coming.append(position)
+                    link.promote(key)
+                else:
+                    missing.append(position)
+            counters.late_prefetches += len(coming)
+            counters.demand_loads += len(missing)
+            coming += missing
+            if self.strategy.overlap:
+                for position in missing:
+                    key = keys[position]
+                    link.submit(key, self._slot_for(key), demand=True)
+        counters.hits += len(resident)
+        if self._lookahead is not None:
+            self._look(self._lookahead.routed(layer, experts, ahead))
+        return keys, resident, coming
+
+    def _bring(self, key: Key) -> None:
+        """Wait for an expert that is not there, asking for it if nobody has."""
+        if key not in self.pool:
+            self.link.submit(key, self._slot_for(key), demand=True)
+        self.link.wait(key)
+
+    def _settle(self, layer: int, keys: list[Key]) -> None:
+        """The layer is done: what it used is the most recent, and the strategy may keep it."""
+        pool = self.pool
         if pool.unproven:
-            counters.prefetch_useful += len(pool.pinned & pool.unproven)
+            self.ledger.counters.prefetch_useful += len(pool.pinned & pool.unproven)
             pool.unproven -= pool.pinned
         pool.pinned = frozenset()
         if self.strategy.retain == "nothing":
             for key in keys:
                 self._drop(key)
             return
+        pool.touch(keys)
         self._evict.used(layer, keys)
         if self._kind == "little":
             pool.protected.update(keys)
@@ -271,12 +327,13 @@ class Residency:
                 link.join()
             if not settled:
                 buffers.append(slot)
-                self._emptied(slot)
+                if self._emptied is not None:
+                    self._emptied(slot)
 
     def arrived(self, key: Key, slot: int) -> None:
         """The link's word that a copy has ended."""
         if slot < self.pool.size:
-            self.pool.arrived(key)
+            self.pool.ready.add(key)
         else:
             self._landed[slot] = key
 
@@ -284,9 +341,9 @@ class Residency:
 
     def _slot_for(self, key: Key) -> int:
         """A slot for a demand load, whatever it takes: free, evicted, taken from a queued prefetch, or waited for."""
-        pool, victim_of = self.pool, self._evict.victim
+        pool, victim_of, staged = self.pool, self._evict.victim, self.strategy.staging > 0
         while True:
-            reserved = len(pool) - len(pool.unproven) >= self._for_proven
+            reserved = staged and len(pool) - len(pool.unproven) >= self._for_proven
             slot = None if reserved else pool.take_free(key)
             if slot is not None:
                 return slot
@@ -296,6 +353,11 @@ class Residency:
                 if slot is not None:
                     return slot
                 victim = victim_of(pool, key, protected=True)
+            if victim is not None and not staged:
+                slot = pool.replace(victim, key)
+                if self._emptied is not None:
+                    self._emptied(slot)
+                return slot
             if victim is not None:
                 self._drop(victim)
                 continue
@@ -329,4 +391,6 @@ class Residency:
             self._wanted.popleft()
 
     def _drop(self, key: Key) -> None:
-        self._emptied(self.pool.release(key))
+        slot = self.pool.release(key)
+        if self._emptied is not None:
+            self._emptied(slot)
