@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,12 +22,15 @@ Visit = tuple[int, tuple[int, ...]]  # one decode step of one MoE layer: the lay
 class Setting:
     """What a policy knows before it starts: the geometry charged for and the slots there are.
 
-    `future` is every decode visit to come, in order; only a replay can know it.
+    `future` is every decode visit to come, in order; only a replay can know it. `load_ns` is what one copy takes,
+    `layer_ns` what one token's compute of one layer does, all its experts resident.
     """
 
     geometry: Geometry
     slots: int
     future: tuple[Visit, ...] | None = None
+    load_ns: int = 0
+    layer_ns: int = 0
 
 
 class Eviction(Protocol):
@@ -49,6 +52,19 @@ class Lookahead(Protocol):
 
         `ahead` (rows, experts) are the next layer's router logits on this layer's router input, float16; None where
         there is no next layer, or the first layers of a dressed model stand for one small layer.
+        """
+        ...
+
+
+@runtime_checkable
+class Planner(Eviction, Protocol):
+    """An eviction that also says what an idle link should bring in. Only a policy that knows the future has an answer
+    that is better than what a lookahead put in the link's queue before."""
+
+    def idle(self, pool: SlotPool) -> Key | None:
+        """The key to load now that no copy is on its way; None: none. If no slot is free, `victim` is asked for one.
+
+        Asked in decode whenever the link falls idle, a layer has run, or a step begins.
         """
         ...
 

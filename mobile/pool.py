@@ -30,6 +30,10 @@ class SlotPool:
     def __contains__(self, key: Key) -> bool:
         return key in self._slot
 
+    def __iter__(self) -> Iterator[Key]:
+        """Every key in the pool, least recently used first."""
+        return iter(self._slot)
+
     def slot(self, key: Key) -> int:
         return self._slot[key]
 

@@ -13,7 +13,7 @@ import numpy as np
 from mobile.cost import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.link import Link
-from mobile.policy import Setting, Visit
+from mobile.policy import Planner, Setting, Visit
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
@@ -32,8 +32,10 @@ class Residency:
         emptied: Callable[[int], None] | None = None, future: tuple[Visit, ...] | None = None,
     ) -> None:  # fmt: skip
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
-        setting = Setting(cost.geometry, pool.size, future)
+        layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)
+        setting = Setting(cost.geometry, pool.size, future, cost.load_ns, layer_ns)
         self._evict = strategy.evict(setting)
+        self._planner = self._evict if isinstance(self._evict, Planner) else None
         self._lookahead = None if strategy.lookahead is None else strategy.lookahead(setting)
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
         self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
@@ -71,6 +73,7 @@ class Residency:
             counters.prompt_tokens += tokens
         elif kind != "big":
             counters.tokens += tokens
+        self._plan()
 
     def finish(self) -> None:
         """The pass ends with the output head (and, after a little pass, the confidence test inside it)."""
@@ -142,6 +145,7 @@ class Residency:
         else:
             yield from self._hold(layer, experts, counts, ahead)
         self._pump()
+        self._plan()
 
     def run_layer(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None = None
@@ -171,6 +175,7 @@ class Residency:
         self._settle(layer, keys)
         if self._wanted:
             self._pump()
+        self._plan()
 
     def _hold(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None
@@ -268,7 +273,8 @@ class Residency:
             self._guessed.pop(layer, None)
         self._foresee(keys)
         self._wanted.clear()
-        self._wanted.extend(key for key in keys if key not in pool)
+        missing = [key for key in keys if key not in pool]
+        self._wanted.extend(missing[: self.strategy.guesses or None])
         pool.protected.update(key for key in keys if key in pool)
         self._pump()
 
@@ -334,6 +340,8 @@ class Residency:
         """The link's word that a copy has ended."""
         if slot < self.pool.size:
             self.pool.ready.add(key)
+            if self._planner is not None:
+                self._plan()
         else:
             self._landed[slot] = key
 
@@ -389,6 +397,25 @@ class Residency:
                 self.ledger.counters.prefetch_loads += 1
                 self.link.submit(key, slot, demand=False)
             self._wanted.popleft()
+
+    def _plan(self) -> None:
+        """Let a planner use an idle link: one copy at a time, so that each is chosen, and its slot, when it begins."""
+        pool = self.pool
+        if self._planner is None or self._kind == "prefill" or len(pool.ready) < len(pool):
+            return
+        key = self._planner.idle(pool)
+        if key is None:
+            return
+        slot = pool.take_free(key)
+        if slot is None:
+            victim = self._planner.victim(pool, key, protected=False)
+            assert victim is not None, "a planner names a key only where one may give way"
+            self._drop(victim)
+            slot = pool.take_free(key)
+            assert slot is not None
+        pool.unproven.add(key)
+        self.ledger.counters.prefetch_loads += 1
+        self.link.submit(key, slot, demand=False)
 
     def _drop(self, key: Key) -> None:
         slot = self.pool.release(key)

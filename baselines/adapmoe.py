@@ -1,0 +1,148 @@
+"""AdapMoE: fewer experts where it hardly matters, one guess a layer, cache sizes by layer (Zhong et al., arXiv 2408.10284).
+
+Gate: the experts of least weight are left out while what is left out stays below tau_l = sqrt(T / w_l), w_l being how
+much the loss feels layer l (T = 0.005); at K = 2 that is the paper's alpha_2 < tau_l. Prefetch: of the next layer's
+likeliest experts the first that is not resident, behind this layer's own loads; one that was not chosen gives way
+first. Cache: each layer's share minimises the expected loads (dynamic programming), the least recently used of the
+layer gives way. Lossy in its gate only. Changed: both formulas hold for any K; what is left out passes its weight to
+what runs, in proportion; the sensitivities w_l are equal and the guesses right with probability 0.8 unless measured
+ones are given; where a layer's share is below K, it borrows for its step; prefetch looks one layer ahead and never
+further. Claimed there: 1.35 times faster than existing techniques with a quarter fewer experts activated, for Mixtral.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import comb, sqrt
+
+import numpy as np
+
+from baselines.lru import LRU
+from baselines.next_gate import NextGate
+from mobile.ledger import Key
+from mobile.policy import Setting
+from mobile.pool import SlotPool
+from mobile.strategy import Chosen, Rerouted, Strategy
+
+TOLERANCE = 0.005
+ACCURACY = 0.8  # 0.8 to 0.9 is what Eliseev and Mazur report of such guesses
+
+
+def adaptive(routed: Chosen, threshold: float) -> Chosen:
+    """Zero the weights (tokens, K) of a token's last experts as long as their share stays below `threshold`.
+
+    Those that run get the others' weight, in proportion. The first always runs.
+    """
+    index, weights = routed
+    ordered, order = weights.float().sort(-1, descending=True, stable=True)
+    rest = ordered.flip(-1).cumsum(-1).flip(-1)  # of each expert and all behind it
+    runs = rest >= threshold * rest[..., :1]
+    runs[..., 0] = True
+    kept = ordered * runs
+    kept = kept * (rest[..., :1] / kept.sum(-1, keepdim=True))
+    unchanged = runs.all(-1, keepdim=True)
+    kept = kept.gather(-1, order.argsort(-1)).to(weights.dtype)
+    return index, weights.where(unchanged, kept)
+
+
+def expected_loads(experts: int, cached: int, runs: int, accuracy: float) -> float:
+    """Of `runs` experts drawn evenly, those neither among `cached` nor fetched by the one guess.
+
+    The sum over m >= 1 missing, hypergeometric, of Pr(m) (m - accuracy).
+    """
+    some = 1 - comb(cached, runs) / comb(experts, runs)
+    return runs * (experts - cached) / experts - accuracy * some
+
+
+def shares(experts: int, slots: int, runs: int, accuracy: Sequence[float]) -> list[int]:
+    """Slots for each layer, one at least, that together minimise the expected loads of a token; even where it ties.
+
+    `accuracy` gives each layer's chance that its guess is right. O(layers x slots x experts).
+    """
+    layers = len(accuracy)
+    even = 1e-9 / experts**2  # far below a load: it only settles ties
+    slots = min(slots, layers * experts)
+    best = np.full(slots + 1, np.inf)
+    best[0] = 0.0
+    choices = []
+    for layer in range(layers):
+        following, choice = np.full(slots + 1, np.inf), np.zeros(slots + 1, dtype=np.int64)
+        for cached in range(min(1, slots // layers), min(experts, slots) + 1):
+            cost = expected_loads(experts, cached, runs, accuracy[layer]) + even * cached * cached
+            total = best[: slots + 1 - cached] + cost
+            better = total < following[cached:]
+            following[cached:][better] = total[better]
+            choice[cached:][better] = cached
+        best = following
+        choices.append(choice)
+    sizes, left = [], slots
+    for choice in reversed(choices):
+        sizes.append(int(choice[left]))
+        left -= sizes[-1]
+    return sizes[::-1]
+
+
+class Shares:
+    """Evict the layer's own least recently used once it has its share; before that, of a layer that has too much."""
+
+    def __init__(self, setting: Setting, accuracy: Sequence[float] | None = None) -> None:
+        geometry = setting.geometry
+        guessed = accuracy or [0.0] + [ACCURACY] * (geometry.moe_layers - 1)  # nothing foresees the first layer
+        self.share = shares(geometry.experts, setting.slots, geometry.top_k, guessed)
+        self._held: Counter[int] = Counter()  # by layer
+        self._layer = -1  # the last that ran
+
+    def used(self, layer: int, keys: Sequence[Key]) -> None:
+        self._layer = layer
+
+    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+        if self._held.total() != len(pool):
+            self._held = Counter(key[0] for key in pool)
+        found = next(self._in_order(pool, coming[0], protected), None)
+        if found is not None:
+            self._held[found[0]] -= 1
+            self._held[coming[0]] += 1
+        return found
+
+    def _in_order(self, pool: SlotPool, layer: int, protected: bool) -> Iterator[Key]:
+        def over(owner: int) -> bool:
+            return self._held[owner] > self.share[owner]
+
+        refuted = {key for key in pool.unproven if key[0] != self._layer + 1}
+        if refuted:
+            yield from (key for key in pool.evictable(protected=protected) if key in refuted)
+        if self._held[layer] >= self.share[layer]:
+            yield from (key for key in pool.evictable(protected=protected) if key[0] == layer)
+        yield from (key for key in pool.evictable(protected=protected) if over(key[0]))
+        yield from pool.evictable(protected=protected)
+
+
+def adapmoe(
+    tolerance: float = TOLERANCE,
+    sensitivities: Sequence[float] | None = None,
+    accuracy: Sequence[float] | None = None,
+) -> Strategy:
+    """The strategy with measured numbers.
+
+    `sensitivities` are w_l by layer of the model, `accuracy` the chance that a guess is right by layer charged for.
+    """
+
+    def choose(layer: int, routed: Chosen, foreseen: Chosen | None) -> Chosen:
+        return adaptive(routed, sqrt(tolerance / (1.0 if sensitivities is None else sensitivities[layer])))
+
+    return replace(
+        LRU,
+        name="adapmoe",
+        summary="run fewer experts where their weight is small; one guess a layer; a cache share for each layer",
+        source="Zhong et al., AdapMoE, arXiv 2408.10284 (2024)",
+        lossless=False,
+        gating=Rerouted(choose),
+        evict=lambda setting: Shares(setting, accuracy),
+        lookahead=NextGate,
+        guesses=1,
+    )
+
+
+ADAPMOE = adapmoe()

@@ -1,0 +1,43 @@
+"""A cache of often used experts: the rule that MoE-Infinity ships (Xue et al., arXiv 2401.14361).
+
+Lossless. Changed: uses are counted from the start of the run over decode steps, in one pool for all layers, and of
+equally used experts the least recent gives way. Its paper describes another policy (request-level activation traces,
+a strategy of its own here), so no number is claimed for this one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from baselines.lru import LRU
+from baselines.ranking import Ranked
+from mobile.ledger import Key
+from mobile.policy import Setting
+
+
+class Frequent(Ranked):
+    """Evict the least frequently used, of those the least recently used."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(lambda key: (self._uses[key], self._last[key]))
+        self._uses: Counter[Key] = Counter()
+        self._last: Counter[Key] = Counter()
+        self._clock = 0
+
+    def used(self, layer: int, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._clock += 1
+            self._uses[key] += 1
+            self._last[key] = self._clock
+        self.note(*keys)
+
+
+LFU = replace(
+    LRU,
+    name="lfu",
+    summary="keep often used experts, evict the least frequently used",
+    source="Xue et al., MoE-Infinity, arXiv 2401.14361 (2024), as shipped",
+    evict=Frequent,
+)
