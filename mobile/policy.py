@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,12 +22,14 @@ Visit = tuple[int, tuple[int, ...]]  # one decode step of one MoE layer: the lay
 class Setting:
     """What a policy knows before it starts: the geometry charged for and the slots there are.
 
-    `future` is every decode visit to come, in order; only a replay can know it.
+    `future` is every decode visit to come, in order; only a replay can know it. `stands_for` names, for each layer of
+    the recorded model, the layers of `geometry` that are charged with its routing.
     """
 
     geometry: Geometry
     slots: int
     future: tuple[Visit, ...] | None = None
+    stands_for: tuple[tuple[int, ...], ...] | None = None
 
 
 class Eviction(Protocol):
@@ -51,6 +53,17 @@ class Lookahead(Protocol):
         there is no next layer, or the first layers of a dressed model stand for one small layer.
         """
         ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """What an Eviction or a Lookahead may be besides: told of every pass, and of the steps that keep no order."""
+
+    def begin(self, kind: str) -> None:
+        """A forward pass begins: "prefill" (with it, a new sequence), "full", "little" or "big"."""
+
+    def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """Prefill, or a step wider than the pool, runs these experts of `layer` for so many tokens each."""
 
 
 class Recent:

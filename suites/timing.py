@@ -32,7 +32,9 @@ class Bench:
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: made.arrived(key, slot))
-        made = Residency(self.strategy, SlotPool(self.slots), link, cost, ledger, future=future)
+        made = Residency(
+            self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, stands_for=self.stands_for
+        )
         made.preload_all()
         return made
 
