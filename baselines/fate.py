@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from baselines.next_gate import likeliest
 from mobile.geometry import Geometry
 from mobile.ledger import Key
 from mobile.policy import Setting
@@ -50,9 +51,9 @@ class Fate:
             self._favoured = frozenset(worst[: self._whole_layers])
         if ahead is None:
             return ()
-        likeliest = np.argsort(-ahead.max(axis=0).astype(np.float32), kind="stable")[: self._guesses].tolist()
-        self._guessed[layer + 1] = set(likeliest)
-        return [(layer + 1, expert) for expert in likeliest]
+        best = likeliest(ahead, self._guesses)
+        self._guessed[layer + 1] = set(best)
+        return [(layer + 1, expert) for expert in best]
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
         """The pool keeps the order of use."""
