@@ -26,7 +26,7 @@ from mobile.strategy import Strategy
 
 COLLECTION = 128  # the paper keeps at most a few hundred, its code a thousand
 EPSILON = 1e-4
-RANKED = 48  # candidates for eviction that are put in order at a time
+RANKED = 32  # candidates for eviction that are put in order at a time
 
 
 class Collection:
@@ -165,10 +165,12 @@ class ActivationTrace:
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
         ready, pinned, kept = pool.ready, pool.pinned, pool.protected
         while True:
-            for number in self._ranked:
+            for place, number in enumerate(self._ranked):
                 key = self._keys[number]
                 if key in ready:
                     if (key in kept) is protected and key not in pinned:
+                        del self._ranked[place]
+                        self._held[number] = False
                         return key
                 elif key not in pool:
                     self._held[number] = False
@@ -180,7 +182,7 @@ class ActivationTrace:
         self._ranked, self._complete = [], False
 
     def _rank(self, everything: bool) -> None:
-        """Put the lowest scores in order, or all of them. Scores are made distinct, lest a tie depend on the machine."""
+        """Put the lowest scores in order, or all. They are made distinct, lest a tie depend on the machine."""
         scores = (self._frequency * self._nearness[self._at]).ravel()[self._held_mask]
         distinct = (scores * 1e9).astype(np.int64) * len(self._keys) + self._numbers[self._held_mask]
         if not everything and len(distinct) > RANKED:

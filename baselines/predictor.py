@@ -23,7 +23,7 @@ from mobile.trace import Request
 
 Kind = Literal["ridge", "mlp"]
 FORMAT = "mobile-predictor-1"
-RIDGE = 10.0  # the penalty's weight beside a token's, for features of unit spread
+RIDGE = 30.0  # the penalty's weight beside a token's, for features of unit spread
 HIDDEN, EPOCHS, BATCH, RATE = 64, 20, 64, 3e-3
 
 
@@ -55,7 +55,9 @@ class Examples:
                 found = found or cls(len(step.experts), step.ahead.shape[1])
                 found.add(step.ahead, step.experts)
         if found is None:
-            raise Refused("No decode step carries router logits; record the trace with model.mobile.recording(ahead=True).")
+            raise Refused(
+                "No decode step carries router logits; record the trace with model.mobile.recording(ahead=True)."
+            )
         return found
 
     def at(self, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,17 @@
-"""Predictors trained on traces name the next layer's experts (ProMoE, Song et al., arXiv 2410.22134, is the nearest kin).
+"""Predictors trained on traces name the next layer's experts (nearest kin: ProMoE, Song et al., arXiv 2410.22134).
 
 One predictor a layer, from what this layer's input and routing say to the next layer's experts: `ridge`, a closed form,
 or `mlp`, one hidden layer as in ProMoE. Cache and staging are next-gate's, so that only the guess differs.
 Lossless: a wrong guess is loaded in vain, unlike SiDA (2310.18859), which executes it. Changed: the input is seen
 through the next layer's router (its logits on this layer's input, as many numbers as experts) and through the experts
-chosen here, not whole; one layer ahead (ProMoE: a stride); no predictor's own time is charged. Claimed for ProMoE: 2.20x
-prefill and 2.07x decode on average. Training is what MoBiLE holds against them, so a fitted file tells what it took:
+chosen here, not whole; one layer ahead (ProMoE: a stride); no predictor's own time is charged. ProMoE claims 2.20x
+in prefill and 2.07x in decode on average. MoBiLE holds the training against them, so a file tells what it took:
 
     python -m baselines.trained_predictor fit --trace TRACE.npz ... --out predictor.npz
 
 with traces recorded under `model.mobile.recording(ahead=True)`; then `trained_predictor("predictor.npz")` is the
-Strategy. The registered `trained-predictor` has no file: it guesses as next-gate does for the first ONLINE_TOKENS decode
-tokens of batch 1, fits a ridge on them, and uses that from then on.
+Strategy. The registered `trained-predictor` has no file and learns as it goes, from decode tokens of batch 1: it
+guesses as next-gate does until FITTED_AT has its first number, fits a ridge on what it saw, and fits anew at the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mobile.refusal import Refused
 from mobile.strategy import Strategy
 from mobile.trace import foreseen_from
 
-ONLINE_TOKENS = 256
+FITTED_AT = (512, 1024, 2048, 4096)  # tokens seen; with fewer a ridge guesses worse than next-gate
 
 
 class Trained:
@@ -50,7 +50,7 @@ class Trained:
         self._logits: list[np.ndarray | None] = [None] * self._layers
         self._kind = kind
         self.predictor = predictor
-        self._seen = Examples(self._layers, self._experts)
+        self._seen = None if predictor is not None else Examples(self._layers, self._experts)
         if predictor is not None and predictor.shape != (self._layers - 1, self._experts):
             raise Refused(
                 f"This predictor was fitted for {predictor.shape[0] + 1} layers of {predictor.shape[1]} experts, and "
@@ -62,21 +62,23 @@ class Trained:
         self._chosen[mine] = experts
         source = foreseen_from(mine, last, self._layers)
         if source is None or ahead is None:
-            if mine == self._layers - 1 and self.predictor is None:
-                self._learn()
+            if mine == self._layers - 1 and self._seen is not None:
+                self._learn(self._seen)
             return ()
         self._logits[source] = ahead
         scores = ahead if self.predictor is None else self.predictor.scores(source, ahead, self._chosen[source])
         return [(layer + 1, expert) for expert in likeliest(scores, self._guesses)]
 
-    def _learn(self) -> None:
-        """A step has come to its last layer; when there were enough of one token each, fit on them."""
+    def _learn(self, seen: Examples) -> None:
+        """A step has come to its last layer: keep it if it was of one token, and fit where enough were seen."""
         rows = [logits[0] for logits in self._logits[:-1] if logits is not None and len(logits) == 1]
         if not rows or len(rows) < self._layers - 1:
             return
-        self._seen.add(np.stack(rows), self._chosen)
-        if len(self._seen) == ONLINE_TOKENS:
-            self.predictor = Predictor.fit(self._seen, self._kind)
+        seen.add(np.stack(rows), self._chosen)
+        if len(seen) in FITTED_AT:
+            self.predictor = Predictor.fit(seen, self._kind)
+        if len(seen) == FITTED_AT[-1]:
+            self._seen = None
 
 
 def trained_predictor(source: str | PathLike[str] | Predictor | None = None, kind: Kind | None = None) -> Strategy:
@@ -90,7 +92,7 @@ def trained_predictor(source: str | PathLike[str] | Predictor | None = None, kin
     chosen: Kind = kind or "ridge" if predictor is None else predictor.kind
     return Strategy(
         name="trained-predictor",
-        summary="next-gate with a predictor trained on traces; without a file, a ridge fitted on the first tokens",
+        summary="next-gate with a predictor trained on traces; without a file, a ridge fitted as it goes",
         source="after ProMoE, arXiv 2410.22134 (2024)",
         lossless=True,
         retain="some",

@@ -41,8 +41,9 @@ class Residency:
             self._lookahead = cast(Lookahead, self._evict)
         elif strategy.lookahead is not None:
             self._lookahead = strategy.lookahead(setting)
-        policies = {id(policy): policy for policy in (self._evict, self._lookahead)}.values()
-        self._followers = [policy for policy in policies if isinstance(policy, Follower)]
+        self._followers: list[Follower] = [self._evict] if isinstance(self._evict, Follower) else []
+        if self._lookahead is not self._evict and isinstance(self._lookahead, Follower):
+            self._followers.append(self._lookahead)
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
         self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
         self._emptied = emptied
