@@ -94,8 +94,9 @@ class Engine:
         self._all_k()
         self.running = None
         self.residency = Residency(
-            self.strategy, SlotPool(self.slots), self.link, self._cost, self.ledger, self._emptied
-        )
+            self.strategy, SlotPool(self.slots), self.link, self._cost, self.ledger, self._emptied,
+            stands_for=self.stands_for,
+        )  # fmt: skip
         if self._poison:
             self.slot_rows.fill_(float("nan"))
         for key, slot in self.residency.preload_all():

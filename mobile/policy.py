@@ -24,6 +24,7 @@ class Setting:
 
     `future` is every decode visit to come, in order; only a replay can know it. `load_ns` is what one copy takes,
     `layer_ns` what one token's compute of one layer does, all its experts resident.
+    `stands_for` names, for each layer of the recorded model, the layers of `geometry` charged with its routing.
     """
 
     geometry: Geometry
@@ -31,6 +32,7 @@ class Setting:
     future: tuple[Visit, ...] | None = None
     load_ns: int = 0
     layer_ns: int = 0
+    stands_for: tuple[tuple[int, ...], ...] | None = None
 
 
 class Eviction(Protocol):
@@ -67,6 +69,17 @@ class Planner(Eviction, Protocol):
         Asked in decode whenever the link falls idle, a layer has run, or a step begins.
         """
         ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """What an Eviction or a Lookahead may be besides: told of every pass, and of the steps that keep no order."""
+
+    def begin(self, kind: str) -> None:
+        """A forward pass begins: "prefill" (with it, a new sequence), "full", "little" or "big"."""
+
+    def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """Prefill, or a step wider than the pool, runs these experts of `layer` for so many tokens each."""
 
 
 class Recent:

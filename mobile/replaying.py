@@ -38,7 +38,9 @@ class Bench:
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
-        made = Residency(self.strategy, SlotPool(self.slots), link, cost, ledger, future=future)
+        made = Residency(
+            self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, stands_for=self.stands_for
+        )
         link.arrived = made.arrived
         made.preload_all()
         return made

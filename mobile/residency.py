@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
 from mobile.cost import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.link import Link
-from mobile.policy import Planner, Setting, Visit
+from mobile.policy import Follower, Lookahead, Planner, Setting, Visit
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
@@ -30,13 +31,21 @@ class Residency:
     def __init__(
         self, strategy: Strategy, pool: SlotPool, link: Link, cost: CostModel, ledger: Ledger,
         emptied: Callable[[int], None] | None = None, future: tuple[Visit, ...] | None = None,
+        stands_for: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:  # fmt: skip
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
         layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)
-        setting = Setting(cost.geometry, pool.size, future, cost.load_ns, layer_ns)
+        setting = Setting(cost.geometry, pool.size, future, cost.load_ns, layer_ns, stands_for)
         self._evict = strategy.evict(setting)
         self._planner = self._evict if isinstance(self._evict, Planner) else None
-        self._lookahead = None if strategy.lookahead is None else strategy.lookahead(setting)
+        self._lookahead: Lookahead | None = None
+        if strategy.lookahead is strategy.evict:
+            self._lookahead = cast(Lookahead, self._evict)
+        elif strategy.lookahead is not None:
+            self._lookahead = strategy.lookahead(setting)
+        self._followers: list[Follower] = [self._evict] if isinstance(self._evict, Follower) else []
+        if self._lookahead is not self._evict and isinstance(self._lookahead, Follower):
+            self._followers.append(self._lookahead)
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
         self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
         self._emptied = emptied
@@ -66,6 +75,8 @@ class Residency:
         """A forward pass of `tokens` tokens begins: "prefill", "full", "little" or "big"."""
         if kind != "big":
             self.end_token()
+        for follower in self._followers:
+            follower.begin(kind)
         self._kind, self._dense_ns = kind, self.cost.dense_ns(tokens)
         counters = self.ledger.counters
         self._begun = self._clock()
@@ -305,6 +316,8 @@ class Residency:
         A strategy that keeps experts lets missing ones settle in slots that are still free; none is evicted.
         """
         pool, link, counters = self.pool, self.link, self.ledger.counters
+        for follower in self._followers:
+            follower.streamed(layer, experts, counts)
         keep = self.strategy.retain != "nothing"
         missing = deque((layer, expert) for expert in experts if (layer, expert) not in pool)
         buffers = deque(range(pool.size, pool.size + STAGING))

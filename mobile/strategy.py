@@ -61,8 +61,10 @@ class Strategy:
     names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
     `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
     layer, and of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
-    a wrong one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. `foresight` says that a policy needs the future, which only a replay has. `needs` gives
-    the fewest slots with which the strategy does what it is for; fewer, down to top-k, still run exactly.
+    a wrong one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. Where `evict` and
+    `lookahead` are one callable, one object answers both. `foresight` says that a policy needs the future, which only a
+    replay has. `needs` gives the fewest slots with which the strategy does what it is for; fewer, down to top-k, still
+    run exactly.
     """
 
     name: str
