@@ -53,6 +53,17 @@ class Lookahead(Protocol):
         ...
 
 
+class Placement(Protocol):
+    """Where missing experts are computed. One object an engine."""
+
+    def on_cpu(self, layer: int, counts: Sequence[int]) -> Sequence[int]:
+        """A step of `layer` misses one expert for each of `counts`, the tokens routed to it: which the CPU computes.
+
+        The answer are positions in `counts`; the device loads and computes the others.
+        """
+        ...
+
+
 class Recent:
     """Evict the least recently used; the pool keeps that order itself."""
 

@@ -17,7 +17,8 @@ from mobile.policy import Setting, Visit
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
-Wave = list[tuple[int, int]]  # (position among the active experts, slot)
+Wave = list[tuple[int, int]]  # (position among the active experts, slot, or HOST: its row is computed where it lies)
+HOST = -1
 STAGING = 2  # buffers that prefill, and any step wider than the pool, streams through
 
 
@@ -35,6 +36,7 @@ class Residency:
         setting = Setting(cost.geometry, pool.size, future)
         self._evict = strategy.evict(setting)
         self._lookahead = None if strategy.lookahead is None else strategy.lookahead(setting)
+        self._placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
         self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
         self._emptied = emptied
@@ -160,6 +162,8 @@ class Residency:
                 link.promote(key)
             else:
                 missing.append(position)
+        on_cpu = self._begin_on_cpu(keys, missing, counts)
+        counters.cpu_experts += len(on_cpu)
         counters.hits += len(resident)
         counters.late_prefetches += len(late)
         counters.demand_loads += len(missing)
@@ -172,6 +176,8 @@ class Residency:
             link.compute(expert_ns(counts[position]), keys[position])
         if resident:
             yield [(position, pool.slot(keys[position])) for position in resident]
+        for position in on_cpu:
+            yield [(position, HOST)]
         for position in late + missing:
             key = keys[position]
             if key not in pool:
@@ -182,14 +188,18 @@ class Residency:
             yield [(position, pool.slot(key))]
             if not self.strategy.overlap:
                 link.join()
-        link.used([pool.slot(key) for key in keys])
-        pool.touch(keys)
+        held = keys
+        if on_cpu:
+            link.join_cpu(keys[on_cpu[-1]])
+            held = [key for position, key in enumerate(keys) if position not in on_cpu]
+        link.used([pool.slot(key) for key in held])
+        pool.touch(held)
         if pool.unproven:
             counters.prefetch_useful += len(pool.pinned & pool.unproven)
             pool.unproven -= pool.pinned
         pool.pinned = frozenset()
         if self.strategy.retain == "nothing":
-            for key in keys:
+            for key in held:
                 self._drop(key)
             return
         self._evict.used(layer, keys)
@@ -199,6 +209,17 @@ class Residency:
             pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
         if self.strategy.staging:
             self._clear_staging(layer)
+
+    def _begin_on_cpu(self, keys: Sequence[Key], missing: list[int], counts: Sequence[int]) -> list[int]:
+        """Give the CPU its share of the `missing` positions and take it off them; returns it, ascending."""
+        if self._placement is None or not missing:
+            return []
+        which = self._placement.on_cpu(keys[missing[0]][0], [counts[position] for position in missing])
+        on_cpu = sorted(missing[number] for number in which)
+        for position in on_cpu:
+            missing.remove(position)
+            self.link.on_cpu(self.cost.cpu_expert_ns(counts[position]), keys[position])
+        return on_cpu
 
     def _foresee(self, keys: Sequence[Key]) -> None:
         """Remember what was foreseen of each layer, to hold it against what its router says."""
@@ -244,19 +265,25 @@ class Residency:
         """
         pool, link, counters = self.pool, self.link, self.ledger.counters
         keep = self.strategy.retain != "nothing"
-        missing = deque((layer, expert) for expert in experts if (layer, expert) not in pool)
+        keys = [(layer, expert) for expert in experts]
+        absent = [position for position, key in enumerate(keys) if key not in pool]
+        on_cpu = self._begin_on_cpu(keys, absent, counts)
+        counters.streamed_on_cpu += len(on_cpu)
+        missing = deque(keys[position] for position in absent)
         buffers = deque(range(pool.size, pool.size + STAGING))
         placed: dict[Key, int] = {}
         ahead = STAGING if self.strategy.overlap else 1
         self._landed.clear()
-        for position, (expert, count) in enumerate(zip(experts, counts, strict=True)):
-            key = (layer, expert)
+        for position, (key, count) in enumerate(zip(keys, counts, strict=True)):
             while missing and len(placed) < ahead:
                 coming = missing.popleft()
                 free = pool.take_free(coming) if keep else None
                 placed[coming] = buffers.popleft() if free is None else free
                 counters.streamed_loads += 1
                 link.submit(coming, placed[coming], demand=True)
+            if position in on_cpu:
+                yield [(position, HOST)]
+                continue
             slot = placed.pop(key, None)
             settled = key in pool
             if slot is None:
@@ -272,6 +299,8 @@ class Residency:
             if not settled:
                 buffers.append(slot)
                 self._emptied(slot)
+        if on_cpu:
+            link.join_cpu(keys[on_cpu[-1]])
 
     def arrived(self, key: Key, slot: int) -> None:
         """The link's word that a copy has ended."""
