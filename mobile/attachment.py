@@ -15,7 +15,7 @@ from mobile.engine import Engine
 from mobile.experts import bind, unbind
 from mobile.geometry import Geometry, dress, slots_for
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
-from mobile.kernels import Kernel, kernel_named
+from mobile.kernels import Kernel, kernel_named, loop
 from mobile.layout import ExpertLayout
 from mobile.link import Link, VirtualLink
 from mobile.refusal import Refused
@@ -109,9 +109,12 @@ def settle(
         raise Refused(f"Strategy {chosen.name} keeps all {worn.keys} experts on the device; {slots} slots are too few.")
     if isinstance(chosen.gating, HalfK | BigLittle) and own.top_k < 2:
         raise Refused(f"{own.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
+    computes = kernel_named(kernel, device, layout.dtype)
+    if chosen.on_cpu is not None and computes is not loop:
+        raise Refused(f"Strategy {chosen.name} computes experts on the CPU, and only the kernel loop can; leave it so.")
     return Settled(
         chosen, own, worn, stands_for, min(slots, worn.keys), None if memory is None else budget, card, link,
-        link_gb_per_s, kernel_named(kernel, device, layout.dtype),
+        link_gb_per_s, computes,
     )  # fmt: skip
 
 

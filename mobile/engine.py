@@ -198,7 +198,8 @@ class Engine:
             for _ in self.residency.layer(other, groups.experts, groups.counts, self._signal(layer, last=False)):
                 pass
         waves = self.residency.layer(last, groups.experts, groups.counts, self._signal(layer, last=True))
-        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views)
+        host = () if self.strategy.on_cpu is None else (self.store.views(layer),)
+        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, *host)
 
     @property
     def foresees(self) -> bool:

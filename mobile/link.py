@@ -44,6 +44,12 @@ class Link(Protocol):
     def compute(self, ns: int, about: Key | str) -> None:
         """The device computes, for `ns` where time is virtual, while copies go on."""
 
+    def on_cpu(self, ns: int, about: Key) -> None:
+        """The processor computes an expert beside the device, after those it was given before."""
+
+    def join_cpu(self, about: Key) -> None:
+        """Compute goes on only once the processor is done; its waiting is counted as stall, for `about`."""
+
     def used(self, slots: Sequence[int]) -> None:
         """All that reads these slots has been launched: another copy may take them after it."""
 
@@ -113,6 +119,7 @@ class VirtualLink:
         self.promote, self.cancel = self._queue.promote, self._queue.cancel
         self._flying: Copy | None = None
         self._flying_end = 0
+        self._cpu_end = 0  # when the processor is done with what it was given
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         if self._flying is None:  # then nothing is queued
@@ -129,17 +136,35 @@ class VirtualLink:
             self._land()
             if ended > self.now:
                 self.now = ended
-        self._ledger.counters.stall_ns += self.now - begun
-        if self._ledger.keeps_events:
-            self._ledger.event("stall", begun, self.now, key)
+        self._stalled(begun, key)
 
     def compute(self, ns: int, about: Key | str) -> None:
         until = self.now + ns
         if self._ledger.keeps_events:
             self._ledger.event("compute", self.now, until, about)
-        while self._flying is not None and self._flying_end <= until:
+        self._until(until)
+
+    def on_cpu(self, ns: int, about: Key) -> None:
+        begun = max(self.now, self._cpu_end)
+        self._cpu_end = begun + ns
+        if self._ledger.keeps_events:
+            self._ledger.event("cpu", begun, self._cpu_end, about)
+
+    def join_cpu(self, about: Key) -> None:
+        begun = self.now
+        self._until(max(begun, self._cpu_end))
+        self._stalled(begun, about)
+
+    def _until(self, end: int) -> None:
+        """Let time pass, and copies end, up to `end`."""
+        while self._flying is not None and self._flying_end <= end:
             self._land()
-        self.now = until
+        self.now = end
+
+    def _stalled(self, begun: int, about: Key) -> None:
+        self._ledger.counters.stall_ns += self.now - begun
+        if self._ledger.keeps_events:
+            self._ledger.event("stall", begun, self.now, about)
 
     def used(self, slots: Sequence[int]) -> None:
         """Kernels run when they are called, so there is nothing to wait for."""
@@ -150,9 +175,10 @@ class VirtualLink:
     def reset(self) -> None:
         self._queue.clear()
         self._flying = None
+        self._cpu_end = self.now
 
     def rewind(self) -> None:
-        self.now = 0
+        self.now = self._cpu_end = 0
 
     def close(self) -> None:
         """It holds nothing."""

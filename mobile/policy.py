@@ -71,6 +71,17 @@ class Planner(Eviction, Protocol):
         ...
 
 
+class Placement(Protocol):
+    """Where missing experts are computed. One object an engine."""
+
+    def on_cpu(self, layer: int, counts: Sequence[int]) -> Sequence[int]:
+        """A step of `layer` misses one expert for each of `counts`, the tokens routed to it: which the CPU computes.
+
+        The answer are positions in `counts`; the device loads and computes the others.
+        """
+        ...
+
+
 @runtime_checkable
 class Follower(Protocol):
     """What an Eviction or a Lookahead may be besides: told of every pass, and of the steps that keep no order."""

@@ -18,7 +18,8 @@ from mobile.policy import Follower, Lookahead, Planner, Setting, Visit
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
-Wave = list[tuple[int, int]]  # (position among the active experts, slot)
+Wave = list[tuple[int, int]]  # (position among the active experts, slot, or HOST: its row is computed where it lies)
+HOST = -1
 STAGING = 2  # buffers that prefill, and any step wider than the pool, streams through
 
 
@@ -46,6 +47,7 @@ class Residency:
         self._followers: list[Follower] = [self._evict] if isinstance(self._evict, Follower) else []
         if self._lookahead is not self._evict and isinstance(self._lookahead, Follower):
             self._followers.append(self._lookahead)
+        self._placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
         self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
         self._emptied = emptied
@@ -171,7 +173,7 @@ class Residency:
             return
         link, expert_ns = self.link, self.cost.expert_ns
         link.compute(self._dense_ns, "dense")
-        keys, resident, coming = self._arrange(layer, experts, ahead)
+        keys, resident, coming, on_cpu = self._arrange(layer, experts, counts, ahead)
         each = expert_ns(1)
         if resident:
             link.compute(sum(expert_ns(counts[i]) for i in resident) if counts else each * len(resident), "")
@@ -183,7 +185,7 @@ class Residency:
             link.compute(expert_ns(counts[position]) if counts else each, key)
             if in_turn:
                 link.join()
-        self._settle(layer, keys)
+        self._settle(layer, self._off_cpu(keys, on_cpu))
         if self._wanted:
             self._pump()
         self._plan()
@@ -193,11 +195,13 @@ class Residency:
     ) -> Iterator[Wave]:
         """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
         pool, link, expert_ns = self.pool, self.link, self.cost.expert_ns
-        keys, resident, coming = self._arrange(layer, experts, ahead)
+        keys, resident, coming, on_cpu = self._arrange(layer, experts, counts, ahead)
         for position in resident:
             link.compute(expert_ns(counts[position]), keys[position])
         if resident:
             yield [(position, pool.slot(keys[position])) for position in resident]
+        for position in on_cpu:
+            yield [(position, HOST)]
         for position in coming:
             key = keys[position]
             if key not in pool.ready:
@@ -206,13 +210,21 @@ class Residency:
             yield [(position, pool.slot(key))]
             if not self.strategy.overlap:
                 link.join()
-        link.used([pool.slot(key) for key in keys])
-        self._settle(layer, keys)
+        held = self._off_cpu(keys, on_cpu)
+        link.used([pool.slot(key) for key in held])
+        self._settle(layer, held)
+
+    def _off_cpu(self, keys: list[Key], on_cpu: list[int]) -> list[Key]:
+        """The device waits for what the CPU has not finished; the keys that have a slot."""
+        if not on_cpu:
+            return keys
+        self.link.join_cpu(keys[on_cpu[-1]])
+        return [key for position, key in enumerate(keys) if position not in on_cpu]
 
     def _arrange(
-        self, layer: int, experts: Sequence[int], ahead: np.ndarray | None
-    ) -> tuple[list[Key], list[int], list[int]]:
-        """The layer is routed: its keys, which of them are resident and which are to be brought, by position.
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None
+    ) -> tuple[list[Key], list[int], list[int], list[int]]:
+        """The layer is routed: its keys, and by position which are resident, to be brought, or the CPU's to compute.
 
         What is missing is asked for at once, unless loading takes turns with compute.
         """
@@ -224,6 +236,7 @@ class Residency:
             self._refute(layer, experts)
         resident = [position for position, key in enumerate(keys) if key in ready]
         coming: list[int] = []
+        on_cpu: list[int] = []
         if len(resident) < len(keys):
             missing = []
             for position, key in enumerate(keys):
@@ -234,6 +247,9 @@ class Residency:
                     link.promote(key)
                 else:
                     missing.append(position)
+            if self._placement is not None:
+                on_cpu = self._begin_on_cpu(keys, missing, counts or (1,) * len(keys))
+                counters.cpu_experts += len(on_cpu)
             counters.late_prefetches += len(coming)
             counters.demand_loads += len(missing)
             coming += missing
@@ -244,7 +260,7 @@ class Residency:
         counters.hits += len(resident)
         if self._lookahead is not None:
             self._look(self._lookahead.routed(layer, experts, ahead))
-        return keys, resident, coming
+        return keys, resident, coming, on_cpu
 
     def _bring(self, key: Key) -> None:
         """Wait for an expert that is not there, asking for it if nobody has."""
@@ -271,6 +287,17 @@ class Residency:
             pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
         if self.strategy.staging:
             self._clear_staging(layer)
+
+    def _begin_on_cpu(self, keys: Sequence[Key], missing: list[int], counts: Sequence[int]) -> list[int]:
+        """Give the CPU its share of the `missing` positions and take it off them; returns it, ascending."""
+        if self._placement is None or not missing:
+            return []
+        which = self._placement.on_cpu(keys[missing[0]][0], [counts[position] for position in missing])
+        on_cpu = sorted(missing[number] for number in which)
+        for position in on_cpu:
+            missing.remove(position)
+            self.link.on_cpu(self.cost.cpu_expert_ns(counts[position]), keys[position])
+        return on_cpu
 
     def _foresee(self, keys: Sequence[Key]) -> None:
         """Remember what was foreseen of each layer, to hold it against what its router says."""
@@ -319,19 +346,25 @@ class Residency:
         for follower in self._followers:
             follower.streamed(layer, experts, counts)
         keep = self.strategy.retain != "nothing"
-        missing = deque((layer, expert) for expert in experts if (layer, expert) not in pool)
+        keys = [(layer, expert) for expert in experts]
+        absent = [position for position, key in enumerate(keys) if key not in pool]
+        on_cpu = self._begin_on_cpu(keys, absent, counts)
+        counters.streamed_on_cpu += len(on_cpu)
+        missing = deque(keys[position] for position in absent)
         buffers = deque(range(pool.size, pool.size + STAGING))
         placed: dict[Key, int] = {}
         ahead = STAGING if self.strategy.overlap else 1
         self._landed.clear()
-        for position, (expert, count) in enumerate(zip(experts, counts, strict=True)):
-            key = (layer, expert)
+        for position, (key, count) in enumerate(zip(keys, counts, strict=True)):
             while missing and len(placed) < ahead:
                 coming = missing.popleft()
                 free = pool.take_free(coming) if keep else None
                 placed[coming] = buffers.popleft() if free is None else free
                 counters.streamed_loads += 1
                 link.submit(coming, placed[coming], demand=True)
+            if position in on_cpu:
+                yield [(position, HOST)]
+                continue
             slot = placed.pop(key, None)
             settled = key in pool
             if slot is None:
@@ -348,6 +381,8 @@ class Residency:
                 buffers.append(slot)
                 if self._emptied is not None:
                     self._emptied(slot)
+        if on_cpu:
+            link.join_cpu(keys[on_cpu[-1]])
 
     def arrived(self, key: Key, slot: int) -> None:
         """The link's word that a copy has ended."""

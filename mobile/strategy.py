@@ -8,8 +8,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
+from mobile.cost import CostModel
 from mobile.geometry import Geometry
-from mobile.policy import Eviction, Lookahead, Recent, Setting
+from mobile.policy import Eviction, Lookahead, Placement, Recent, Setting
 from mobile.refusal import Refused
 
 Retain = Literal["nothing", "some", "everything"]
@@ -62,9 +63,9 @@ class Strategy:
     `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
     layer, and of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
     a wrong one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. Where `evict` and
-    `lookahead` are one callable, one object answers both. `foresight` says that a policy needs the future, which only a
-    replay has. `needs` gives the fewest slots with which the strategy does what it is for; fewer, down to top-k, still
-    run exactly.
+    `lookahead` are one callable, one object answers both. `on_cpu` has missing experts computed where they lie instead
+    of loaded. `foresight` says that a policy needs the future, which only a replay has. `needs` gives the fewest slots
+    with which the strategy does what it is for; fewer, down to top-k, still run exactly.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Strategy:
     lookahead: Callable[[Setting], Lookahead] | None = None
     staging: int = 0
     guesses: int = 0
+    on_cpu: Callable[[CostModel], Placement] | None = None
     foresight: bool = False
     needs: Callable[[Geometry], int] = _top_k
 

@@ -81,5 +81,6 @@ def wasted_bytes(records: Sequence[Record]) -> int:
 def hit_rate(records: Sequence[Record]) -> float | None:
     """Experts that were ready when a decode step asked for them, over all it asked for."""
     hits = sum(record.counters["hits"] for record in records)
-    asked = hits + sum(record.counters["demand_loads"] + record.counters["late_prefetches"] for record in records)
+    absent = ("demand_loads", "late_prefetches", "cpu_experts")
+    asked = hits + sum(record.counters.get(name, 0) for record in records for name in absent)
     return hits / asked if asked else None
