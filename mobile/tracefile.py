@@ -32,6 +32,7 @@ import zipfile
 import zlib
 from math import prod
 from pathlib import Path
+from tokenize import TokenError  # what numpy lets through of an array header that is no Python literal
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:
         raise Refused(f"Cannot read {path} ({error.strerror or error}); check its name or record it again.") from error
     except (
         ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, RecursionError, SyntaxError,
-        zipfile.BadZipFile, zlib.error,
+        zipfile.BadZipFile, zlib.error, TokenError,
     ) as error:  # fmt: skip
         raise Refused(f"{path} is not a complete {FORMAT} file; record it again.") from error
     return arrays, layers, about
