@@ -36,7 +36,7 @@ def adaptive(routed: Chosen, threshold: float) -> Chosen:
     Those that run get the others' weight, in proportion. The first always runs.
     """
     index, weights = routed
-    ordered, order = weights.float().sort(-1, descending=True, stable=True)
+    ordered, order = weights.float().sort(dim=-1, descending=True, stable=True)
     rest = ordered.flip(-1).cumsum(-1).flip(-1)  # of each expert and all behind it
     runs = rest >= threshold * rest[..., :1]
     runs[..., 0] = True

@@ -50,8 +50,9 @@ class Future:
     def passed(self, keys: Sequence[Key]) -> None:
         """The visit that used these has run."""
         for key in keys:
-            use = self._uses[key].pop()
-            assert use == self.visit, f"expert {key} was foreseen for visit {use} and used in {self.visit}"
+            use = self.next_use(key)
+            assert use == self.visit, f"expert {key} ran in visit {self.visit} and was foreseen for {use}"
+            self._uses[key].pop()
         self.visit += 1
 
 
