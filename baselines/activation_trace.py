@@ -14,7 +14,9 @@ Claimed there: 3.1 to 16.7 times lower latency per token than vLLM, Ollama, Deep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from array import array
+from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -92,48 +94,49 @@ class ActivationTrace:
         geometry = setting.geometry
         self._layers, self._experts, self._top_k = geometry.moe_layers, geometry.experts, geometry.top_k
         self._collection = Collection(self._layers, self._experts)
-        self._queues: dict[tuple[int, int], list[int]] = {}  # key numbers, by stored matrix and layer
-        self._frequency = np.full((self._layers, self._experts), EPSILON)
+        self._queues: dict[tuple[int, int], list[Key]] = {}  # by stored matrix and layer
+        self._least = EPSILON * (1 + 1e-6 * np.arange(self._experts))  # distinct, lest a tie depend on the machine
+        self._frequency = np.tile(self._least, (self._layers, 1))
         ahead = (np.arange(self._layers) - np.arange(self._layers)[:, None] - 1) % self._layers  # [at, of]
         self._nearness = (1 - ahead / (self._layers + 1))[:, :, None]
         self._keys = [(layer, expert) for layer in range(self._layers) for expert in range(self._experts)]
-        self._numbers = np.arange(geometry.keys)
-        self._held = bytearray(geometry.keys)  # may be in the pool; what is not is found out in passing
-        self._held_mask = np.frombuffer(self._held, dtype=np.bool_)
+        self._absent = array("d", [np.inf]) * geometry.keys  # 0: may be in the pool
+        self._issued: Sequence[Key] = ()
         self._at = 0
         self._counted = False
-        self._ranked: list[int] = []
-        self._complete = False
+        self._order: deque[int] = deque()  # key numbers, the lowest score first
+        self._kept: deque[int] = deque()  # of these, the protected ones
+        self._ordered = self._complete = False
 
     # --- what it is told ---
 
     def begin(self, kind: str) -> None:
+        self._forget_order()
         if kind == "prefill":
             place = self._collection.close()
             self._queues = {asked: keys for asked, keys in self._queues.items() if asked[0] != place}
-            self._frequency[:] = EPSILON
-            self._forget_order()
+            self._frequency[:] = self._least
 
     def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         self._count(layer, experts, counts)
-        self._hold(layer * self._experts + expert for expert in experts)
+        self._hold([(layer, expert) for expert in experts])
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
-        experts = [expert for _, expert in keys]
         if not self._counted:
-            self._count(layer, experts)
+            self._count(layer, [expert for _, expert in keys])
         self._counted = False
-        self._hold(layer * self._experts + expert for expert in experts)
+        self._forget_order()
+        self._hold(keys)
 
-    def _hold(self, numbers: Iterable[int]) -> None:
-        held = self._held
-        for number in numbers:
-            held[number] = True
+    def _hold(self, keys: Sequence[Key]) -> None:
+        absent, experts = self._absent, self._experts
+        for layer, expert in keys:
+            absent[layer * experts + expert] = 0
 
     def _count(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> None:
         self._collection.add(layer, experts, counts)
         row = self._collection.running[layer]
-        self._frequency[layer] = row / row.sum() + EPSILON
+        np.add(row / np.add.reduce(row), self._least, out=self._frequency[layer])
         self._at = layer
         self._forget_order()
 
@@ -149,10 +152,11 @@ class ActivationTrace:
         if asked not in self._queues:
             self._queues[asked] = self._queue(self._collection.shares(nearest), layer)
         queue = self._queues[asked]
+        self._issued = queue
         self._hold(queue)
-        return [self._keys[number] for number in queue]
+        return queue
 
-    def _queue(self, shares: np.ndarray, layer: int) -> list[int]:
+    def _queue(self, shares: np.ndarray, layer: int) -> list[Key]:
         """What a sequence of these shares will need after `layer`, by priority."""
         likeliest = np.argsort(-shares[layer + 1 :], axis=1, kind="stable")[:, : self._top_k]
         share = np.take_along_axis(shares[layer + 1 :], likeliest, axis=1)
@@ -160,39 +164,52 @@ class ActivationTrace:
         priority = np.where(share > 0, (share + EPSILON) * (1 - distance / (self._layers + 1)), 0).ravel()
         order = np.argsort(-priority, kind="stable")[: self._top_k]
         order = order[priority[order] > 0]
-        return ((layer + 1 + order // self._top_k) * self._experts + likeliest.ravel()[order]).tolist()
+        return list(zip((layer + 1 + order // self._top_k).tolist(), likeliest.ravel()[order].tolist(), strict=True))
 
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        ready, pinned, kept = pool.ready, pool.pinned, pool.protected
-        while True:
-            for place, number in enumerate(self._ranked):
-                key = self._keys[number]
-                if key in ready:
-                    if (key in kept) is protected and key not in pinned:
-                        del self._ranked[place]
-                        self._held[number] = False
-                        return key
-                elif key not in pool:
-                    self._held[number] = False
-            if self._complete:
-                return None
-            self._rank(everything=bool(self._ranked))
+        if not self._ordered:
+            self._rank(pool, everything=pool.size <= 8 * RANKED)
+        found = self._lowest(pool, protected)
+        if found is None and (protected or not self._complete):
+            self._rank(pool, everything=True)
+            if protected:
+                self._lowest(pool, protected=False)
+            found = self._lowest(pool, protected)
+        return found
+
+    def _lowest(self, pool: SlotPool, protected: bool) -> Key | None:
+        """The first in order that may go. The protected are put aside: until the next order they stay so."""
+        order, passed, found = self._kept if protected else self._order, [], None
+        while order:
+            number = order.popleft()
+            key = self._keys[number]
+            if not protected and key in pool.protected:
+                self._kept.append(number)
+            elif key in pool.ready and key not in pool.pinned:
+                self._absent[number] = np.inf
+                found = key
+                break
+            elif key in pool:
+                passed.append(number)
+            elif key not in self._issued:
+                self._absent[number] = np.inf
+        order.extendleft(reversed(passed))
+        return found
 
     def _forget_order(self) -> None:
-        self._ranked, self._complete = [], False
+        self._ordered = False
 
-    def _rank(self, everything: bool) -> None:
-        """Put the lowest scores in order, or all. They are made distinct, lest a tie depend on the machine."""
-        scores = (self._frequency * self._nearness[self._at]).ravel()[self._held_mask]
-        distinct = (scores * 1e9).astype(np.int64) * len(self._keys) + self._numbers[self._held_mask]
-        if not everything and len(distinct) > RANKED:
-            distinct.partition(RANKED)
-            distinct = distinct[:RANKED]
-            self._complete = False
+    def _rank(self, pool: SlotPool, everything: bool) -> None:
+        """Put the keys with the lowest scores in order, or all of them."""
+        scores = (self._frequency * self._nearness[self._at]).ravel()
+        if everything:
+            lowest = np.array([layer * self._experts + expert for layer, expert in pool.ready], dtype=np.intp)
         else:
-            self._complete = True
-        distinct.sort()
-        self._ranked = (distinct % len(self._keys)).tolist()
+            scores += np.frombuffer(self._absent)
+            lowest = scores.argpartition(RANKED)[:RANKED]
+        lowest.sort()
+        self._order, self._kept = deque(lowest[scores[lowest].argsort(kind="stable")].tolist()), deque()
+        self._ordered, self._complete = True, everything
 
 
 def _one_token_and_queue(geometry: Geometry) -> int:

@@ -11,7 +11,7 @@ in prefill and 2.07x in decode on average. MoBiLE holds the training against the
 
 with traces recorded under `model.mobile.recording(ahead=True)`; then `trained_predictor("predictor.npz")` is the
 Strategy. The registered `trained-predictor` has no file and learns as it goes, from decode tokens of batch 1: it
-guesses as next-gate does until FITTED_AT has its first number, fits a ridge on what it saw, and fits anew at the others.
+guesses as next-gate does up to the first number in FITTED_AT, fits a ridge on what it saw, and fits anew at the others.
 """
 
 from __future__ import annotations
