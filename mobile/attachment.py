@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mobile import compat, selftest
+from mobile import compat, quasi, selftest
 from mobile.cost import CostModel
 from mobile.decoding import Decoder
 from mobile.engine import Engine
@@ -153,6 +153,9 @@ def serve(
             selftest.check_routers(decoder.stock, engine)
             if isinstance(gating, BigLittle):
                 engine.undoable = selftest.rolls_back(decoder.stock, engine)
+            engine.restart()
+        if settled.strategy.quasi:
+            engine.quasi = quasi.learn(decoder.stock, model, engine)
             engine.restart()
     except BaseException:
         leave()

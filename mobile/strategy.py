@@ -62,9 +62,10 @@ class Strategy:
     names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
     `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
     layer, and of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
-    a wrong one evicts nothing. `on_cpu` has missing experts computed where they lie instead of loaded. `foresight`
-    says that a policy needs the future, which only a replay has. `needs` gives the fewest slots with which the strategy
-    does what it is for; fewer, down to top-k, still run exactly.
+    a wrong one evicts nothing. `quasi` asks the next layer's router about what this layer will probably leave (see
+    `mobile.quasi`) instead of about its input. `on_cpu` has missing experts computed where they lie instead of loaded.
+    `foresight` says that a policy needs the future, which only a replay has. `needs` gives the fewest slots with which
+    the strategy does what it is for; fewer, down to top-k, still run exactly.
     """
 
     name: str
@@ -78,14 +79,18 @@ class Strategy:
     evict: Callable[[Setting], Eviction] = Recent
     lookahead: Callable[[Setting], Lookahead] | None = None
     staging: int = 0
+    quasi: bool = False
     on_cpu: Callable[[CostModel], Placement] | None = None
     foresight: bool = False
     needs: Callable[[Geometry], int] = _top_k
 
     @property
     def routes_as_full_k(self) -> bool:
-        """Whether its routing is the full-K run's, so that one trace serves it and all others like it."""
-        return self.lossless and isinstance(self.gating, FullK)
+        """Whether its routing is the full-K run's, so that one trace serves it and all others like it.
+
+        Not where it foresees from something else than a layer's input, which only its own trace holds.
+        """
+        return self.lossless and isinstance(self.gating, FullK) and not self.quasi
 
 
 @cache
