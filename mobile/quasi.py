@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from mobile import compat
-from mobile.kernels.loop import expert_output, group
+from mobile.compat import MoeLayer
+from mobile.kernels.loop import Views, expert_output, group
 from mobile.passes import Pass
 from mobile.refusal import Refused
-
-if TYPE_CHECKING:
-    from mobile.engine import Engine
+from mobile.store import HostStore
 
 ROWS, LENGTH, SEED = 8, 64, 0  # the random tokens that mean outputs are taken over
 
@@ -58,15 +56,19 @@ class Quasi:
 
 
 @torch.no_grad()
-def learn(stock: Callable[..., Any], model: nn.Module, engine: Engine) -> Quasi:
-    """Find the norms and take the experts' mean outputs, by one prefill of random tokens; run before any other pass.
+def learn(
+    model: nn.Module, layers: Sequence[MoeLayer], store: HostStore, prefill: Callable[[torch.Tensor], Any],
+    running: Callable[[], Pass | None],
+) -> Quasi:  # fmt: skip
+    """Find the norms and take the experts' mean outputs, from one `prefill` of random token ids (rows, length).
 
-    Mean outputs are the same whatever is generated later, so no output depends on what came before it. Their memory,
-    on the device and beyond the budget: a row of the hidden width per expert. Raises Refused where no norm is found.
+    `store` has the experts of `layers`, and `running` tells the pass under way from then on. Mean outputs are the same
+    whatever is generated later, so no output depends on what came before it. They take a row of the hidden width per
+    expert on the device, beyond the budget. Raises Refused where no norm is found.
     """
     generator = torch.Generator().manual_seed(SEED)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator).to(engine.device)
+    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
     norms: list[nn.Module] = []
     means: list[torch.Tensor] = []
     before: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # modules run since the last router: in, out
@@ -81,22 +83,19 @@ def learn(stock: Callable[..., Any], model: nn.Module, engine: Engine) -> Quasi:
 
     def given(layer: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden, index, *_ = (*args, *kwargs.values())
-        means.append(_mean_outputs(module, hidden, index, engine.layers[layer], engine.store.views(layer)))
+        means.append(_mean_outputs(module, hidden, index, layers[layer].count, store.views(layer)))
 
-    inside = {
-        id(module) for layer in engine.layers for part in (layer.router, layer.experts) for module in part.modules()
-    }
+    inside = {id(module) for layer in layers for part in (layer.router, layer.experts) for module in part.modules()}
     hooks = [module.register_forward_hook(ran) for module in model.modules() if id(module) not in inside]
-    for number, layer in enumerate(engine.layers):
+    for number, layer in enumerate(layers):
         hooks.append(layer.router.register_forward_pre_hook(asked, with_kwargs=True))
         hooks.append(layer.experts.register_forward_pre_hook(partial(given, number), with_kwargs=True))
     try:
-        with engine.passing(Pass("prefill", torch.ones_like(ids, dtype=torch.bool))):
-            stock(input_ids=ids, use_cache=False)
+        prefill(ids)
     finally:
         for hook in hooks:
             hook.remove()
-    return Quasi(norms, torch.stack(means), lambda: engine.running)
+    return Quasi(norms, torch.stack(means), running)
 
 
 def _norm_of(router: nn.Module, asked: torch.Tensor, ran: Sequence[tuple]) -> nn.Module:
@@ -109,13 +108,11 @@ def _norm_of(router: nn.Module, asked: torch.Tensor, ran: Sequence[tuple]) -> nn
     raise Refused(f"No norm gives {type(router).__name__} its input as it is, so nothing is foreseen past its experts.")
 
 
-def _mean_outputs(
-    module: Any, hidden: torch.Tensor, index: torch.Tensor, layer: compat.MoeLayer, host: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def _mean_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor, experts: int, host: Views) -> torch.Tensor:
     """The mean output (experts + 1, H) of each expert over the tokens routed to it; zero where there were none."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    means = torch.zeros(layer.count + 1, hidden.shape[-1])
-    groups = group(index, layer.count)
+    means = torch.zeros(experts + 1, hidden.shape[-1])
+    groups = group(index, experts)
     for expert, start, count in zip(groups.experts, groups.starts, groups.counts, strict=True):
         x = hidden[groups.tokens[start : start + count]].cpu()
         means[expert] = expert_output(module, x, expert, host).float().mean(0)
