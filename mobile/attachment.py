@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mobile import compat, selftest
+from mobile import compat, quasi, selftest
 from mobile.cost import CostModel
 from mobile.decoding import Decoder
 from mobile.engine import Engine
@@ -18,6 +18,7 @@ from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.kernels import Kernel, kernel_named, loop
 from mobile.layout import ExpertLayout
 from mobile.link import Link, VirtualLink
+from mobile.passes import Pass
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.store import HostStore
@@ -142,6 +143,11 @@ def serve(
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
+    def prefill(ids: torch.Tensor) -> None:
+        ids = ids.to(device)
+        with engine.passing(Pass("prefill", torch.ones_like(ids, dtype=torch.bool))):
+            decoder.stock(input_ids=ids, use_cache=False)
+
     store.take(modules)
     for number, module in enumerate(modules):
         bind(module, engine, number)
@@ -153,6 +159,9 @@ def serve(
             selftest.check_routers(decoder.stock, engine)
             if isinstance(gating, BigLittle):
                 engine.undoable = selftest.rolls_back(decoder.stock, engine)
+            engine.restart()
+        if settled.strategy.quasi:
+            engine.quasi = quasi.learn(model, layers, store, prefill, lambda: engine.running)
             engine.restart()
     except BaseException:
         leave()

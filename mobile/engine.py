@@ -19,6 +19,7 @@ from mobile.ledger import Key, Ledger
 from mobile.link import Link
 from mobile.passes import Pass, RouterInput, Selection
 from mobile.pool import SlotPool
+from mobile.quasi import Quasi
 from mobile.residency import STAGING, Residency
 from mobile.store import HostStore
 from mobile.strategy import Rerouted, Strategy
@@ -47,6 +48,7 @@ class Engine:
         self.undoable: frozenset[type] = frozenset()  # cache types in which the self-test undid a step
         self.recorded: list[Request] | None = None
         self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
+        self.quasi: Quasi | None = None  # set by attach, for a strategy that foresees from it
         self._records_ahead = False
         self._foreseen: dict[int, Selection] = {}  # by layer, its router's word on the layer before's input
         self.lock = threading.RLock()
@@ -85,6 +87,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the link, if it was made, and of the routers."""
         self._all_k()
+        if self.quasi is not None:
+            self.quasi.remove()
         if hasattr(self, "link"):
             self.link.close()
 
@@ -192,7 +196,7 @@ class Engine:
     ) -> torch.Tensor:
         groups = group(index, self.experts)
         if self.foresees and self.running is not None and self.running.kind != "prefill":
-            self._look_ahead(layer, self.running)
+            self._look_ahead(layer, self.running, index, weights)
         *others, last = self.stands_for[layer]
         for other in others:
             for _ in self.residency.layer(other, groups.experts, groups.counts, self._signal(layer, last=False)):
@@ -214,11 +218,13 @@ class Engine:
     def _routes_ahead(self) -> bool:
         return isinstance(self.strategy.gating, Rerouted) and self.strategy.gating.foresees
 
-    def _look_ahead(self, layer: int, running: Pass) -> None:
+    def _look_ahead(self, layer: int, running: Pass, index: torch.Tensor, weights: torch.Tensor) -> None:
         """Ask the next layer's router about this layer's input; what else it is given, it was given the last time."""
         if layer + 1 == len(self.layers):
             return
         (hidden, *_), _ = running.router_inputs[layer]
+        if self.quasi is not None:
+            hidden = self.quasi.after(layer, index, weights).view_as(hidden)
         (_, *others), named = self.heard.get(layer + 1, ((None,), {}))
         following, given = self.layers[layer + 1], (hidden, *others)
         if self._signals:

@@ -52,8 +52,9 @@ class Lookahead(Protocol):
     def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
         """`layer` was routed to `experts`: the keys to bring in next, the most urgent first; called at every visit.
 
-        `ahead` (rows, experts) are the next layer's router logits on this layer's router input, float16; None where
-        there is no next layer, or the first layers of a dressed model stand for one small layer.
+        `ahead` (rows, experts) are the next layer's router logits on this layer's router input (under
+        `Strategy.quasi`, on what stands in for it), float16; None where there is no next layer, or the first layers of
+        a dressed model stand for one small layer.
         """
         ...
 

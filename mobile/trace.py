@@ -28,6 +28,7 @@ class Step:
     `confidence` is the highest softmax probability after a little pass, `predicted` the experts per layer that
     a fallback expected before its big pass. `ahead` (layers - 1, experts), float16, holds for each layer but the last
     the next layer's router logits on this layer's router input: all that next-layer predictors need of that input.
+    (Recorded under `Strategy.quasi`, they are logits on what stands in for it, and serve no other kind of lookahead.)
     """
 
     kind: Kind

@@ -243,7 +243,7 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, card, tm
         engine.residency.end_token()
         mobile.detach(model)
         trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
-        bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, slots)
+        bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
         residency = bench.residency(events=200_000)
         trace.replay(trace.load(tmp_path / "t.npz")[0], residency, engine.stands_for)
         assert residency.ledger.counters == engine.ledger.counters

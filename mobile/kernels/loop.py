@@ -68,9 +68,9 @@ def loop(
             tokens = groups.tokens[pairs]
             if slot == HOST:
                 assert host is not None, "a strategy that computes on the CPU is given the rows there"
-                outer = _expert(module, hidden[tokens].cpu(), groups.experts[position], host).to(hidden.device)
+                outer = expert_output(module, hidden[tokens].cpu(), groups.experts[position], host).to(hidden.device)
             else:
-                outer = _expert(module, hidden[tokens], slot, views)
+                outer = expert_output(module, hidden[tokens], slot, views)
             held[position] = tokens, (outer * scales[pairs]).to(result.dtype)
         while turn in held:
             result.index_add_(0, *held.pop(turn))
@@ -78,7 +78,9 @@ def loop(
     return result
 
 
-def _expert(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
+def expert_output(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
+    """What one expert makes of x (pairs, H), unweighted: (pairs, H)."""
+
     def project(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = views[name][slot]
         y = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
