@@ -1,4 +1,4 @@
-"""AdapMoE: fewer experts where it hardly matters, one guess a layer, shares by layer (Zhong et al., arXiv 2408.10284).
+"""AdapMoE (Zhong et al., arXiv 2408.10284): fewer experts where it hardly matters, one guess a layer, a cache a layer.
 
 Gate: the experts of least weight are left out while what is left out stays below tau_l = sqrt(T / w_l), w_l being how
 much the loss feels layer l (T = 0.005); at K = 2 that is the paper's alpha_2 < tau_l. Prefetch: of the next layer's

@@ -43,7 +43,7 @@ class Future:
         layer, experts = self._visits[self.visit]
         return [(layer, expert) for expert in experts]
 
-    def ever_used(self) -> Sequence[Key]:
+    def needed(self) -> Sequence[Key]:
         """Every expert that will be used."""
         return [key for key, uses in self._uses.items() if uses]
 

@@ -21,6 +21,12 @@ from mobile.strategy import Strategy
 STAGING = 4
 
 
+def likeliest(scores: np.ndarray, guesses: int) -> list[int]:
+    """The experts that score highest in any row of (rows, experts), the highest first."""
+    best: list[int] = np.argsort(-scores.max(axis=0).astype(np.float64), kind="stable")[:guesses].tolist()
+    return best
+
+
 class NextGate:
     """Guess the next layer's top-k experts, the likeliest first."""
 
@@ -30,8 +36,7 @@ class NextGate:
     def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
         if ahead is None:
             return ()
-        likeliest = np.argsort(-ahead.max(axis=0).astype(np.float32), kind="stable")[: self._guesses]
-        return [(layer + 1, expert) for expert in likeliest.tolist()]
+        return [(layer + 1, expert) for expert in likeliest(ahead, self._guesses)]
 
 
 def _one_token_and_staging(geometry: Geometry) -> int:

@@ -30,7 +30,7 @@ class Aggressive(Farthest):
         self._slots = setting.slots
         self._waits = setting.load_ns > setting.layer_ns
         self._missing = Ranking()  # by next use; of those in the pool, some are still in here
-        for key in self.future.ever_used():
+        for key in self.future.needed():
             self._missing.put(key, self.future.next_use(key))
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:

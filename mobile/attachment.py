@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from mobile import compat, selftest
+from mobile import compat, quasi, selftest
 from mobile.cost import CostModel
 from mobile.decoding import Decoder
 from mobile.engine import Engine
 from mobile.experts import bind, unbind
 from mobile.geometry import Geometry, dress, slots_for
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
-from mobile.kernels import Kernel, kernel_named
+from mobile.kernels import Kernel, kernel_named, loop
 from mobile.layout import ExpertLayout
 from mobile.link import Link, VirtualLink
+from mobile.passes import Pass
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.store import HostStore
@@ -109,9 +110,12 @@ def settle(
         raise Refused(f"Strategy {chosen.name} keeps all {worn.keys} experts on the device; {slots} slots are too few.")
     if isinstance(chosen.gating, HalfK | BigLittle) and own.top_k < 2:
         raise Refused(f"{own.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
+    computes = kernel_named(kernel, device, layout.dtype)
+    if chosen.on_cpu is not None and computes is not loop:
+        raise Refused(f"Strategy {chosen.name} computes experts on the CPU, and only the kernel loop can; leave it so.")
     return Settled(
         chosen, own, worn, stands_for, min(slots, worn.keys), None if memory is None else budget, card, link,
-        link_gb_per_s, kernel_named(kernel, device, layout.dtype),
+        link_gb_per_s, computes,
     )  # fmt: skip
 
 
@@ -139,6 +143,11 @@ def serve(
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
+    def prefill(ids: torch.Tensor) -> None:
+        ids = ids.to(device)
+        with engine.passing(Pass("prefill", torch.ones_like(ids, dtype=torch.bool))):
+            decoder.stock(input_ids=ids, use_cache=False)
+
     store.take(modules)
     for number, module in enumerate(modules):
         bind(module, engine, number)
@@ -150,6 +159,9 @@ def serve(
             selftest.check_routers(decoder.stock, engine)
             if isinstance(gating, BigLittle):
                 engine.undoable = selftest.rolls_back(decoder.stock, engine)
+            engine.restart()
+        if settled.strategy.quasi:
+            engine.quasi = quasi.learn(model, layers, store, prefill, lambda: engine.running)
             engine.restart()
     except BaseException:
         leave()

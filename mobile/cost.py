@@ -27,7 +27,15 @@ class CostModel:
         self.dense_ns = cache(lambda tokens: self._step(geometry.dense_nbytes, tokens, DENSE_LAUNCHES))
         self.expert_ns = cache(lambda tokens: self._step(geometry.expert_nbytes, tokens, EXPERT_LAUNCHES))
         self.head_ns = cache(lambda tokens: self._step(geometry.head_nbytes, tokens, HEAD_LAUNCHES))
+        self.cpu_expert_ns = cache(self._on_cpu)
         self.router_replay_ns = geometry.moe_layers * self._step(geometry.router_nbytes, 1, ROUTER_LAUNCHES)
+
+    def _on_cpu(self, tokens: int) -> int:
+        """One expert on the processor, its inputs brought there and its outputs back at the link's latency each."""
+        profile, nbytes = self.profile, self.geometry.expert_nbytes
+        reading = nbytes / (profile.cpu_gb_per_s * 1e9)
+        computing = 2 * nbytes / self.geometry.width * tokens / (profile.cpu_tflops * 1e12)
+        return round((max(reading, computing) + 2 * profile.link_latency_seconds) * 1e9)
 
     def _step(self, nbytes: int, tokens: int, launches: int) -> int:
         flops = 2 * nbytes / self.geometry.width * tokens

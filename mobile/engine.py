@@ -19,6 +19,7 @@ from mobile.ledger import Key, Ledger
 from mobile.link import Link
 from mobile.passes import Pass, RouterInput, Selection
 from mobile.pool import SlotPool
+from mobile.quasi import Quasi
 from mobile.residency import STAGING, Residency
 from mobile.store import HostStore
 from mobile.strategy import Rerouted, Strategy
@@ -47,6 +48,7 @@ class Engine:
         self.undoable: frozenset[type] = frozenset()  # cache types in which the self-test undid a step
         self.recorded: list[Request] | None = None
         self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
+        self.quasi: Quasi | None = None  # set by attach, for a strategy that foresees from it
         self._records_ahead = False
         self._foreseen: dict[int, Selection] = {}  # by layer, its router's word on the layer before's input
         self.lock = threading.RLock()
@@ -85,6 +87,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the link, if it was made, and of the routers."""
         self._all_k()
+        if self.quasi is not None:
+            self.quasi.remove()
         if hasattr(self, "link"):
             self.link.close()
 
@@ -94,8 +98,9 @@ class Engine:
         self._all_k()
         self.running = None
         self.residency = Residency(
-            self.strategy, SlotPool(self.slots), self.link, self._cost, self.ledger, self._emptied
-        )
+            self.strategy, SlotPool(self.slots), self.link, self._cost, self.ledger, self._emptied,
+            stands_for=self.stands_for,
+        )  # fmt: skip
         if self._poison:
             self.slot_rows.fill_(float("nan"))
         for key, slot in self.residency.preload_all():
@@ -191,13 +196,14 @@ class Engine:
     ) -> torch.Tensor:
         groups = group(index, self.experts)
         if self.foresees and self.running is not None and self.running.kind != "prefill":
-            self._look_ahead(layer, self.running)
+            self._look_ahead(layer, self.running, index, weights)
         *others, last = self.stands_for[layer]
         for other in others:
             for _ in self.residency.layer(other, groups.experts, groups.counts, self._signal(layer, last=False)):
                 pass
         waves = self.residency.layer(last, groups.experts, groups.counts, self._signal(layer, last=True))
-        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views)
+        host = () if self.strategy.on_cpu is None else (self.store.views(layer),)
+        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, *host)
 
     @property
     def foresees(self) -> bool:
@@ -212,11 +218,13 @@ class Engine:
     def _routes_ahead(self) -> bool:
         return isinstance(self.strategy.gating, Rerouted) and self.strategy.gating.foresees
 
-    def _look_ahead(self, layer: int, running: Pass) -> None:
+    def _look_ahead(self, layer: int, running: Pass, index: torch.Tensor, weights: torch.Tensor) -> None:
         """Ask the next layer's router about this layer's input; what else it is given, it was given the last time."""
         if layer + 1 == len(self.layers):
             return
         (hidden, *_), _ = running.router_inputs[layer]
+        if self.quasi is not None:
+            hidden = self.quasi.after(layer, index, weights).view_as(hidden)
         (_, *others), named = self.heard.get(layer + 1, ((None,), {}))
         following, given = self.layers[layer + 1], (hidden, *others)
         if self._signals:

@@ -12,7 +12,7 @@ Key = tuple[int, int]  # (MoE layer ordinal, expert)
 
 
 class Event(NamedTuple):
-    """One thing that took time: `what` is "load", "prefetch", "compute" or "stall"; nanoseconds.
+    """One thing that took time: `what` is "load", "prefetch", "compute", "cpu" or "stall"; nanoseconds.
 
     `about` is the expert key it was for, or a word.
     """
@@ -33,7 +33,7 @@ class Counters:
     """Totals since attach or the last reset. Counts are of experts, `tokens` of decoded tokens.
 
     Decode: `hits` were ready when asked for, `demand_loads` were waited for from the start, `late_prefetches`
-    were on their way. `streamed_loads` are prefill's (and
+    were on their way, `cpu_experts` were computed on the CPU. `streamed_loads` and `streamed_on_cpu` are prefill's (and
     those of a batch wider than the pool), which has no hit rate. `loads` counts finished copies of any kind.
     """
 
@@ -48,6 +48,8 @@ class Counters:
     prefetch_useful: int = 0
     late_prefetches: int = 0
     streamed_loads: int = 0
+    cpu_experts: int = 0
+    streamed_on_cpu: int = 0
     stall_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
@@ -67,7 +69,7 @@ class Counters:
     @property
     def touches(self) -> int:
         """Experts the decode steps asked for."""
-        return self.hits + self.demand_loads + self.late_prefetches
+        return self.hits + self.demand_loads + self.late_prefetches + self.cpu_experts
 
 
 class Ledger:
@@ -105,11 +107,11 @@ class Ledger:
         return numbers
 
     def export_perfetto(self, path: str | Path) -> None:
-        """Write the events as a Chrome trace (JSON), which ui.perfetto.dev opens: one row each for link and GPU."""
-        rows = {"load": 1, "prefetch": 1, "compute": 2, "stall": 2}
+        """Write the events as a Chrome trace (JSON), which ui.perfetto.dev opens: a row each for link, GPU and CPU."""
+        rows = {"load": 1, "prefetch": 1, "compute": 2, "stall": 2, "cpu": 3}
         names: list[dict[str, Any]] = [
             {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
-            for tid, name in ((1, "link"), (2, "GPU"))
+            for tid, name in ((1, "link"), (2, "GPU"), (3, "CPU"))
         ]
         spans = [
             {"ph": "X", "pid": 1, "tid": rows[e.what], "name": e.name,

@@ -44,6 +44,12 @@ class Link(Protocol):
     def compute(self, ns: int, about: Key | str) -> None:
         """The device computes, for `ns` where time is virtual, while copies go on."""
 
+    def on_cpu(self, ns: int, about: Key) -> None:
+        """The processor computes an expert beside the device, after those it was given before."""
+
+    def join_cpu(self, about: Key) -> None:
+        """Compute goes on only once the processor is done; its waiting is counted as stall, for `about`."""
+
     def used(self, slots: Sequence[int]) -> None:
         """All that reads these slots has been launched: another copy may take them after it."""
 
@@ -108,37 +114,57 @@ class VirtualLink:
 
     def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
         self.now = 0
-        self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
+        self._load_ns, self._row_nbytes, self._ledger, self.arrived = load_ns, row_nbytes, ledger, arrived
         self._queue = CopyQueue()
         self.promote, self.cancel = self._queue.promote, self._queue.cancel
         self._flying: Copy | None = None
         self._flying_end = 0
+        self._cpu_end = 0  # when the processor is done with what it was given
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
-        self._queue.add(key, slot, demand=demand)
-        if self._flying is None:
-            self._start(self.now)
+        if self._flying is None:  # then nothing is queued
+            self._flying = Copy(key, slot, "load" if demand else "prefetch")
+            self._flying_end = self.now + self._load_ns
+        else:
+            self._queue.add(key, slot, demand=demand)
 
     def wait(self, key: Key) -> None:
-        begun = self.now
-        while True:
+        begun, landed = self.now, None
+        while landed != key:
             assert self._flying is not None, f"waiting for {key}, which nobody loads"
-            landed = self._flying.key
-            self._pass_time(max(self.now, self._flying_end))
-            if landed == key:
-                break
-        self._ledger.counters.stall_ns += self.now - begun
-        if self._ledger.keeps_events:
-            self._ledger.event("stall", begun, self.now, key)
+            landed, ended = self._flying.key, self._flying_end
+            self._land()
+            if ended > self.now:
+                self.now = ended
+        self._stalled(begun, key)
 
     def compute(self, ns: int, about: Key | str) -> None:
         until = self.now + ns
         if self._ledger.keeps_events:
             self._ledger.event("compute", self.now, until, about)
-        if self._flying is not None and self._flying_end <= until:
-            self._pass_time(until)
-        else:
-            self.now = until
+        self._until(until)
+
+    def on_cpu(self, ns: int, about: Key) -> None:
+        begun = max(self.now, self._cpu_end)
+        self._cpu_end = begun + ns
+        if self._ledger.keeps_events:
+            self._ledger.event("cpu", begun, self._cpu_end, about)
+
+    def join_cpu(self, about: Key) -> None:
+        begun = self.now
+        self._until(max(begun, self._cpu_end))
+        self._stalled(begun, about)
+
+    def _until(self, end: int) -> None:
+        """Let time pass, and copies end, up to `end`."""
+        while self._flying is not None and self._flying_end <= end:
+            self._land()
+        self.now = end
+
+    def _stalled(self, begun: int, about: Key) -> None:
+        self._ledger.counters.stall_ns += self.now - begun
+        if self._ledger.keeps_events:
+            self._ledger.event("stall", begun, self.now, about)
 
     def used(self, slots: Sequence[int]) -> None:
         """Kernels run when they are called, so there is nothing to wait for."""
@@ -149,25 +175,24 @@ class VirtualLink:
     def reset(self) -> None:
         self._queue.clear()
         self._flying = None
+        self._cpu_end = self.now
 
     def rewind(self) -> None:
-        self.now = 0
+        self.now = self._cpu_end = 0
 
     def close(self) -> None:
         """It holds nothing."""
 
-    def _start(self, at: int) -> None:
-        self._flying = self._queue.next()
-        self._flying_end = at + self._load_ns
-
-    def _pass_time(self, until: int) -> None:
-        while self._flying is not None and self._flying_end <= until:
-            (key, slot, what), ended = self._flying, self._flying_end
-            self._arrived(key, slot)
-            counters = self._ledger.counters
-            counters.loads += 1
-            counters.bytes_loaded += self._row_nbytes
-            if self._ledger.keeps_events:
-                self._ledger.event(what, ended - self._load_ns, ended, key)
-            self._start(ended)
-        self.now = until
+    def _land(self) -> None:
+        """The copy in flight ends, and the next one begins."""
+        assert self._flying is not None
+        (key, slot, what), ended, ledger = self._flying, self._flying_end, self._ledger
+        self.arrived(key, slot)
+        counters = ledger.counters
+        counters.loads += 1
+        counters.bytes_loaded += self._row_nbytes
+        if ledger.keeps_events:
+            ledger.event(what, ended - self._load_ns, ended, key)
+        queue = self._queue.demand or self._queue.prefetch
+        self._flying = queue.popleft() if queue else None
+        self._flying_end = ended + self._load_ns

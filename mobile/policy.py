@@ -24,6 +24,7 @@ class Setting:
 
     `future` is every decode visit to come, in order; only a replay can know it. `load_ns` is what one copy takes,
     `layer_ns` what one token's compute of one layer does, all its experts resident.
+    `stands_for` names, for each layer of the recorded model, the layers of `geometry` charged with its routing.
     """
 
     geometry: Geometry
@@ -31,6 +32,7 @@ class Setting:
     future: tuple[Visit, ...] | None = None
     load_ns: int = 0
     layer_ns: int = 0
+    stands_for: tuple[tuple[int, ...], ...] | None = None
 
 
 class Eviction(Protocol):
@@ -50,8 +52,9 @@ class Lookahead(Protocol):
     def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
         """`layer` was routed to `experts`: the keys to bring in next, the most urgent first; called at every visit.
 
-        `ahead` (rows, experts) are the next layer's router logits on this layer's router input, float16; None where
-        there is no next layer, or the first layers of a dressed model stand for one small layer.
+        `ahead` (rows, experts) are the next layer's router logits on this layer's router input (under
+        `Strategy.quasi`, on what stands in for it), float16; None where there is no next layer, or the first layers of
+        a dressed model stand for one small layer.
         """
         ...
 
@@ -67,6 +70,28 @@ class Planner(Eviction, Protocol):
         Asked in decode whenever the link falls idle, a layer has run, or a step begins.
         """
         ...
+
+
+class Placement(Protocol):
+    """Where missing experts are computed. One object an engine."""
+
+    def on_cpu(self, layer: int, counts: Sequence[int]) -> Sequence[int]:
+        """A step of `layer` misses one expert for each of `counts`, the tokens routed to it: which the CPU computes.
+
+        The answer are positions in `counts`; the device loads and computes the others.
+        """
+        ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """What an Eviction or a Lookahead may be besides: told of every pass, and of the steps that keep no order."""
+
+    def begin(self, kind: str) -> None:
+        """A forward pass begins: "prefill" (with it, a new sequence), "full", "little" or "big"."""
+
+    def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """Prefill, or a step wider than the pool, runs these experts of `layer` for so many tokens each."""
 
 
 class Recent:

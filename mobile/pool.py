@@ -39,8 +39,9 @@ class SlotPool:
 
     def touch(self, keys: Iterable[Key]) -> None:
         """Make these keys the most recently used, the last one last."""
+        slots = self._slot
         for key in keys:
-            self._slot[key] = self._slot.pop(key)
+            slots[key] = slots.pop(key)
 
     def take_free(self, key: Key) -> int | None:
         """A free slot for `key`, whose copy is on its way; None if there is none."""
@@ -54,17 +55,28 @@ class SlotPool:
 
     def release(self, key: Key) -> int:
         """Empty the slot of `key` and return its number."""
-        slot = self._slot.pop(key)
-        self.ready.discard(key)
-        self.protected.discard(key)
-        self.unproven.discard(key)
+        slot = self._forget(key)
         self._free.append(slot)
         return slot
 
+    def replace(self, victim: Key, coming: Key) -> int:
+        """Give the slot of `victim` to `coming`, whose copy is on its way."""
+        slot = self._slot[coming] = self._forget(victim)
+        return slot
+
+    def _forget(self, key: Key) -> int:
+        self.ready.discard(key)
+        if self.protected:
+            self.protected.discard(key)
+        if self.unproven:
+            self.unproven.discard(key)
+        return self._slot.pop(key)
+
     def evictable(self, *, protected: bool) -> Iterator[Key]:
         """Ready, unpinned keys, least recently used first; those protected, or those not."""
+        ready, pinned, shielded = self.ready, self.pinned, self.protected
         for key in self._slot:
-            if (key in self.protected) is protected and key not in self.pinned and key in self.ready:
+            if key in ready and key not in pinned and (key in shielded) is protected:
                 yield key
 
     def queued(self) -> list[Key]:

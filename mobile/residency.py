@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
 from mobile.cost import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.link import Link
-from mobile.policy import Planner, Setting, Visit
+from mobile.policy import Follower, Lookahead, Planner, Setting, Visit
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
-Wave = list[tuple[int, int]]  # (position among the active experts, slot)
+Wave = list[tuple[int, int]]  # (position among the active experts, slot, or HOST: its row is computed where it lies)
+HOST = -1
 STAGING = 2  # buffers that prefill, and any step wider than the pool, streams through
 
 
@@ -29,19 +31,30 @@ class Residency:
 
     def __init__(
         self, strategy: Strategy, pool: SlotPool, link: Link, cost: CostModel, ledger: Ledger,
-        emptied: Callable[[int], None] = lambda slot: None, future: tuple[Visit, ...] | None = None,
+        emptied: Callable[[int], None] | None = None, future: tuple[Visit, ...] | None = None,
+        stands_for: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:  # fmt: skip
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
         layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)
-        setting = Setting(cost.geometry, pool.size, future, cost.load_ns, layer_ns)
+        setting = Setting(cost.geometry, pool.size, future, cost.load_ns, layer_ns, stands_for)
         self._evict = strategy.evict(setting)
         self._planner = self._evict if isinstance(self._evict, Planner) else None
-        self._lookahead = None if strategy.lookahead is None else strategy.lookahead(setting)
+        self._lookahead: Lookahead | None = None
+        if strategy.lookahead is strategy.evict:
+            self._lookahead = cast(Lookahead, self._evict)
+        elif strategy.lookahead is not None:
+            self._lookahead = strategy.lookahead(setting)
+        self._followers: list[Follower] = [self._evict] if isinstance(self._evict, Follower) else []
+        if self._lookahead is not self._evict and isinstance(self._lookahead, Follower):
+            self._followers.append(self._lookahead)
+        self._placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
         self._guessed: dict[int, set[int]] = {}  # by layer, what was foreseen of its next visit
         self._emptied = emptied
+        self._keys = [[(layer, expert) for expert in range(cost.geometry.experts)]
+                      for layer in range(cost.geometry.moe_layers)]  # fmt: skip
         self._kind = ""
-        self._tokens = 1
+        self._dense_ns = cost.dense_ns(1)
         self._begun = (0, 0, 0)  # clock, bytes and stall when this pass began
         self._landed: dict[int, Key] = {}  # what each staging buffer holds
         self._wanted: deque[Key] = deque()  # predicted by a fallback, not yet given a slot
@@ -64,7 +77,9 @@ class Residency:
         """A forward pass of `tokens` tokens begins: "prefill", "full", "little" or "big"."""
         if kind != "big":
             self.end_token()
-        self._kind, self._tokens = kind, tokens
+        for follower in self._followers:
+            follower.begin(kind)
+        self._kind, self._dense_ns = kind, self.cost.dense_ns(tokens)
         counters = self.ledger.counters
         self._begun = self._clock()
         if kind == "prefill":
@@ -137,7 +152,7 @@ class Residency:
         `experts` are the active ones, ascending, `counts` the tokens routed to each; `ahead` is a lookahead's signal.
         Residents come first.
         """
-        self.link.compute(self.cost.dense_ns(self._tokens), "dense")
+        self.link.compute(self._dense_ns, "dense")
         if self._kind == "prefill" or len(experts) > self.pool.size:
             yield from self._stream(layer, experts, counts)
         else:
@@ -145,57 +160,126 @@ class Residency:
         self._pump()
         self._plan()
 
+    def run_layer(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None = None
+    ) -> None:
+        """As `layer`, where nobody computes on the waves: a replay. No `counts` are one token each.
+
+        Without events to tell apart, all residents are one charge; what is decided, and when, is the same.
+        """
+        if self.ledger.keeps_events or self._kind == "prefill" or len(experts) > self.pool.size:
+            for _ in self.layer(layer, experts, counts or (1,) * len(experts), ahead):
+                pass
+            return
+        link, expert_ns = self.link, self.cost.expert_ns
+        link.compute(self._dense_ns, "dense")
+        keys, resident, coming, on_cpu = self._arrange(layer, experts, counts, ahead)
+        each = expert_ns(1)
+        if resident:
+            link.compute(sum(expert_ns(counts[i]) for i in resident) if counts else each * len(resident), "")
+        ready, in_turn = self.pool.ready, not self.strategy.overlap
+        for position in coming:
+            key = keys[position]
+            if key not in ready:
+                self._bring(key)
+            link.compute(expert_ns(counts[position]) if counts else each, key)
+            if in_turn:
+                link.join()
+        self._settle(layer, self._off_cpu(keys, on_cpu))
+        if self._wanted:
+            self._pump()
+        self._plan()
+
     def _hold(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None
     ) -> Iterator[Wave]:
         """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
-        pool, link, counters = self.pool, self.link, self.ledger.counters
-        ready, expert_ns = pool.ready, self.cost.expert_ns
-        keys = [(layer, expert) for expert in experts]
-        pool.pinned = set(keys)
-        if self._guessed:
-            self._refute(layer, experts)
-        resident, late, missing = [], [], []
-        for position, key in enumerate(keys):
-            if key in ready:
-                resident.append(position)
-            elif key in pool:
-                late.append(position)
-                link.promote(key)
-            else:
-                missing.append(position)
-        counters.hits += len(resident)
-        counters.late_prefetches += len(late)
-        counters.demand_loads += len(missing)
-        if self.strategy.overlap:
-            for position in missing:
-                link.submit(keys[position], self._slot_for(keys[position]), demand=True)
-        if self._lookahead is not None:
-            self._look(self._lookahead.routed(layer, experts, ahead))
+        pool, link, expert_ns = self.pool, self.link, self.cost.expert_ns
+        keys, resident, coming, on_cpu = self._arrange(layer, experts, counts, ahead)
         for position in resident:
             link.compute(expert_ns(counts[position]), keys[position])
         if resident:
             yield [(position, pool.slot(keys[position])) for position in resident]
-        for position in late + missing:
+        for position in on_cpu:
+            yield [(position, HOST)]
+        for position in coming:
             key = keys[position]
-            if key not in pool:
-                link.submit(key, self._slot_for(key), demand=True)
-            if key not in ready:
-                link.wait(key)
+            if key not in pool.ready:
+                self._bring(key)
             link.compute(expert_ns(counts[position]), key)
             yield [(position, pool.slot(key))]
             if not self.strategy.overlap:
                 link.join()
-        link.used([pool.slot(key) for key in keys])
-        pool.touch(keys)
+        held = self._off_cpu(keys, on_cpu)
+        link.used([pool.slot(key) for key in held])
+        self._settle(layer, held)
+
+    def _off_cpu(self, keys: list[Key], on_cpu: list[int]) -> list[Key]:
+        """The device waits for what the CPU has not finished; the keys that have a slot."""
+        if not on_cpu:
+            return keys
+        self.link.join_cpu(keys[on_cpu[-1]])
+        return [key for position, key in enumerate(keys) if position not in on_cpu]
+
+    def _arrange(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: np.ndarray | None
+    ) -> tuple[list[Key], list[int], list[int], list[int]]:
+        """The layer is routed: its keys, and by position which are resident, to be brought, or the CPU's to compute.
+
+        What is missing is asked for at once, unless loading takes turns with compute.
+        """
+        pool, link, counters = self.pool, self.link, self.ledger.counters
+        ready, key_of = pool.ready, self._keys[layer]
+        keys = [key_of[expert] for expert in experts]
+        pool.pinned = set(keys)
+        if self._guessed:
+            self._refute(layer, experts)
+        resident = [position for position, key in enumerate(keys) if key in ready]
+        coming: list[int] = []
+        on_cpu: list[int] = []
+        if len(resident) < len(keys):
+            missing = []
+            for position, key in enumerate(keys):
+                if key in ready:
+                    continue
+                if key in pool:
+                    coming.append(position)
+                    link.promote(key)
+                else:
+                    missing.append(position)
+            if self._placement is not None:
+                on_cpu = self._begin_on_cpu(keys, missing, counts or (1,) * len(keys))
+                counters.cpu_experts += len(on_cpu)
+            counters.late_prefetches += len(coming)
+            counters.demand_loads += len(missing)
+            coming += missing
+            if self.strategy.overlap:
+                for position in missing:
+                    key = keys[position]
+                    link.submit(key, self._slot_for(key), demand=True)
+        counters.hits += len(resident)
+        if self._lookahead is not None:
+            self._look(self._lookahead.routed(layer, experts, ahead))
+        return keys, resident, coming, on_cpu
+
+    def _bring(self, key: Key) -> None:
+        """Wait for an expert that is not there, asking for it if nobody has."""
+        if key not in self.pool:
+            self.link.submit(key, self._slot_for(key), demand=True)
+        self.link.wait(key)
+
+    def _settle(self, layer: int, keys: list[Key]) -> None:
+        """The layer is done: what it used is the most recent, and the strategy may keep it."""
+        pool = self.pool
         if pool.unproven:
-            counters.prefetch_useful += len(pool.pinned & pool.unproven)
+            self.ledger.counters.prefetch_useful += len(pool.pinned & pool.unproven)
             pool.unproven -= pool.pinned
         pool.pinned = frozenset()
         if self.strategy.retain == "nothing":
             for key in keys:
                 self._drop(key)
             return
+        pool.touch(keys)
         self._evict.used(layer, keys)
         if self._kind == "little":
             pool.protected.update(keys)
@@ -203,6 +287,17 @@ class Residency:
             pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
         if self.strategy.staging:
             self._clear_staging(layer)
+
+    def _begin_on_cpu(self, keys: Sequence[Key], missing: list[int], counts: Sequence[int]) -> list[int]:
+        """Give the CPU its share of the `missing` positions and take it off them; returns it, ascending."""
+        if self._placement is None or not missing:
+            return []
+        which = self._placement.on_cpu(keys[missing[0]][0], [counts[position] for position in missing])
+        on_cpu = sorted(missing[number] for number in which)
+        for position in on_cpu:
+            missing.remove(position)
+            self.link.on_cpu(self.cost.cpu_expert_ns(counts[position]), keys[position])
+        return on_cpu
 
     def _foresee(self, keys: Sequence[Key]) -> None:
         """Remember what was foreseen of each layer, to hold it against what its router says."""
@@ -248,20 +343,28 @@ class Residency:
         A strategy that keeps experts lets missing ones settle in slots that are still free; none is evicted.
         """
         pool, link, counters = self.pool, self.link, self.ledger.counters
+        for follower in self._followers:
+            follower.streamed(layer, experts, counts)
         keep = self.strategy.retain != "nothing"
-        missing = deque((layer, expert) for expert in experts if (layer, expert) not in pool)
+        keys = [(layer, expert) for expert in experts]
+        absent = [position for position, key in enumerate(keys) if key not in pool]
+        on_cpu = self._begin_on_cpu(keys, absent, counts)
+        counters.streamed_on_cpu += len(on_cpu)
+        missing = deque(keys[position] for position in absent)
         buffers = deque(range(pool.size, pool.size + STAGING))
         placed: dict[Key, int] = {}
         ahead = STAGING if self.strategy.overlap else 1
         self._landed.clear()
-        for position, (expert, count) in enumerate(zip(experts, counts, strict=True)):
-            key = (layer, expert)
+        for position, (key, count) in enumerate(zip(keys, counts, strict=True)):
             while missing and len(placed) < ahead:
                 coming = missing.popleft()
                 free = pool.take_free(coming) if keep else None
                 placed[coming] = buffers.popleft() if free is None else free
                 counters.streamed_loads += 1
                 link.submit(coming, placed[coming], demand=True)
+            if position in on_cpu:
+                yield [(position, HOST)]
+                continue
             slot = placed.pop(key, None)
             settled = key in pool
             if slot is None:
@@ -276,12 +379,15 @@ class Residency:
                 link.join()
             if not settled:
                 buffers.append(slot)
-                self._emptied(slot)
+                if self._emptied is not None:
+                    self._emptied(slot)
+        if on_cpu:
+            link.join_cpu(keys[on_cpu[-1]])
 
     def arrived(self, key: Key, slot: int) -> None:
         """The link's word that a copy has ended."""
         if slot < self.pool.size:
-            self.pool.arrived(key)
+            self.pool.ready.add(key)
             if self._planner is not None:
                 self._plan()
         else:
@@ -291,9 +397,9 @@ class Residency:
 
     def _slot_for(self, key: Key) -> int:
         """A slot for a demand load, whatever it takes: free, evicted, taken from a queued prefetch, or waited for."""
-        pool, victim_of = self.pool, self._evict.victim
+        pool, victim_of, staged = self.pool, self._evict.victim, self.strategy.staging > 0
         while True:
-            reserved = len(pool) - len(pool.unproven) >= self._for_proven
+            reserved = staged and len(pool) - len(pool.unproven) >= self._for_proven
             slot = None if reserved else pool.take_free(key)
             if slot is not None:
                 return slot
@@ -303,6 +409,11 @@ class Residency:
                 if slot is not None:
                     return slot
                 victim = victim_of(pool, key, protected=True)
+            if victim is not None and not staged:
+                slot = pool.replace(victim, key)
+                if self._emptied is not None:
+                    self._emptied(slot)
+                return slot
             if victim is not None:
                 self._drop(victim)
                 continue
@@ -355,4 +466,6 @@ class Residency:
         self.link.submit(key, slot, demand=False)
 
     def _drop(self, key: Key) -> None:
-        self._emptied(self.pool.release(key))
+        slot = self.pool.release(key)
+        if self._emptied is not None:
+            self._emptied(slot)

@@ -26,6 +26,10 @@ class HostStore:
         """One stacked weight of a layer, (experts, ...): a view of its rows, to read or to fill."""
         return self._views[layer][name]
 
+    def views(self, layer: int) -> dict[str, torch.Tensor]:
+        """All stacked weights of a layer by name, (experts, ...) each, where they lie."""
+        return self._views[layer]
+
     def reorder(self, order: Sequence[int]) -> None:
         """Layer i becomes the one that was at `order[i]`."""
         self.rows = [self.rows[number] for number in order]

@@ -8,8 +8,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
+from mobile.cost import CostModel
 from mobile.geometry import Geometry
-from mobile.policy import Eviction, Lookahead, Recent, Setting
+from mobile.policy import Eviction, Lookahead, Placement, Recent, Setting
 from mobile.refusal import Refused
 
 Retain = Literal["nothing", "some", "everything"]
@@ -57,13 +58,17 @@ def _top_k(geometry: Geometry) -> int:
 class Strategy:
     """One way to run a model that does not fit.
 
-    `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and drops those that `evict`
-    names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
-    `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
-    layer, and of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
-    a wrong one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. `foresight` says
-    that a policy needs the future, which only a replay has. `needs` gives the fewest slots with which the strategy does
-    what it is for; fewer, down to top-k, still run exactly.
+    - `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and drops those that `evict`
+      names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
+    - `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
+      layer. Of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that a wrong
+      one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. Where `evict` and
+      `lookahead` are one callable, one object answers both. `quasi` asks the next layer's router about what this layer
+      will probably leave (see `mobile.quasi`) instead of about its input.
+    - `on_cpu` has missing experts computed where they lie instead of loaded.
+    - `foresight` says that a policy needs the future, which only a replay has.
+    - `needs` gives the fewest slots with which the strategy does what it is for; fewer, down to top-k, still run
+      exactly.
     """
 
     name: str
@@ -78,13 +83,18 @@ class Strategy:
     lookahead: Callable[[Setting], Lookahead] | None = None
     staging: int = 0
     guesses: int = 0
+    quasi: bool = False
+    on_cpu: Callable[[CostModel], Placement] | None = None
     foresight: bool = False
     needs: Callable[[Geometry], int] = _top_k
 
     @property
     def routes_as_full_k(self) -> bool:
-        """Whether its routing is the full-K run's, so that one trace serves it and all others like it."""
-        return self.lossless and isinstance(self.gating, FullK)
+        """Whether its routing is the full-K run's, so that one trace serves it and all others like it.
+
+        Not where it foresees from something else than a layer's input, which only its own trace holds.
+        """
+        return self.lossless and isinstance(self.gating, FullK) and not self.quasi
 
 
 @cache

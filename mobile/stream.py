@@ -103,6 +103,12 @@ class StreamLink:
     def compute(self, ns: int, about: Key | str) -> None:
         self._advance()
 
+    def on_cpu(self, ns: int, about: Key) -> None:
+        self._advance()
+
+    def join_cpu(self, about: Key) -> None:
+        """The kernel computed it on this very thread, and has launched the copy of what came out."""
+
     def used(self, slots: Sequence[int]) -> None:
         self.channel.used(slots)
 

@@ -1,24 +1,22 @@
-"""Traces: the routing decisions of a run, saved without a tensor and replayable under another strategy."""
+"""Traces: the routing decisions of a run, replayable under another strategy. `mobile.tracefile` defines their file."""
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from mobile import tracefile
 from mobile.ledger import Counters
 from mobile.policy import Visit
-from mobile.refusal import Refused
 from mobile.residency import Residency
 
-FORMAT = "mobile-trace-2"
 Kind = Literal["prefill", "full", "little", "big"]
-KINDS: tuple[Kind, ...] = ("prefill", "full", "little", "big")
+KINDS: tuple[Kind, ...] = ("prefill", "full", "little", "big")  # a file numbers them in this order
 Experts = tuple[tuple[int, ...], ...]  # per MoE layer of the recorded model, ascending
 
 
@@ -30,6 +28,7 @@ class Step:
     `confidence` is the highest softmax probability after a little pass, `predicted` the experts per layer that
     a fallback expected before its big pass. `ahead` (layers - 1, experts), float16, holds for each layer but the last
     the next layer's router logits on this layer's router input: all that next-layer predictors need of that input.
+    (Recorded under `Strategy.quasi`, they are logits on what stands in for it, and serve no other kind of lookahead.)
     """
 
     kind: Kind
@@ -55,14 +54,13 @@ def run(step: Step, residency: Residency, stands_for: Sequence[Sequence[int]]) -
     ahead = None if step.ahead is None else step.ahead[:, None]
     for mine, layers in enumerate(stands_for):
         experts = step.experts[mine]
-        counts = step.counts[mine] if step.counts else (1,) * len(experts)
+        counts = step.counts[mine] if step.counts else ()
         for layer in layers:
             signal = None
             if ahead is not None:
                 source = foreseen_from(mine, layer == layers[-1], len(stands_for))
                 signal = None if source is None else ahead[source]
-            for _ in residency.layer(layer, experts, counts, signal):
-                pass
+            residency.run_layer(layer, experts, counts, signal)
     residency.finish()
 
 
@@ -97,9 +95,8 @@ def replay(requests: Iterable[Request], residency: Residency, stands_for: Sequen
     return taken
 
 
-def _pack(rows: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(row) for row in rows], dtype=np.uint16)
-    return lengths, np.array([value for row in rows for value in row], dtype=np.uint16)
+def _pack(rows: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    return [len(row) for row in rows], [value for row in rows for value in row]
 
 
 def _unpack(lengths: np.ndarray, values: np.ndarray) -> list[tuple[int, ...]]:
@@ -109,59 +106,41 @@ def _unpack(lengths: np.ndarray, values: np.ndarray) -> list[tuple[int, ...]]:
 
 
 def save(path: Path, requests: Sequence[Request], layers: int, about: dict[str, Any]) -> None:
-    """Write requests of a model with `layers` MoE layers as a compressed numpy archive; `about` is any JSON."""
+    """Write requests of a model with `layers` MoE layers; see `mobile.tracefile` for the format and for `about`."""
     steps = [step for request in requests for step in request]
     empty: Experts = ((),) * layers
-    arrays: dict[str, np.ndarray] = {
-        "kind": np.array([KINDS.index(s.kind) for s in steps], dtype=np.uint8),
-        "tokens": np.array([s.tokens for s in steps], dtype=np.uint32),
-        "confidence": np.array([np.nan if s.confidence is None else s.confidence for s in steps], dtype=np.float64),
-        "request_steps": np.array([len(request) for request in requests], dtype=np.uint32),
+    columns: dict[str, Any] = {
+        "request_steps": [len(request) for request in requests],
+        "kind": [KINDS.index(s.kind) for s in steps],
+        "tokens": [s.tokens for s in steps],
+        "confidence": [np.nan if s.confidence is None else s.confidence for s in steps],
     }
     for name in ("experts", "counts", "predicted"):
         rows = [row for step in steps for row in (getattr(step, name) or empty)]
-        arrays[f"{name}_lengths"], arrays[f"{name}_values"] = _pack(rows)
+        columns[f"{name}_lengths"], columns[f"{name}_values"] = _pack(rows)
     told = [(i, step.ahead) for i, step in enumerate(steps) if step.ahead is not None]
-    arrays["ahead_steps"] = np.array([i for i, _ in told], dtype=np.uint32)
-    arrays["ahead"] = np.stack([ahead for _, ahead in told]) if told else np.empty((0, layers - 1, 0), np.float16)
-    header = json.dumps({"format": FORMAT, "layers": layers, "about": about}, sort_keys=True).encode()
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, header=np.frombuffer(header, dtype=np.uint8), **arrays)
-    partial.replace(path)
+    columns["ahead_steps"] = [i for i, _ in told]
+    columns["ahead"] = [ahead for _, ahead in told] or np.empty((0, layers - 1, 0))
+    tracefile.write(path, {n: np.array(columns[n], dtype) for n, (dtype, _) in tracefile.ARRAYS.items()}, layers, about)
 
 
 def load(path: Path) -> tuple[list[Request], dict[str, Any]]:
-    """Requests and `about` of a saved trace. Raises Refused for a truncated or foreign file."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(archive["header"].tobytes())
-            if header["format"] != FORMAT:
-                raise Refused(f"{path} is a trace of format {header['format']}; this version reads {FORMAT}.")
-            data = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, Refused):
-            raise
-        raise Refused(f"{path} is not a complete {FORMAT} file; record it again.") from error
-    layers = header["layers"]
+    """Requests and `about` of a saved trace. Raises Refused for a file that is not a whole and sound trace."""
+    data, layers, about = tracefile.read(path)
     per_layer = {
         name: _unpack(data[f"{name}_lengths"], data[f"{name}_values"]) for name in ("experts", "counts", "predicted")
     }
     ahead = dict(zip(data["ahead_steps"].tolist(), data["ahead"], strict=True))
+    sure = data["confidence"].tolist()
     steps = []
-    for i, kind in enumerate(data["kind"].tolist()):
-        rows = {name: tuple(per_layer[name][i * layers : (i + 1) * layers]) for name in per_layer}
-        confidence = float(data["confidence"][i])
+    for i, (kind, tokens) in enumerate(zip(data["kind"].tolist(), data["tokens"].tolist(), strict=True)):
+        experts, counts, predicted = (tuple(rows[i * layers : (i + 1) * layers]) for rows in per_layer.values())
         steps.append(
             Step(
-                kind=KINDS[kind], tokens=int(data["tokens"][i]), experts=rows["experts"],
-                counts=rows["counts"] if any(rows["counts"]) else (),
-                confidence=None if np.isnan(confidence) else confidence,
-                predicted=rows["predicted"] if KINDS[kind] == "big" else (), ahead=ahead.get(i),
+                kind=KINDS[kind], tokens=tokens, experts=experts, counts=counts if any(counts) else (),
+                confidence=None if sure[i] != sure[i] else sure[i],
+                predicted=predicted if KINDS[kind] == "big" else (), ahead=ahead.get(i),
             )
         )  # fmt: skip
-    requests, start = [], 0
-    for n in data["request_steps"].tolist():
-        requests.append(steps[start : start + n])
-        start += n
-    return requests, header["about"]
+    left = iter(steps)
+    return [list(islice(left, n)) for n in data["request_steps"].tolist()], about

@@ -61,8 +61,26 @@ def share(records: Sequence[Record], part: str, whole: str) -> float | None:
     return sum(record.counters[part] for record in records) / below if below else None
 
 
+def foreseen(records: Sequence[Record]) -> dict[int, tuple[int, int, int]]:
+    """By MoE layer: experts foreseen, of them right, and needed, summed over cells. Empty where nothing is foreseen."""
+    layers: dict[int, tuple[int, int, int]] = {}
+    for record in records:
+        for layer, *seen in record.guesses:
+            before = layers.get(layer, (0, 0, 0))
+            layers[layer] = (before[0] + seen[0], before[1] + seen[1], before[2] + seen[2])
+    return dict(sorted(layers.items()))
+
+
+def wasted_bytes(records: Sequence[Record]) -> int:
+    """Bytes of prefetched experts that no step used."""
+    return sum(
+        (r.counters["prefetch_loads"] - r.counters["prefetch_useful"]) * r.config["expert_nbytes"] for r in records
+    )
+
+
 def hit_rate(records: Sequence[Record]) -> float | None:
     """Experts that were ready when a decode step asked for them, over all it asked for."""
     hits = sum(record.counters["hits"] for record in records)
-    asked = hits + sum(record.counters["demand_loads"] + record.counters["late_prefetches"] for record in records)
+    absent = ("demand_loads", "late_prefetches", "cpu_experts")
+    asked = hits + sum(record.counters.get(name, 0) for record in records for name in absent)
     return hits / asked if asked else None

@@ -18,6 +18,19 @@ GAMMA_SWEEP = (
     "Each point is a threshold gamma; bars are the 95 % interval of the paired difference to full K. The square is "
     "static K/2, which never falls back."
 )
+FORESIGHT = (
+    "Recall is the share of the experts a layer needed that had been foreseen, precision the share of the foreseen "
+    "that were needed; MoBiLE foresees only when it falls back. What was fetched and not used is wasted on the link. "
+    "A layer of the small model stands for several of the real one; each is foreseen as well as a recorded layer is."
+)
+RECALL = (
+    "Recall by depth, at the fewest slots each strategy needs. Layers that nothing foresees have no point; strategies "
+    "that run what they foresee, right or wrong, are left out."
+)
+HITS = (
+    "Hit rate of the cache alone. Belady's rule knows the future and is the most that any eviction could reach; what a "
+    "real rule leaves below it is the room there is."
+)
 TIMELINE = (
     "Three decode tokens. The link copies one expert at a time; the GPU computes or stalls. Where MoBiLE falls back, "
     "its big pass finds half of its experts in place and most of the others on their way."
@@ -105,7 +118,7 @@ def _opening(results: Results, paper: dict[str, Any]) -> str:
 
 
 def _model_sections(results: Results, model: str, paper: dict[str, Any]) -> list[Section]:
-    budgets = [b for b in results.values("budget") if b != "all"]
+    budgets = [b for b in results.values("budget") if b != "all" and not b.endswith("%")]
     record = results.pick(model=model)[0]
     dressed = f"{model} stands for {record.geometry} on {record.hardware}"
     gamma_figure, timeline = plots.gamma_sweep(results, model), plots.token_timeline(results, model)
@@ -135,6 +148,14 @@ def _model_sections(results: Results, model: str, paper: dict[str, Any]) -> list
             ),
             (tables.accuracies(results, model, paper["accuracy"]["margin_points"]),
              tables.gammas(results, model, paper["accuracy"]["margin_points"])),
+        ),
+        Section(
+            f"What can be foreseen: {model}",
+            (FORESIGHT,),
+            tuple(t for t in (*(tables.foresight(results, model, budget) for budget in budgets),
+                              tables.foresight_by_layer(results, model)) if t.rows),
+            (*_figure("recall_by_layer.svg", RECALL, plots.recall_by_layer(results, model)),
+             *_figure("hits_by_size.svg", HITS, plots.hits_by_size(results, model))),
         ),
         Section(f"Accuracy against speed: {model}", figures=_figure("gamma_sweep.svg", GAMMA_SWEEP, gamma_figure)),
         Section(f"Where a token's time goes: {model}", figures=_figure("token_timeline.svg", TIMELINE, timeline)),

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from reports.compare import accuracy, count, name, speedup, total
+from reports.compare import accuracy, count, foreseen, hit_rate, name, speedup, total
 from reports.results import Results
 from reports.tables import baselines, default_gamma, rows_by_strategy
 
@@ -31,7 +31,7 @@ def _svg(figure: Any) -> str:
 def gamma_sweep(results: Results, model: str) -> str | None:
     """Accuracy, all tasks pooled, against speedup over on-demand-overlap at the smallest budget."""
     base = baselines(results, "smallest", model).get("on-demand-overlap")
-    groups = [g for g in rows_by_strategy(results, "smallest", model) if not g[0].lossless]
+    groups = [g for g in rows_by_strategy(results, "smallest", model) if g[0].strategy in ("static-half", "mobile")]
     reference = results.pool(model=model, strategy="resident")
     if not base or not groups or not reference:
         return None
@@ -59,6 +59,54 @@ def gamma_sweep(results: Results, model: str) -> str | None:
         axes.set_xlabel("speedup over on-demand-overlap (decode, projected)")
         axes.set_ylabel("score, all tasks (%)")
         axes.legend(frameon=False, loc="lower left")
+        return _svg(figure)
+
+
+LINES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#D55E00", ":"), ("#CC79A7", "-"), ("#56B4E9", "--"),
+         ("#333333", "-."), ("#999999", ":"))  # fmt: skip
+
+
+def hits_by_size(results: Results, model: str) -> str | None:
+    """Decode hit rate against the share of all experts that have a slot, for strategies that only cache."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for strategy in dict.fromkeys(r.strategy for r in results.pick(model=model) if r.budget.endswith("%")):
+        for budget in results.values("budget"):
+            group = results.pool(model=model, strategy=strategy, budget=budget)
+            rate = hit_rate(group) if group else None
+            if rate is not None:
+                config = group[0].config
+                curves.setdefault(strategy, []).append(
+                    (100 * (group[0].slots or 0) / (config["moe_layers"] * config["experts"]), 100 * rate)
+                )
+    return _lines(curves, "slots, % of all experts", "decode hit rate (%)") if curves else None
+
+
+def recall_by_layer(results: Results, model: str) -> str | None:
+    """How many of the experts that a layer needed were foreseen, by depth, at the smallest budget."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for group in rows_by_strategy(results, "smallest", model):
+        layers = foreseen(group)
+        executed = not group[0].lossless and group[0].gamma is None  # what runs its guesses is never wrong
+        if layers and not executed and not group[0].config["swept"]:
+            curves[name(group[0])] = [(layer, 100 * right / needed) for layer, (_, right, needed) in layers.items()]
+    return _lines(curves, "MoE layer", "recall (%)") if curves else None
+
+
+def _lines(curves: dict[str, list[tuple[float, float]]], x: str, y: str) -> str:
+    """One line a name, told apart by dashes as well as colour, and named beside its end."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 4.2))
+        ends = []
+        for (label, points), (colour, dashes) in zip(curves.items(), LINES * 3, strict=False):
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot(xs, ys, color=colour, linestyle=dashes, marker="o", markersize=3, label=label)
+            ends.append((ys[-1], xs[-1], label, colour))
+        gap, last = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0]), -1e9
+        for end, right, label, colour in sorted(ends):
+            last = max(end, last + gap)
+            axes.annotate(label, (right, last), textcoords="offset points", xytext=(8, -3), color=colour)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
         return _svg(figure)
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reports.compare import accuracy, count, hit_rate, name, share, speedup, tokens_per_s, total
+from reports.compare import (
+    accuracy,
+    count,
+    foreseen,
+    hit_rate,
+    name,
+    share,
+    speedup,
+    tokens_per_s,
+    total,
+    wasted_bytes,
+)
 from reports.results import Results
 from reports.stats import Interval, wilson
 from reports.verdict import verdict
@@ -83,6 +94,46 @@ def speed(results: Results, model: str, budget: str) -> Table:
     head = ("strategy", "lossless", "slots", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token", "hits",
             "fallbacks", "stalled", "TTFT ms")  # fmt: skip
     return Table(f"Decode speed, {title}", head, tuple(rows))
+
+
+def foresight(results: Results, model: str, budget: str) -> Table:
+    """What strategies that load ahead foresaw, all layers and tasks together, and what it cost."""
+    rows = []
+    for group in rows_by_strategy(results, budget, model):
+        layers = foreseen(group).values()
+        if not layers or group[0].config["swept"]:
+            continue
+        guessed, right, needed = (sum(column) for column in zip(*layers, strict=True))
+        tokens = total(group, "decode_tokens")
+        rows.append(
+            (
+                name(group[0]),
+                f"{group[0].slots:,}",
+                _percent(right / needed),
+                _percent(right / guessed) if guessed else "-",
+                _percent(share(group, "prefetch_useful", "prefetch_loads")),
+                f"{wasted_bytes(group) / tokens / 1e9:.3f}",
+                _percent(hit_rate(group)),
+                _percent(share(group, "decode_stall_seconds", "decode_seconds")),
+            )
+        )
+    head = ("strategy", "slots", "recall", "precision", "fetched and used", "wasted GB/token", "hits", "stalled")
+    title = {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {budget}")
+    return Table(f"What was foreseen, {title}", head, tuple(rows))
+
+
+def foresight_by_layer(results: Results, model: str) -> Table:
+    """Recall and precision of each layer's guesses, at the smallest budget."""
+    groups = [g for g in rows_by_strategy(results, "smallest", model) if foreseen(g) and not g[0].config["swept"]]
+    seen = [foreseen(group) for group in groups]
+    rows = []
+    for layer in sorted({layer for layers in seen for layer in layers}):
+        cells = []
+        for layers in seen:
+            guessed, right, needed = layers.get(layer, (0, 0, 0))
+            cells.append(f"{_percent(right / needed)} / {_percent(right / guessed)}" if guessed else "-")
+        rows.append((str(layer), *cells))
+    return Table("Recall / precision by MoE layer", ("layer", *(name(g[0]) for g in groups)), tuple(rows))
 
 
 def default_gamma(results: Results, model: str) -> float | None:
@@ -170,7 +221,7 @@ def verdicts(results: Results, model: str, paper: dict[str, Any]) -> Table:
     """The paper's speedup band against ours, for each budget and baseline flavour."""
     gamma, rows = default_gamma(results, model), []
     band = paper["speedup"]
-    for budget in (b for b in results.values("budget") if b != "all"):
+    for budget in (b for b in results.values("budget") if b != "all" and not b.endswith("%")):
         group = results.pool(model=model, strategy="mobile", gamma=gamma, budget=budget)
         bases = baselines(results, budget, model)
         for flavour in FLAVOURS:

@@ -52,7 +52,7 @@ class EngineLM(LM):
         outputs = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):
             chunk = order[start : start + self._batch_size]
-            with self.model.mobile.recording() as recorded:
+            with self.model.mobile.recording(ahead=True) as recorded:
                 answered = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
             for i, (text, tokens), request in zip(chunk, answered, recorded, strict=True):
                 outputs[i] = text

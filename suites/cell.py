@@ -58,6 +58,7 @@ def time_cell(cell: Cell, run: RunFolder) -> Record:
         environment=environment(), items=items, counters=ledger.stats(),
         ceiling_tokens_per_s=on.geometry.on_demand_ceiling(card.link_gb_per_s), checks=answers["checks"],
         timeline=drawn if cell.budget == "smallest" else (),
+        guesses=tuple((layer, *seen) for layer, seen in sorted(ledger.guesses.items())),
         wall_seconds=time.monotonic() - begun,
     )  # fmt: skip
 

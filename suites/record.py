@@ -2,6 +2,7 @@
 
 format history
     1  first
+    2  guesses
 
 Unknown is null, never 0; an error is never a result; times are integer nanoseconds.
 """
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
 
 
@@ -91,6 +92,7 @@ class Record:
     ceiling_tokens_per_s: float | None = None
     checks: dict[str, bool] = field(default_factory=dict)
     timeline: tuple[tuple[str, int, int, str], ...] = ()  # what, start and end in ns, name
+    guesses: tuple[tuple[int, int, int, int], ...] = ()  # MoE layer; experts foreseen of it, of them right, and needed
     wall_seconds: float | None = None
     schema: int = SCHEMA
 
@@ -117,4 +119,5 @@ def load(path: Path) -> Record:
         raise ValueError(f"{path} is not a record: fields {sorted(set(data) ^ known)} are missing or unknown")
     data["items"] = tuple(Item(**item) for item in data["items"])
     data["timeline"] = tuple(tuple(event) for event in data["timeline"])
+    data["guesses"] = tuple(tuple(layer) for layer in data["guesses"])
     return Record(**data)

@@ -96,6 +96,10 @@ def as_process(*argv: str, **options) -> subprocess.CompletedProcess:
         (("trace", MODEL, "--prompts", "absent.txt", "--out", "t.npz"), "Cannot read the prompts in absent.txt"),
         (("trace", MODEL, "--prompts", "-", "--out", "t.npz"), "standard input has no prompts"),
         (("trace", MODEL, "--prompts", "-", "--out", "absent/t.npz"), "a folder that exists"),
+        (("replay", "absent.npz"), "Cannot read absent.npz (No such file or directory)"),
+        (("replay", "absent.npz", "--plot", "t.pdf"), "ends in .svg or .png"),
+        (("replay", "absent.npz", "--plot", "absent/t.svg"), "a folder that exists"),
+        (("replay", "absent.npz", "--sweep", "--slots", "9"), "not allowed with"),
     ],
 )
 def test_a_wrong_command_line_is_refused_in_one_sentence(cli, argv, says):
@@ -598,6 +602,143 @@ def test_a_line_that_is_no_prompt_is_named(cli, tmp_path, second):
     assert ran.code == 2
     assert "ine 2 of standard input" in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- replay -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A trace of two prompts under a strategy, recorded once."""
+    folder, prompts = tmp_path_factory.mktemp("traces"), "Q: not True is\nQ: True and False is\n"
+
+    def record(strategy: str) -> str:
+        path = folder / f"{strategy}.npz"
+        if not path.exists():
+            (folder / "prompts.txt").write_text(prompts)
+            arguments = ("--prompts", str(folder / "prompts.txt"), "--out", str(path), "--strategy", strategy)
+            assert main(["trace", MODEL, *arguments, "--max-new-tokens", "24", *BUDGET]) == 0
+        return str(path)
+
+    return record
+
+
+def by_strategy(ran: Ran) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for result in ran.json["results"]:
+        found.setdefault(result["strategy"], []).append(result)
+    return found
+
+
+def test_a_replay_says_what_the_live_run_of_each_strategy_says(cli, recorded):
+    """Same prompts, so the same tokens: what is projected of a strategy from another's trace is what it then does."""
+    path = recorded("lru")
+    ran = cli("replay", path, "--strategy", "lru", "--strategy", "next-gate", "--slots", "40", "--json")
+    for name, (projected,) in by_strategy(ran).items():
+        live = cli(
+            "trace", MODEL, "--prompts", str(Path(path).parent / "prompts.txt"), "--out", f"{path}.{name}.npz",
+            "--strategy", name, "--max-new-tokens", "24", "--slots", "40", "--json", *FP32,
+        ).json["stats"]  # fmt: skip
+        assert projected["hit_rate"] == live["hit_rate"]
+        assert projected["tokens_per_s"] == pytest.approx(live["tokens"] / live["decode_seconds"], rel=1e-12)
+        assert projected["stall_share"] == pytest.approx(live["decode_stall_seconds"] / live["decode_seconds"])
+        assert projected["gb_per_token"] == pytest.approx(live["decode_bytes"] / live["tokens"] / 1e9)
+
+
+def test_without_a_choice_all_strategies_run_that_route_as_the_trace_does(cli, recorded):
+    ran = cli("replay", recorded("lru"), "--geometry", "olmoe-1b-7b", "--json")
+    found = by_strategy(ran)
+    assert set(found) == {name for name, one in strategies().items() if one.routes_as_full_k}
+    assert set(found) | set(ran.json["left_out"]) == set(strategies())
+    assert ran.json["projected"] is True
+    assert (ran.json["recorded_by"], ran.json["geometry"]["name"]) == ("lru", "olmoe-1b-7b")
+    smallest, largest = found["lru"]
+    assert smallest["slots"] == 16 * 8 < largest["slots"]
+    assert smallest["memory_nbytes"] < largest["memory_nbytes"] <= 16 * 2**30
+    assert smallest["hit_rate"] < largest["hit_rate"] < 1
+    (resident,) = found["resident"]
+    assert (resident["hit_rate"], resident["gb_per_token"], resident["stall_share"]) == (1, 0, 0)
+    assert found["on-demand"][0]["hit_rate"] == 0
+    assert found["lru"][0]["prefetch_recall"] is None
+    assert 0 < found["next-gate"][0]["prefetch_recall"] <= 1
+    assert 0 < found["next-gate"][0]["prefetch_precision"] <= 1
+    assert all(result["wasted_prefetch_gb"] >= 0 for results in found.values() for result in results)
+
+
+def test_a_two_pass_trace_replays_under_mobile_alone(cli, recorded):
+    path = recorded("mobile")
+    ran = cli("replay", path, "--json")
+    assert set(by_strategy(ran)) == {"mobile"}
+    assert by_strategy(ran)["mobile"][0]["fallback_rate"] > 0
+    assert cli("replay", path, "--gamma", "0.7", "--json").json["results"] == ran.json["results"]
+    for options, says in (
+        (("--strategy", "lru"), "other experts than mobile did, so its tokens would differ"),
+        (("--gamma", "1.5"), "at gamma 1.5 it would decide"),
+    ):
+        refused = cli("replay", path, *options)
+        assert refused.code == 2
+        assert says in refused.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--strategy", "mobile"), "its tokens would differ; record one under it."),
+        (("--strategy", "magic"), "Unknown strategy 'magic'"),
+        (("--gamma", "0.5"), "leave --gamma out"),
+        (("--slots", "7"), "give at least 8"),
+        (("--memory", "1MiB"), "cannot hold"),
+        (("--geometry", "qwen3-30b-a3b"), "cannot stand for it"),
+        (("--hardware", "abacus"), "Unknown hardware"),
+    ],
+)
+def test_what_a_trace_cannot_answer_is_refused(cli, recorded, options, says):
+    ran = cli("replay", recorded("lru"), *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert says in ran.err
+
+
+def test_a_trace_that_does_not_say_what_it_is_of_is_refused(cli, recorded, tmp_path):
+    requests, about = trace.load(Path(recorded("lru")))
+    for changed, says in (
+        ({}, "does not say which model and strategy"),
+        ({**about, "strategy": "magic"}, "recorded under 'magic', which is not installed"),
+    ):
+        trace.save(tmp_path / "t.npz", requests, 4, changed)
+        assert says in cli("replay", str(tmp_path / "t.npz")).err
+    trace.save(tmp_path / "t.npz", [request[:1] for request in requests], 4, about)
+    assert "holds no decoded token" in cli("replay", str(tmp_path / "t.npz")).err
+    bare = [[replace(step, ahead=None) for step in request] for request in requests]
+    trace.save(tmp_path / "t.npz", bare, 4, about)
+    assert "lacks the router logits" in cli("replay", str(tmp_path / "t.npz"), "--strategy", "next-gate").err
+
+
+def test_a_sweep_is_drawn_with_a_label_at_each_curve(cli, recorded, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = tmp_path / "hit.svg"
+    ran = cli("replay", recorded("lru"), "--sweep", "--plot", str(drawn), "--json")
+    rates = [result["hit_rate"] for result in by_strategy(ran)["lru"]]
+    assert rates == sorted(rates)
+    assert len(rates) == 9
+    first = drawn.read_text()
+    assert all(f">{name}<" in first for name in by_strategy(ran))
+    cli("replay", recorded("lru"), "--sweep", "--plot", str(drawn))
+    assert drawn.read_text() == first
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_is_replayed(cli, monkeypatch):
+    monkeypatch.setattr("mobile.cli.curves.find_spec", lambda name: None)
+    ran = cli("replay", "absent.npz", "--plot", "hit.svg")
+    assert ran.code == 2
+    assert "--plot needs matplotlib" in ran.err
+
+
+def test_the_table_of_a_replay_names_what_is_left_out_on_stderr(cli, recorded):
+    ran = cli("replay", recorded("lru"), "--slots", "32", "64", "--slots", "128")
+    assert ran.code == 0
+    assert ran.out.count("\nlru ") == 3
+    assert "Without a cache 25 GB/s carry" in ran.out
+    assert ran.err.startswith("Left out: mobile, ")
 
 
 # --- as a process -----------------------------------------------------------------------------------

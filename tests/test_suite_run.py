@@ -114,7 +114,7 @@ def test_a_cell_that_fails_is_printed_and_stops_nothing_else(finished, preset, t
     assert "9 of 11 cells have records" in done.stdout
     absent = dict(read(out).absent)
     assert len(absent) == 2
-    assert all("not a complete mobile-trace-1 file" in why for why in absent.values())
+    assert all("not a complete mobile-trace-2 file" in why for why in absent.values())
     built = subprocess.run(
         [sys.executable, "-m", "reports", "build", str(out)], cwd=ROOT, capture_output=True, text=True
     )
@@ -133,7 +133,7 @@ def test_the_page_is_whole(finished):
         assert needed in text
     assert "REPRODUCED:" in page
     assert ">REPRODUCED<" not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert not re.search(r"""(src|href)=["']?https?:|url\(https?:|@import""", page), "the page must open offline"
     assert (finished / "gamma_sweep.svg").is_file()
 

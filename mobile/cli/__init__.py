@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mobile.cli import chat, doctor, generate, plan, serve, trace
+from mobile.cli import chat, doctor, generate, plan, replay, serve, trace
 from mobile.refusal import Refused
 
 EXAMPLES = """
@@ -19,6 +19,7 @@ examples:
   mobile chat allenai/OLMoE-1B-7B-0924-Instruct --memory 8GiB
   mobile serve FOLDER --memory 8GiB                 then: http://localhost:8000/v1
   mobile trace FOLDER --prompts prompts.jsonl --out trace.npz
+  mobile replay trace.npz --sweep                   what other strategies and cache sizes would make of it
 
 `mobile COMMAND --help` explains one command.
 """
@@ -40,7 +41,7 @@ def build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (plan, doctor, generate, chat, serve, trace):
+    for command in (plan, doctor, generate, chat, serve, trace, replay):
         command.declare(commands)
     return parser
 

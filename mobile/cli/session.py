@@ -128,7 +128,7 @@ def line(model: Any, before: dict[str, Any]) -> str:
     parts = [f"{spent['prompt_tokens']} prompt + {spent['tokens']} decoded tokens"]
     if spent["decode_seconds"] > 0:
         parts.append(f"{spent['tokens'] / spent['decode_seconds']:.1f} tokens per {unit}")
-    touched = spent["hits"] + spent["demand_loads"] + spent["late_prefetches"]
+    touched = spent["hits"] + spent["demand_loads"] + spent["late_prefetches"] + spent["cpu_experts"]
     if touched:
         parts.append(f"{spent['hits'] / touched:.1%} hits")
     if isinstance(model.mobile.strategy.gating, BigLittle) and spent["tokens"]:

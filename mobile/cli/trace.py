@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     before = engine.stats()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
-    with engine.recording() as requests, progress:
+    with engine.recording(ahead=True) as requests, progress:
         for prompt in progress.track(prompts, description="prompts"):
             ids = opened.encode([{"role": "user", "content": prompt}])
             opened.generate(ids)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mobile.residency import Wave
+from mobile.residency import HOST, Wave
 
-Views = Mapping[str, torch.Tensor]  # the slots' weights by name, (slots, ...)
+Views = Mapping[str, torch.Tensor]  # weights by name, (slots, ...), or (experts, ...) where they lie in the host store
 
 
 class Groups(NamedTuple):
@@ -26,7 +26,7 @@ class Groups(NamedTuple):
     ranks: torch.Tensor
 
 
-Kernel = Callable[[Any, torch.Tensor, torch.Tensor, Groups, Iterable[Wave], Views], torch.Tensor]
+Kernel = Callable[..., torch.Tensor]  # of module, hidden, weights, groups, waves, views, and host where the CPU helps
 
 
 def group(index: torch.Tensor, experts: int) -> Groups:
@@ -49,11 +49,14 @@ def group(index: torch.Tensor, experts: int) -> Groups:
 
 
 def loop(
-    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views
-) -> torch.Tensor:
+    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views,
+    host: Views | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Sum of weighted expert outputs, (tokens, H), in ascending expert order: the reference, one product at a time.
 
-    hidden (tokens, H), weights (tokens, K).
+    hidden (tokens, H), weights (tokens, K). What a wave leaves in HOST is computed on the CPU from `host`, the layer's
+    own rows: the same product where the device is the CPU too, equal up to rounding elsewhere. The CPU works on the
+    calling thread, while a GPU runs what was launched before (not tested on one yet).
     """
     result = torch.zeros_like(hidden)
     scales = weights[groups.tokens, groups.ranks, None]
@@ -63,15 +66,21 @@ def loop(
         for position, slot in wave:
             pairs = slice(groups.starts[position], groups.starts[position] + groups.counts[position])
             tokens = groups.tokens[pairs]
-            outer = _expert(module, hidden[tokens], slot, views) * scales[pairs]
-            held[position] = tokens, outer.to(result.dtype)
+            if slot == HOST:
+                assert host is not None, "a strategy that computes on the CPU is given the rows there"
+                outer = expert_output(module, hidden[tokens].cpu(), groups.experts[position], host).to(hidden.device)
+            else:
+                outer = expert_output(module, hidden[tokens], slot, views)
+            held[position] = tokens, (outer * scales[pairs]).to(result.dtype)
         while turn in held:
             result.index_add_(0, *held.pop(turn))
             turn += 1
     return result
 
 
-def _expert(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
+def expert_output(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
+    """What one expert makes of x (pairs, H), unweighted: (pairs, H)."""
+
     def project(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = views[name][slot]
         y = x @ weight if module.is_transposed else nn.functional.linear(x, weight)

@@ -1,0 +1,111 @@
+"""Predictors trained on traces name the next layer's experts (nearest kin: ProMoE, Song et al., arXiv 2410.22134).
+
+One predictor a layer, from what this layer's input and routing say to the next layer's experts: `ridge`, a closed form,
+or `mlp`, one hidden layer as in ProMoE. Cache and staging are next-gate's, so that only the guess differs.
+Lossless: a wrong guess is loaded in vain, unlike SiDA (2310.18859), which executes it. Changed: the input is seen
+through the next layer's router (its logits on this layer's input, as many numbers as experts) and through the experts
+chosen here, not whole; one layer ahead (ProMoE: a stride); no predictor's own time is charged. ProMoE claims 2.20x
+in prefill and 2.07x in decode on average. MoBiLE holds the training against them, so a file tells what it took:
+
+    python -m baselines.trained_predictor fit --trace TRACE.npz ... --out predictor.npz
+
+with traces recorded under `model.mobile.recording(ahead=True)`; then `trained_predictor("predictor.npz")` is the
+Strategy. The registered `trained-predictor` has no file and learns as it goes, from decode tokens of batch 1: it
+guesses as next-gate does up to the first number in FITTED_AT, fits a ridge on what it saw, and fits anew at the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from baselines.next_gate import NEXT_GATE, STAGING, likeliest
+from baselines.predictor import Examples, Kind, Predictor
+from mobile.ledger import Key
+from mobile.policy import Setting
+from mobile.refusal import Refused
+from mobile.strategy import Strategy
+from mobile.trace import foreseen_from
+
+FITTED_AT = (512, 1024, 2048, 4096)  # tokens seen; with fewer a ridge guesses worse than next-gate
+
+
+class Trained:
+    """Guess the next layer's top-k experts with a predictor: a given one, or one fitted on what is seen first.
+
+    In a dressed model a layer's successor may be charged with the same recorded routing. A guess is therefore made
+    from the recorded layer before the one to come, and never knows what it is to guess.
+    """
+
+    def __init__(self, setting: Setting, predictor: Predictor | None = None, kind: Kind = "ridge") -> None:
+        geometry = setting.geometry
+        stands_for = setting.stands_for or tuple((layer,) for layer in range(geometry.moe_layers))
+        self._layers, self._experts, self._guesses = len(stands_for), geometry.experts, geometry.top_k
+        self._place = {each: (mine, each == layers[-1]) for mine, layers in enumerate(stands_for) for each in layers}
+        self._chosen: list[Sequence[int]] = [()] * self._layers  # by recorded layer, in the step that runs
+        self._logits: list[np.ndarray | None] = [None] * self._layers
+        self._kind = kind
+        self.predictor = predictor
+        self._seen = None if predictor is not None else Examples(self._layers, self._experts)
+        if predictor is not None and predictor.shape != (self._layers - 1, self._experts):
+            raise Refused(
+                f"This predictor was fitted for {predictor.shape[0] + 1} layers of {predictor.shape[1]} experts, and "
+                f"the model has {self._layers} of {self._experts}; fit one on the model's own traces."
+            )
+
+    def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
+        mine, last = self._place[layer]
+        self._chosen[mine] = experts
+        source = foreseen_from(mine, last, self._layers)
+        if source is None or ahead is None:
+            if mine == self._layers - 1 and self._seen is not None:
+                self._learn(self._seen)
+            return ()
+        self._logits[source] = ahead
+        scores = ahead if self.predictor is None else self.predictor.scores(source, ahead, self._chosen[source])
+        return [(layer + 1, expert) for expert in likeliest(scores, self._guesses)]
+
+    def _learn(self, seen: Examples) -> None:
+        """A step has come to its last layer: keep it if it was of one token, and fit where enough were seen."""
+        rows = [logits[0] for logits in self._logits[:-1] if logits is not None and len(logits) == 1]
+        if not rows or len(rows) < self._layers - 1:
+            return
+        seen.add(np.stack(rows), self._chosen)
+        if len(seen) in FITTED_AT:
+            self.predictor = Predictor.fit(seen, self._kind)
+        if len(seen) == FITTED_AT[-1]:
+            self._seen = None
+
+
+def trained_predictor(source: str | PathLike[str] | Predictor | None = None, kind: Kind | None = None) -> Strategy:
+    """The strategy that guesses with this predictor, or with that file's; None: with one fitted online.
+
+    Raises Refused if the file is none of ours, or its predictor is not of `kind`.
+    """
+    predictor = source if source is None or isinstance(source, Predictor) else Predictor.load(Path(source))
+    if predictor is not None and kind not in (None, predictor.kind):
+        raise Refused(f"The predictor is of the kind {predictor.kind}, not {kind}; fit another, or leave the kind out.")
+    chosen: Kind = kind or "ridge" if predictor is None else predictor.kind
+    return Strategy(
+        name="trained-predictor",
+        summary="next-gate with a predictor trained on traces; without a file, a ridge fitted as it goes",
+        source="after ProMoE, arXiv 2410.22134 (2024)",
+        lossless=True,
+        retain="some",
+        lookahead=partial(Trained, predictor=predictor, kind=chosen),
+        staging=STAGING,
+        needs=NEXT_GATE.needs,
+    )
+
+
+TRAINED_PREDICTOR = trained_predictor()
+
+
+if __name__ == "__main__":
+    from baselines.predictor import main
+
+    main()

@@ -1,0 +1,119 @@
+"""The quasi-hidden state: what a layer will probably leave behind, before its experts have run (arXiv 2603.19289).
+
+    quasi = norm'(h + sum over the chosen experts e of w_e v_e)
+
+h is the residual stream at the MoE block, v_e the mean output of expert e, norm' the norm before the next MoE block.
+Nothing here is per model. The norm before a router is the last module that gave, bit for bit, what the router was
+given; h is what that norm was given. Left out are shared experts, and a norm behind the experts where a model has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mobile.compat import MoeLayer
+from mobile.kernels.loop import Views, expert_output, group
+from mobile.passes import Pass
+from mobile.refusal import Refused
+from mobile.store import HostStore
+
+ROWS, LENGTH, SEED = 8, 64, 0  # the random tokens that mean outputs are taken over
+
+
+class Quasi:
+    """The norms before each MoE layer's router, and `vectors` (layers, experts + 1, H), the last row nobody's: zero.
+
+    `running` tells the pass under way; of a prefill nothing is kept.
+    """
+
+    def __init__(self, norms: Sequence[nn.Module], vectors: torch.Tensor, running: Callable[[], Pass | None]) -> None:
+        self.norms, self.vectors, self._running = norms, vectors, running
+        self._residual: dict[int, torch.Tensor] = {}
+        self._hooks = [norm.register_forward_hook(partial(self._heard, layer)) for layer, norm in enumerate(norms)]
+
+    def remove(self) -> None:
+        """Stop listening."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _heard(self, layer: int, _norm: nn.Module, args: tuple, _output: Any) -> None:
+        running = self._running()
+        if running is not None and running.kind != "prefill":
+            self._residual[layer] = args[0]
+
+    def after(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the next layer's router would be given (tokens, H) if `layer` ran these experts (tokens, K)."""
+        residual, vectors = self._residual.pop(layer), self.vectors[layer]
+        residual = residual.reshape(-1, residual.shape[-1])
+        left = residual + (weights[..., None] * vectors[index]).sum(1).to(residual.dtype)
+        norm = self.norms[layer + 1]
+        return type(norm).forward(norm, left)
+
+
+@torch.no_grad()
+def learn(
+    model: nn.Module, layers: Sequence[MoeLayer], store: HostStore, prefill: Callable[[torch.Tensor], Any],
+    running: Callable[[], Pass | None],
+) -> Quasi:  # fmt: skip
+    """Find the norms and take the experts' mean outputs, from one `prefill` of random token ids (rows, length).
+
+    `store` has the experts of `layers`, and `running` tells the pass under way from then on. Mean outputs are the same
+    whatever is generated later, so no output depends on what came before it. They take a row of the hidden width per
+    expert on the device, beyond the budget. Raises Refused where no norm is found.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
+    norms: list[nn.Module] = []
+    means: list[torch.Tensor] = []
+    before: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # modules run since the last router: in, out
+
+    def ran(module: nn.Module, args: tuple, output: Any) -> None:
+        if args and torch.is_tensor(args[0]) and torch.is_tensor(output) and args[0].shape == output.shape:
+            before.append((module, args[0], output))
+
+    def asked(router: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        norms.append(_norm_of(router, (*args, *kwargs.values())[0], before))
+        before.clear()
+
+    def given(layer: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden, index, *_ = (*args, *kwargs.values())
+        means.append(_mean_outputs(module, hidden, index, layers[layer].count, store.views(layer)))
+
+    inside = {id(module) for layer in layers for part in (layer.router, layer.experts) for module in part.modules()}
+    hooks = [module.register_forward_hook(ran) for module in model.modules() if id(module) not in inside]
+    for number, layer in enumerate(layers):
+        hooks.append(layer.router.register_forward_pre_hook(asked, with_kwargs=True))
+        hooks.append(layer.experts.register_forward_pre_hook(partial(given, number), with_kwargs=True))
+    try:
+        prefill(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Quasi(norms, torch.stack(means), running)
+
+
+def _norm_of(router: nn.Module, asked: torch.Tensor, ran: Sequence[tuple]) -> nn.Module:
+    """The last module that changed something into what the router is asked about."""
+    for module, taken, made in reversed(ran):
+        if made.numel() == asked.numel() and torch.equal(made.reshape(asked.shape), asked):
+            if torch.equal(taken, made):
+                continue
+            return module
+    raise Refused(f"No norm gives {type(router).__name__} its input as it is, so nothing is foreseen past its experts.")
+
+
+def _mean_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor, experts: int, host: Views) -> torch.Tensor:
+    """The mean output (experts + 1, H) of each expert over the tokens routed to it; zero where there were none."""
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    means = torch.zeros(experts + 1, hidden.shape[-1])
+    groups = group(index, experts)
+    for expert, start, count in zip(groups.experts, groups.starts, groups.counts, strict=True):
+        x = hidden[groups.tokens[start : start + count]].cpu()
+        means[expert] = expert_output(module, x, expert, host).float().mean(0)
+    return means.to(hidden)

@@ -1,0 +1,264 @@
+"""Experts computed where they lie: the same bits, the earliest end, and a third row of the timeline."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from conftest import greedy, prompt, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mobile
+from baselines.cpu_hybrid import CPU_HYBRID, FEW_PLANS, Sooner, part, part_in_order
+from baselines.lru import LRU
+from mobile import trace
+from mobile.cost import CostModel
+from mobile.geometry import GEOMETRIES, Geometry
+from mobile.hardware import profile
+from mobile.refusal import Refused
+from mobile.residency import HOST
+from mobile.trace import Request, Step
+from suites.timing import Bench, time_requests
+
+CARD = profile("auto")
+LAYERS, EXPERTS, TOP_K = 3, 12, 4
+TOY = Geometry(
+    name="toy", moe_layers=LAYERS, experts=EXPERTS, top_k=TOP_K, expert_nbytes=10_000_000, dense_nbytes=20_000_000,
+    router_nbytes=50_000, head_nbytes=1_000_000, embedding_nbytes=1_000_000, width=2,
+)  # fmt: skip
+STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
+NEVER, ENDLESS = replace(CARD, cpu_gb_per_s=1e-6), replace(CARD, cpu_gb_per_s=float("inf"), cpu_tflops=float("inf"))
+ALWAYS = replace(ENDLESS, link_gb_per_s=1e-3)
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("card", [CARD, ALWAYS, NEVER], ids=["as it is", "all on the CPU", "none on the CPU"])
+def test_tokens_and_logits_equal_the_stock_model_wherever_experts_are_computed(family, card):
+    model, ids = tiny(family), prompt()
+    with torch.no_grad():
+        prefill = model(ids).logits
+    sequences, logits = greedy(model, ids)
+    top_k = model.config.num_experts_per_tok
+    for slots in (top_k, top_k + 1, 12, 24):
+        mobile.attach(model, CPU_HYBRID, slots=slots, hardware=card, poison=True)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, prefill)
+        offloaded = greedy(model, ids)
+        stats = model.mobile.stats()
+        mobile.detach(model)
+        assert torch.equal(offloaded[0], sequences)
+        assert torch.equal(offloaded[1], logits)
+        assert (stats["streamed_on_cpu"] > 0) is (card is not NEVER)
+        assert (stats["cpu_experts"] > 0) is (card is not NEVER)
+        assert (stats["loads"] == 0) is (card is ALWAYS)
+
+
+def test_a_batch_computed_in_part_on_the_cpu_equals_the_stock_model(family):
+    """Unequal numbers of tokens an expert, and a step wider than the pool."""
+    model, ids = tiny(family), prompt(rows=3)
+    sequences, logits = greedy(model, ids)
+    for slots in (4, 16):
+        mobile.attach(model, CPU_HYBRID, slots=slots, poison=True)
+        offloaded = greedy(model, ids)
+        assert model.mobile.stats()["streamed_on_cpu"] > 0
+        mobile.detach(model)
+        assert torch.equal(offloaded[0], sequences)
+        assert torch.equal(offloaded[1], logits)
+
+
+def test_what_the_cpu_computes_is_read_from_the_host_row(monkeypatch):
+    """The tests above can fail: with other rows in the host store the logits are others."""
+    from mobile.store import HostStore
+
+    model, ids = tiny("olmoe"), prompt()
+    _, logits = greedy(model, ids)
+    views = HostStore.views
+    monkeypatch.setattr(
+        HostStore, "views", lambda store, layer: {name: -view for name, view in views(store, layer).items()}
+    )
+    mobile.attach(model, CPU_HYBRID, slots=8, hardware=ALWAYS)
+    assert not torch.equal(greedy(model, ids)[1], logits)
+
+
+def test_the_paced_link_gives_the_same_tokens():
+    model, ids = tiny("mixtral"), prompt()
+    sequences, logits = greedy(model, ids)
+    mobile.attach(model, CPU_HYBRID, slots=4, link="paced", poison=True)
+    offloaded = greedy(model, ids)
+    assert model.mobile.stats()["cpu_experts"] > 0
+    assert torch.equal(offloaded[0], sequences)
+    assert torch.equal(offloaded[1], logits)
+
+
+def test_other_kernels_refuse_to_compute_on_the_cpu():
+    model = tiny("olmoe")
+    with pytest.raises(Refused, match="only the kernel loop can"):
+        mobile.attach(model, CPU_HYBRID, slots=8, kernel="grouped")
+    assert not hasattr(model, "mobile")
+
+
+# --- the earliest end -----------------------------------------------------------------------------
+
+
+def end(cpu, device, chosen) -> int:
+    chosen = set(chosen)
+    return max(
+        sum(ns for i, ns in enumerate(cpu) if i in chosen), sum(ns for i, ns in enumerate(device) if i not in chosen)
+    )
+
+
+def brute_force(cpu, device) -> int:
+    every = range(len(cpu))
+    return min(end(cpu, device, chosen) for n in range(len(cpu) + 1) for chosen in combinations(every, n))
+
+
+costs = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), min_size=1, max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(costs)
+def test_the_parting_ends_as_early_as_any(pairs):
+    cpu, device = zip(*pairs, strict=True)
+    assert end(cpu, device, part(cpu, device)) == brute_force(cpu, device)
+    assert brute_force(cpu, device) <= end(cpu, device, part_in_order(cpu, device))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 8))
+def test_both_partings_are_exact_where_all_experts_cost_the_same(cpu_ns, device_ns, missing):
+    cpu, device = [cpu_ns] * missing, [device_ns] * missing
+    best = brute_force(cpu, device)
+    assert end(cpu, device, part(cpu, device)) == end(cpu, device, part_in_order(cpu, device)) == best
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.sampled_from(sorted(GEOMETRIES)))
+def test_real_costs_are_parted_best_and_in_order_hardly_worse(counts, name):
+    cost = CostModel(CARD, GEOMETRIES[name])
+    cpu = [cost.cpu_expert_ns(count) for count in counts]
+    device = [cost.load_ns + cost.expert_ns(count) for count in counts]
+    best = brute_force(cpu, device)
+    assert end(cpu, device, Sooner(cost).on_cpu(0, counts)) == best
+    assert end(cpu, device, part_in_order(cpu, device)) <= best + max(
+        min(a, b) for a, b in zip(cpu, device, strict=True)
+    )
+
+
+def test_a_set_with_too_many_plans_is_parted_in_order():
+    cost = CostModel(CARD, GEOMETRIES["olmoe-1b-7b"])
+    counts = list(range(1, 65))
+    assert 2 ** len(counts) > FEW_PLANS
+    cpu = [cost.cpu_expert_ns(count) for count in counts]
+    device = [cost.load_ns + cost.expert_ns(count) for count in counts]
+    assert Sooner(cost).on_cpu(0, counts) == part_in_order(cpu, device)
+
+
+# --- on the clock ---------------------------------------------------------------------------------
+
+chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))
+step = st.builds(Step, kind=st.just("full"), tokens=st.just(1), experts=st.tuples(*[chosen] * LAYERS))
+prefill = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
+requests_of = st.lists(
+    st.lists(step, min_size=1, max_size=6).map(lambda steps: [prefill, *steps]), min_size=1, max_size=3
+)
+
+
+def clock(strategy, requests: list[Request], slots: int, card=CARD, events: int = 0):
+    bench = Bench(strategy, TOY, STANDS_FOR, card, slots)
+    if not events:
+        return time_requests(bench, requests)[1]
+    residency = bench.residency(events=events)
+    trace.replay(requests, residency, STANDS_FOR)
+    return residency.ledger
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests_of, st.integers(TOP_K, LAYERS * EXPERTS))
+def test_without_a_cpu_it_is_lru_and_with_an_endless_one_never_slower(requests, slots):
+    lru = clock(LRU, requests, slots).counters
+    assert clock(CPU_HYBRID, requests, slots, NEVER).counters == lru
+    endless = clock(CPU_HYBRID, requests, slots, ENDLESS).counters
+    assert endless.loads == 0
+    assert endless.decode_ns <= lru.decode_ns
+    assert endless.prefill_ns <= lru.prefill_ns
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests_of, st.integers(TOP_K, LAYERS * EXPERTS))
+def test_its_books_balance(requests, slots):
+    ledger = clock(CPU_HYBRID, requests, slots, events=100_000)
+    counters = ledger.counters
+    assert counters.touches == clock(LRU, requests, slots).counters.touches
+    assert counters.loads == counters.demand_loads + counters.streamed_loads
+    assert counters.bytes_loaded == counters.loads * TOY.expert_nbytes
+    spans = [event for event in ledger.events if event.what == "cpu"]
+    assert len(spans) == counters.cpu_experts + counters.streamed_on_cpu
+    assert all(a.end_ns <= b.start_ns for a, b in pairwise(spans)), "one CPU"
+    heads = [event.start_ns for event in ledger.events if event.about == "head"]
+    assert max(event.end_ns for event in spans) <= heads[-1], "the head waits for it"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(step, min_size=1, max_size=4))
+def test_one_token_on_cold_slots_is_never_slower_than_loading_all(steps):
+    requests = [[one] for one in steps[:1]]
+    assert clock(CPU_HYBRID, requests, TOP_K).counters.decode_ns <= clock(LRU, requests, TOP_K).counters.decode_ns
+
+
+def test_the_cpu_and_the_link_share_a_layer():
+    """Four missing, 264 us each on the CPU, 440 us each loaded: three there end before two here would."""
+    ledger = clock(CPU_HYBRID, [[Step("full", 1, ((0, 1, 2, 3),) * LAYERS)]], TOP_K, events=1000)
+    cost = CostModel(CARD, TOY)
+    assert (cost.cpu_expert_ns(1), cost.load_ns, cost.expert_ns(1)) == (263_902, 410_000, 29_951)
+    assert ledger.counters.cpu_experts == 3 * LAYERS
+    assert ledger.counters.loads == LAYERS
+    assert ledger.counters.decode_ns == LAYERS * (cost.dense_ns(1) + 3 * cost.cpu_expert_ns(1)) + cost.head_ns(1)
+
+
+def test_compute_waits_for_a_slow_cpu_and_the_wait_is_a_stall():
+    ledger = clock(CPU_HYBRID, [[Step("full", 1, ((5,),) * LAYERS)]], TOP_K, events=1000)
+    assert ledger.counters.stall_ns == LAYERS * CostModel(CARD, TOY).cpu_expert_ns(1)
+    assert [event.name for event in ledger.events if event.what == "stall"] == [f"stall {n}.5" for n in range(LAYERS)]
+
+
+# --- traces and viewers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("card", [CARD, ALWAYS], ids=["as it is", "all on the CPU"])
+def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, card, tmp_path):
+    model = tiny(family)
+    top_k = model.config.num_experts_per_tok
+    for slots in (top_k, top_k + 3, 16):
+        mobile.attach(model, CPU_HYBRID, slots=slots, hardware=card)
+        with model.mobile.recording() as requests:
+            for seed in (1, 2):
+                greedy(model, prompt(seed=seed))
+        engine = model.mobile
+        engine.residency.end_token()
+        mobile.detach(model)
+        trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
+        bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+        residency = bench.residency(events=200_000)
+        trace.replay(trace.load(tmp_path / "t.npz")[0], residency, engine.stands_for)
+        assert residency.ledger.counters == engine.ledger.counters
+        assert residency.ledger.events == engine.ledger.events
+        assert residency.ledger.counters.cpu_experts > 0
+
+
+def test_viewers_see_a_row_for_the_cpu(tmp_path):
+    model = mobile.attach(tiny("olmoe"), CPU_HYBRID, slots=8, hardware=ALWAYS)
+    greedy(model, prompt())
+    model.mobile.ledger.export_perfetto(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["tid"] for event in events if event["name"].startswith("cpu ")} == {3}
+    assert any(event["ph"] == "M" and event["args"]["name"] == "CPU" for event in events)
+
+
+def test_no_slot_is_called_host():
+    assert HOST < 0
