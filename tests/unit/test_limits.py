@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baselines.adapmoe import ADAPMOE
 from baselines.activation_trace import ACTIVATION_TRACE
+from baselines.adapmoe import ADAPMOE
 from baselines.belady import BELADY, Farthest
 from baselines.fate import FATE
 from baselines.lfu import LFU
