@@ -328,7 +328,7 @@ def test_a_predictor_of_another_model_or_kind_or_no_predictor_is_refused(tmp_pat
     whole = (tmp_path / "p.npz").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no"):
         (tmp_path / "p.npz").write_bytes(content)
-        with pytest.raises(Refused, match="python -m baselines.trained_predictor fit"):
+        with pytest.raises(Refused, match=r"python -m baselines\.trained_predictor fit"):
             trained_predictor(tmp_path / "p.npz")
     assert Trained(Setting(GEOMETRIES["olmoe-1b-7b"], 136)).predictor is None
 
