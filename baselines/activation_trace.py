@@ -26,7 +26,7 @@ from mobile.policy import Setting
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
-COLLECTION = 64  # the paper keeps a few hundred; every one of them is compared at every layer
+COLLECTION = 128  # the paper keeps a few hundred; every one of them is compared at every layer
 EPSILON = 1e-4
 FEW = 256  # slots up to which all in them are put in order for eviction
 RANKED = 32  # beyond that, candidates for eviction that are put in order at a time
