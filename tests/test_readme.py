@@ -39,7 +39,7 @@ def test_its_commands_run(tmp_path):
     (tmp_path / "suites").symlink_to(ROOT / "suites")
     (tmp_path / "prompts.txt").write_text("Q: not True is\n")
     lines = re.findall(r"^mobile (.+)$", README, re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"plan", "doctor", "generate", "chat", "trace", "serve"}
+    assert {line.split()[0] for line in lines} == {"plan", "doctor", "generate", "chat", "trace", "replay", "serve"}
     for line in lines:
         words = shlex.split(line)
         if words[0] == "serve":
