@@ -26,9 +26,10 @@ from mobile.policy import Setting
 from mobile.pool import SlotPool
 from mobile.strategy import Strategy
 
-COLLECTION = 128  # the paper keeps at most a few hundred, its code a thousand
+COLLECTION = 64  # the paper keeps a few hundred; every one of them is compared at every layer
 EPSILON = 1e-4
-RANKED = 32  # candidates for eviction that are put in order at a time
+FEW = 256  # slots up to which all in them are put in order for eviction
+RANKED = 32  # beyond that, candidates for eviction that are put in order at a time
 
 
 class Collection:
@@ -119,6 +120,7 @@ class ActivationTrace:
 
     def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         self._count(layer, experts, counts)
+        self._forget_order()
         self._hold([(layer, expert) for expert in experts])
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
@@ -138,7 +140,6 @@ class ActivationTrace:
         row = self._collection.running[layer]
         np.add(row / np.add.reduce(row), self._least, out=self._frequency[layer])
         self._at = layer
-        self._forget_order()
 
     # --- what it is asked ---
 
@@ -168,7 +169,7 @@ class ActivationTrace:
 
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
         if not self._ordered:
-            self._rank(pool, everything=pool.size <= 8 * RANKED)
+            self._rank(pool, everything=False)
         found = self._lowest(pool, protected)
         if found is None and (protected or not self._complete):
             self._rank(pool, everything=True)
@@ -204,11 +205,13 @@ class ActivationTrace:
         scores = (self._frequency * self._nearness[self._at]).ravel()
         if everything:
             lowest = np.array([layer * self._experts + expert for layer, expert in pool.ready], dtype=np.intp)
+        elif pool.size <= FEW:
+            lowest = np.flatnonzero(np.frombuffer(self._absent) == 0)
         else:
             scores += np.frombuffer(self._absent)
             lowest = scores.argpartition(RANKED)[:RANKED]
         lowest.sort()
-        self._order, self._kept = deque(lowest[scores[lowest].argsort(kind="stable")].tolist()), deque()
+        self._order, self._kept = deque(lowest[scores[lowest].argsort()].tolist()), deque()
         self._ordered, self._complete = True, everything
 
 

@@ -34,13 +34,13 @@ class Future:
         uses = self._uses.get(key)
         return uses[-1] if uses else self.never
 
-    def use_after_next(self, key: Key) -> int:
-        uses = self._uses.get(key, ())
-        return uses[-2] if len(uses) > 1 else self.never
+    def next_use_from(self, visit: int, key: Key) -> int:
+        """Its first use in `visit` or later; looks at each of its uses before that."""
+        return next((use for use in reversed(self._uses.get(key, ())) if use >= visit), self.never)
 
-    def running(self) -> Sequence[Key]:
-        """The experts of the visit that runs, or comes next."""
-        layer, experts = self._visits[self.visit]
+    def experts(self, visit: int) -> Sequence[Key]:
+        """What that visit runs."""
+        layer, experts = self._visits[visit]
         return [(layer, expert) for expert in experts]
 
     def needed(self) -> Sequence[Key]:

@@ -3,11 +3,12 @@
 Their rules of integrated prefetching and caching: fetch the next missing expert in order of use, drop the one whose
 next use is farthest, never drop one that is needed before what it makes room for ("do no harm"), and start as soon as
 that allows. A limit and not a system: it knows every routing decision to come, so only a recorded trace can be
-replayed under it. Lossless. Changed: where a copy takes longer than a layer computes, it waits for the running layer
-if one of its experts is the better one to drop, as Delay(d) does (Albers and Büttner, 2005) with d one layer: starting
-at once costs extra copies there, and did stall longer than `belady` in small pools. What that paper proves is a bound
-and not an optimum (at most 1 + F/k times the best elapsed time, F a fetch in references, k the slots), so that
-this strategy never stalls longer than another is a tested property, not a theorem.
+replayed under it. Lossless. Changed: it waits if a better expert to drop comes free before a copy begun now would end,
+as Delay(d) does (Albers and Büttner, 2005), d being the whole layers that compute in one copy's time: starting at once
+costs extra copies and stalled longer than `belady` in small pools, as did d = 1 where a copy takes three layers.
+What is proven of such rules is a bound (at most 1 + F/k times the best elapsed time, F a copy in references, k the
+slots) and not an optimum, so that this strategy never waits longer for the link than others is a tested property and
+not a theorem. It says nothing of `cpu-hybrid`, which computes where others wait.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Aggressive(Farthest):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._slots = setting.slots
-        self._waits = setting.load_ns > setting.layer_ns
+        self._delay = setting.load_ns // setting.layer_ns  # visits
         self._missing = Ranking()  # by next use; of those in the pool, some are still in here
         for key in self.future.needed():
             self._missing.put(key, self.future.next_use(key))
@@ -53,16 +54,16 @@ class Aggressive(Farthest):
         return key
 
     def _worth_a_slot(self, key: Key, pool: SlotPool) -> bool:
-        """Whether one in the pool is needed later than `key`, and none in the running layer later still."""
+        """Whether one in the pool is needed later than `key`, and none of the visits waited for later still."""
         farthest = self.first(pool)
         if farthest is None:
             return False
-        future, gap = self.future, self.future.next_use(farthest)
-        if gap <= future.next_use(key):
+        future, gap, wanted = self.future, self.future.next_use(farthest), self.future.next_use(key)
+        if gap <= wanted:
             return False
-        if not self._waits or future.next_use(key) == future.visit:
-            return True
-        return all(future.use_after_next(other) <= gap for other in future.running() if other in pool)
+        until = min(future.visit + self._delay, wanted)
+        soon = (other for visit in range(future.visit, until) for other in future.experts(visit))
+        return all(future.next_use_from(until, other) <= gap for other in soon if other in pool)
 
 
 ORACLE_PREFETCH = replace(

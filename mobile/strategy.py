@@ -61,8 +61,8 @@ class Strategy:
     - `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and drops those that `evict`
       names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
     - `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
-      layer. Of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that a wrong
-      one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. Where `evict` and
+      layer. Of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
+      a wrong one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. Where `evict` and
       `lookahead` are one callable, one object answers both. `quasi` asks the next layer's router about what this layer
       will probably leave (see `mobile.quasi`) instead of about its input.
     - `on_cpu` has missing experts computed where they lie instead of loaded.

@@ -61,7 +61,7 @@ def test_tokens_and_logits_equal_the_stock_model_at_every_pool_size(family, stra
             assert torch.equal(offloaded[1], logits), slots
         stats = model.mobile.stats()
         mobile.detach(model)
-        assert stats["prefetch_loads"] > 0 or slots < 12
+        assert stats["prefetch_loads"] > 0 or slots != 12
         assert stats["fallbacks"] == 0
 
 

@@ -19,7 +19,7 @@ from mobile.strategy import Rerouted
 from mobile.trace import Step
 from tests.unit.test_limits import GEOMETRY, clock
 
-some_weights = st.lists(st.floats(0.01, 1, width=32), min_size=1, max_size=8)
+some_weights = st.lists(st.floats(0.0078125, 1, width=32), min_size=1, max_size=8)
 
 
 @settings(deadline=None)

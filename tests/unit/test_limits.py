@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baselines.activation_trace import ACTIVATION_TRACE
 from baselines.adapmoe import ADAPMOE
 from baselines.belady import BELADY, Farthest
+from baselines.fate import FATE
 from baselines.lfu import LFU
 from baselines.lru import LRU
 from baselines.next_gate import NEXT_GATE
@@ -74,7 +76,7 @@ def test_belady_never_misses_more_than_another_cache(prompts, slots):
 def test_oracle_prefetch_never_stalls_longer(prompts, slots, nbytes):
     requests, geometry = written(prompts), replace(GEOMETRY, expert_nbytes=nbytes)
     oracle = clock(ORACLE_PREFETCH, requests, slots, geometry)
-    for strategy in (LRU, LFU, NEXT_GATE, ON_DEMAND_OVERLAP, BELADY, SHARES):
+    for strategy in (LRU, LFU, NEXT_GATE, ON_DEMAND_OVERLAP, BELADY, SHARES, FATE, ACTIVATION_TRACE):
         other = clock(strategy, requests, slots, geometry)
         assert oracle.decode_stall_ns <= other.decode_stall_ns, strategy.name
         assert oracle.touches == other.touches
@@ -195,6 +197,14 @@ def test_a_copy_longer_than_a_layer_waits_for_a_better_victim():
         oracle.used(0, [(0, 0)])
         assert oracle.idle(pool) == (0, 2)
         assert oracle.victim(pool, (0, 2), protected=False) == (0, 0)
+
+
+@pytest.mark.parametrize(("load_ns", "starts"), [(10, True), (20, False)])
+def test_it_waits_for_as_many_layers_as_one_copy_takes(load_ns, starts):
+    """A layer takes 10: 1 is done with after two, and 3, all there is to drop until then, would have to come back."""
+    oracle, pool = policy(Aggressive, [0, 1, 2, 0, 3], [0, 1, 3], 3, load_ns)
+    pool.pinned = {(0, 0)}
+    assert oracle.idle(pool) == ((0, 2) if starts else None)
 
 
 def test_oracle_prefetch_hides_every_load_that_fits_behind_compute():
