@@ -58,16 +58,18 @@ def time_requests(on: Bench, requests: Sequence[Request]) -> tuple[list[Counters
 def misfit(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
     """Why a trace that `recorder` made says nothing about `strategy`; None if it does. For the end of a sentence."""
     if recorder.routes_as_full_k and strategy.routes_as_full_k:
-        return _unguessed(strategy, requests)
+        return _unguessed(strategy, recorder, requests)
     if isinstance(recorder.gating, BigLittle) and isinstance(strategy.gating, BigLittle):
         wrong = _decided_otherwise(strategy.gating.gamma, requests)
         return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise" if wrong else None
     if (strategy.gating, strategy.lossless) == (recorder.gating, recorder.lossless):
-        return _unguessed(strategy, requests)
+        return _unguessed(strategy, recorder, requests)
     return f"it would choose other experts than {recorder.name} did, so its tokens would differ"
 
 
-def _unguessed(strategy: Strategy, requests: Sequence[Request]) -> str | None:
+def _unguessed(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+    if strategy.lookahead is not None and strategy.quasi is not recorder.quasi:
+        return f"the router logits that {recorder.name} recorded are of another foresight"
     decoded = [step for request in requests for step in request if step.kind != "prefill" and len(step.experts) > 1]
     if strategy.lookahead is not None and decoded and all(step.ahead is None for step in decoded):
         return "the trace lacks the router logits that lookaheads guess from"

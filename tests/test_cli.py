@@ -738,7 +738,9 @@ def test_the_table_of_a_replay_names_what_is_left_out_on_stderr(cli, recorded):
     assert ran.code == 0
     assert ran.out.count("\nlru ") == 3
     assert "Without a cache 25 GB/s carry" in ran.out
-    assert ran.err.startswith("Left out: mobile, ")
+    assert ran.err.startswith("Left out: ")
+    assert " mobile, " in ran.err
+    assert "speculating-experts-verify (the router logits that lru recorded are of another foresight)" in ran.err
 
 
 # --- as a process -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import mobile
 from baselines.cpu_hybrid import CPU_HYBRID, FEW_PLANS, Sooner, part, part_in_order
 from baselines.lru import LRU
 from mobile import trace
+from mobile.cli.plan import bound
 from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import profile
@@ -225,6 +226,16 @@ def test_compute_waits_for_a_slow_cpu_and_the_wait_is_a_stall():
     ledger = clock(CPU_HYBRID, [[Step("full", 1, ((5,),) * LAYERS)]], TOP_K, events=1000)
     assert ledger.counters.stall_ns == LAYERS * CostModel(CARD, TOY).cpu_expert_ns(1)
     assert [event.name for event in ledger.events if event.what == "stall"] == [f"stall {n}.5" for n in range(LAYERS)]
+
+
+def test_a_plan_bounds_it_by_the_slower_of_link_and_cpu():
+    """OLMoE on the paper's probable card: 5 of 8 experts a layer on the CPU, which is the slower."""
+    cost = CostModel(CARD, GEOMETRIES["olmoe-1b-7b"])
+    found, plain = bound(CPU_HYBRID, cost, None), bound(LRU, cost, None)
+    assert found.nbytes == plain.nbytes * 3 // 8
+    assert found.link_tokens_per_s == pytest.approx(1e9 / (16 * 5 * cost.cpu_expert_ns(1)))
+    assert found.compute_tokens_per_s == plain.compute_tokens_per_s
+    assert plain.link_tokens_per_s < found.link_tokens_per_s < plain.link_tokens_per_s * 8 / 3
 
 
 # --- traces and viewers ---------------------------------------------------------------------------

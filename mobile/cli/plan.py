@@ -80,6 +80,7 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     """The bounds of one decode token: bytes over the link's bandwidth without any cache, compute without any wait.
 
     With K experts a layer a token moves L K bytes(expert); a little pass L K/2 of them, and a fallback the rest.
+    What the CPU computes is not moved, and the link's bound is then the slower one's of both.
     """
     geometry = cost.geometry
     layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
@@ -88,6 +89,7 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
         return layers * (cost.dense_ns(1) + experts * cost.expert_ns(1)) + cost.head_ns(1)
 
     moved: float
+    on_cpu = 0
     if isinstance(strategy.gating, BigLittle):
         fallbacks = rate or 0.0
         moved = layers * (little + fallbacks * (full - little))
@@ -95,9 +97,13 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
         nanoseconds = compute_ns(little) + fallbacks * (prediction + compute_ns(full))
     else:
         chosen = little if isinstance(strategy.gating, HalfK) else full
-        moved, nanoseconds = layers * chosen, compute_ns(chosen)
+        on_cpu = 0 if strategy.on_cpu is None else len(strategy.on_cpu(cost).on_cpu(0, [1] * chosen))
+        moved, nanoseconds = layers * (chosen - on_cpu), compute_ns(chosen)
     nbytes = 0 if strategy.retain == "everything" else round(moved * geometry.expert_nbytes)
     link = cost.profile.link_gb_per_s * 1e9 / nbytes if nbytes else None
+    if on_cpu:
+        beside = 1e9 / (layers * on_cpu * cost.cpu_expert_ns(1))
+        link = beside if link is None else min(link, beside)
     return Bound(rate, nbytes, link, 1e9 / nanoseconds)
 
 
@@ -223,7 +229,7 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     )
     rows = show.table(
         "Bounds per decode token (projected)",
-        "strategy", "lossless", "needs\nslots", "needs\nmemory", "fits", "bytes\na token", "link\ntokens/s",
+        "strategy", "loss-\nless", "needs\nslots", "needs\nmemory", "fits", "bytes\na token", "link\ntokens/s",
         "compute\ntokens/s",
     )  # fmt: skip
     for row in made.strategies:
@@ -259,6 +265,11 @@ def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
         "runs exactly, only slower (resident does not run).",
         *(f"{hardware.name}: {source}" for source in hardware.sources),
     ]
+    if any(row.strategy == "cpu-hybrid" for row in made.strategies):
+        lines.append(
+            "cpu-hybrid: what is missing is parted between link and CPU, and its bound is the slower one's. The "
+            f"CPU reads at {hardware.cpu_gb_per_s:g} GB/s."
+        )
     if made.slots == geometry.keys:
         lines.append("Every expert has a slot here, so a strategy that keeps experts loads each of them only once.")
     return lines
