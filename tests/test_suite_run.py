@@ -114,7 +114,7 @@ def test_a_cell_that_fails_is_printed_and_stops_nothing_else(finished, preset, t
     assert "9 of 11 cells have records" in done.stdout
     absent = dict(read(out).absent)
     assert len(absent) == 2
-    assert all("not a complete mobile-trace-1 file" in why for why in absent.values())
+    assert all("not a complete mobile-trace-2 file" in why for why in absent.values())
     built = subprocess.run(
         [sys.executable, "-m", "reports", "build", str(out)], cwd=ROOT, capture_output=True, text=True
     )
