@@ -64,6 +64,7 @@ class Counters:
         return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
     def as_dict(self) -> dict[str, int]:
+        # not vars(self): once CPython has made an object's __dict__, every later access to its fields is slower
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property

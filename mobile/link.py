@@ -122,11 +122,13 @@ class VirtualLink:
         self._cpu_end = 0  # when the processor is done with what it was given
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
+        copy = Copy(key, slot, "load" if demand else "prefetch")
         if self._flying is None:  # then nothing is queued
-            self._flying = Copy(key, slot, "load" if demand else "prefetch")
-            self._flying_end = self.now + self._load_ns
+            self._flying, self._flying_end = copy, self.now + self._load_ns
+        elif demand:
+            self._queue.demand.append(copy)
         else:
-            self._queue.add(key, slot, demand=demand)
+            self._queue.prefetch.append(copy)
 
     def wait(self, key: Key) -> None:
         begun, landed = self.now, None

@@ -177,12 +177,12 @@ class Residency:
         each = expert_ns(1)
         if resident:
             link.compute(sum(expert_ns(counts[i]) for i in resident) if counts else each * len(resident), "")
-        ready, in_turn = self.pool.ready, not self.strategy.overlap
+        ready, bring, compute, in_turn = self.pool.ready, self._bring, link.compute, not self.strategy.overlap
         for position in coming:
             key = keys[position]
             if key not in ready:
-                self._bring(key)
-            link.compute(expert_ns(counts[position]) if counts else each, key)
+                bring(key)
+            compute(expert_ns(counts[position]) if counts else each, key)
             if in_turn:
                 link.join()
         self._settle(layer, self._off_cpu(keys, on_cpu))
@@ -238,25 +238,23 @@ class Residency:
         coming: list[int] = []
         on_cpu: list[int] = []
         if len(resident) < len(keys):
-            missing = []
-            for position, key in enumerate(keys):
-                if key in ready:
-                    continue
-                if key in pool:
-                    coming.append(position)
-                    link.promote(key)
-                else:
-                    missing.append(position)
+            missing = [position for position, key in enumerate(keys) if key not in ready]
+            if len(pool) > len(ready):  # something is on its way
+                coming = [position for position in missing if keys[position] in pool]
+                missing = [position for position in missing if keys[position] not in pool]
+                for position in coming:
+                    link.promote(keys[position])
+                counters.late_prefetches += len(coming)
             if self._placement is not None:
                 on_cpu = self._begin_on_cpu(keys, missing, counts or (1,) * len(keys))
                 counters.cpu_experts += len(on_cpu)
-            counters.late_prefetches += len(coming)
             counters.demand_loads += len(missing)
             coming += missing
             if self.strategy.overlap:
+                submit, slot_for = link.submit, self._slot_for
                 for position in missing:
                     key = keys[position]
-                    link.submit(key, self._slot_for(key), demand=True)
+                    submit(key, slot_for(key), demand=True)
         counters.hits += len(resident)
         if self._lookahead is not None:
             self._look(self._lookahead.routed(layer, experts, ahead))

@@ -45,7 +45,11 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, requests, outputs))
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    trace.save(path, requests, own.moe_layers, {"geometry": asdict(own), "docs": generation.docs})
+    about = {
+        "geometry": asdict(own), "model": generation.model.name, "strategy": strategy.name, "gamma": generation.gamma,
+        "docs": generation.docs,
+    }  # fmt: skip
+    trace.save(path, requests, own.moe_layers, about)
     write_json(
         folder.answers(generation.id),
         {

@@ -702,6 +702,8 @@ def test_a_trace_that_does_not_say_what_it_is_of_is_refused(cli, recorded, tmp_p
     requests, about = trace.load(Path(recorded("lru")))
     for changed, says in (
         ({}, "does not say which model and strategy"),
+        ({**about, "gamma": "high"}, "does not say which model and strategy"),
+        ({**about, "geometry": {**about["geometry"], "expert_nbytes": -1}}, "does not say which model and strategy"),
         ({**about, "strategy": "magic"}, "recorded under 'magic', which is not installed"),
     ):
         trace.save(tmp_path / "t.npz", requests, 4, changed)

@@ -107,6 +107,11 @@ def open_trace(path: Path) -> Trace:
     requests, about = traces.load(path)
     try:
         geometry, name, gamma = Geometry(**about["geometry"]), about["strategy"], about.get("gamma")
+        sizes_of = {field: size for field, size in asdict(geometry).items() if field != "name"}
+        if not all(type(size) is int and size > 0 for size in sizes_of.values()):
+            raise TypeError("a size is not a count")
+        if not isinstance(name, str) or not isinstance(gamma, float | int | None):
+            raise TypeError("neither a strategy nor its gamma")
     except (KeyError, TypeError) as error:
         raise Refused(
             f"{path} does not say which model and strategy it is of; record it with `mobile trace`."

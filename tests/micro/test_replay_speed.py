@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from conftest import prompt, tiny
 
 import mobile
+from mobile import trace
 from mobile.geometry import GEOMETRIES
 from mobile.hardware import profile
 from mobile.ledger import Ledger
@@ -35,15 +38,45 @@ def request_of(geometry, tokens: int) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("strategy", ["on-demand-overlap", "lru"])
+def foreseen(request: list[Step], geometry) -> list[Step]:
+    """The same steps with router logits to guess from, which name about one expert in eight."""
+    rng = np.random.default_rng(0)
+    shape = (geometry.moe_layers - 1, geometry.experts)
+    return [replace(step, ahead=rng.normal(size=shape).astype(np.float16)) for step in request]
+
+
+def two_pass(request: list[Step], geometry) -> list[Step]:
+    """The same tokens run by half their experts first; three in ten fall back, with one wrong guess a layer."""
+    rng, steps = Random(1), []
+    for step in request:
+        little = tuple(tuple(sorted(rng.sample(layer, geometry.little_k))) for layer in step.experts)
+        steps.append(Step("little", 1, little, confidence=(sure := rng.random())))
+        if sure < 0.3:
+            guessed = tuple(tuple(sorted({*layer[1:], rng.randrange(geometry.experts)})) for layer in step.experts)
+            steps.append(Step("big", 1, step.experts, confidence=sure, predicted=guessed))
+    return steps
+
+
+@pytest.mark.parametrize("strategy", ["on-demand-overlap", "lru", "next-gate", "mobile"])
 def test_replay_of_olmoe_decode_tokens(benchmark, strategy):
     geometry = GEOMETRIES["olmoe-1b-7b"]
     request = request_of(geometry, TOKENS)
+    if strategy == "next-gate":
+        request = foreseen(request, geometry)
+    elif strategy == "mobile":
+        request = two_pass(request, geometry)
     alone = tuple((layer,) for layer in range(geometry.moe_layers))
     bench = Bench(strategies()[strategy], geometry, alone, profile("auto"), geometry.keys // 2)
     counters = benchmark(lambda: time_requests(bench, [request])[1].counters)
     assert counters.tokens == TOKENS
     benchmark.extra_info["decode_tokens_per_s"] = TOKENS / benchmark.stats.stats.median
+
+
+def test_reading_a_trace_file(benchmark, tmp_path):
+    geometry = GEOMETRIES["olmoe-1b-7b"]
+    request = foreseen(request_of(geometry, TOKENS), geometry)
+    trace.save(tmp_path / "t.npz", [request], geometry.moe_layers, {"geometry": asdict(geometry)})
+    assert benchmark(lambda: trace.load(tmp_path / "t.npz")[0]) == [request]
 
 
 def test_virtual_clock_events(benchmark):
