@@ -124,8 +124,7 @@ def _cells(data: dict[str, Any]) -> list[Cell]:
     runs = [(strategy, budget, False) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
     own = [_gamma(strategy) for strategy in chosen]
     runs += [(resolve("mobile", gamma), "smallest", True) for gamma in data["gammas"] if gamma not in own]
-    caches = [s for s in chosen if s.routes_as_full_k and s.retain == "some" and s.lookahead is None]
-    runs += [(strategy, share, True) for strategy in caches for share in data.get("shares", [])]
+    runs += [(resolve(name), share, True) for name in data.get("caches", []) for share in data.get("shares", [])]
     cards = [profile(name) for name in data["hardware"]]
     models = [Model(**model) for model in data["models"]]
     for model in models:

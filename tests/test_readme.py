@@ -56,6 +56,13 @@ def test_its_table_of_strategies_is_the_registry():
     assert rows == {name: "yes" if s.lossless else "no" for name, s in mobile.strategies().items()}
 
 
+def test_the_baselines_page_has_a_row_for_every_strategy():
+    page = (ROOT / "baselines/README.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (yes|no) \|[^|]*\|[^|]*\|$", page, re.MULTILINE))
+    registered = {name: "yes" if s.lossless else "no" for name, s in mobile.strategies().items() if name != "resident"}
+    assert rows == registered
+
+
 def test_its_tree_names_modules_that_exist():
     tree = README.split("## Where things are")[1].split("```")[1]
     for room in ("mobile", "suites", "reports"):
