@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,19 +134,6 @@ def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
 def device_of(layers: Sequence[MoeLayer]) -> torch.device:
     """Where the model computes: its routers' device, since its experts may be nowhere."""
     return next(iter(layers[0].router.parameters())).device
-
-
-@contextmanager
-def top_k_of(layers: Sequence[MoeLayer], top_k: int) -> Iterator[None]:
-    """Inside the block every router chooses `top_k` experts."""
-    before = [(layer.knob, layer.top_k) for layer in layers]
-    try:
-        for (holder, name), _ in before:
-            setattr(holder, name, top_k)
-        yield
-    finally:
-        for (holder, name), k in before:
-            setattr(holder, name, k)
 
 
 def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) -> Geometry:

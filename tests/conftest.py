@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -63,6 +65,17 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 10, **extra:
         output_logits=True, **extra,
     )  # fmt: skip
     return out.sequences, torch.stack(out.logits)
+
+
+def replayed(engine: Any, requests: list) -> Any:
+    """The ledger of these requests replayed as the engine ran them."""
+    from mobile import trace
+    from mobile.replaying import Bench
+
+    bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+    residency = bench.residency(events=200_000)
+    trace.replay(requests, residency, engine.stands_for)
+    return residency.ledger
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

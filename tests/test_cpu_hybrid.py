@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from conftest import greedy, prompt, tiny
+from conftest import greedy, prompt, replayed, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -254,12 +254,10 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, card, tm
         engine.residency.end_token()
         mobile.detach(model)
         trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
-        bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
-        residency = bench.residency(events=200_000)
-        trace.replay(trace.load(tmp_path / "t.npz")[0], residency, engine.stands_for)
-        assert residency.ledger.counters == engine.ledger.counters
-        assert residency.ledger.events == engine.ledger.events
-        assert residency.ledger.counters.cpu_experts > 0
+        again = replayed(engine, trace.load(tmp_path / "t.npz")[0])
+        assert again.counters == engine.ledger.counters
+        assert again.events == engine.ledger.events
+        assert again.counters.cpu_experts > 0
 
 
 def test_viewers_see_a_row_for_the_cpu(tmp_path):

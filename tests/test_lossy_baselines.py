@@ -6,14 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import greedy, prompt, tiny
+from conftest import greedy, prompt, replayed, tiny
 
 import mobile
 from baselines.pre_gated import PRE_GATED
 from baselines.ser import smart_reduction
-from mobile import trace
 from mobile.compat import moe_layers
-from suites.timing import Bench
 
 TOKENS = 10
 
@@ -93,12 +91,10 @@ def test_the_trace_of_a_lossy_run_replays_to_its_ledger(family, strategy):
             greedy(model, prompt())
         engine = model.mobile
         engine.residency.end_token()
-        bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, slots)
-        residency = bench.residency(events=200_000)
-        trace.replay(requests, residency, engine.stands_for)
-        assert residency.ledger.counters == engine.ledger.counters
-        assert residency.ledger.events == engine.ledger.events
-        assert residency.ledger.guesses == engine.ledger.guesses
+        again = replayed(engine, requests)
+        assert again.counters == engine.ledger.counters
+        assert again.events == engine.ledger.events
+        assert again.guesses == engine.ledger.guesses
 
 
 def test_switching_pre_gateds_prefetch_off_changes_no_token(family):

@@ -6,20 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import greedy, prompt, tiny
+from conftest import greedy, prompt, replayed, tiny
 
 import mobile
 from mobile import trace
-from mobile.ledger import Ledger
 from mobile.strategy import BigLittle
-from suites.timing import Bench
-
-
-def replayed(engine, requests) -> Ledger:
-    bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
-    residency = bench.residency(events=200_000)
-    trace.replay(requests, residency, engine.stands_for)
-    return residency.ledger
 
 
 @pytest.mark.parametrize("name", [name for name, s in mobile.strategies().items() if not s.foresight])

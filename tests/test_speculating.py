@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import greedy, prompt, tiny
+from conftest import greedy, prompt, replayed, tiny
 from test_lossy_baselines import TOKENS, rerouted
 
 import mobile
@@ -15,7 +15,6 @@ from baselines.speculating_experts import SPECULATING, VERIFYING
 from mobile import quasi, trace
 from mobile.compat import moe_layers
 from mobile.refusal import Refused
-from suites.timing import Bench
 
 NORM = "post_attention_layernorm"  # what all five families call it; the engine finds it without the name
 
@@ -128,12 +127,10 @@ def test_the_trace_replays_to_its_ledger(family, strategy, tmp_path):
                 greedy(model, prompt(seed=seed))
         engine.residency.end_token()
         trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
-        bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
-        residency = bench.residency(events=200_000)
-        trace.replay(trace.load(tmp_path / "t.npz")[0], residency, engine.stands_for)
-        assert residency.ledger.counters == engine.ledger.counters
-        assert residency.ledger.events == engine.ledger.events
-        assert residency.ledger.guesses == engine.ledger.guesses
+        again = replayed(engine, trace.load(tmp_path / "t.npz")[0])
+        assert again.counters == engine.ledger.counters
+        assert again.events == engine.ledger.events
+        assert again.guesses == engine.ledger.guesses
 
 
 def test_its_traces_serve_no_other_strategy():
