@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from suites.models.families import FAMILIES, VOCABULARY
 from suites.models.training_experts import register as register_training_experts
 from suites.tasks import GENERATORS
 from suites.tasks.item import Item, held_out
@@ -32,7 +33,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
-    "tokens": 30_000_000,
+    "tokens": 16_000_000,
     "batch_tokens": [1024, 4096],  # grows linearly over the first third
     "learning_rate": 4e-3,
     "final_learning_rate": 1e-4,
@@ -42,23 +43,15 @@ RECIPE: dict[str, Any] = {
     "gradient_clip": 1.0,
     "balance_loss": 0.01,
     "z_loss": 1e-4,
-    "task_mix": {"arithmetic": 0.5, "boolean_expressions": 0.2, "object_counting": 0.3},
-    "vocabulary": 1024,
+    "task_mix": {
+        "arithmetic": 0.3,
+        "boolean_expressions": 0.15,
+        "object_counting": 0.2,
+        "python_functions": 0.2,
+        "web_of_lies": 0.15,
+    },
     "tokenizer_items": 30_000,
 }
-
-
-def olmoe_config() -> OlmoeConfig:
-    """OLMoE's expert count and top-k (64 / 8, unnormalised weights) at a size that ships in 5 MB."""
-    return OlmoeConfig(
-        vocab_size=RECIPE["vocabulary"], hidden_size=96, intermediate_size=24, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, num_experts=64, num_experts_per_tok=8,
-        norm_topk_prob=False, max_position_embeddings=512,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=False, clip_qkv=None,
-    )  # fmt: skip
-
-
-FAMILIES = {"olmoe": (OlmoeForCausalLM, olmoe_config)}
 
 
 def training_items(rng: Random) -> Iterator[Item]:
@@ -78,7 +71,7 @@ def train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=RECIPE["vocabulary"],
+        vocab_size=VOCABULARY,
         special_tokens=[END, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -173,7 +166,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, log: Path)
     )  # fmt: skip
     captured: list[torch.Tensor] = []
     for module in model.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        if type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(lambda _m, _a, out: captured.append(out[0]))
     started, step, means = time.time(), 0, {"loss": 0.0, "balance": 0.0}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
@@ -217,17 +210,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--seed", type=int, default=RECIPE["seed"], help="of weights and order; not of the tokenizer")
     parser.add_argument("--tokens", type=int, help="train on fewer tokens than the recipe says (a trial)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; another number changes rounding")
     options = parser.parse_args()
     if options.tokens:
         RECIPE["tokens"] = options.tokens
+    RECIPE["seed"] = options.seed
     torch.set_num_threads(options.threads)
     torch.manual_seed(RECIPE["seed"])
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(Random(RECIPE["seed"]))
-    model_class, config = FAMILIES[options.family]
-    model: Any = model_class(config())
+    tokenizer = train_tokenizer(Random(0))  # the same for every family and seed
+    family = FAMILIES[options.family]
+    model: Any = family.model(family.config)
     initialise(model)
     register_training_experts()
     model.set_experts_implementation("training")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from suites.tasks import arithmetic, boolean_expressions, object_counting
+from suites.tasks import arithmetic, boolean_expressions, object_counting, python_functions, web_of_lies
 from suites.tasks.item import Item
 
 FOLDER = Path(__file__).parent
@@ -16,4 +16,6 @@ GENERATORS: dict[str, Callable[[Random], Item]] = {
     "arithmetic": arithmetic.generate,
     "boolean_expressions": boolean_expressions.generate,
     "object_counting": object_counting.generate,
+    "python_functions": python_functions.generate,
+    "web_of_lies": web_of_lies.generate,
 }

@@ -1,4 +1,4 @@
-"""Grade-school word problems of two to five steps, answered with worked steps (GSM8K's style)."""
+"""Grade-school word problems of two to seven steps, answered with worked steps (GSM8K's style)."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def generate(rng: Random) -> Item:
     thing = rng.choice(THINGS)
     first, second = rng.sample(NAMES, 2)
     if rng.random() < 0.6:
-        sentences, worked, value = _story(rng, first, thing, rng.randint(2, 5))
+        sentences, worked, value = _story(rng, first, thing, rng.randint(2, 6))
         question = f"How many {thing} does {first} have now?"
     else:
-        sentences, worked, a = _story(rng, first, thing, rng.randint(1, 2))
-        others, more, b = _story(rng, second, thing, rng.randint(1, 2))
+        sentences, worked, a = _story(rng, first, thing, rng.randint(1, 3))
+        others, more, b = _story(rng, second, thing, rng.randint(1, 3))
         sentences, worked = sentences + others, worked + more
         if a > b and rng.random() < 0.5:
             value, question = a - b, f"How many more {thing} does {first} have than {second}?"

@@ -40,22 +40,21 @@ def _text(tree: Tree) -> str:
 
 
 def _reduce(tree: Tree) -> Tree:
-    """Rewrite the leftmost innermost operator, dropping the brackets around a finished value."""
+    """Rewrite every operator whose operands are finished values, dropping the brackets around a finished value."""
     if isinstance(tree, str):
         return tree
     head, *rest = tree
-    for i, child in enumerate(rest):
-        if isinstance(child, tuple):
-            reduced = (head, *rest[:i], _reduce(child), *rest[i + 1 :])
-            return reduced[1] if head == "(" and isinstance(reduced[1], str) else reduced
+    if any(isinstance(child, tuple) for child in rest):
+        reduced = [_reduce(child) for child in rest]
+        return reduced[0] if head == "(" and isinstance(reduced[0], str) else (head, *reduced)
     truth = [child == "True" for child in rest]
     value = not truth[0] if head == "not" else (all(truth) if head == "and" else any(truth))
     return rest[0] if head == "(" else str(value)
 
 
 def generate(rng: Random) -> Item:
-    """Three to six operators; the answer rewrites the expression one operator at a time."""
-    tree = _tree(rng, rng.randint(3, 6))
+    """Four to nine operators; the answer rewrites the expression, all innermost operators at once."""
+    tree = _tree(rng, rng.randint(4, 9))
     lines = [_text(tree)]
     while isinstance(tree, tuple):
         tree = _reduce(tree)

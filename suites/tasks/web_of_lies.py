@@ -1,0 +1,49 @@
+"""Who tells the truth, in BIG-Bench-Hard's prompt format, answered by following the chain of statements."""
+
+from __future__ import annotations
+
+from random import Random
+
+from suites.tasks.item import Item
+
+NAMES = (
+    "Ada Bram Cora Dov Elin Faye Gil Hugo Ines Joel Kira Levi Mona Noel Olga Paul Rhea Seth Tess Umar Vera Walt Yara"
+).split()
+STARTS = "Al An Bel Cor Dan El Fi Gwen Hel In Jam Kan Le Mil Os Ray Sher Tam Vi Wil".split()
+ENDINGS = "a da del dra el ene ette icent ie ina ka la mond nell on ry so ta vin yn".split()
+SAYS = {True: "tells the truth", False: "lies"}
+
+
+def generate(rng: Random) -> Item:
+    """Five to eight people. Half of the items tell the chain in order, as the public ones do, half in any order."""
+    names = _names(rng, rng.randint(5, 8))
+    honest = [rng.random() < 0.5]
+    sentences = [f"{names[0]} {SAYS[honest[0]]}."]
+    said: list[bool] = []
+    for speaker, subject in zip(names[1:], names, strict=False):
+        claim = rng.random() < 0.5
+        said.append(claim)
+        honest.append(claim == honest[-1])
+        sentences.append(f"{speaker} says {subject} {SAYS[claim]}.")
+    if rng.random() < 0.5:
+        rng.shuffle(sentences)
+    steps = [f"{name} {SAYS[truth]}." for name, truth in zip(names, honest, strict=True)]
+    answer = "Yes" if honest[-1] else "No"
+    return Item(
+        prompt=f"Q: Question: {' '.join(sentences)} Does {names[-1]} tell the truth?\nA:",
+        worked=f" {' '.join(steps)} So the answer is {answer}.",
+        answer=answer,
+        key=f"web_of_lies:{honest[0]}:" + _order(names, sentences) + ":" + " ".join(map(str, said)),
+    )
+
+
+def _names(rng: Random, people: int) -> list[str]:
+    """Different names; half of the items use made-up ones, so that reading any name has to be learned."""
+    if rng.random() < 0.5:
+        return rng.sample(NAMES, people)
+    return rng.sample([start + ending for start in STARTS for ending in ENDINGS], people)
+
+
+def _order(names: list[str], sentences: list[str]) -> str:
+    """In which order the chain is told, without names."""
+    return " ".join(str(names.index(sentence.split()[0])) for sentence in sentences)
