@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import mobile
 from mobile import trace
-from mobile.compat import common_layout, geometry_of, moe_layers
+from mobile.compat import MoeLayer, common_layout, geometry_of, moe_layers
 from mobile.geometry import Geometry
 from mobile.hardware import profile
 from mobile.strategy import Strategy, resolve, strategies
@@ -21,7 +21,7 @@ from suites.matrix import Generation
 from suites.record import RunFolder, write_json
 from suites.timing import bench, time_requests
 
-BATCH = 64
+BATCH = 100
 CHECKED = 2  # items run again, live and alone, under every strategy the generation stands for
 
 
@@ -36,12 +36,19 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(generation.model.folder)
     layers = moe_layers(model)
     own = geometry_of(model, layers, common_layout(layers))
+    if generation.scrambled:
+        scramble(layers, generation.seed)
     mobile.attach(model, strategy, slots=strategy.needs(own))
     lm = EngineLM(model, tokenizer, BATCH)
     answers = evaluate(lm, generation.task, generation.docs)
     mobile.detach(model)
     requests = [lm.traces[answer.prompt_sha256] for answer in answers]
     outputs = [answer.output for answer in answers]
+    prompts = prompts_of(generation.task, generation.docs)
+    spans = [
+        fallback_spans(request, lm.written[answer.prompt_sha256], tokenizer, answer.output)
+        for request, answer in zip(requests, answers, strict=True)
+    ]
     checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, requests, outputs))
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +60,42 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     write_json(
         folder.answers(generation.id),
         {
-            "answers": [asdict(answer) for answer in answers],
+            "answers": [
+                {**asdict(answer), "prompt": prompt, "fallback_spans": fell}
+                for answer, prompt, fell in zip(answers, prompts, spans, strict=True)
+            ],
             "checks": checks,
             "batch": BATCH,
             "wall_seconds": time.monotonic() - begun,
         },
     )
+
+
+def scramble(layers: Sequence[MoeLayer], seed: int) -> None:
+    """Shuffle the rows of every router's weight: each expert gets another's tokens. The canary's whole difference."""
+    shuffled = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        weight = layer.router.weight
+        weight.data = weight.data[torch.randperm(len(weight), generator=shuffled)]
+
+
+def fallback_spans(
+    request: trace.Request, ids: list[int], tokenizer: PreTrainedTokenizerBase, output: str
+) -> list[tuple[int, int]]:
+    """The ranges of characters of `output` that big passes wrote; prefill wrote the first of `ids`."""
+    spans: list[tuple[int, int]] = []
+    number = 0
+    for step in request:
+        number += step.kind in ("full", "little")
+        if step.kind != "big":
+            continue
+        start, end = (len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in (number, number + 1))
+        start, end = min(start, len(output)), min(end, len(output))
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        if end > start:
+            spans.append((start, end))
+    return spans
 
 
 def _checks(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,6 +25,8 @@ from suites.tasks import GENERATORS
 HERE = Path(__file__).parent
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 SHIPPED = 250  # test items in each task's data
+CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
+OVERRIDDEN = ("strategies", "budgets", "gammas", "caches", "shares", "canaries", "items")  # a model's own, if it likes
 VERSIONED = ("torch", "transformers", "lm-eval", "numpy")
 
 
@@ -34,6 +38,8 @@ class Model:
     path: str
     geometry: str
     weights: str
+    family: str | None = None
+    training_seed: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -50,15 +56,21 @@ class Generation:
     gamma: float | None
     items: int
     seed: int
+    scrambled: bool = False  # the canary: every router's rows shuffled
 
     @property
     def id(self) -> str:
         return _hash(asdict(self), code_hash(), _versions(), task_hash(self.task), model_hash(self.model))
 
     @property
+    def label(self) -> str:
+        gamma = "" if self.gamma is None else f" gamma {self.gamma}"
+        return f"{self.model.name} {self.task} {self.strategy}{gamma}{' canary' if self.scrambled else ''}"
+
+    @property
     def docs(self) -> list[int]:
-        """A seeded random subset of the task's items, ascending."""
-        return sorted(Random(self.seed).sample(range(SHIPPED), self.items))
+        """A seeded random subset of the task's items, ascending; more items hold those of fewer."""
+        return sorted(Random(self.seed).sample(range(SHIPPED), SHIPPED)[: self.items])
 
 
 @dataclass(frozen=True)
@@ -71,15 +83,17 @@ class Cell:
     hardware: str
     budget: str
     swept: bool = False  # one point of a sweep, over gamma or over cache sizes, beside the strategy's own
+    timed: int | None = None  # how many of the items are timed; None: all
 
     @property
     def id(self) -> str:
-        return _hash(self.generation.id, self.strategy, self.gamma, self.hardware, self.budget)
+        return _hash(self.generation.id, self.strategy, self.gamma, self.hardware, self.budget, self.timed)
 
     @property
     def label(self) -> str:
         gamma = "" if self.gamma is None else f" gamma {self.gamma}"
-        return f"{self.generation.model.name} {self.generation.task} {self.strategy}{gamma} {self.budget}"
+        canary = " canary" if self.generation.scrambled else ""
+        return f"{self.generation.model.name} {self.generation.task} {self.strategy}{gamma} {self.budget}{canary}"
 
 
 @dataclass(frozen=True)
@@ -115,38 +129,50 @@ def read_preset(name: str) -> Preset:
 
 
 def _cells(data: dict[str, Any]) -> list[Cell]:
-    if not 1 <= data["items"] <= SHIPPED:
-        raise Refused(f"items must be between 1 and {SHIPPED}, not {data['items']}.")
+    for count in ("items", "swept_items", "timed_items"):
+        if not 1 <= data.get(count, SHIPPED) <= SHIPPED:
+            raise Refused(f"{count} must be between 1 and {SHIPPED}, not {data[count]}.")
     for task in data["tasks"]:
         if task not in GENERATORS:
             raise Refused(f"Unknown task {task!r}; choose among: {', '.join(GENERATORS)}.")
-    chosen = [resolve(name) for name in data["strategies"]]
-    runs = [(strategy, budget, False) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
-    own = [_gamma(strategy) for strategy in chosen]
-    runs += [(resolve("mobile", gamma), "smallest", True) for gamma in data["gammas"] if gamma not in own]
-    runs += [(resolve(name), share, True) for name in data.get("caches", []) for share in data.get("shares", [])]
-    cards = [profile(name) for name in data["hardware"]]
-    models = [Model(**model) for model in data["models"]]
-    for model in models:
-        if model.geometry not in GEOMETRIES:
-            raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
-        for card in cards:
-            for budget in set(data["budgets"]) - {"smallest"}:
-                slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), card.reserve_nbytes, STAGING)
-        model_hash(model)
-    cells = [
-        Cell(
-            generation=_generation(model, task, strategy, data["items"], seed),
-            strategy=strategy.name, gamma=_gamma(strategy), hardware=card.name, budget=budget, swept=swept,
-        )
-        for model in models for seed in data["seeds"] for task in data["tasks"]
-        for card in cards for strategy, budget, swept in runs
-    ]  # fmt: skip
+    cells = [cell for model in data["models"] for cell in _cells_of(Model(**_own(model)), {**data, **model})]
     if not cells:
         raise Refused(
             "The preset asks for no cell; give it a model, task, strategy, hardware, budget and seed at least."
         )
     return cells
+
+
+def _own(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's own fields, without what it overrides of the preset."""
+    return {name: value for name, value in model.items() if name not in OVERRIDDEN}
+
+
+def _cells_of(model: Model, data: dict[str, Any]) -> Iterator[Cell]:
+    """The cells of one model; `data` is the preset with what this model overrides of it."""
+    if model.geometry not in GEOMETRIES:
+        raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
+    cards = [profile(name) for name in data["hardware"]]
+    for card in cards:
+        for budget in set(data["budgets"]) - {"smallest"}:
+            slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), card.reserve_nbytes, STAGING)
+    model_hash(model)
+    items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
+    chosen = [resolve(name) for name in data["strategies"]]
+    own = [_gamma(strategy) for strategy in chosen]
+    runs = [(strategy, budget, False, items) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
+    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
+    runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
+    for seed, task, card in product(data["seeds"], data["tasks"], cards):
+        for strategy, budget, swept, count in runs:
+            name = ORACLE if strategy.routes_as_full_k else strategy.name
+            generation = Generation(model, task, name, _gamma(strategy), count, seed)
+            # What full K answered is timed on a part of the items, what answers otherwise on all that it answered.
+            part = timed if strategy.routes_as_full_k and strategy.name != ORACLE else None
+            yield Cell(generation, strategy.name, _gamma(strategy), card.name, budget, swept, part)
+        if task in data.get("canaries", []):
+            scrambled = Generation(model, task, ORACLE, None, data["canary_items"], seed, scrambled=True)
+            yield Cell(scrambled, CANARY, None, card.name, "smallest")
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
@@ -155,11 +181,6 @@ def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
 
 def _gamma(strategy: Strategy) -> float | None:
     return strategy.gating.gamma if isinstance(strategy.gating, BigLittle) else None
-
-
-def _generation(model: Model, task: str, strategy: Strategy, items: int, seed: int) -> Generation:
-    name = ORACLE if strategy.routes_as_full_k else strategy.name
-    return Generation(model, task, name, _gamma(strategy), items, seed)
 
 
 # --- what a result depends on ------------------------------------------------------------------------

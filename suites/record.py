@@ -3,6 +3,7 @@
 format history
     1  first
     2  guesses
+    3  prompts and the spans that fell back; families, seeds and controls in config
 
 Unknown is null, never 0; an error is never a result; times are integer nanoseconds.
 """
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
 
 
@@ -48,16 +49,30 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What became of one live run or one cell; `error` is why it left nothing behind."""
+
+    id: str
+    label: str
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class Item:
     """One test item of a cell: what was asked, what came out, whether it was right, and what it took.
 
     `ttft_ns` is prefill, `decode_ns` all decode steps, of `decode_tokens` tokens (the first output token is
     prefill's), `decode_bytes` what the link copied during them. `answer` is null where none could be found.
+    `prompt` is null where it is long or not ours to print. `fallback_spans` are the ranges of characters of `output`
+    that a big pass wrote.
     """
 
     doc: int
     prompt_sha256: str
+    prompt: str | None
     output: str
+    fallback_spans: tuple[tuple[int, int], ...]
     answer: str | None
     correct: bool
     prompt_tokens: int
@@ -117,6 +132,8 @@ def load(path: Path) -> Record:
     known = {f.name for f in fields(Record)}
     if set(data) != known:
         raise ValueError(f"{path} is not a record: fields {sorted(set(data) ^ known)} are missing or unknown")
+    for item in data["items"]:
+        item["fallback_spans"] = tuple(tuple(span) for span in item["fallback_spans"])
     data["items"] = tuple(Item(**item) for item in data["items"])
     data["timeline"] = tuple(tuple(event) for event in data["timeline"])
     data["guesses"] = tuple(tuple(layer) for layer in data["guesses"])

@@ -7,32 +7,36 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from suites.matrix import Cell, Generation, Preset
-from suites.record import RunFolder, write_json
+from suites.record import Finished, RunFolder, write_json
+
+CELLS_A_JOB = 12  # of one live run, timed by one child that reads the trace once
 
 
 @dataclass(frozen=True)
 class Job:
-    """One child process: its name on the screen, what it reads on standard input, the files that prove it done."""
+    """One child process: its name on the screen, what it reads on standard input, what it is to leave behind."""
 
     id: str
     label: str
     spec: dict[str, Any]
-    proof: tuple[Path, ...]
-    needs: tuple[Path, ...] = ()
+    proof: dict[str, Path]  # by the id of a live run or a cell, the file that proves it done
+    log: Path
+    needs: Path | None = None
 
     @property
     def done(self) -> bool:
-        return all(path.is_file() for path in self.proof)
+        return all(path.is_file() for path in self.proof.values())
 
 
 def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
@@ -40,44 +44,52 @@ def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     hardware = preset.cells[0].hardware
 
     def gating(generation: Generation) -> tuple:
-        return generation.model.name, generation.strategy, generation.gamma or 0, generation.seed
+        return generation.model.name, generation.scrambled, generation.strategy, generation.gamma or 0, generation.seed
 
     jobs = []
-    for (model, strategy, gamma, seed), members in groupby(sorted(preset.generations, key=gating), gating):
+    for _, members in groupby(sorted(preset.generations, key=gating), gating):
         missing = [g for g in members if not run.answers(g.id).is_file()]
         if missing:
-            shown = f"{strategy} gamma {gamma}" if missing[0].gamma is not None else strategy
+            first = missing[0]
+            shown = f"{first.model.name} {first.label.removeprefix(f'{first.model.name} {first.task} ')}"
             jobs.append(
                 Job(
-                    id=f"generate-{model}-{strategy}-{gamma}-{seed}", label=f"generate {model} {shown}",
+                    id=f"generate-{first.id}", label=f"live {shown}", log=run.log(f"generate-{first.id}"),
                     spec={"run": str(run.path), "generations": [asdict(g) for g in missing], "hardware": hardware},
-                    proof=tuple(run.answers(g.id) for g in missing),
+                    proof={g.id: run.answers(g.id) for g in missing},
                 )
             )  # fmt: skip
     return jobs
 
 
 def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
-    """A job for every cell of the preset, done or not."""
-    return [
-        Job(
-            id=cell.id, label=cell.label, spec={"run": str(run.path), "cell": asdict(cell)},
-            proof=(run.record(cell.id),), needs=(run.answers(cell.generation.id),),
-        )
-        for cell in preset.cells
-    ]  # fmt: skip
+    """The cells not done yet, a few of one live run in one job."""
+    jobs = []
+    missing = [cell for cell in preset.cells if not run.record(cell.id).is_file()]
+    for generation, members in groupby(sorted(missing, key=lambda c: c.generation.id), lambda c: c.generation):
+        cells_left = list(members)
+        while cells_left:
+            cells, cells_left = cells_left[:CELLS_A_JOB], cells_left[CELLS_A_JOB:]
+            jobs.append(
+                Job(
+                    id=f"time-{cells[0].id}", label=f"time {generation.label}", log=run.log(f"time-{cells[0].id}"),
+                    spec={"run": str(run.path), "cells": [asdict(cell) for cell in cells]},
+                    proof={cell.id: run.record(cell.id) for cell in cells}, needs=run.answers(generation.id),
+                )
+            )  # fmt: skip
+    return jobs
 
 
 def describe(preset: Preset, run: RunFolder) -> str:
     """What a run would do, in a few lines, before it does it."""
-    cells, live = cell_jobs(preset, run), generation_jobs(preset, run)
-    generations = preset.generations
-    waiting = sum(len(job.proof) for job in live)
+    cells, generations = preset.cells, preset.generations
+    timed = sum(run.record(cell.id).is_file() for cell in cells)
+    answered = sum(run.answers(generation.id).is_file() for generation in generations)
     items = sum(generation.items for generation in generations)
     megabytes = 0.2 * len(generations) + 0.15 * len(cells)
     return (
-        f"{preset.name}: {len(cells)} cells, {sum(job.done for job in cells)} done; "
-        f"{len(generations)} live runs ({items:,} answers), {len(generations) - waiting} done\n"
+        f"{preset.name}: {len(cells)} cells, {timed} done; "
+        f"{len(generations)} live runs ({items:,} answers), {answered} done\n"
         f"allowed: {preset.minutes} minutes on 2 cores; disk about {megabytes:.0f} MB; no GPU and no network needed\n"
         f"folder: {run.path}"
     )
@@ -86,9 +98,7 @@ def describe(preset: Preset, run: RunFolder) -> str:
 def execute(preset: Preset, run: RunFolder, console: Console) -> int:
     """Do what is missing; returns how many cells have no record at the end."""
     begun = time.monotonic()
-    cells = cell_jobs(preset, run)
     write_json(run.plan, {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
-    workers = os.cpu_count() or 1
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -97,30 +107,32 @@ def execute(preset: Preset, run: RunFolder, console: Console) -> int:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for phase, jobs in (("live runs", generation_jobs(preset, run)), ("cells", [c for c in cells if not c.done])):
-            bar = progress.add_task(phase, total=len(jobs))
-            with ThreadPoolExecutor(workers) as pool:
-                futures = [pool.submit(_run_job, job, run, progress, bar, console) for job in jobs]
-                _finish(futures)
-    missing = [cell for cell in cells if not cell.done]
+        for phase, plan in (("live runs", generation_jobs), ("cells", cell_jobs)):
+            jobs = plan(preset, run)
+            bar = progress.add_task(phase, total=sum(len(job.proof) for job in jobs))
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                waiting = {pool.submit(work, job): job for job in jobs}
+                for future in _as_they_finish(waiting):
+                    for done in future.result():
+                        _show(done, waiting[future].log, run, console)
+                        progress.advance(bar)
+    missing = [cell for cell in preset.cells if not run.record(cell.id).is_file()]
     seconds = time.monotonic() - begun
     console.print(
-        f"{preset.name}: {len(cells) - len(missing)} of {len(cells)} cells have records; took {seconds:.0f} s of the "
-        f"{preset.minutes * 60} s it is allowed"
+        f"{preset.name}: {len(preset.cells) - len(missing)} of {len(preset.cells)} cells have records; "
+        f"took {seconds:.0f} s of the {preset.minutes * 60} s it is allowed"
     )
     return len(missing)
 
 
-def _finish(futures: list[Future]) -> None:
-    """Wait for all; on Ctrl-C drop those that have not begun, so that finished cells stay finished."""
+def _as_they_finish(futures: Iterable[Future]) -> Iterator[Future]:
+    """On Ctrl-C those that have not begun are dropped, so that finished cells stay finished."""
     try:
-        wait(futures)
+        yield from as_completed(futures)
     except KeyboardInterrupt:
         for future in futures:
             future.cancel()
         raise
-    for future in futures:
-        future.result()
 
 
 def _expected(preset: Preset) -> list[dict[str, Any]]:
@@ -131,37 +143,34 @@ def _expected(preset: Preset) -> list[dict[str, Any]]:
     return [named(cell) for cell in preset.cells]
 
 
-def _run_job(job: Job, run: RunFolder, progress: Progress, bar: TaskID, console: Console) -> None:
-    """One child process; its output goes to a log, and a failure leaves a note that the report prints."""
-    log, failure = run.log(job.id), run.failure(job.id)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    line = progress.add_task(job.label, total=1)
+def work(job: Job) -> list[Finished]:
+    """Run one child process to its end. What it printed goes to its log; what it left undone has a reason."""
+    if job.needs is not None and not job.needs.is_file():
+        why = f"the live run it is timed from failed ({job.needs.name} is missing)"
+        return [Finished(name, job.label, 0.0, why) for name in job.proof]
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     begun = time.monotonic()
-    absent = [path.name for path in job.needs if not path.is_file()]
-    if absent:
-        error: str | None = f"the live run it is timed from failed ({', '.join(absent)} is missing)"
-    else:
-        with log.open("w") as output:
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-            child = subprocess.run(
-                [sys.executable, "-m", "suites.cell"], input=json.dumps(job.spec), text=True,
-                stdout=output, stderr=subprocess.STDOUT, env=environment,
-            )  # fmt: skip
-        error = None if child.returncode == 0 and job.done else _last_line(log, child.returncode)
-    progress.remove_task(line)
-    progress.advance(bar)
-    took = f"{time.monotonic() - begun:5.1f} s"
-    if error is None:
+    with job.log.open("w") as log:
+        child = subprocess.run(
+            [sys.executable, "-m", "suites.cell"], input=json.dumps(job.spec), text=True, stdout=subprocess.PIPE,
+            stderr=log, env={**os.environ, **quiet},
+        )  # fmt: skip
+    told = [Finished(**json.loads(line)) for line in child.stdout.splitlines()]
+    silent = set(job.proof) - {done.id for done in told}
+    why = _last_line(job.log, child.returncode)
+    return told + [Finished(name, job.label, time.monotonic() - begun, why) for name in job.proof if name in silent]
+
+
+def _show(done: Finished, log: Path, run: RunFolder, console: Console) -> None:
+    """Say what became of it; a failure leaves a note that the report prints."""
+    failure = run.failure(done.id)
+    if done.error is None:
         failure.unlink(missing_ok=True)
-        console.print(f"[green]done[/]   {took}  {job.label}", highlight=False)
+        console.print(f"[green]done[/]   {done.seconds:5.1f} s  {done.label}", highlight=False)
     else:
-        write_json(failure, {"id": job.id, "label": job.label, "error": error, "log": str(log)})
-        console.print(f"[red]failed[/] {took}  {job.label}: {error} (log: {log})", highlight=False)
+        write_json(failure, {"id": done.id, "label": done.label, "error": done.error, "log": str(log)})
+        console.print(f"[red]failed[/] {done.seconds:5.1f} s  {done.label}: {done.error} (log: {log})", highlight=False)
 
 
 def _last_line(log: Path, code: int) -> str:

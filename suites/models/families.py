@@ -59,8 +59,8 @@ FAMILIES = {
     ),
     "qwen3-moe": Family(
         Qwen3MoeForCausalLM,
-        Qwen3MoeConfig(**SHARED, intermediate_size=96, num_key_value_heads=2, head_dim=24, num_experts=128,
-                       num_experts_per_tok=8, moe_intermediate_size=16, norm_topk_prob=True),
+        Qwen3MoeConfig(**SHARED, intermediate_size=96, num_key_value_heads=2, num_experts=128, num_experts_per_tok=8,
+                       moe_intermediate_size=16, norm_topk_prob=True),
         "qwen3-30b-a3b", "128 experts, 8 active, weights normalised, grouped-query attention",
     ),
 }  # fmt: skip

@@ -1,0 +1,111 @@
+"""Write a shipped checkpoint's model card: how it was trained, how its routers spread, what it scored in a run.
+
+python -m suites.models.card suites/models/olmoe-tiny --run runs/cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from scipy.stats import binomtest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mobile.compat import MoeLayer, moe_layers
+from suites.models.families import FAMILIES
+from suites.record import Record, RunFolder, load
+from suites.tasks import DATA, GENERATORS
+
+SHOWN = ("resident", "static-half", "mobile")
+ROUTED_ITEMS = 50  # test items of each task whose routing is counted
+
+
+def shipped(task: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / f"{task}.jsonl").read_text().splitlines()]
+
+
+@torch.inference_mode()
+def expert_use(folder: Path) -> list[tuple[float, int, int]]:
+    """By MoE layer: entropy of expert use over its greatest possible value, experts used, experts there are.
+
+    Counted over the tokens of test prompts and their worked answers, read and not generated.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    layers = moe_layers(model)
+    uses = [torch.zeros(layer.count) for layer in layers]
+
+    def counting(layer: MoeLayer, use: torch.Tensor) -> Any:
+        def hook(_module: Any, inputs: tuple, named: dict[str, Any], _output: Any) -> None:
+            use.add_(layer.route(inputs, named).flatten().bincount(minlength=layer.count))
+
+        return hook
+
+    for layer, use in zip(layers, uses, strict=True):
+        layer.router.register_forward_hook(counting(layer, use), with_kwargs=True)
+    for task in GENERATORS:
+        for item in shipped(task)[:ROUTED_ITEMS]:
+            model(**tokenizer(item["prompt"] + item["worked"], return_tensors="pt", return_token_type_ids=False))
+    spread = []
+    for use in uses:
+        share = use[use > 0] / use.sum()
+        spread.append((float(-(share * share.log()).sum()) / math.log(len(use)), len(share), len(use)))
+    return spread
+
+
+def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
+    """A row for each task and strategy shown: items, right answers, their Wilson interval, whole answers right."""
+    records = [load(path) for path in sorted((RunFolder(run).path / "records").glob("*.json"))]
+    for task in GENERATORS:
+        worked = [item["worked"].strip() for item in shipped(task)]
+        for strategy in SHOWN:
+            record = next((r for r in records if _shown(r, model, task, strategy)), None)
+            if record is None:
+                continue
+            right = sum(item.correct for item in record.items)
+            whole = sum(item.output.strip() == worked[item.doc] for item in record.items)
+            interval = binomtest(right, len(record.items)).proportion_ci(method="wilson")
+            yield {
+                "task": task, "strategy": strategy, "items": len(record.items),
+                "score": 100 * right / len(record.items), "low": 100 * interval.low, "high": 100 * interval.high,
+                "whole": 100 * whole / len(record.items),
+            }  # fmt: skip
+
+
+def _shown(record: Record, model: str, task: str, strategy: str) -> bool:
+    """Whether a record is the task's answers under the strategy: of all items, no point of a sweep, no control."""
+    named = (record.model, record.task, record.strategy) == (model, task, strategy)
+    return named and record.budget in ("smallest", "all") and not (record.config["swept"] or record.config["control"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a checkpoint that suites.models.train wrote")
+    parser.add_argument("--run", type=Path, help="a finished run whose scores to write down")
+    options = parser.parse_args()
+    recipe = json.loads((options.folder / "recipe.json").read_text())
+    family = FAMILIES[recipe["family"]]
+    template = Environment(
+        loader=PackageLoader("suites", "models"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template("card.md.j2")  # fmt: skip
+    weights = options.folder / "model.safetensors"
+    text = template.render(
+        name=options.folder.name, family=family, recipe=recipe, model=family.model.__name__, config=family.config,
+        width=getattr(family.config, "moe_intermediate_size", family.config.intermediate_size),
+        parameters=sum(p.numel() for p in family.model(family.config).parameters()) / 1e6,
+        megabytes=weights.stat().st_size / 1e6, use=expert_use(options.folder),
+        scores=list(scores(options.run, options.folder.name)) if options.run else [],
+    )  # fmt: skip
+    (options.folder / "README.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
