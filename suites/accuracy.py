@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from mobile.trace import Request
@@ -99,7 +99,7 @@ def first_tokens(request: Request, tokens: int) -> Request:
 
 def task_config(task: str) -> dict[str, Any]:
     """The task's YAML with its data files made absolute (lm-eval would read them from the current folder)."""
-    config = yaml.safe_load((FOLDER / f"{task}.yaml").read_text())
+    config = load_yaml(FOLDER / f"{task}.yaml")
     files = config["dataset_kwargs"]["data_files"]
     config["dataset_kwargs"]["data_files"] = {split: str(FOLDER / name) for split, name in files.items()}
     return config
@@ -107,12 +107,20 @@ def task_config(task: str) -> dict[str, Any]:
 
 def evaluate(lm: EngineLM, task: str, docs: list[int]) -> list[Answer]:
     """Score the given items of a task; in the order of `docs`."""
+    return score(lm, task_config(task), docs)
+
+
+def score(lm: EngineLM, config: dict[str, Any], docs: list[int]) -> list[Answer]:
+    """Score the given items of a configured task by the first of its filters; in the order of `docs`."""
+    task, first = config["task"], config["filter_list"][0]["name"]
     result = simple_evaluate(
-        lm, tasks=[task_config(task)], task_manager=TaskManager(include_defaults=False, include_path=str(FOLDER)),
+        lm, tasks=[config], task_manager=TaskManager(include_defaults=False, include_path=str(FOLDER)),
         samples={task: docs}, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
     )  # fmt: skip
     answers = {}
     for sample in result["samples"][task]:
+        if sample["filter"] != first:
+            continue
         found = sample["filtered_resps"][0]
         answers[sample["doc_id"]] = Answer(
             doc=int(sample["doc_id"]),
