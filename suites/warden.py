@@ -169,9 +169,7 @@ def call_filter(machine: str) -> bytes | None:
     rows += [(0x35, 0, 1, 0x40000000), (ret, 0, 0, RET_ERRNO | EPERM)]  # the x32 calls have other numbers
     rows += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD), (ret, 0, 0, RET_ERRNO | EPERM)]
     rows += [(ret, 0, 0, RET_ALLOW)]
-    return b"".join(
-        code.to_bytes(2, "little") + bytes((yes, no)) + k.to_bytes(4, "little") for code, yes, no, k in rows
-    )
+    return b"".join(struct.pack("<HBBI", *row) for row in rows)
 
 
 def kernel_walls() -> Callable[[str], None]:
