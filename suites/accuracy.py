@@ -44,7 +44,8 @@ class EngineLM(LM):
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__()
         self.model, self.hf_tokenizer, self._batch_size = model, tokenizer, batch_size
-        self.traces: dict[str, Request] = {}  # by the prompt's SHA-256
+        self.traces: dict[str, Request] = {}  # by the prompt's SHA-256, as is what was written
+        self.written: dict[str, list[int]] = {}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = [request.args[0] for request in requests]
@@ -54,9 +55,10 @@ class EngineLM(LM):
             chunk = order[start : start + self._batch_size]
             with self.model.mobile.recording(ahead=True) as recorded:
                 answered = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
-            for i, (text, tokens), request in zip(chunk, answered, recorded, strict=True):
+            for i, (text, ids), request in zip(chunk, answered, recorded, strict=True):
                 outputs[i] = text
-                self.traces[sha256(prompts[i])] = first_tokens(request, tokens)
+                self.traces[sha256(prompts[i])] = first_tokens(request, len(ids))
+                self.written[sha256(prompts[i])] = ids
         return outputs
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
@@ -68,8 +70,8 @@ class EngineLM(LM):
 @torch.inference_mode()
 def generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any]
-) -> list[tuple[str, int]]:
-    """Greedy continuations of a batch, cut at the first of the `until` strings, and how many tokens each took."""
+) -> list[tuple[str, list[int]]]:
+    """Greedy continuations of a batch, cut at the first of the `until` strings, and the tokens each took."""
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     tokens = model.generate(
         input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"],
@@ -80,7 +82,7 @@ def generate(
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     for stop in options["until"]:
         texts = [text.split(stop)[0] for text in texts]
-    return list(zip(texts, (written != tokenizer.pad_token_id).sum(1).tolist(), strict=True))
+    return [(text, ids[ids != tokenizer.pad_token_id].tolist()) for text, ids in zip(texts, written, strict=True)]
 
 
 def first_tokens(request: Request, tokens: int) -> Request:
