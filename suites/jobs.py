@@ -57,7 +57,7 @@ def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
                         "run": str(run.path), "ids": list(labels), "generations": list(map(asdict, labels.values())),
                         "hardware": hardware,
                     },
-                    labels={name: f"live {one.label}" for name, one in labels.items()},
+                    labels={name: one.label for name, one in labels.items()},
                     log=run.log(f"generate-{next(iter(labels))}"),
                 )
             )  # fmt: skip
