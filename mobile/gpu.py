@@ -58,9 +58,12 @@ def nvml() -> Iterator[Any]:
     """pynvml, started; None where there is no package, no driver or no permission."""
     try:
         import pynvml
-
+    except ImportError:
+        yield None
+        return
+    try:
         pynvml.nvmlInit()
-    except Exception:
+    except pynvml.NVMLError:
         yield None
         return
     try:
@@ -69,46 +72,51 @@ def nvml() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def _ask(lib: Any, question: str, *about: Any) -> Any:
+def ask(lib: Any, question: str, *about: Any) -> Any:
     """What NVML answers, or None: no library, no such function in this version, or nothing to say for this card."""
+    if lib is None or not hasattr(lib, f"nvml{question}"):
+        return None
     try:
         answer = getattr(lib, f"nvml{question}")(*about)
-    except Exception:  # AttributeError, or NVMLError, which is defined in the package that may be absent
+    except lib.NVMLError:
         return None
     return answer.decode() if isinstance(answer, bytes) else answer
 
 
 def gpus() -> list[Gpu]:
     """Every NVIDIA GPU the driver shows, or what torch alone knows of them where NVML is absent."""
+    return gpus_of_driver() or _gpus_of_torch()
+
+
+def gpus_of_driver() -> list[Gpu]:
+    """Every NVIDIA GPU that NVML shows. Imports no torch."""
     with nvml() as lib:
-        count = _ask(lib, "DeviceGetCount")
-        if count:
-            handles = (_ask(lib, "DeviceGetHandleByIndex", index) for index in range(count))
-            return [_gpu(lib, handle) for handle in handles if handle is not None]
-    return _gpus_of_torch()
+        count = ask(lib, "DeviceGetCount") or 0
+        handles = [ask(lib, "DeviceGetHandleByIndex", index) for index in range(count)]
+        return [_gpu(lib, handle) for handle in handles if handle is not None]
 
 
 def _gpu(lib: Any, handle: Any) -> Gpu:
-    memory = _ask(lib, "DeviceGetMemoryInfo", handle)
-    capability = _ask(lib, "DeviceGetCudaComputeCapability", handle)
+    memory = ask(lib, "DeviceGetMemoryInfo", handle)
+    capability = ask(lib, "DeviceGetCudaComputeCapability", handle)
     return Gpu(
-        name=_ask(lib, "DeviceGetName", handle) or "unnamed GPU",
-        uuid=_ask(lib, "DeviceGetUUID", handle),
-        driver=_ask(lib, "SystemGetDriverVersion"),
+        name=ask(lib, "DeviceGetName", handle) or "unnamed GPU",
+        uuid=ask(lib, "DeviceGetUUID", handle),
+        driver=ask(lib, "SystemGetDriverVersion"),
         memory_total_nbytes=None if memory is None else int(memory.total),
         memory_free_nbytes=None if memory is None else int(memory.free),
         compute_capability=None if capability is None else ".".join(map(str, capability)),
         link_now=_link(lib, handle),
         link_max=LinkState(
-            _ask(lib, "DeviceGetMaxPcieLinkGeneration", handle), _ask(lib, "DeviceGetMaxPcieLinkWidth", handle)
+            ask(lib, "DeviceGetMaxPcieLinkGeneration", handle), ask(lib, "DeviceGetMaxPcieLinkWidth", handle)
         ),
-        sm_clock_mhz=_ask(lib, "DeviceGetClockInfo", handle, SM_CLOCK),
+        sm_clock_mhz=ask(lib, "DeviceGetClockInfo", handle, SM_CLOCK),
     )
 
 
 def _link(lib: Any, handle: Any) -> LinkState:
     return LinkState(
-        _ask(lib, "DeviceGetCurrPcieLinkGeneration", handle), _ask(lib, "DeviceGetCurrPcieLinkWidth", handle)
+        ask(lib, "DeviceGetCurrPcieLinkGeneration", handle), ask(lib, "DeviceGetCurrPcieLinkWidth", handle)
     )
 
 
@@ -163,7 +171,7 @@ def link_rates(index: int = 0, nbytes: int = 256 * MIB, copies: int = 20) -> Lin
             pinned_rate = None
         else:
             with nvml() as lib:
-                handle = _ask(lib, "DeviceGetHandleByUUID", cuda_uuid(index))
+                handle = ask(lib, "DeviceGetHandleByUUID", cuda_uuid(index))
                 target.copy_(pinned)
                 torch.cuda.synchronize()
                 begun = time.perf_counter()

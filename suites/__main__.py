@@ -1,17 +1,19 @@
-"""Run the suites: `python -m suites plan|run|resume [--preset NAME] [--out FOLDER]`."""
+"""Run the suites: `python -m suites plan|run|resume [--preset NAME] [--out FOLDER] [--dask ADDRESS]`."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from mobile.refusal import Refused
-from suites.matrix import presets, read_preset
+from suites.executors import cluster, here
+from suites.matrix import VIRTUAL, presets, read_preset
 from suites.record import LATEST, RunFolder
-from suites.runner import describe, execute
+from suites.runner import DiskFull, describe, execute, locked
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +29,14 @@ def parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=help_text, description=help_text)
         sub.add_argument("--preset", default="cpu", help=f"{', '.join(presets())}, or a .toml file (default: cpu)")
         sub.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
+        if verb != "plan":
+            sub.add_argument(
+                "--dask", metavar="ADDRESS",
+                help="spread the run over the workers of this dask.distributed scheduler (tcp://HOST:8786). The run "
+                "folder must be on a disk that all machines share, and all need this code, its packages and the "
+                "models. A cell timed on the wall clock has its machine to itself: it goes to workers started with "
+                "--resources GPU=1, of which there should be one on each machine",
+            )  # fmt: skip
     return top
 
 
@@ -41,9 +51,18 @@ def main() -> int:
             return 0
         LATEST.parent.mkdir(exist_ok=True)
         LATEST.write_text(f"{run.path}\n")
-        return 1 if execute(preset, run, console) else 0
+        alone = any(cell.scope != VIRTUAL for cell in preset.cells)
+        with locked(run), cluster(options.dask, run.path, alone) if options.dask else here() as workers:
+            return 1 if execute(preset, run, console, workers) else 0
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
+        return 2
+    except DiskFull as full:
+        print(f"error: {full}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {DiskFull(run) if full else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on where it was", file=sys.stderr)

@@ -1,30 +1,19 @@
-"""One child process of a run: some live runs of a model, or the timing of cells that share one live run.
-
-Reads its job as JSON on standard input and answers on standard output with a line of JSON for each thing done; all
-else that is printed goes to standard error.
-"""
+"""A cell: a live run's trace timed under a strategy, on hardware with a memory budget."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import sys
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mobile import trace
 from mobile.geometry import Geometry
+from mobile.gpu import cuda_uuid
 from mobile.hardware import profile
 from mobile.strategy import resolve
 from suites.environment import environment
-from suites.matrix import Cell, Generation, Model
-from suites.record import Finished, Item, Record, RunFolder
+from suites.matrix import VIRTUAL, Cell, Generation, Model
+from suites.record import Item, Record, RunFolder, read_json
+from suites.telemetry import watched
 from suites.timing import bench, time_requests, timeline
 
 TIMELINE_TOKENS = 3
@@ -44,13 +33,14 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
     """The record of a cell whose generation has been written under `run`. Imports no torch."""
     begun = time.monotonic()
     generation = cell.generation
-    answers = json.loads(run.answers(generation.id).read_text())
+    answers = read_json(run.answers(generation.id))
     requests, about = recorded
     requests = requests[: cell.timed]
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
     on = bench(strategy, Geometry(**about["geometry"]), generation.model.geometry, card, cell.budget)
-    taken, ledger = time_requests(on, requests)
+    with watched(None if cell.scope == VIRTUAL else cuda_uuid()) as telemetry:
+        taken, ledger = time_requests(on, requests)
     items = tuple(
         Item(
             **answer, prompt_tokens=counters.prompt_tokens, decode_tokens=counters.tokens,
@@ -62,7 +52,7 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
     shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
     drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(on, shown, TIMELINE_TOKENS))
     return Record(
-        id=cell.id, scope="cpu+virtual", weights=generation.model.weights, model=generation.model.name,
+        id=cell.id, scope=cell.scope, weights=generation.model.weights, model=generation.model.name,
         geometry=on.geometry.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
         lossless=strategy.lossless, hardware=card.name, budget=cell.budget, slots=on.slots, seed=generation.seed,
         config={
@@ -74,7 +64,7 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
             "experts": on.geometry.experts, "top_k": on.geometry.top_k, "link_gb_per_s": card.link_gb_per_s,
             "profile_sources": list(card.sources), "strategy_source": strategy.source,
         },
-        environment=environment(), items=items, counters=ledger.stats(),
+        environment={**environment(), "telemetry": telemetry()}, items=items, counters=ledger.stats(),
         ceiling_tokens_per_s=on.geometry.on_demand_ceiling(card.link_gb_per_s), checks=answers["checks"],
         timeline=drawn if cell.budget == "smallest" else (),
         guesses=tuple((layer, *seen) for layer, seen in sorted(ledger.guesses.items())),
@@ -89,63 +79,3 @@ def confidences(requests: list[trace.Request]) -> list[list[float]] | None:
     for value in sure:
         counts[min(int(value * BINS), BINS - 1)] += 1
     return [[edge / BINS, count] for edge, count in enumerate(counts)] if sure else None
-
-
-def attempt(name: str, label: str, action: Callable[[], Any]) -> Finished:
-    """Do one thing; an exception's traceback goes to the log."""
-    begun = time.monotonic()
-    try:
-        action()
-    except Exception as error:
-        traceback.print_exc()
-        return Finished(name, label, time.monotonic() - begun, f"{type(error).__name__}: {error}")
-    return Finished(name, label, time.monotonic() - begun)
-
-
-def apart(cell: Cell, run: RunFolder, recorded: Trace) -> Finished:
-    """Time one cell in a process of its own, which shares the loaded trace where the system can fork."""
-    ways = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("fork" if "fork" in ways else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_timed, args=(cell, run, recorded, theirs))
-    begun = time.monotonic()
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        child.join()
-        why = f"its process ended with code {child.exitcode} and said nothing"
-        return Finished(cell.id, cell.label, time.monotonic() - begun, why)
-    finally:
-        child.join()
-
-
-def _timed(cell: Cell, run: RunFolder, recorded: Trace, answer: Any) -> None:
-    answer.send(attempt(cell.id, cell.label, lambda: time_cell(cell, run, recorded).save(run.record(cell.id))))
-
-
-def main() -> None:
-    job = json.load(sys.stdin)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    run = RunFolder(Path(job["run"]))
-
-    def say(done: Finished) -> None:
-        print(json.dumps(asdict(done)), file=answers, flush=True)
-
-    if "generations" in job:
-        from suites import generation as live
-
-        for one in map(generation_from, job["generations"]):
-            say(attempt(one.id, one.label, partial(live.run, one, run, job["hardware"])))
-    else:
-        cells = [cell_from(data) for data in job["cells"]]
-        loaded: list[Trace] = []
-        opened = attempt("", "", lambda: loaded.append(trace.load(run.trace(cells[0].generation.id))))
-        for cell in cells:
-            say(apart(cell, run, loaded[0]) if loaded else Finished(cell.id, cell.label, 0.0, opened.error))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mobile.gpu import gpus
+from mobile.gpu import gpus, gpus_of_driver
 from mobile.host import host, package
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval", "datasets", "rich")
@@ -26,8 +29,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _gpu() -> dict[str, Any] | None:
-    """Name, driver and link of the first GPU; None without one."""
-    found = gpus()
+    """Name, driver and link of the first GPU; None without one.
+
+    Torch is asked only where it is loaded: importing it takes longer than timing a cell.
+    """
+    found = gpus() if "torch" in sys.modules else gpus_of_driver()
     if not found:
         return None
     first = found[0]
@@ -40,11 +46,19 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
+def fingerprint(seen: dict[str, Any]) -> str:
+    """A hash of what time and numbers depend on; two machines with the same one are alike, whatever their names."""
+    gpu = seen["gpu"] and {name: seen["gpu"][name] for name in ("name", "driver")}
+    parts = [gpu, *(seen[name] for name in ("cpu", "cores", "python", "platform", "packages"))]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @cache
 def environment() -> dict[str, Any]:
     """A JSON-ready description of this machine and checkout."""
     status = _git("status", "--porcelain")
-    return {
+    seen = {
+        "host": platform.node() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": host().cpu,
@@ -54,3 +68,4 @@ def environment() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
     }
+    return {**seen, "fingerprint": fingerprint(seen)}

@@ -27,6 +27,7 @@ ORACLE = "resident"  # its run is the full-K run whose trace every lossless stra
 SHIPPED = 250  # test items in each task's data
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 OVERRIDDEN = ("strategies", "budgets", "gammas", "caches", "shares", "canaries", "items")  # a model's own, if it likes
+VIRTUAL = "cpu+virtual"
 VERSIONED = ("torch", "transformers", "lm-eval", "numpy")
 
 
@@ -88,6 +89,11 @@ class Cell:
     @property
     def id(self) -> str:
         return _hash(self.generation.id, self.strategy, self.gamma, self.hardware, self.budget, self.timed)
+
+    @property
+    def scope(self) -> str:
+        """Whose time it takes: every cell yet is charged by the virtual clock, alike on any machine."""
+        return VIRTUAL
 
     @property
     def label(self) -> str:

@@ -4,18 +4,22 @@ format history
     1  first
     2  guesses
     3  prompts and the spans that fell back; families, seeds and controls in config
+    4  a first line with the SHA-256 of what follows; fingerprint, host and telemetry in environment
 
 Unknown is null, never 0; an error is never a result; times are integer nanoseconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-SCHEMA = 3
+SCHEMA = 4
+FIRST = b'{\n "sha256": "%s",\n'  # of the bytes after it; how every JSON file of a run begins
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
 
 
@@ -50,12 +54,13 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of one live run or one cell; `error` is why it left nothing behind."""
+    """What became of one live run or one cell; `error` is why it left nothing behind, `log_tail` how its log ended."""
 
     id: str
     label: str
     seconds: float
     error: str | None = None
+    log_tail: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,45 @@ class Record:
         write_json(path, asdict(self))
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that a killed process leaves the old file or the new one, never half of either."""
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON that knows its own checksum. A killed process leaves the old file or the new one, half of neither."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f"{path.suffix}.partial")
-    partial.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    body = json.dumps(data, indent=1, sort_keys=True).removeprefix("{\n").encode() + b"\n"
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # a name of its own: two may write the same record
+    try:
+        partial.write_bytes(FIRST % hashlib.sha256(body).hexdigest().encode() + body)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sound(path: Path) -> bool:
+    """Whether the file is there and has the bytes that were written."""
+    try:
+        _checked(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises ValueError if a byte of it has changed."""
+    data = json.loads(_checked(path))
+    del data["sha256"]
+    return data
+
+
+def _checked(path: Path) -> bytes:
+    whole = path.read_bytes()
+    body = whole[len(FIRST) + 62 :]  # 64 digits stand where the template has two characters
+    if whole != FIRST % hashlib.sha256(body).hexdigest().encode() + body:
+        raise ValueError(f"{path} is damaged: it is not what its checksum says")
+    return whole
 
 
 def load(path: Path) -> Record:
-    """Read a record. Raises ValueError for a file of another schema or with missing or unknown fields."""
-    data = json.loads(path.read_text())
+    """Read a record. Raises ValueError for a damaged one, one of another schema, or missing or unknown fields."""
+    data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has record schema {data.get('schema')}; this version reads {SCHEMA}")
     known = {f.name for f in fields(Record)}

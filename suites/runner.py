@@ -1,90 +1,61 @@
-"""Runs a preset: what is done is skipped, each job is a child process, a failure stops nothing else."""
+"""Runs a preset: what is done is kept, each job is a child process, a failure stops nothing else."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, as_completed
+from contextlib import contextmanager
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
-from suites.matrix import Cell, Generation, Preset
-from suites.record import Finished, RunFolder, write_json
+from mobile.refusal import Refused
+from suites.executors import Workers
+from suites.jobs import Job, cell_jobs, generation_jobs, put_damaged_aside, work
+from suites.matrix import Cell, Preset
+from suites.record import Finished, RunFolder, sound, write_json
 
-CELLS_A_JOB = 12  # of one live run, timed by one child that reads the trace once
-
-
-@dataclass(frozen=True)
-class Job:
-    """One child process: its name on the screen, what it reads on standard input, what it is to leave behind."""
-
-    id: str
-    label: str
-    spec: dict[str, Any]
-    proof: dict[str, Path]  # by the id of a live run or a cell, the file that proves it done
-    log: Path
-    needs: Path | None = None
-
-    @property
-    def done(self) -> bool:
-        return all(path.is_file() for path in self.proof.values())
-
-
-def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
-    """The live runs not done yet, all tasks of one model and gating in one process, since starting one is slow."""
-    hardware = preset.cells[0].hardware
-
-    def gating(generation: Generation) -> tuple:
-        return generation.model.name, generation.scrambled, generation.strategy, generation.gamma or 0, generation.seed
-
-    jobs = []
-    for _, members in groupby(sorted(preset.generations, key=gating), gating):
-        missing = [g for g in members if not run.answers(g.id).is_file()]
-        if missing:
-            first = missing[0]
-            shown = f"{first.model.name} {first.label.removeprefix(f'{first.model.name} {first.task} ')}"
-            jobs.append(
-                Job(
-                    id=f"generate-{first.id}", label=f"live {shown}", log=run.log(f"generate-{first.id}"),
-                    spec={"run": str(run.path), "generations": [asdict(g) for g in missing], "hardware": hardware},
-                    proof={g.id: run.answers(g.id) for g in missing},
-                )
-            )  # fmt: skip
-    return jobs
+FULL_NBYTES = 2**16  # a disk with less room than this holds no further record
+RATE_OVER_SECONDS = 600
 
 
-def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
-    """The cells not done yet, a few of one live run in one job."""
-    jobs = []
-    missing = [cell for cell in preset.cells if not run.record(cell.id).is_file()]
-    for generation, members in groupby(sorted(missing, key=lambda c: c.generation.id), lambda c: c.generation):
-        cells_left = list(members)
-        while cells_left:
-            cells, cells_left = cells_left[:CELLS_A_JOB], cells_left[CELLS_A_JOB:]
-            jobs.append(
-                Job(
-                    id=f"time-{cells[0].id}", label=f"time {generation.label}", log=run.log(f"time-{cells[0].id}"),
-                    spec={"run": str(run.path), "cells": [asdict(cell) for cell in cells]},
-                    proof={cell.id: run.record(cell.id) for cell in cells}, needs=run.answers(generation.id),
-                )
-            )  # fmt: skip
-    return jobs
+class DiskFull(RuntimeError):
+    """The run cannot go on; the message says what to do."""
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(
+            f"The disk that holds {run.path} is full; free some space and run the same command again: "
+            "what is finished is kept."
+        )
+
+
+class PerMinute(ProgressColumn):
+    """How many are done a minute, over the last ten."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed * 60:.0f}/min")
 
 
 def describe(preset: Preset, run: RunFolder) -> str:
     """What a run would do, in a few lines, before it does it."""
     cells, generations = preset.cells, preset.generations
-    timed = sum(run.record(cell.id).is_file() for cell in cells)
-    answered = sum(run.answers(generation.id).is_file() for generation in generations)
+    timed = sum(sound(run.record(cell.id)) for cell in cells)
+    answered = sum(sound(run.answers(generation.id)) for generation in generations)
     items = sum(generation.items for generation in generations)
     megabytes = 0.2 * len(generations) + 0.15 * len(cells)
     return (
@@ -95,44 +66,94 @@ def describe(preset: Preset, run: RunFolder) -> str:
     )
 
 
-def execute(preset: Preset, run: RunFolder, console: Console) -> int:
-    """Do what is missing; returns how many cells have no record at the end."""
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Keep other runs out of the folder. The system drops the lock of a process that is gone."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.path / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise Refused(
+            f"Another run is at work in {run.path}; wait until it has ended, or give another folder with --out."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers) -> int:
+    """Do what is missing; returns how many cells have no record at the end. Raises DiskFull."""
     begun = time.monotonic()
     write_json(run.plan, {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
+    for leftover in run.path.glob("*/*.partial"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    for aside in put_damaged_aside(preset, run):
+        console.print(f"[yellow]damaged[/] put aside as {aside}; it is done again", highlight=False)
+    before = _recorded(preset, run)
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for phase, plan in (("live runs", generation_jobs), ("cells", cell_jobs)):
-            jobs = plan(preset, run)
-            bar = progress.add_task(phase, total=sum(len(job.proof) for job in jobs))
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                waiting = {pool.submit(work, job): job for job in jobs}
-                for future in _as_they_finish(waiting):
-                    for done in future.result():
-                        _show(done, waiting[future].log, run, console)
-                        progress.advance(bar)
-    missing = [cell for cell in preset.cells if not run.record(cell.id).is_file()]
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), PerMinute(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_OVER_SECONDS
+    ) as progress:
+        _phase("live runs", generation_jobs(preset, run), workers.many, run, progress)
+        cells = cell_jobs(preset, run)
+        _phase("cells", [job for job in cells if not job.alone], workers.many, run, progress)
+        _phase("cells timed alone", [job for job in cells if job.alone], workers.alone, run, progress)
+    recorded = _recorded(preset, run)
     seconds = time.monotonic() - begun
+    rate = f" ({60 * (recorded - before) / seconds:.0f} cells a minute)" if recorded > before else ""
     console.print(
-        f"{preset.name}: {len(preset.cells) - len(missing)} of {len(preset.cells)} cells have records; "
-        f"took {seconds:.0f} s of the {preset.minutes * 60} s it is allowed"
+        f"{preset.name}: {recorded} of {len(preset.cells)} cells have records; "
+        f"took {seconds:.0f} s of the {preset.minutes * 60} s it is allowed{rate}",
+        highlight=False,
     )
-    return len(missing)
+    return len(preset.cells) - recorded
 
 
-def _as_they_finish(futures: Iterable[Future]) -> Iterator[Future]:
-    """On Ctrl-C those that have not begun are dropped, so that finished cells stay finished."""
+def _recorded(preset: Preset, run: RunFolder) -> int:
+    return sum(run.record(cell.id).is_file() for cell in preset.cells)
+
+
+def _phase(name: str, jobs: list[Job], pool: Executor, run: RunFolder, progress: Progress) -> None:
+    """Do these jobs, and say what became of each as it ends. What has not begun when this is left is dropped."""
+    if not jobs:
+        return
+    bar = progress.add_task(name, total=sum(len(job.labels) for job in jobs))
+    waiting = {pool.submit(work, job): job for job in jobs}
     try:
-        yield from as_completed(futures)
-    except KeyboardInterrupt:
-        for future in futures:
+        for future in as_completed(waiting):
+            for done in _told(future, waiting[future]):
+                _show(done, waiting[future], run, progress.console)
+                progress.advance(bar)
+    finally:
+        for future in waiting:
             future.cancel()
-        raise
+
+
+def _told(future: Future, job: Job) -> list[Finished]:
+    try:
+        return future.result()
+    except Exception as error:  # an executor's own: its worker died too often, its cluster is gone
+        why = f"no worker finished it ({type(error).__name__}: {error})"
+        return [Finished(name, label, 0.0, why) for name, label in job.labels.items()]
+
+
+def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
+    """Say what became of it; a failure leaves a note that the report prints."""
+    failure = run.failure(done.id)
+    if done.error is None:
+        failure.unlink(missing_ok=True)
+        console.print(f"[green]done[/]   {done.seconds:5.1f} s  {done.label}", highlight=False)
+        return
+    console.print(f"[red]failed[/] {done.seconds:5.1f} s  {done.label}: {done.error} (log: {job.log})", highlight=False)
+    if shutil.disk_usage(run.path).free < FULL_NBYTES:
+        raise DiskFull(run)
+    note = {"id": done.id, "label": done.label, "error": done.error, "log": str(job.log), "log_tail": done.log_tail}
+    write_json(failure, note)
 
 
 def _expected(preset: Preset) -> list[dict[str, Any]]:
@@ -141,38 +162,3 @@ def _expected(preset: Preset) -> list[dict[str, Any]]:
                 "strategy": cell.strategy, "gamma": cell.gamma, "budget": cell.budget}  # fmt: skip
 
     return [named(cell) for cell in preset.cells]
-
-
-def work(job: Job) -> list[Finished]:
-    """Run one child process to its end. What it printed goes to its log; what it left undone has a reason."""
-    if job.needs is not None and not job.needs.is_file():
-        why = f"the live run it is timed from failed ({job.needs.name} is missing)"
-        return [Finished(name, job.label, 0.0, why) for name in job.proof]
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    begun = time.monotonic()
-    with job.log.open("w") as log:
-        child = subprocess.run(
-            [sys.executable, "-m", "suites.cell"], input=json.dumps(job.spec), text=True, stdout=subprocess.PIPE,
-            stderr=log, env={**os.environ, **quiet},
-        )  # fmt: skip
-    told = [Finished(**json.loads(line)) for line in child.stdout.splitlines()]
-    silent = set(job.proof) - {done.id for done in told}
-    why = _last_line(job.log, child.returncode)
-    return told + [Finished(name, job.label, time.monotonic() - begun, why) for name in job.proof if name in silent]
-
-
-def _show(done: Finished, log: Path, run: RunFolder, console: Console) -> None:
-    """Say what became of it; a failure leaves a note that the report prints."""
-    failure = run.failure(done.id)
-    if done.error is None:
-        failure.unlink(missing_ok=True)
-        console.print(f"[green]done[/]   {done.seconds:5.1f} s  {done.label}", highlight=False)
-    else:
-        write_json(failure, {"id": done.id, "label": done.label, "error": done.error, "log": str(log)})
-        console.print(f"[red]failed[/] {done.seconds:5.1f} s  {done.label}: {done.error} (log: {log})", highlight=False)
-
-
-def _last_line(log: Path, code: int) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else f"the process ended with code {code} and said nothing"

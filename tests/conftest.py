@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import answered, tiny_preset, undisturbed  # noqa: F401
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,

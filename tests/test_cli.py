@@ -369,7 +369,7 @@ def test_what_a_driver_does_not_tell_is_unknown(monkeypatch):
         raise RuntimeError("not supported")
 
     fake = SimpleNamespace(
-        nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetName=lambda _: b"Old Card",
         nvmlDeviceGetMemoryInfo=silent, nvmlDeviceGetUUID=lambda _: "GPU-1",
         nvmlDeviceGetCudaComputeCapability=lambda _: (8, 9), nvmlSystemGetDriverVersion=lambda: "600.1",

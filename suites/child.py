@@ -1,0 +1,143 @@
+"""One child process of a run: some live runs of a model, or the timing of cells that share one live run.
+
+Reads its job as a line of JSON on standard input and answers on standard output with a line of JSON for each thing
+done; all else that is printed goes to standard error. When its standard input ends, so does it: whoever started it is
+gone, and nobody must go on writing into a run folder that another run may have taken over.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from mobile import trace
+from suites.cell import Trace, cell_from, generation_from, time_cell
+from suites.environment import environment
+from suites.matrix import Cell, Generation
+from suites.record import Finished, RunFolder, sound
+
+TAIL = 4000  # characters of a log that a failure keeps
+UNLIKE = (
+    "the code, packages, task or model files here are not those that the run was planned with; "
+    "make them the same on every machine and run the same command again"
+)
+
+
+def attempt(name: str, label: str, action: Callable[[], Any]) -> Finished:
+    """Do one thing; an exception's traceback goes to the log and, its end, into the answer."""
+    begun = time.monotonic()
+    try:
+        action()
+    except Exception as error:
+        with suppress(OSError):  # the log's disk may be what is full
+            traceback.print_exc()
+        told = traceback.format_exc()[-TAIL:]
+        return Finished(name, label, time.monotonic() - begun, f"{type(error).__name__}: {error}", told)
+    return Finished(name, label, time.monotonic() - begun)
+
+
+def apart(cell: Cell, run: RunFolder, recorded: Trace) -> Finished:
+    """Time one cell in a process of its own, which shares the loaded trace where the system can fork."""
+    ways = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("fork" if "fork" in ways else "spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_timed, args=(cell, run, recorded, theirs))
+    begun = time.monotonic()
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        child.join()
+        return Finished(cell.id, cell.label, time.monotonic() - begun, ending(child.exitcode))
+    finally:
+        child.join()
+
+
+def _timed(cell: Cell, run: RunFolder, recorded: Trace, answer: Any) -> None:
+    end_after(multiprocessing.parent_process().join)  # type: ignore[union-attr]
+    answer.send(attempt(cell.id, cell.label, lambda: time_cell(cell, run, recorded).save(run.record(cell.id))))
+
+
+def ending(code: int | None) -> str:
+    """What became of a process that ended without an answer."""
+    if code is not None and code < 0:
+        return f"its process was killed by {signal.Signals(-code).name} (SIGKILL may mean that memory ran out)"
+    return f"its process ended with code {code} and said nothing"
+
+
+def end_after(wait: Callable[[], Any]) -> None:
+    """End this process, whatever it is doing, once `wait` returns."""
+
+    def watch() -> None:
+        wait()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def read_job() -> dict[str, Any]:
+    """The line on standard input. Unbuffered: a thread that waits in a buffer's lock would hold it in every fork."""
+    line = b""
+    while not line.endswith(b"\n"):
+        more = os.read(0, 2**16)
+        if not more:
+            sys.exit("no job on standard input")
+        line += more
+    return json.loads(line)
+
+
+def main() -> None:
+    job = read_job()
+    end_after(partial(os.read, 0, 1))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    run = RunFolder(Path(job["run"]))
+
+    def say(done: Finished) -> None:
+        print(json.dumps(asdict(done)), file=answers, flush=True)
+
+    def undone(name: str, one: Generation | Cell, left_behind: Path) -> bool:
+        """Whether it is to be done here; otherwise says why not."""
+        if one.id != name:
+            say(Finished(name, one.label, 0.0, UNLIKE))
+            return False
+        if sound(left_behind):  # by a machine that was lost before it could say so
+            say(Finished(name, one.label, 0.0))
+            return False
+        return True
+
+    if "generations" in job:
+        from suites import generation as live
+
+        for name, one in zip(job["ids"], map(generation_from, job["generations"]), strict=True):
+            if undone(name, one, run.answers(name)):
+                say(attempt(name, one.label, partial(live.run, one, run, job["hardware"])))
+    else:
+        cells = list(map(cell_from, job["cells"]))
+        environment()  # once, for every fork
+        loaded: list[Trace] = []
+        opened = attempt("", "", lambda: loaded.append(trace.load(run.trace(cells[0].generation.id))))
+        for name, cell in zip(job["ids"], cells, strict=True):
+            if undone(name, cell, run.record(name)):
+                say(
+                    apart(cell, run, loaded[0])
+                    if loaded
+                    else Finished(name, cell.label, 0.0, opened.error, opened.log_tail)
+                )
+
+
+if __name__ == "__main__":
+    main()

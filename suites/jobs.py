@@ -1,0 +1,141 @@
+"""What is left to do of a run, cut into jobs; and how a job is done: by a child process that leaves files behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from suites.child import TAIL, ending
+from suites.matrix import VIRTUAL, Cell, Generation, Preset
+from suites.record import Finished, RunFolder, sound
+
+CELLS_A_JOB = 12  # of one live run, timed by one child that reads the trace once
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One child process: what it reads on standard input, and the label of each thing it is to do, by its id.
+
+    `needs` is a file it cannot do without. A job that is `alone` is timed on the wall clock: nothing else may run on
+    its machine.
+    """
+
+    spec: dict[str, Any]
+    labels: dict[str, str]
+    log: Path
+    needs: Path | None = None
+    alone: bool = False
+
+
+def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
+    """The live runs not done yet, all tasks of one model and gating in one process, since starting one is slow."""
+    hardware = preset.cells[0].hardware
+
+    def gating(generation: Generation) -> tuple:
+        return generation.model.name, generation.scrambled, generation.strategy, generation.gamma or 0, generation.seed
+
+    jobs = []
+    for _, members in groupby(sorted(preset.generations, key=gating), gating):
+        labels = {g.id: g for g in members if not run.answers(g.id).is_file()}
+        if labels:
+            jobs.append(
+                Job(
+                    spec={
+                        "run": str(run.path), "ids": list(labels), "generations": list(map(asdict, labels.values())),
+                        "hardware": hardware,
+                    },
+                    labels={name: one.label for name, one in labels.items()},
+                    log=run.log(f"generate-{next(iter(labels))}"),
+                )
+            )  # fmt: skip
+    return jobs
+
+
+def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
+    """The cells not done yet, a few of one live run in one job."""
+
+    def shared(cell: Cell) -> tuple:
+        return cell.generation.id, cell.scope
+
+    jobs = []
+    missing = [cell for cell in preset.cells if not run.record(cell.id).is_file()]
+    for (generation, scope), members in groupby(sorted(missing, key=shared), shared):
+        left = list(members)
+        while left:
+            cells, left = {cell.id: cell for cell in left[:CELLS_A_JOB]}, left[CELLS_A_JOB:]
+            jobs.append(
+                Job(
+                    spec={"run": str(run.path), "ids": list(cells), "cells": list(map(asdict, cells.values()))},
+                    labels={name: cell.label for name, cell in cells.items()},
+                    log=run.log(f"time-{next(iter(cells))}"), needs=run.answers(generation), alone=scope != VIRTUAL,
+                )
+            )  # fmt: skip
+    return jobs
+
+
+def put_damaged_aside(preset: Preset, run: RunFolder) -> Iterator[Path]:
+    """Rename what is not as it was written, so that it is done again; tells the new names."""
+    for cell in preset.cells:
+        path = run.record(cell.id)
+        if path.exists() and not sound(path):
+            yield path.replace(path.with_suffix(".damaged"))
+    for generation in preset.generations:
+        path = run.answers(generation.id)
+        if path.exists() and not (sound(path) and _unpacks(run.trace(generation.id))):
+            yield path.replace(path.with_suffix(".damaged"))
+
+
+def _unpacks(path: Path) -> bool:
+    """Whether every member of a zip file has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def work(job: Job) -> list[Finished]:
+    """Run one child process to its end, on whichever machine this is. What it left undone has a reason."""
+
+    def undone(why: str, seconds: float = 0.0) -> Finished:
+        return Finished("", "", seconds, why)
+
+    said, log_tail, begun = b"", None, time.monotonic()
+    if not Path(job.spec["run"]).is_dir():
+        rest = undone(f"{platform.node()} sees no folder {job.spec['run']}; put the run where every machine can see it")
+    elif job.needs is not None and not job.needs.is_file():
+        rest = undone(f"the live run it is timed from failed ({job.needs.name} is missing)")
+    else:
+        job.log.parent.mkdir(exist_ok=True)
+        # The child ends when its standard input does, so that stays open for as long as this process lives.
+        with (
+            job.log.open("wb") as log,
+            suppress(BrokenPipeError),
+            subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", "suites.child"], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log, env={**os.environ, **QUIET},
+            ) as child,
+        ):  # fmt: skip
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(json.dumps(job.spec).encode() + b"\n")
+            child.stdin.flush()
+            said = child.stdout.read()
+        rest = undone(ending(child.returncode), time.monotonic() - begun)
+        log_tail = job.log.read_text(errors="replace")[-TAIL:] or None
+    told = [Finished(**json.loads(line)) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]
+    told += [replace(rest, id=name, label=job.labels[name]) for name in job.labels.keys() - {one.id for one in told}]
+    return [one if one.error is None or one.log_tail else replace(one, log_tail=log_tail) for one in told]

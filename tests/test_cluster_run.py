@@ -1,0 +1,111 @@
+"""A run over a dask.distributed cluster: the same records, a worker killed in the middle, machines that do not fit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import wait
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_run import CELLS, records, run
+
+from mobile.refusal import Refused
+from suites.executors import cluster
+
+distributed = pytest.importorskip("distributed")
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    """Two worker processes, each restarted by its nanny when it dies; one offers a GPU."""
+    offers = {"GPU": 1}
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, resources=offers
+    ) as local:
+        local.wait_for_workers(2)
+        yield local
+
+
+def workers(local) -> list[psutil.Process]:
+    return [psutil.Process(worker.process.pid) for worker in local.workers.values() if worker.process]
+
+
+def test_a_worker_killed_in_the_middle_costs_nothing(two_workers, tiny_preset, answered, undisturbed):
+    """The worker that has a job is killed with SIGKILL: its child ends, and the job is done on another."""
+    done, killed = [], []
+
+    def go() -> None:
+        done.append(run(tiny_preset, answered, "--dask", two_workers.scheduler_address))
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    deadline = time.monotonic() + 120
+    while not killed and thread.is_alive() and time.monotonic() < deadline:
+        for worker in workers(two_workers):
+            children = [one for one in worker.children() if "suites.child" in " ".join(one.cmdline())]
+            if children and not killed:
+                killed += children
+                worker.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+    thread.join()
+    assert killed, "no worker was seen at work"
+    _, alive = psutil.wait_procs(killed, timeout=20)
+    assert not alive, "the child of a killed worker goes on"
+    assert done[0].returncode == 0, done[0].stdout + done[0].stderr
+    assert f"{CELLS} of {CELLS} cells have records" in done[0].stdout
+    assert records(answered) == records(undisturbed)
+
+
+def where_and_when(seconds: float) -> tuple[int, float, float]:
+    begun = time.time()
+    time.sleep(seconds)
+    return os.getpid(), begun, time.time()
+
+
+def test_what_is_timed_on_the_wall_clock_has_its_machine_to_itself(two_workers, tmp_path):
+    """Five jobs, two machines with one GPU each: both work, and no machine ever does two at once."""
+    with cluster(two_workers.scheduler_address, tmp_path, alone=True) as pools:
+        told = [pools.alone.submit(where_and_when, 0.3) for _ in range(5)]
+        spans = [future.result() for future in told]
+    assert len({pid for pid, *_ in spans}) == 2
+    for machine in {pid for pid, *_ in spans}:
+        own = sorted(span[1:] for span in spans if span[0] == machine)
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(own))
+
+
+def test_the_same_job_again_is_done_again(two_workers, tmp_path):
+    """A cluster that remembered the answer would leave nothing behind in an emptied folder."""
+    with cluster(two_workers.scheduler_address, tmp_path, alone=False) as pools:
+        both = [pools.many.submit(where_and_when, 0.01) for _ in range(2)]
+        wait(both)
+        assert both[0].result() != both[1].result()
+
+
+def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as local:
+        address = local.scheduler_address
+        with pytest.raises(Refused, match="offers the resource GPU"), cluster(address, tmp_path, alone=True):
+            pass
+        monkeypatch.setattr(Path, "is_file", lambda path: False)  # as on a machine that has not mounted the folder
+        with pytest.raises(Refused, match="does not see"), cluster(address, tmp_path, alone=False):
+            pass
+        monkeypatch.undo()
+        assert not list(tmp_path.iterdir()), "what was put there to be seen is taken away again"
+    monkeypatch.setattr("suites.executors.PATIENCE_SECONDS", 1)
+    with pytest.raises(Refused, match="No dask scheduler answers"), cluster(address, tmp_path, alone=False):
+        pass
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as local,
+        pytest.raises(Refused, match="has no worker"),
+        cluster(local.scheduler_address, tmp_path, alone=False),
+    ):
+        pass
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(Refused, match=r"pip install mobile-moe\[dask\]"), cluster(address, tmp_path, alone=False):
+        pass
