@@ -54,6 +54,21 @@ RECIPE: dict[str, Any] = {
 }
 
 
+# After the first stage the tasks that lag get a larger share, from a lower rate: `--start CHECKPOINT`.
+SECOND_STAGE: dict[str, Any] = {
+    "tokens": 3_000_000,
+    "batch_tokens": [4096, 4096],
+    "learning_rate": 2e-3,
+    "task_mix": {
+        "arithmetic": 0.25,
+        "boolean_expressions": 0.1,
+        "object_counting": 0.3,
+        "python_functions": 0.05,
+        "web_of_lies": 0.3,
+    },
+}
+
+
 def training_items(rng: Random) -> Iterator[Item]:
     """Endless items of the task mix, test-side ones left out."""
     names, shares = zip(*RECIPE["task_mix"].items(), strict=True)
@@ -155,9 +170,9 @@ def initialise(model: PreTrainedModel) -> None:
             weight.data.normal_(0, weight.shape[-1] ** -0.5)
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, log: Path) -> dict:
-    """Run the recipe on `model` in place; one JSON line per 100 steps goes to `log`; returns what it took."""
-    rng, seen = Random(RECIPE["seed"] + 1), TokensSeen(RECIPE["tokens"])
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: Random, log: Path) -> dict:
+    """Run the recipe on `model` in place; one JSON line per 100 steps is added to `log`; returns what it took."""
+    seen = TokensSeen(RECIPE["tokens"])
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -170,7 +185,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, log: Path)
             module.register_forward_hook(lambda _m, _a, out: captured.append(out[0]))
     started, step, means = time.time(), 0, {"loss": 0.0, "balance": 0.0}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns) as bar, log.open("w") as lines:
+    with Progress(*columns) as bar, log.open("a") as lines:
         task = bar.add_task("training", total=seen.goal, note="")
         source = batches(tokenizer, rng, seen)
         while seen.count < seen.goal:
@@ -196,7 +211,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, log: Path)
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 means = dict.fromkeys(means, 0.0)
-    return {"steps": step, "tokens": seen.count, "seconds": round(time.time() - started)}
+    return {"steps": step, "tokens_seen": seen.count, "seconds": round(time.time() - started)}
 
 
 def write_hashes(folder: Path) -> None:
@@ -209,30 +224,40 @@ def write_hashes(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("--start", type=Path, help="a finished first stage: run the second one from it")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=RECIPE["seed"], help="of weights and order; not of the tokenizer")
     parser.add_argument("--tokens", type=int, help="train on fewer tokens than the recipe says (a trial)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; another number changes rounding")
     options = parser.parse_args()
-    if options.tokens:
-        RECIPE["tokens"] = options.tokens
     RECIPE["seed"] = options.seed
+    stages: list[dict[str, Any]] = []
+    if options.start:
+        stages = json.loads((options.start / "recipe.json").read_text())["stages"]
+        RECIPE.update(SECOND_STAGE, seed=stages[0]["seed"])
+    RECIPE["tokens"] = options.tokens or RECIPE["tokens"]
     torch.set_num_threads(options.threads)
     torch.manual_seed(RECIPE["seed"])
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(Random(0))  # the same for every family and seed
-    family = FAMILIES[options.family]
-    model: Any = family.model(family.config)
-    initialise(model)
+    family, log = FAMILIES[options.family], options.out / "training_log.jsonl"
+    model: Any
+    if options.start:
+        model = family.model.from_pretrained(options.start, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start)
+        log.write_bytes((options.start / log.name).read_bytes())
+    else:
+        model = family.model(family.config)
+        initialise(model)
+        tokenizer = train_tokenizer(Random(0))  # the same for every family and seed
+        log.write_text("")
     register_training_experts()
     model.set_experts_implementation("training")
-    took = train(model, tokenizer, options.out / "training_log.jsonl")
+    took = train(model, tokenizer, Random(RECIPE["seed"] + 1 + 1000 * len(stages)), log)
     model.set_experts_implementation("eager")
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    (options.out / "recipe.json").write_text(
-        json.dumps({"family": options.family, **RECIPE, **took, "torch": torch.__version__}, indent=2) + "\n"
-    )
+    stages.append({**RECIPE, **took, "torch": torch.__version__})
+    (options.out / "recipe.json").write_text(json.dumps({"family": options.family, "stages": stages}, indent=2) + "\n")
     write_hashes(options.out)
 
 

@@ -20,7 +20,7 @@ def main() -> None:
         while len(items) < ITEMS:
             item = generate(rng)
             if held_out(item.key):
-                items.setdefault(item.key, item)
+                items.setdefault(item.prompt, item)
         lines = [
             json.dumps({"prompt": item.prompt, "worked": item.worked, "answer": item.answer, "key": item.key}) + "\n"
             for item in items.values()

@@ -53,8 +53,8 @@ def _reduce(tree: Tree) -> Tree:
 
 
 def generate(rng: Random) -> Item:
-    """Four to nine operators; the answer rewrites the expression, all innermost operators at once."""
-    tree = _tree(rng, rng.randint(4, 9))
+    """Four to thirteen operators; the answer rewrites the expression, all innermost operators at once."""
+    tree = _tree(rng, rng.randint(4, 13))
     lines = [_text(tree)]
     while isinstance(tree, tuple):
         tree = _reduce(tree)

@@ -15,8 +15,8 @@ SAYS = {True: "tells the truth", False: "lies"}
 
 
 def generate(rng: Random) -> Item:
-    """Five to eight people. Half of the items tell the chain in order, as the public ones do, half in any order."""
-    names = _names(rng, rng.randint(5, 8))
+    """Five to seven people, each but the first speaking of the one before."""
+    names = _names(rng, rng.randint(5, 7))
     honest = [rng.random() < 0.5]
     sentences = [f"{names[0]} {SAYS[honest[0]]}."]
     said: list[bool] = []
@@ -25,15 +25,13 @@ def generate(rng: Random) -> Item:
         said.append(claim)
         honest.append(claim == honest[-1])
         sentences.append(f"{speaker} says {subject} {SAYS[claim]}.")
-    if rng.random() < 0.5:
-        rng.shuffle(sentences)
     steps = [f"{name} {SAYS[truth]}." for name, truth in zip(names, honest, strict=True)]
     answer = "Yes" if honest[-1] else "No"
     return Item(
         prompt=f"Q: Question: {' '.join(sentences)} Does {names[-1]} tell the truth?\nA:",
         worked=f" {' '.join(steps)} So the answer is {answer}.",
         answer=answer,
-        key=f"web_of_lies:{honest[0]}:" + _order(names, sentences) + ":" + " ".join(map(str, said)),
+        key=f"web_of_lies:{honest[0]}:" + " ".join(map(str, said)),
     )
 
 
@@ -42,8 +40,3 @@ def _names(rng: Random, people: int) -> list[str]:
     if rng.random() < 0.5:
         return rng.sample(NAMES, people)
     return rng.sample([start + ending for start in STARTS for ending in ENDINGS], people)
-
-
-def _order(names: list[str], sentences: list[str]) -> str:
-    """In which order the chain is told, without names."""
-    return " ".join(str(names.index(sentence.split()[0])) for sentence in sentences)
