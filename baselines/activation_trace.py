@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mobile.ahead import Ahead
 from mobile.geometry import Geometry
 from mobile.ledger import Key
 from mobile.policy import Setting
@@ -143,7 +144,7 @@ class ActivationTrace:
 
     # --- what it is asked ---
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
         self._count(layer, experts)
         self._counted = True
         nearest = self._collection.nearest()

@@ -12,7 +12,6 @@ further. Claimed there: 1.35 times faster than existing techniques with a quarte
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import comb, sqrt
@@ -91,32 +90,27 @@ class Shares:
         geometry = setting.geometry
         guessed = accuracy or [0.0] + [ACCURACY] * (geometry.moe_layers - 1)  # nothing foresees the first layer
         self.share = shares(geometry.experts, setting.slots, geometry.top_k, guessed)
-        self._held: Counter[int] = Counter()  # by layer
+        self._keys = [[(layer, expert) for expert in range(geometry.experts)] for layer in range(geometry.moe_layers)]
         self._layer = -1  # the last that ran
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
         self._layer = layer
 
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        if self._held.total() != len(pool):
-            self._held = Counter(key[0] for key in pool)
-        found = next(self._in_order(pool, coming[0], protected), None)
-        if found is not None:
-            self._held[found[0]] -= 1
-            self._held[coming[0]] += 1
-        return found
+        return next(self._in_order(pool, coming[0], protected), None)
 
     def _in_order(self, pool: SlotPool, layer: int, protected: bool) -> Iterator[Key]:
-        def over(owner: int) -> bool:
-            return self._held[owner] > self.share[owner]
-
-        refuted = {key for key in pool.unproven if key[0] != self._layer + 1}
+        refuted = {key for key in pool.unproven if key[0] != self._layer + 1 and pool.may_go(key, protected=protected)}
         if refuted:
-            yield from (key for key in pool.evictable(protected=protected) if key in refuted)
-        if self._held[layer] >= self.share[layer]:
-            yield from (key for key in pool.evictable(protected=protected) if key[0] == layer)
-        yield from (key for key in pool.evictable(protected=protected) if over(key[0]))
+            yield from (key for key in pool if key in refuted)
+        if self._held(pool, layer) >= self.share[layer]:
+            yield from (key for key in pool if key[0] == layer and pool.may_go(key, protected=protected))
+        modest = [each for each, share in enumerate(self.share) if self._held(pool, each) <= share]
+        yield from pool.evictable(protected=protected, spared=modest)
         yield from pool.evictable(protected=protected)
+
+    def _held(self, pool: SlotPool, layer: int) -> int:
+        return sum(map(pool.slots.__contains__, self._keys[layer]))
 
 
 def adapmoe(

@@ -24,36 +24,41 @@ class Future:
         self._visits = setting.future
         self.never = len(setting.future)
         self.visit = 0  # the one that runs, or comes next
-        self._uses: dict[Key, list[int]] = {}  # the last one first
+        self.next_use: dict[Key, int] = {}  # of every expert that will be used; of others nothing, or `never`
+        self._after: list[list[int]] = []  # by visit, the next use of each of its experts after it
         for visit in range(self.never - 1, -1, -1):
-            layer, experts = setting.future[visit]
-            for expert in experts:
-                self._uses.setdefault((layer, expert), []).append(visit)
-
-    def next_use(self, key: Key) -> int:
-        uses = self._uses.get(key)
-        return uses[-1] if uses else self.never
+            keys = self.experts(visit)
+            self._after.append([self.next_use.get(key, self.never) for key in keys])
+            self.next_use.update(dict.fromkeys(keys, visit))
+        self._after.reverse()
 
     def next_use_from(self, visit: int, key: Key) -> int:
-        """Its first use in `visit` or later; looks at each of its uses before that."""
-        return next((use for use in reversed(self._uses.get(key, ())) if use >= visit), self.never)
+        """Its first use in `visit` or later, not before the visit that runs; looks at each of its uses before that."""
+        use = self.next_use.get(key, self.never)
+        while use < visit:
+            use = self._after[use][self._visits[use][1].index(key[1])]
+        return use
 
     def experts(self, visit: int) -> Sequence[Key]:
         """What that visit runs."""
         layer, experts = self._visits[visit]
         return [(layer, expert) for expert in experts]
 
-    def needed(self) -> Sequence[Key]:
-        """Every expert that will be used."""
-        return [key for key, uses in self._uses.items() if uses]
-
-    def passed(self, keys: Sequence[Key]) -> None:
-        """The visit that used these has run."""
+    def passed(self, keys: Sequence[Key]) -> list[int]:
+        """The visit that used these has run: when they are used next."""
+        visit, next_use = self.visit, self.next_use
         for key in keys:
-            use = self.next_use(key)
-            assert use == self.visit, f"expert {key} ran in visit {self.visit} and was foreseen for {use}"
-            self._uses[key].pop()
-        self.visit += 1
+            use = next_use.get(key, self.never)
+            assert use == visit, f"expert {key} ran in visit {visit} and was foreseen for {use}"
+        after = self._after[visit]
+        if len(keys) < len(after):  # the others ran on the CPU
+            told = dict(zip(self.experts(visit), after, strict=True))
+            next_use.update(told)
+            after = [told[key] for key in keys]
+        else:
+            next_use.update(zip(keys, after, strict=True))
+        self.visit = visit + 1
+        return after
 
 
 class Farthest(Ranked):
@@ -61,11 +66,13 @@ class Farthest(Ranked):
 
     def __init__(self, setting: Setting) -> None:
         self.future = Future(setting)
-        super().__init__(lambda key: -self.future.next_use(key))
+        uses, never = self.future.next_use, self.future.never
+        super().__init__(lambda key: -uses.get(key, never))
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
-        self.future.passed(keys)
-        self.note(*keys)
+        put = self.held.put
+        for key, use in zip(keys, self.future.passed(keys), strict=True):
+            put(key, -use)
 
 
 BELADY = replace(

@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 
 from baselines.lru import LRU
 from mobile.cost import CostModel
 
 FEW_PLANS = 4096  # so many plans that differ in what each number of tokens goes where are all looked at
+REMEMBERED = 4096  # partings; a decode token's depend on how many experts it misses only
 
 
 class Sooner:
@@ -30,7 +32,12 @@ class Sooner:
         self._cpu_ns = cost.cpu_expert_ns
         self._load_ns, self._device_ns = cost.load_ns, cost.expert_ns
 
+        self._parted = lru_cache(REMEMBERED)(self._part)
+
     def on_cpu(self, layer: int, counts: Sequence[int]) -> Sequence[int]:
+        return self._parted(tuple(counts))
+
+    def _part(self, counts: tuple[int, ...]) -> Sequence[int]:
         cpu = [self._cpu_ns(count) for count in counts]
         device = [self._load_ns + self._device_ns(count) for count in counts]
         plans = prod(times + 1 for times in Counter(counts).values())

@@ -12,11 +12,10 @@ Claimed there: 4.5x prefill and 4.1x decode over load on demand, 97 % of guesses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
-import numpy as np
-
-from baselines.next_gate import likeliest
+from mobile.ahead import Ahead
 from mobile.geometry import Geometry
 from mobile.ledger import Key
 from mobile.policy import Setting
@@ -43,7 +42,7 @@ class Fate:
         self._whole_layers = int(setting.slots * FAVOURED_SHARE) // geometry.experts
         self._favoured = frozenset(range(self._whole_layers))
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
         self._right[layer] += len(self._guessed.pop(layer, set()).intersection(experts))
         self._asked[layer] += len(experts)
         if layer == 0 and self._whole_layers:
@@ -51,7 +50,7 @@ class Fate:
             self._favoured = frozenset(worst[: self._whole_layers])
         if ahead is None:
             return ()
-        best = likeliest(ahead, self._guesses)
+        best = ahead.likeliest(self._guesses)
         self._guessed[layer + 1] = set(best)
         return [(layer + 1, expert) for expert in best]
 
@@ -60,12 +59,16 @@ class Fate:
 
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
         """The least recently used outside the favoured layers; of those only if there is no other."""
-        favoured, last_choice = self._favoured, None
-        for key in pool.evictable(protected=protected):
-            if key[0] not in favoured:
-                return key
-            last_choice = last_choice or key
-        return last_choice
+        return next(self._in_order(pool, protected), None)
+
+    def victims(self, pool: SlotPool, coming: Sequence[Key]) -> list[Key]:
+        return list(islice(self._in_order(pool, protected=False), len(coming)))
+
+    def _in_order(self, pool: SlotPool, protected: bool) -> Iterator[Key]:
+        favoured = self._favoured
+        yield from pool.evictable(protected=protected, spared=favoured)
+        if favoured:
+            yield from (key for key in pool.evictable(protected=protected) if key[0] in favoured)
 
 
 def _one_token_and_guesses(geometry: Geometry) -> int:

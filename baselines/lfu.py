@@ -7,7 +7,6 @@ a strategy of its own here), so no number is claimed for this one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,17 +20,16 @@ class Frequent(Ranked):
     """Evict the least frequently used, of those the least recently used."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(lambda key: (self._uses[key], self._last[key]))
-        self._uses: Counter[Key] = Counter()
-        self._last: Counter[Key] = Counter()
+        super().__init__(lambda key: self._uses.get(key, (0, 0)))
+        self._uses: dict[Key, tuple[int, int]] = {}  # how many, and when the last one was
         self._clock = 0
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
+        uses, held = self._uses, self.held
         for key in keys:
             self._clock += 1
-            self._uses[key] += 1
-            self._last[key] = self._clock
-        self.note(*keys)
+            rank = uses[key] = (uses[key][0] + 1 if key in uses else 1, self._clock)
+            held.raised(key, rank)
 
 
 LFU = replace(

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from mobile.ahead import Ahead
 from mobile.geometry import Geometry
 from mobile.ledger import Key
 from mobile.policy import Setting
@@ -21,22 +20,16 @@ from mobile.strategy import Strategy
 STAGING = 4
 
 
-def likeliest(scores: np.ndarray, guesses: int) -> list[int]:
-    """The experts that score highest in any row of (rows, experts), the highest first."""
-    best: list[int] = np.argsort(-scores.max(axis=0).astype(np.float64), kind="stable")[:guesses].tolist()
-    return best
-
-
 class NextGate:
     """Guess the next layer's top-k experts, the likeliest first."""
 
     def __init__(self, setting: Setting) -> None:
         self._guesses = setting.geometry.top_k
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
         if ahead is None:
             return ()
-        return [(layer + 1, expert) for expert in likeliest(ahead, self._guesses)]
+        return [(layer + 1, expert) for expert in ahead.likeliest(self._guesses)]
 
 
 def _one_token_and_staging(geometry: Geometry) -> int:

@@ -31,8 +31,8 @@ class Aggressive(Farthest):
         self._slots = setting.slots
         self._delay = setting.load_ns // setting.layer_ns  # visits
         self._missing = Ranking()  # by next use; of those in the pool, some are still in here
-        for key in self.future.needed():
-            self._missing.put(key, self.future.next_use(key))
+        for key, use in self.future.next_use.items():
+            self._missing.put(key, use)
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
         for key in keys:
@@ -41,9 +41,12 @@ class Aggressive(Farthest):
 
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
         gone = super().victim(pool, coming, protected=protected)
-        if gone is not None and self.future.next_use(gone) < self.future.never:
-            self._missing.put(gone, self.future.next_use(gone))
+        if gone is not None and (use := self._next_use(gone)) < self.future.never:
+            self._missing.put(gone, use)
         return gone
+
+    def _next_use(self, key: Key) -> int:
+        return self.future.next_use.get(key, self.future.never)
 
     def idle(self, pool: SlotPool) -> Key | None:
         while (key := self._missing.lowest()) is not None and key in pool:
@@ -58,7 +61,7 @@ class Aggressive(Farthest):
         farthest = self.first(pool)
         if farthest is None:
             return False
-        future, gap, wanted = self.future, self.future.next_use(farthest), self.future.next_use(key)
+        future, gap, wanted = self.future, self._next_use(farthest), self._next_use(key)
         if gap <= wanted:
             return False
         until = min(future.visit + self._delay, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
 from mobile.ledger import Key
@@ -14,40 +14,52 @@ class Ranking:
     """A heap with an entry a change of rank, those that a later change overtook skipped. Ties go to the lower key."""
 
     def __init__(self) -> None:
-        self._rank: dict[Key, Any] = {}
+        self.rank: dict[Key, Any] = {}
         self._heap: list[tuple[Any, Key]] = []
 
     def __len__(self) -> int:
-        return len(self._rank)
+        return len(self.rank)
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._rank
+        return key in self.rank
 
     def put(self, key: Key, rank: Any) -> None:
         """Rank `key`, whether it was ranked before or not."""
-        self._rank[key] = rank
+        self.rank[key] = rank
         heappush(self._heap, (rank, key))
-        if len(self._heap) > 64 + 4 * len(self._rank):
-            self._heap = [(rank, key) for key, rank in self._rank.items()]
+        if len(self._heap) > 64 + 4 * len(self.rank):
+            self._heap = [(rank, key) for key, rank in self.rank.items()]
             heapify(self._heap)
 
-    def drop(self, key: Key) -> None:
-        self._rank.pop(key, None)
+    def raised(self, key: Key, rank: Any) -> None:
+        """Rank `key`, which was ranked no higher before: its entry is mended when it comes to the top."""
+        if key in self.rank:
+            self.rank[key] = rank
+        else:
+            self.put(key, rank)
 
-    def lowest(self, allowed: Callable[[Key], bool] = lambda key: True) -> Key | None:
+    def drop(self, key: Key) -> None:
+        self.rank.pop(key, None)
+
+    def lowest(self, allowed: Callable[[Key], bool] | None = None) -> Key | None:
         """The allowed key of the lowest rank; it stays ranked. Costs O(log n) for each that is not allowed."""
+        heap, ranks = self._heap, self.rank
         passed, found = [], None
-        while self._heap and found is None:
-            entry = self._heap[0]
+        while heap:
+            entry = heap[0]
             rank, key = entry
-            if key not in self._rank or self._rank[key] != rank:
-                heappop(self._heap)
-            elif allowed(key):
-                found = key
+            now = ranks.get(key)
+            if now == rank:
+                if allowed is None or allowed(key):
+                    found = key
+                    break
+                passed.append(heappop(heap))
+            elif now is not None and rank < now:
+                heapreplace(heap, (now, key))
             else:
-                passed.append(heappop(self._heap))
+                heappop(heap)
         for entry in passed:
-            heappush(self._heap, entry)
+            heappush(heap, entry)
         return found
 
 
@@ -74,9 +86,9 @@ class Ranked:
         """The one that would give way now."""
         if len(self.held) < len(pool):  # prefill leaves experts in free slots without a word
             self.note(*(key for key in pool if key not in self.held))
-        return self.held.lowest(lambda key: evictable(pool, key, protected=protected))
+        ready, pinned, shielded = pool.ready, pool.pinned, pool.protected
 
+        def may_go(key: Key) -> bool:
+            return key in ready and key not in pinned and (key in shielded) is protected
 
-def evictable(pool: SlotPool, key: Key, *, protected: bool) -> bool:
-    """What `SlotPool.evictable` asks of a key."""
-    return key in pool.ready and key not in pool.pinned and (key in pool.protected) is protected
+        return self.held.lowest(may_go)

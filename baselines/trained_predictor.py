@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from baselines.next_gate import NEXT_GATE, STAGING, likeliest
+from baselines.next_gate import NEXT_GATE, STAGING
 from baselines.predictor import Examples, Kind, Predictor
+from mobile.ahead import Ahead, order
 from mobile.ledger import Key
 from mobile.policy import Setting
 from mobile.refusal import Refused
@@ -57,7 +58,7 @@ class Trained:
                 f"the model has {self._layers} of {self._experts}; fit one on the model's own traces."
             )
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
         mine, last = self._place[layer]
         self._chosen[mine] = experts
         source = foreseen_from(mine, last, self._layers)
@@ -65,9 +66,13 @@ class Trained:
             if mine == self._layers - 1 and self._seen is not None:
                 self._learn(self._seen)
             return ()
-        self._logits[source] = ahead
-        scores = ahead if self.predictor is None else self.predictor.scores(source, ahead, self._chosen[source])
-        return [(layer + 1, expert) for expert in likeliest(scores, self._guesses)]
+        self._logits[source] = logits = ahead.logits
+        if self.predictor is None:
+            best = ahead.likeliest(self._guesses)
+        else:
+            scores = self.predictor.scores(source, logits, self._chosen[source])
+            (best,) = order(scores.max(axis=0, keepdims=True), self._guesses)
+        return [(layer + 1, expert) for expert in best]
 
     def _learn(self, seen: Examples) -> None:
         """A step has come to its last layer: keep it if it was of one token, and fit where enough were seen."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from mobile import compat
+from mobile.ahead import Ahead, alone
 from mobile.cost import CostModel
 from mobile.geometry import Geometry
 from mobile.hardware import HardwareProfile
@@ -232,9 +232,10 @@ class Engine:
         if self._routes_ahead:
             self._foreseen[layer + 1] = following.choice(given, named)
 
-    def _signal(self, layer: int, *, last: bool) -> np.ndarray | None:
+    def _signal(self, layer: int, *, last: bool) -> Ahead | None:
         source = foreseen_from(layer, last, len(self.layers))
-        return self.running.ahead.get(source) if self.running is not None and source is not None else None
+        logits = self.running.ahead.get(source) if self.running is not None and source is not None else None
+        return None if logits is None else alone(logits)
 
     def predict(self, little: Pass) -> list[torch.Tensor]:
         """Per layer the K experts (tokens, K) that the little pass's recorded router inputs name."""

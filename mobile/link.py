@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -115,26 +115,38 @@ class VirtualLink:
     def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
         self.now = 0
         self._load_ns, self._row_nbytes, self._ledger, self.arrived = load_ns, row_nbytes, ledger, arrived
-        self._queue = CopyQueue()
-        self.promote, self.cancel = self._queue.promote, self._queue.cancel
-        self._flying: Copy | None = None
+        self._demand: deque[tuple[Key, int, str]] = deque()  # key, slot and what it was first asked for as
+        self._prefetch: dict[Key, int] = {}  # the slot of each, in the order they were asked for
+        self._flying: tuple[Key, int, str] | None = None
         self._flying_end = 0
         self._cpu_end = 0  # when the processor is done with what it was given
 
+    @property
+    def idle(self) -> bool:
+        """Whether no copy is on its way."""
+        return self._flying is None
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
-        copy = Copy(key, slot, "load" if demand else "prefetch")
         if self._flying is None:  # then nothing is queued
-            self._flying, self._flying_end = copy, self.now + self._load_ns
+            self._flying, self._flying_end = (key, slot, "load" if demand else "prefetch"), self.now + self._load_ns
         elif demand:
-            self._queue.demand.append(copy)
+            self._demand.append((key, slot, "load"))
         else:
-            self._queue.prefetch.append(copy)
+            self._prefetch[key] = slot
+
+    def promote(self, key: Key) -> None:
+        slot = self._prefetch.pop(key, None)
+        if slot is not None:
+            self._demand.append((key, slot, "prefetch"))
+
+    def cancel(self, key: Key) -> bool:
+        return self._prefetch.pop(key, None) is not None
 
     def wait(self, key: Key) -> None:
         begun, landed = self.now, None
         while landed != key:
             assert self._flying is not None, f"waiting for {key}, which nobody loads"
-            landed, ended = self._flying.key, self._flying_end
+            landed, ended = self._flying[0], self._flying_end
             self._land()
             if ended > self.now:
                 self.now = ended
@@ -144,7 +156,72 @@ class VirtualLink:
         until = self.now + ns
         if self._ledger.keeps_events:
             self._ledger.event("compute", self.now, until, about)
-        self._until(until)
+        if self._flying is None:
+            self.now = until
+        else:
+            self._until(until)
+
+    def serve(self, keys: Sequence[Key], ready: Set[Key], ns: int) -> None:
+        """For one key after another, `wait` for it unless it is ready, and `compute` for `ns`. Keeps no events."""
+        begun = stalled = 0
+        for key in keys:
+            if key not in ready:
+                begun = self.now
+                while key not in ready:
+                    ended = self._flying_end
+                    self._land()
+                    if ended > self.now:
+                        self.now = ended
+                stalled += self.now - begun
+            until = self.now + ns
+            while self._flying is not None and self._flying_end <= until:
+                self._land()
+            self.now = until
+        self._ledger.counters.stall_ns += stalled
+
+    def load_in_turn(self, copies: int, resident_ns: int, each_ns: int) -> None:
+        """What so many demand loads, submitted to an idle link, take while compute runs for `resident_ns` and then
+        waits for each and runs for `each_ns`. Charged at once: no events, and nobody is told of arrivals.
+        """
+        ended = self.now
+        now = ended + resident_ns
+        stalled = 0
+        for _ in range(copies):
+            ended += self._load_ns
+            if ended > now:
+                stalled += ended - now
+                now = ended
+            now += each_ns
+        self.now = now
+        self._loaded(copies, stalled)
+
+    def stream(self, ns: Sequence[int], loaded: Sequence[int], ahead: int) -> None:
+        """What experts that compute for `ns` take in turn, those at the positions `loaded` (ascending) copied by an
+        idle link, at most `ahead` of them asked for and not yet waited for. Charged like `load_in_turn`.
+        """
+        now = free = self.now
+        stalled, load_ns, left = 0, self._load_ns, len(loaded)
+        ends: deque[int] = deque()
+        loads = set(loaded)
+        for position, busy in enumerate(ns):
+            while left and len(ends) < ahead:
+                free = (free if free > now else now) + load_ns
+                ends.append(free)
+                left -= 1
+            if position in loads:
+                ended = ends.popleft()
+                if ended > now:
+                    stalled += ended - now
+                    now = ended
+            now += busy
+        self.now = now
+        self._loaded(len(loaded), stalled)
+
+    def _loaded(self, copies: int, stalled: int) -> None:
+        counters = self._ledger.counters
+        counters.loads += copies
+        counters.bytes_loaded += copies * self._row_nbytes
+        counters.stall_ns += stalled
 
     def on_cpu(self, ns: int, about: Key) -> None:
         begun = max(self.now, self._cpu_end)
@@ -175,7 +252,8 @@ class VirtualLink:
         """Virtual compute is over when it was charged."""
 
     def reset(self) -> None:
-        self._queue.clear()
+        self._demand.clear()
+        self._prefetch.clear()
         self._flying = None
         self._cpu_end = self.now
 
@@ -195,6 +273,11 @@ class VirtualLink:
         counters.bytes_loaded += self._row_nbytes
         if ledger.keeps_events:
             ledger.event(what, ended - self._load_ns, ended, key)
-        queue = self._queue.demand or self._queue.prefetch
-        self._flying = queue.popleft() if queue else None
+        if self._demand:
+            self._flying = self._demand.popleft()
+        elif self._prefetch:
+            first = next(iter(self._prefetch))
+            self._flying = (first, self._prefetch.pop(first), "prefetch")
+        else:
+            self._flying = None
         self._flying_end = ended + self._load_ns

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
+from mobile.ahead import Ahead
 from mobile.geometry import Geometry
 from mobile.ledger import Key
 from mobile.pool import SlotPool
@@ -46,15 +46,27 @@ class Eviction(Protocol):
         ...
 
 
+@runtime_checkable
+class Several(Eviction, Protocol):
+    """What an Eviction may be besides: able to name many at once, where that is less work than one by one."""
+
+    def victims(self, pool: SlotPool, coming: Sequence[Key]) -> list[Key]:
+        """What `victim(protected=False)` would name for one of `coming` after another, each of them let go at once.
+
+        Fewer than `coming` where there are no more.
+        """
+        ...
+
+
 class Lookahead(Protocol):
     """Which experts of later layers will be needed. One object an engine."""
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: np.ndarray | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
         """`layer` was routed to `experts`: the keys to bring in next, the most urgent first; called at every visit.
 
-        `ahead` (rows, experts) are the next layer's router logits on this layer's router input (under
-        `Strategy.quasi`, on what stands in for it), float16; None where there is no next layer, or the first layers of
-        a dressed model stand for one small layer.
+        `ahead` is what the next layer's router says of this layer's router input (under `Strategy.quasi`, of what
+        stands in for it); None where there is no next layer, or the first layers of a dressed model stand for one
+        small layer.
         """
         ...
 
@@ -105,3 +117,6 @@ class Recent:
 
     def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
         return next(pool.evictable(protected=protected), None)
+
+    def victims(self, pool: SlotPool, coming: Sequence[Key]) -> list[Key]:
+        return list(islice(pool.evictable(protected=False), len(coming)))

@@ -12,7 +12,8 @@ from mobile.ledger import Counters, Ledger
 from mobile.link import VirtualLink
 from mobile.policy import Visit
 from mobile.pool import SlotPool
-from mobile.residency import STAGING, Residency
+from mobile.prefill import STAGING
+from mobile.replayer import Replayer
 from mobile.strategy import BigLittle, Strategy
 from mobile.trace import Request, replay, visits
 
@@ -33,12 +34,12 @@ class Bench:
         held = self.geometry.resident_nbytes + (self.slots + STAGING) * self.geometry.expert_nbytes
         return self.hardware.reserve_nbytes + held
 
-    def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> Residency:
+    def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> Replayer:
         """A cold engine; its ledger keeps the newest `events`."""
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
-        made = Residency(
+        made = Replayer(
             self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, stands_for=self.stands_for
         )
         link.arrived = made.arrived

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,15 @@ from typing import Any, Literal
 import numpy as np
 
 from mobile import tracefile
+from mobile.ahead import Ahead, StepAhead
 from mobile.ledger import Counters
 from mobile.policy import Visit
-from mobile.residency import Residency
+from mobile.replayer import Replayer
 
 Kind = Literal["prefill", "full", "little", "big"]
 KINDS: tuple[Kind, ...] = ("prefill", "full", "little", "big")  # a file numbers them in this order
 Experts = tuple[tuple[int, ...], ...]  # per MoE layer of the recorded model, ascending
+StandsFor = tuple[tuple[int, ...], ...]  # for each of those layers, the layers charged with its routing
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Step:
 Request = list[Step]  # one prompt and its decode steps, in order
 
 
-def run(step: Step, residency: Residency, stands_for: Sequence[Sequence[int]]) -> None:
+def run(step: Step, residency: Replayer, stands_for: StandsFor) -> None:
     """Charge one step: each recorded layer is run for all the layers it stands for."""
     if step.kind == "big":
         residency.fallback(
@@ -51,17 +54,22 @@ def run(step: Step, residency: Residency, stands_for: Sequence[Sequence[int]]) -
              for layer in mine for expert in experts]
         )  # fmt: skip
     residency.begin(step.kind, step.tokens)
-    ahead = None if step.ahead is None else step.ahead[:, None]
-    for mine, layers in enumerate(stands_for):
-        experts = step.experts[mine]
-        counts = step.counts[mine] if step.counts else ()
-        for layer in layers:
-            signal = None
-            if ahead is not None:
-                source = foreseen_from(mine, layer == layers[-1], len(stands_for))
-                signal = None if source is None else ahead[source]
-            residency.run_layer(layer, experts, counts, signal)
+    looks = residency.lookahead is not None and step.ahead is not None
+    ahead = StepAhead(step.ahead[:, None]) if looks and step.ahead is not None else None
+    run_layer, experts, counts = residency.run_layer, step.experts, step.counts
+    for mine, layer, source in _visited(tuple(stands_for)):
+        signal = None if ahead is None or source is None else Ahead(ahead, source)
+        run_layer(layer, experts[mine], counts[mine] if counts else (), signal)
     residency.finish()
+
+
+@cache
+def _visited(stands_for: tuple[tuple[int, ...], ...]) -> list[tuple[int, int, int | None]]:
+    """Each layer of a step in order, behind the recorded one that stands for it and before the one that foresees."""
+    return [
+        (mine, layer, foreseen_from(mine, layer == layers[-1], len(stands_for)))
+        for mine, layers in enumerate(stands_for) for layer in layers
+    ]  # fmt: skip
 
 
 def foreseen_from(mine: int, last: bool, layers: int) -> int | None:
@@ -74,7 +82,7 @@ def foreseen_from(mine: int, last: bool, layers: int) -> int | None:
     return source if 0 <= source < layers - 1 else None
 
 
-def visits(requests: Iterable[Request], stands_for: Sequence[Sequence[int]]) -> tuple[Visit, ...]:
+def visits(requests: Iterable[Request], stands_for: StandsFor) -> tuple[Visit, ...]:
     """Every decode visit of a layer in order: the future that a strategy with foresight is told."""
     return tuple(
         (layer, step.experts[mine])
@@ -83,7 +91,7 @@ def visits(requests: Iterable[Request], stands_for: Sequence[Sequence[int]]) -> 
     )  # fmt: skip
 
 
-def replay(requests: Iterable[Request], residency: Residency, stands_for: Sequence[Sequence[int]]) -> list[Counters]:
+def replay(requests: Iterable[Request], residency: Replayer, stands_for: StandsFor) -> list[Counters]:
     """Charge every request in order on one engine's state; returns what each added to the counters."""
     taken = []
     for request in requests:

@@ -22,6 +22,7 @@ from baselines.lru import LRU
 from baselines.predictor import Examples, Predictor, recall
 from baselines.trained_predictor import TRAINED_PREDICTOR, Trained, trained_predictor
 from mobile import trace
+from mobile.ahead import alone
 from mobile.geometry import GEOMETRIES, Geometry, dress
 from mobile.hardware import profile
 from mobile.ledger import Ledger
@@ -123,7 +124,7 @@ def test_fate_favours_the_first_layers_until_others_prove_harder_to_guess():
     easy[0, :8], hard[0, 40:48] = 1, 1
     for _ in range(3):
         for layer in range(16):
-            fate.routed(layer, range(8), None if layer == 15 else hard if layer == 6 else easy)
+            fate.routed(layer, range(8), None if layer == 15 else alone(hard if layer == 6 else easy))
     assert fate._favoured == {0, 7}
     assert not Fate(Setting(GEOMETRIES["olmoe-1b-7b"], 136))._favoured
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from mobile.biglittle import MOBILE
 from mobile.geometry import Geometry
 from mobile.hardware import profile
+from mobile.policy import Recent
 from mobile.strategy import strategies
-from mobile.trace import Request, Step, replay
+from mobile.trace import Request, Step, replay, visits
 from suites.timing import Bench, time_requests
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 4
@@ -136,6 +138,49 @@ def test_the_same_calls_give_the_same_events():
         runs.append(list(residency.ledger.events))
     assert runs[0] == runs[1]
     assert len(runs[0]) > 50
+
+
+class OneByOne:
+    """Least recently used, asked for one victim at a time."""
+
+    def __init__(self, setting):
+        self._recent = Recent(setting)
+
+    def used(self, layer, keys):
+        self._recent.used(layer, keys)
+
+    def victim(self, pool, coming, *, protected):
+        return self._recent.victim(pool, coming, protected=protected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS))
+def test_many_victims_at_once_are_those_that_would_be_named_one_by_one(requests, slots):
+    for name in ("lru", "next-gate", "mobile"):
+        strategy = strategies()[name]
+        slots_of = max(slots, TOP_K + strategy.staging)
+        assert clock(strategy, requests, slots_of) == clock(replace(strategy, evict=OneByOne), requests, slots_of)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS), st.integers(0, 99))
+def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests, slots, seed):
+    """What nobody looks at is charged at once, and decided no differently."""
+    rng = np.random.default_rng(seed)
+    told = [
+        [replace(step, ahead=rng.normal(size=(LAYERS - 1, EXPERTS)).astype(np.float16)) for step in request]
+        for request in requests
+    ]
+    for strategy in strategies().values():
+        size = GEOMETRY.keys if strategy.retain == "everything" else max(slots, TOP_K + strategy.staging)
+        on = Bench(strategy, GEOMETRY, STANDS_FOR, CARD, size)
+        future = visits(told, STANDS_FOR) if strategy.foresight else None
+        ledgers = []
+        for events in (0, 10_000):
+            residency = on.residency(events=events, future=future)
+            taken = replay(told, residency, STANDS_FOR)
+            ledgers.append((taken, residency.ledger.counters, residency.ledger.guesses))
+        assert ledgers[0] == ledgers[1], strategy.name
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
