@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -42,15 +43,20 @@ def start(preset: Path, out: Path, *more: str, **options) -> subprocess.Popen:
 
 
 def gone(group: int, seconds: float = 20) -> bool:
-    """Whether every process of the group is gone, or is soon."""
+    """Whether every process of the group is gone, or is soon; one that only waits to be buried is gone."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
+    while any(map(partial(lives_in, group), psutil.process_iter())):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
-    return False
+    return True
+
+
+def lives_in(group: int, process: psutil.Process) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 def kill(child: subprocess.Popen, whom: str, rng: random.Random) -> bool:
