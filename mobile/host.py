@@ -128,7 +128,7 @@ def _meminfo(root: Path) -> dict[str, int]:
 def _cpu(root: Path) -> str | None:
     lines = (_read(root / "proc/cpuinfo") or "").splitlines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or None)
+    return next(names, None) or platform.processor() or None
 
 
 def container_memory(root: Path = ROOT) -> tuple[Limit, int | None]:

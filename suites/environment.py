@@ -49,7 +49,7 @@ def _gpu() -> dict[str, Any] | None:
 def fingerprint(seen: dict[str, Any]) -> str:
     """A hash of what time and numbers depend on; two machines with the same one are alike, whatever their names."""
     gpu = seen["gpu"] and {name: seen["gpu"][name] for name in ("name", "driver")}
-    parts = [gpu, *(seen[name] for name in ("cpu", "cores", "python", "platform", "packages"))]
+    parts = [gpu, *(seen[name] for name in ("cpu", "cores", "python", "packages"))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

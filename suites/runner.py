@@ -87,8 +87,7 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers) 
     """Do what is missing; returns how many cells have no record at the end. Raises DiskFull."""
     begun = time.monotonic()
     write_json(run.plan, {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
-    for leftover in run.path.glob("*/*.partial"):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
+    _tidy(preset, run)
     for aside in put_damaged_aside(preset, run):
         console.print(f"[yellow]damaged[/] put aside as {aside}; it is done again", highlight=False)
     before = _recorded(preset, run)
@@ -112,6 +111,17 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers) 
         highlight=False,
     )
     return len(preset.cells) - recorded
+
+
+def _tidy(preset: Preset, run: RunFolder) -> None:
+    """Throw away what a killed run left: half-written files, and notes of failures that have been made good since."""
+    for leftover in run.path.glob("*/*.partial"):
+        leftover.unlink(missing_ok=True)
+    done = {cell.id: run.record(cell.id) for cell in preset.cells}
+    done |= {generation.id: run.answers(generation.id) for generation in preset.generations}
+    for name, left_behind in done.items():
+        if left_behind.is_file():
+            run.failure(name).unlink(missing_ok=True)
 
 
 def _recorded(preset: Preset, run: RunFolder) -> int:

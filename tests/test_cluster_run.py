@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_run import CELLS, records, run
+from tiny_run import CELLS, records, run, working
 
 from mobile.refusal import Refused
 from suites.executors import cluster
@@ -48,8 +48,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(two_workers, tiny_preset, a
     deadline = time.monotonic() + 120
     while not killed and thread.is_alive() and time.monotonic() < deadline:
         for worker in workers(two_workers):
-            children = [one for one in worker.children() if "suites.child" in " ".join(one.cmdline())]
-            if children and not killed:
+            if not killed and (children := working(worker.pid)):
                 killed += children
                 worker.send_signal(signal.SIGKILL)
         time.sleep(0.01)

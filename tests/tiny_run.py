@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from suites.record import load
@@ -61,6 +62,14 @@ def answered(undisturbed, tmp_path) -> Path:
     """The same, with its live runs only: every cell is still to be timed."""
     shutil.copytree(undisturbed, tmp_path / "run", ignore=lambda _, names: {"records"} & set(names))
     return tmp_path / "run"
+
+
+def working(parent: int) -> list[psutil.Process]:
+    """The processes that do jobs for this one; none if it is gone."""
+    try:
+        return [one for one in psutil.Process(parent).children(recursive=True) if "suites.child" in one.cmdline()]
+    except psutil.Error:  # one of them has just ended
+        return []
 
 
 def facts(path: Path) -> dict:
