@@ -30,7 +30,7 @@ from suites.jobs import Job, cell_jobs, generation_jobs, put_damaged_aside, work
 from suites.matrix import Cell, Preset
 from suites.record import Finished, RunFolder, sound, write_json
 
-FULL_NBYTES = 2**16  # a disk with less room than this holds no further record
+FULL_NBYTES = 2**20  # a disk with less room than this may not hold another record
 RATE_OVER_SECONDS = 600
 
 
