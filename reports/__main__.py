@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reports import commands, expected
 from reports.bundle import NoManifest
+from reports.compare import UnlikePrompts
 from reports.results import NoResults
 
 EPILOG = "Every verb takes the run that was started last from here if no folder is named."
@@ -50,7 +51,7 @@ def main() -> int:
     options = parser().parse_args()
     try:
         return options.does(options)
-    except (NoResults, NoManifest, expected.NoExpectation) as refused:
+    except (NoResults, NoManifest, UnlikePrompts, expected.NoExpectation) as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2
 

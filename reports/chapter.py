@@ -62,14 +62,14 @@ def chapter(results: Results, model: str, paper: dict[str, Any]) -> list[Section
         Section(
             f"{model}: speed",
             (SPEED,),
-            tuple(speed.by_strategy(results, model, budget) for budget in results.budgets),
+            tuple(speed.by_strategy(results, model, budget) for budget in results.budgets(model)),
             level=3,
             folded=True,
         ),
         Section(
             f"{model}: speed by task, and the ceiling of the link",
             (),
-            (*(speed.by_task(results, model, budget) for budget in results.budgets[:1]),
+            (*(speed.by_task(results, model, budget) for budget in results.budgets(model)[:1]),
              speed.ceilings(results, model)),
             level=3,
             folded=True,
@@ -91,7 +91,7 @@ def chapter(results: Results, model: str, paper: dict[str, Any]) -> list[Section
 
 
 def _foresight(results: Results, model: str) -> Section:
-    tables = tuple(foreseen.by_strategy(results, model, budget) for budget in results.budgets)
+    tables = tuple(foreseen.by_strategy(results, model, budget) for budget in results.budgets(model))
     tables = tuple(table for table in (*tables, foreseen.by_layer(results, model)) if table.rows)
     figures = tuple(
         figure for figure in (foresight.recall_by_depth(results, model), foresight.hits_by_memory(results, model))

@@ -8,6 +8,10 @@ from reports.stats import Interval, Paired, geometric_mean, paired
 from suites.record import Item, Record
 
 
+class UnlikePrompts(ValueError):
+    """Cells that should hold the same items hold other prompts, so nothing of them can be paired."""
+
+
 def name(record: Record) -> str:
     """A strategy as tables write it."""
     return record.strategy if record.gamma is None else f"{record.strategy} (gamma {record.gamma:g})"
@@ -16,8 +20,8 @@ def name(record: Record) -> str:
 def matched(first: Sequence[Record], second: Sequence[Record]) -> list[list[tuple[Item, Item]]]:
     """Items that both have, paired by their number, a list for each task.
 
-    Timed cells may hold fewer items than scored ones, so items are never paired by position. Raises ValueError where
-    one number stands for two prompts.
+    Timed cells may hold fewer items than scored ones, so items are never paired by position. Raises UnlikePrompts
+    where one number stands for two prompts.
     """
     by_task = {record.task: {item.doc: item for item in record.items} for record in second}
     groups = []
@@ -25,7 +29,9 @@ def matched(first: Sequence[Record], second: Sequence[Record]) -> list[list[tupl
         others = by_task.get(record.task, {})
         pairs = [(item, others[item.doc]) for item in record.items if item.doc in others]
         if any(a.prompt_sha256 != b.prompt_sha256 for a, b in pairs):
-            raise ValueError(f"cells of {record.model} on {record.task} were not given the same prompts")
+            raise UnlikePrompts(
+                f"Cells of {record.model} on {record.task} were not given the same prompts; run them again in an empty folder."
+            )
         groups.append(pairs)
     return groups
 

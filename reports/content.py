@@ -14,6 +14,7 @@ from reports.results import Results
 from reports.tables import overview, scores
 from reports.verdict import RULE, machine
 
+ALARMS = 5  # that the first line names
 PAPER = Path(__file__).parent / "paper.toml"
 
 
@@ -33,10 +34,18 @@ def build(results: Results) -> Report:
     return Report(
         title=f"How far does MoBiLE hold? ({results.preset})",
         opening=wording.opening(results, paper),
-        alarm=f"Nothing below can be trusted: {'; '.join(broken)}." if broken else None,
+        alarm=_alarm(broken),
         sections=tuple(section for section in sections if not section.empty),
         facts=_facts(results),
     )
+
+
+def _alarm(broken: list[str]) -> str | None:
+    """The first line of a page that cannot be trusted; the chapter on controls has all of it."""
+    if not broken:
+        return None
+    more = f"; and {len(broken) - ALARMS} more under Controls" if len(broken) > ALARMS else ""
+    return f"Nothing below can be trusted: {'; '.join(broken[:ALARMS])}{more}."
 
 
 def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:

@@ -98,9 +98,8 @@ def broken(results: Results) -> list[str]:
         f"canary: {c.says} ({c.record.model}, {c.record.task})" for c in canaries(results) if c.held is False
     ]  # fmt: skip
     for model in results.values("model"):
-        found += [
-            f"{strategy} passed its bandwidth ceiling on {task} ({model})"
-            for task, strategy, *_, below in speed.ceilings(results, model).rows
-            if below != "yes"
-        ]
+        above = [row for row in speed.ceilings(results, model).rows if row[-1] != "yes"]
+        for strategy in dict.fromkeys(row[1] for row in above):
+            tasks = [row[0] for row in above if row[1] == strategy]
+            found.append(f"{strategy} passed its bandwidth ceiling with {model} on {', '.join(tasks)}")
     return found

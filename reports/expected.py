@@ -49,7 +49,7 @@ def speedups(results: Results) -> dict[str, float]:
     """
     found = {}
     for model in results.values("model"):
-        for budget in results.budgets:
+        for budget in results.budgets(model):
             bases = groups.baselines(results, budget, model)
             for group in groups.strategies(results, budget, model):
                 for base, reference in bases.items():

@@ -23,6 +23,11 @@ class Table:
         return tuple(any(row[i][:1].isalpha() for row in self.rows) for i in range(len(self.head)))
 
     @property
+    def grouped(self) -> bool:
+        """Whether rows that begin alike belong together."""
+        return len({row[0] for row in self.rows}) < len(self.rows)
+
+    @property
     def csv(self) -> str:
         """The same as comma-separated values, heads first."""
         out = io.StringIO()

@@ -42,10 +42,10 @@ class Results:
         """The different values of a field, in order of first appearance."""
         return list(dict.fromkeys(getattr(record, name) for record in self.records))
 
-    @property
-    def budgets(self) -> list[str]:
-        """Memory budgets every strategy was given; shares of the experts and `resident`'s own are not."""
-        return [budget for budget in self.values("budget") if budget != "all" and not budget.endswith("%")]
+    def budgets(self, model: str) -> list[str]:
+        """Memory budgets every strategy of a model was given; shares of the experts and `resident`'s own are not."""
+        found = dict.fromkeys(record.budget for record in self.pick(model=model))
+        return [budget for budget in found if budget != "all" and not budget.endswith("%")]
 
     @cached_property
     def families(self) -> dict[str, list[str]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from reports import groups
 from reports.compare import accuracy, hit_rate, share, speedup
 from reports.format import percent
 from reports.results import Results
-from reports.stats import Interval
+from reports.stats import Interval, Paired
 from reports.verdict import Stamp, stamp
 
 SHOWN = {
@@ -28,12 +30,12 @@ def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
         f"of the token, write it again with all of them. Its authors report {paper['speedup']['low']:.2f} to "
         f"{paper['speedup']['high']:.2f} times the speed of plain offloading with negligible loss of accuracy."
     )
-    sentences = [_family(results, model, paper) for model in results.models]
-    found = [sentence for sentence in sentences if sentence]
+    found = [family for model in results.models if (family := _measure(results, model))]
     if not found:
         return told, "This run lacks the cells to say how far that holds; see what is missing below."
-    of = stamp(results.records)
-    return told, f"{_kind(of)} {' '.join(found)}"
+    margin = paper["accuracy"]["margin_points"]
+    said = _one(found[0], margin) if len(found) == 1 else _many(found, margin)
+    return told, f"{_kind(stamp(results.records))} {said}"
 
 
 def _kind(of: Stamp) -> str:
@@ -50,19 +52,53 @@ def _kind(of: Stamp) -> str:
     return f"This run used {models} ({of})."
 
 
-def _family(results: Results, model: str, paper: dict[str, Any]) -> str | None:
+@dataclass(frozen=True)
+class Family:
+    """MoBiLE's main numbers for one model, at its own threshold and the fewest slots."""
+
+    model: str
+    geometry: str
+    fallbacks: float
+    faster: Interval
+    loss: Paired
+
+
+def _measure(results: Results, model: str) -> Family | None:
     own, whole = groups.mobile(results, model), groups.full(results, model)
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
     faster = speedup(own, base) if own and base else None
-    if not (own and whole and faster):
+    if not whole or faster is None:
         return None
-    loss, margin = accuracy(own, whole), paper["accuracy"]["margin_points"]
-    lost = loss.difference
+    rate = share(own, "fallbacks", "tokens") or 0.0
+    return Family(model, own[0].geometry, rate, faster, accuracy(own, whole))
+
+
+def _one(family: Family, margin: float) -> str:
+    lost = family.loss.difference
     return (
-        f"{model}, timed as {own[0].geometry}, fell back on {percent(share(own, 'fallbacks', 'tokens'))} of tokens, "
-        f"ran {between(faster)} times as fast as overlapped plain offloading, and changed accuracy by "
-        f"{lost.value:+.1f} points [{lost.low:+.1f}, {lost.high:+.1f}] over {loss.items:,} questions: "
-        f"{SHOWN[loss.within(margin)].format(margin=margin)}."
+        f"{family.model}, timed as {family.geometry}, fell back on {percent(family.fallbacks)} of tokens, ran "
+        f"{between(family.faster)} times as fast as overlapped plain offloading, and changed accuracy by "
+        f"{lost.value:+.1f} points [{lost.low:+.1f}, {lost.high:+.1f}] over {family.loss.items:,} questions: "
+        f"{SHOWN[family.loss.within(margin)].format(margin=margin)}."
+    )
+
+
+def _many(families: list[Family], margin: float) -> str:
+    """The range over families, and for how many of them the loss was shown to be small."""
+
+    def span(numbers: list[float], spec: str, unit: str = "") -> str:
+        low, high = format(min(numbers), spec), format(max(numbers), spec)
+        return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
+
+    shown = Counter(family.loss.within(margin) for family in families)
+    fallbacks = span([100 * family.fallbacks for family in families], ".1f", " %")
+    faster = span([family.faster.value for family in families], ".2f")
+    lost = span([family.loss.difference.value for family in families], "+.1f")
+    return (
+        f"Over {len(families)} families MoBiLE fell back on {fallbacks} of tokens, ran {faster} times as fast as "
+        f"overlapped plain offloading, and changed accuracy by {lost} points. The loss was shown to be within "
+        f"{margin:g} point, which we call negligible, for {shown['yes']} of them, to be more for {shown['no']}, and "
+        f"neither for {shown['not shown']}."
     )
 
 

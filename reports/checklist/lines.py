@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from reports.checklist import answers, claim, integrity, measurement, use, work
 from reports.checklist.evidence import ByReader, Evidence, Missing
+from reports.compare import UnlikePrompts
 from reports.page import Table
 
 HELD, MISSING, READER = "held", "MISSING", "for a reader"
@@ -32,7 +33,7 @@ def answered(seen: Evidence) -> list[tuple[int, str, str, str]]:
 def _ask(line: Callable[[Evidence], str], seen: Evidence) -> tuple[str, str]:
     try:
         return HELD, line(seen)
-    except Missing as missing:
+    except (Missing, UnlikePrompts) as missing:
         return MISSING, str(missing)
     except ByReader as reader:
         return READER, str(reader)

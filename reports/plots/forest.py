@@ -22,7 +22,7 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
     low, high = paper["speedup"]["low"], paper["speedup"]["high"]
     lines: list[tuple[str, str, str, Interval]] = []
     for model in results.models:
-        for budget in results.budgets:
+        for budget in results.budgets(model):
             own = groups.mobile(results, model, budget)
             for base, group in groups.baselines(results, budget, model).items():
                 measured = speedup(own, group) if own else None
@@ -48,7 +48,7 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
         for base, (mark, colour) in MARKS.items():
             axes.plot([], [], mark, color=colour, label=f"over {base}")
         axes.fill_between([], [], [], facecolor=GREY, alpha=0.35, hatch="//", edgecolor=GREY, label="published band")
-        legend_above(drawn, axes, 4)
+        legend_above(axes, 4)
         rows = tuple(
             (m, budget, base, f"{i.value:.4f}", f"{i.low:.4f}", f"{i.high:.4f}") for m, budget, base, i in lines
         )

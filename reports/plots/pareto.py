@@ -67,7 +67,7 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         axes.step(*zip(*edge, strict=True), where="pre", color=INK, linewidth=0.9, label="best of both", zorder=0)
         axes.set_xlabel("speedup over on-demand-overlap (decode)")
         axes.set_ylabel("accuracy less full K's (points)")
-        legend_above(drawn, axes, 2)
+        legend_above(axes, 2)
         rows = tuple(
             (shown, *(f"{n:.4f}" for n in (x.value, x.low, x.high, y.value, y.low, y.high)),
              "yes" if (x.value, y.value) in edge else "no")

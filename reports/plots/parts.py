@@ -42,7 +42,7 @@ def token_time(results: Results, model: str) -> Figure | None:
         axes.set_yticks(range(len(bars)), [label for label, _ in bars])
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds a token")
-        legend_above(drawn, axes, 2)
+        legend_above(axes, 2)
         rows = tuple(
             (label, *(f"{parts[kind]:.4f}" if kind in parts else "" for kind, *_ in kinds)) for label, parts in bars
         )

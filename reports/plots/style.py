@@ -38,10 +38,9 @@ def figure(name: str, caption: str, drawn: Any, data: Table) -> Figure:
     return Figure(name, caption, text, data)
 
 
-def legend_above(drawn: Any, axes: Any, columns: int) -> None:
-    """The axes' legend above the drawing, where it hides nothing."""
-    handles = axes.get_legend_handles_labels()
-    drawn.legend(*handles, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+def legend_above(axes: Any, columns: int) -> None:
+    """The legend above the drawing, where it hides nothing."""
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=columns)
 
 
 def curves(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reports import groups, verdict
-from reports.compare import accuracy, count, hit_rate, share, speedup
+from reports.compare import accuracy, count, share, speedup
 from reports.format import percent, points, ratio, score
 from reports.groups import FLAVOURS
 from reports.page import Table
@@ -39,11 +39,10 @@ def families(results: Results, margin_points: float) -> Table:
                 loss.within(margin_points) if loss else "-",
                 percent(share(own, "fallbacks", "tokens")) if own else "-",
                 *(ratio(speedup(own, bases[base])) if own and base in bases else "-" for base in FLAVOURS),
-                percent(hit_rate(own)) if own else "-",
             )
         )
     head = ("model", "timed as", "experts / K", "n", "full K %", "static K/2 less full K", "MoBiLE less full K",
-            f"within {margin_points:g} point", "fallbacks", *(f"over {base}" for base in FLAVOURS), "hits")  # fmt: skip
+            f"within {margin_points:g} point", "fallbacks", *(f"over {base}" for base in FLAVOURS))  # fmt: skip
     note = "All tasks together, the fewest slots each strategy needs; brackets are 95 % intervals."
     return Table("The families at a glance", head, tuple(rows), note)
 
@@ -60,7 +59,7 @@ def verdicts(results: Results, paper: dict[str, Any], trusted: bool) -> Table:
 def _speed_rows(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> list[Row]:
     """Both flavours of the baseline at every budget, since the paper says neither."""
     rows: list[Row] = []
-    for budget in results.budgets:
+    for budget in results.budgets(model):
         own, bases = groups.mobile(results, model, budget), groups.baselines(results, budget, model)
         for flavour in FLAVOURS:
             base = bases.get(flavour, [])
