@@ -30,7 +30,7 @@ def matched(first: Sequence[Record], second: Sequence[Record]) -> list[list[tupl
         pairs = [(item, others[item.doc]) for item in record.items if item.doc in others]
         if any(a.prompt_sha256 != b.prompt_sha256 for a, b in pairs):
             raise UnlikePrompts(
-                f"Cells of {record.model} on {record.task} were not given the same prompts; run them again in an empty folder."
+                f"Cells of {record.model} on {record.task} were not given the same prompts; run them again."
             )
         groups.append(pairs)
     return groups
