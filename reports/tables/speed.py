@@ -30,7 +30,7 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
         rows.append(
             (
                 name(group[0]),
-                "yes" if group[0].lossless else "no",
+                "full K's" if group[0].lossless else "may differ",
                 "-" if group[0].slots is None else f"{group[0].slots:,}",
                 str(count(group)),
                 rate(tokens_per_s(group)),
@@ -42,7 +42,7 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
                 f"{total(group, 'ttft_ns') / 1e6 / count(group):,.0f}",
             )
         )
-    head = ("strategy", "lossless", "slots", "prompts", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token",
+    head = ("strategy", "answers", "slots", "prompts", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token",
             "hits", "fallbacks", "stalled", "TTFT ms")  # fmt: skip
     return Table(f"Decode speed, {budget_title(budget)}", head, tuple(rows), _training(results, model, budget))
 
