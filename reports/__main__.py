@@ -1,51 +1,59 @@
-"""Turn a run's records into a report: `python -m reports build [RUN]`."""
+"""From a run's records to a report, and what guards it: `python -m reports build | check | verify | diff | ...`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table as RichTable
+from reports import commands, expected
+from reports.bundle import NoManifest
+from reports.compare import UnlikePrompts
+from reports.results import NoResults
 
-from reports.content import build
-from reports.results import NoResults, latest_run, read
-from reports.write import write
+EPILOG = "Every verb takes the run that was started last from here if no folder is named."
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m reports", description=__doc__.split(":")[0], epilog=EPILOG)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, does: Callable[[argparse.Namespace], int], says: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=says, description=says, epilog=EPILOG)
+        sub.set_defaults(does=does)
+        return sub
+
+    for name, does, says in (
+        (
+            "build",
+            commands.build,
+            "write the page (HTML, Markdown, LaTeX, CSV, trace) and its manifest into the folder",
+        ),
+        ("check", commands.check, "go through the 32 lines that a report must hold, and print what is missing"),
+        ("verify", commands.verify, "find any byte that changed since the report was built"),
+        ("expect", commands.expect, "keep a run's counters, tokens and virtual speedups, to hold later runs against"),
+        ("gate", commands.gate, "hold a run against what is expected: counters, tokens, virtual times; tolerance zero"),
+    ):
+        sub = verb(name, does, says)
+        sub.add_argument("run", nargs="?", type=Path, help="run folder (default: that of the last run)")
+        if name == "expect":
+            sub.add_argument("--out", type=Path, help=f"where to keep it (default: {expected.FOLDER.name}/PRESET)")
+        if name == "gate":
+            sub.add_argument("--against", type=Path, help=f"folder (default: {expected.FOLDER.name}/PRESET of reports)")
+    sub = verb("diff", commands.diff, "say what changed between two runs, and whether it matters")
+    sub.add_argument("first", type=Path, help="run folder")
+    sub.add_argument("second", type=Path, help="run folder")
+    return top
 
 
 def main() -> int:
-    top = argparse.ArgumentParser(prog="python -m reports", description=__doc__.split(":")[0])
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    sub = verbs.add_parser("build", help="write report.md and report.html into the run folder")
-    sub.add_argument("run", nargs="?", type=Path, help="run folder (default: that of the last run)")
-    options = top.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    begun = time.monotonic()
+    options = parser().parse_args()
     try:
-        run = options.run or latest_run()
-        results = read(run)
-        report = build(results)
-    except NoResults as none:
-        print(f"error: {none}", file=sys.stderr)
+        return options.does(options)
+    except (NoResults, NoManifest, UnlikePrompts, expected.NoExpectation) as refused:
+        print(f"error: {refused}", file=sys.stderr)
         return 2
-    paths = write(report, run)
-    console.print(f"\n{report.opening}\n", highlight=False)
-    for section in report.sections[:1]:
-        for table in section.tables:
-            shown = RichTable(*table.head, title=table.caption, title_justify="left")
-            for row in table.rows:
-                shown.add_row(*row)
-            console.print(shown)
-    for cell, why in results.absent:
-        console.print(f"[red]no record[/] {cell}: {why}", highlight=False)
-    if report.alarm:
-        console.print(f"[bold red]{report.alarm}")
-    console.print(
-        f"report: {paths[1]} (and {paths[0].name}); written in {time.monotonic() - begun:.0f} s", highlight=False
-    )
-    return 1 if report.alarm or results.absent else 0
 
 
 if __name__ == "__main__":

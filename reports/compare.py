@@ -8,41 +8,57 @@ from reports.stats import Interval, Paired, geometric_mean, paired
 from suites.record import Item, Record
 
 
+class UnlikePrompts(ValueError):
+    """Cells that should hold the same items hold other prompts, so nothing of them can be paired."""
+
+
 def name(record: Record) -> str:
     """A strategy as tables write it."""
     return record.strategy if record.gamma is None else f"{record.strategy} (gamma {record.gamma:g})"
 
 
-def _matched(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Item, Item]]:
-    """Items of two strategies on the same tasks, paired; the prompts must be the same."""
-    by_task = {record.task: record for record in second}
-    pairs = []
+def matched(first: Sequence[Record], second: Sequence[Record]) -> list[list[tuple[Item, Item]]]:
+    """Items that both have, paired by their number, a list for each task.
+
+    Timed cells may hold fewer items than scored ones, so items are never paired by position. Raises UnlikePrompts
+    where one number stands for two prompts.
+    """
+    by_task = {record.task: {item.doc: item for item in record.items} for record in second}
+    groups = []
     for record in first:
-        for a, b in zip(record.items, by_task[record.task].items, strict=True):
-            assert a.prompt_sha256 == b.prompt_sha256, "cells of one task were not given the same prompts"
-            pairs.append((a, b))
-    return pairs
+        others = by_task.get(record.task, {})
+        pairs = [(item, others[item.doc]) for item in record.items if item.doc in others]
+        if any(a.prompt_sha256 != b.prompt_sha256 for a, b in pairs):
+            raise UnlikePrompts(
+                f"Cells of {record.model} on {record.task} were not given the same prompts; run them again."
+            )
+        groups.append(pairs)
+    return groups
 
 
-def speedup(records: Sequence[Record], baseline: Sequence[Record]) -> Interval:
-    """Geometric mean over prompts of baseline TPOT / TPOT; prompts without a decode step have none."""
-    ratios = [
-        (base.decode_ns / base.decode_tokens) / (item.decode_ns / item.decode_tokens)
-        for item, base in _matched(records, baseline)
-        if item.decode_tokens and base.decode_tokens
-    ]
-    return geometric_mean(ratios)
+def seconds_per_token(item: Item) -> float | None:
+    """TPOT of one item; None where nothing was decoded or timed."""
+    return item.decode_ns / item.decode_tokens / 1e9 if item.decode_tokens and item.decode_ns else None
+
+
+def speedup(records: Sequence[Record], baseline: Sequence[Record]) -> Interval | None:
+    """Geometric mean over prompts of baseline TPOT / TPOT, by task; None if no prompt is timed in both."""
+    groups = []
+    for pairs in matched(records, baseline):
+        times = [(seconds_per_token(item), seconds_per_token(base)) for item, base in pairs]
+        groups.append([base / own for own, base in times if own and base])
+    return geometric_mean(groups) if any(groups) else None
 
 
 def accuracy(records: Sequence[Record], reference: Sequence[Record]) -> Paired:
     """Scores of `records` against `reference`, paired by item."""
-    pairs = _matched(reference, records)
+    pairs = [pair for group in matched(reference, records) for pair in group]
     return paired([a.correct for a, _ in pairs], [b.correct for _, b in pairs])
 
 
 def total(records: Sequence[Record], field: str) -> int:
-    """Sum of an item field over all items of the cells."""
-    return sum(getattr(item, field) for record in records for item in record.items)
+    """Sum of an item field over all items of the cells; unknown counts as nothing."""
+    return sum(getattr(item, field) or 0 for record in records for item in record.items)
 
 
 def count(records: Sequence[Record]) -> int:
@@ -50,9 +66,11 @@ def count(records: Sequence[Record]) -> int:
     return sum(len(record.items) for record in records)
 
 
-def tokens_per_s(records: Sequence[Record]) -> float:
-    """All decode tokens over all decode seconds."""
-    return total(records, "decode_tokens") / (total(records, "decode_ns") / 1e9)
+def tokens_per_s(records: Sequence[Record]) -> float | None:
+    """All decode tokens over all decode seconds; None where nothing was timed."""
+    timed = [item for record in records for item in record.items if seconds_per_token(item)]
+    nanoseconds = sum(item.decode_ns for item in timed)
+    return sum(item.decode_tokens for item in timed) / (nanoseconds / 1e9) if nanoseconds else None
 
 
 def share(records: Sequence[Record], part: str, whole: str) -> float | None:

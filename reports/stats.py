@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, norm
+from scipy.stats import binomtest, norm, t
 
-RESAMPLES = 5000
+RESAMPLES = 4000
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,65 @@ class Interval:
     high: float
 
 
-def geometric_mean(ratios: Sequence[float]) -> Interval:
-    """Geometric mean of per-prompt ratios with a percentile bootstrap over prompts (fixed seed).
+def geometric_mean(groups: Sequence[Sequence[float]]) -> Interval:
+    """Geometric mean of per-prompt ratios, with a two-level bootstrap: tasks are redrawn, then prompts within each.
 
-    In virtual time processes do not differ, so the level of processes that wall-clock runs add has no spread here.
+    `groups` holds one list of ratios a task, all positive. Every prompt counts once in the value. The percentiles are
+    expanded for the number of units of the upper level (Hesterberg, The American Statistician 69 (2015), section
+    4.4): the plain percentile interval of five tasks would cover the truth far less often than it says. With two
+    or three tasks the interval is about the range between them, and says so by its width. With one task, prompts are
+    the only level. The draws are seeded: the same ratios give the same interval. Raises ValueError without ratios.
     """
-    logs = np.log(np.asarray(ratios, dtype=float))
-    value = math.exp(logs.mean())
-    if len(logs) < 2 or np.ptp(logs) == 0:
+    kept = tuple(tuple(float(ratio) for ratio in group) for group in groups if len(group))
+    if not kept:
+        raise ValueError("there is no ratio to average")
+    return _geometric_mean(kept)
+
+
+@lru_cache(maxsize=4096)
+def _geometric_mean(groups: tuple[tuple[float, ...], ...]) -> Interval:
+    pooled = np.log(np.concatenate(groups))
+    value = math.exp(pooled.mean())
+    if len(pooled) < 2 or np.ptp(pooled) == 0:
         return Interval(value, value, value)
-    drawn = bootstrap(
-        (logs,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), vectorized=True
-    ).confidence_interval
-    return Interval(value, math.exp(drawn.low), math.exp(drawn.high))
+    tail = expanded_tail(len(groups) if len(groups) > 1 else len(pooled))
+    means = resampling_weights(tuple(len(group) for group in groups)) @ pooled
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(value, math.exp(low), math.exp(high))
+
+
+@lru_cache(maxsize=16)
+def resampling_weights(sizes: tuple[int, ...]) -> np.ndarray:
+    """How much each value weighs in each two-level resample (float64, shape (RESAMPLES, sum of sizes), rows sum to 1).
+
+    A resample draws as many groups as there are, with replacement, and within each as many values as it has. Groups
+    of the same sizes get the same draws, so a table costs one matrix and strategies differ by nothing but their times.
+    """
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(sizes), size=(RESAMPLES, len(sizes)))
+    columns = []
+    for number, size in enumerate(sizes):
+        owner = np.repeat(np.arange(RESAMPLES), (drawn == number).sum(axis=1))
+        picked = owner[:, None] * size + rng.integers(size, size=(len(owner), size))
+        columns.append(np.bincount(picked.ravel(), minlength=RESAMPLES * size).reshape(RESAMPLES, size))
+    counts = np.concatenate(columns, axis=1, dtype=float)
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
+def expanded_tail(units: int) -> float:
+    """The share cut off on either side so that a percentile interval of `units` values is as wide as Student's."""
+    return float(norm.cdf(-math.sqrt(units / (units - 1)) * t.ppf((1 + LEVEL) / 2, units - 1)))
+
+
+def bonett_price(lost: Any, gained: Any, items: int) -> tuple[Any, Any]:
+    """Low and high end, as shares, of the 95 % interval of a paired difference (Bonett and Price 2012).
+
+    Takes counts or arrays of them. It adds one to each discordant count, so that it keeps its width where Wald's
+    interval collapses.
+    """
+    down, up, n = (lost + 1) / (items + 2), (gained + 1) / (items + 2), items + 2
+    half = norm.ppf((1 + LEVEL) / 2) * np.sqrt((down + up - (up - down) ** 2) / n)
+    return up - down - half, up - down + half
 
 
 @dataclass(frozen=True)
@@ -46,14 +95,9 @@ class Paired:
 
     @property
     def difference(self) -> Interval:
-        """Second minus first accuracy in points, with the 95 % interval of Bonett and Price (2012).
-
-        It adds one to each discordant count, so it keeps its width where Wald's interval collapses.
-        """
-        lost, gained, n = (self.lost + 1) / (self.items + 2), (self.gained + 1) / (self.items + 2), self.items + 2
-        centre = gained - lost
-        half = float(norm.ppf(0.975)) * math.sqrt((gained + lost - centre**2) / n)
-        return Interval(100 * (self.gained - self.lost) / self.items, 100 * (centre - half), 100 * (centre + half))
+        """Second minus first accuracy in points, with its 95 % interval (`bonett_price`)."""
+        low, high = bonett_price(self.lost, self.gained, self.items)
+        return Interval(100 * (self.gained - self.lost) / self.items, 100 * float(low), 100 * float(high))
 
     @property
     def p_value(self) -> float:
@@ -76,5 +120,5 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
 
 def wilson(right: int, items: int) -> Interval:
     """Accuracy in percent with Wilson's 95 % interval."""
-    drawn = binomtest(right, items).proportion_ci(method="wilson")
+    drawn = binomtest(right, items).proportion_ci(confidence_level=LEVEL, method="wilson")
     return Interval(100 * right / items, 100 * drawn.low, 100 * drawn.high)

@@ -1,29 +1,88 @@
-"""The verdict rule, fixed before any run."""
+"""The verdict rule, fixed before any run, and who may be judged by it."""
 
 from __future__ import annotations
 
-from reports.stats import Interval
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reports.stats import Interval, Paired
+from suites.record import Record
 
 WIDENING = 0.02  # "materially different" starts beyond 2 %
 WIDEST = 0.10  # an interval wider than ±10 % decides nothing
+MEASURED = ("gpu+pcie", "real")  # the only scope and weights that are set against the paper
 
 RULE = (
-    "REPRODUCED: the 95 % interval meets the published band widened by 2 %. SHORT, EXCEEDS: wholly below, wholly "
-    "above. INCONCLUSIVE: the interval is wider than ±10 %. NOT COMPARABLE: not measured on a GPU over a real link "
-    "with the real weights. FAILED, MISSING: no result."
+    "REPRODUCED: the 95 % interval meets the published band widened by 2 %; for accuracy, it clears the margin. SHORT, "
+    "EXCEEDS: wholly below, wholly above. INCONCLUSIVE: the interval is wider than ±10 %; for accuracy, it neither "
+    "clears the margin nor lies beyond it. NOT COMPARABLE: not measured on one GPU over a real link with the real "
+    "weights. FAILED: a control of this run is broken, or the cell failed. MISSING: no result."
 )
 
 
-def verdict(measured: Interval | None, low: float, high: float, scope: str, weights: str) -> str:
-    """Set a speedup against a published band; only real weights on a real link may be compared at all."""
-    if measured is None:
-        return "MISSING"
-    if (scope, weights) != ("gpu+pcie", "real"):
-        return "NOT COMPARABLE (projected)" if scope == "cpu+virtual" else "NOT COMPARABLE"
+@dataclass(frozen=True)
+class Stamp:
+    """Where numbers come from: scope and weights, and on how many kinds of machine. "mixed" where they differ."""
+
+    scope: str
+    weights: str
+    machines: int = 1
+
+    @property
+    def refusal(self) -> str | None:
+        """Why these numbers may not be set against the paper; None if they may."""
+        if self.scope == "cpu+virtual":
+            return "NOT COMPARABLE (projected)"
+        if (self.scope, self.weights) != MEASURED:
+            return "NOT COMPARABLE"
+        return None if self.machines == 1 else "NOT COMPARABLE (unlike machines)"
+
+    def __str__(self) -> str:
+        return f"{self.scope}, {self.weights}" + (f", {self.machines} machines" if self.machines > 1 else "")
+
+
+def machine(record: Record) -> str:
+    """What a time depends on beside the cell: two records whose machines differ are not compared by wall time."""
+    gpu = record.environment.get("gpu") or {}
+    facts = [gpu.get(name) for name in ("name", "driver", "link_generation", "link_width")]
+    return " ".join(str(fact) for fact in (record.environment.get("cpu"), record.environment.get("cores"), *facts))
+
+
+def stamp(*groups: Sequence[Record]) -> Stamp:
+    """The stamp of everything a number is made from, baseline included."""
+    records = [record for group in groups for record in group]
+    scopes, weights = {r.scope for r in records}, {r.weights for r in records}
+    machines = len({machine(r) for r in records}) if any(s.startswith("gpu") for s in scopes) else 1
+    return Stamp(
+        scopes.pop() if len(scopes) == 1 else "mixed" if scopes else "-",
+        weights.pop() if len(weights) == 1 else "mixed" if weights else "-",
+        machines,
+    )
+
+
+def of_band(measured: Interval | None, low: float, high: float, of: Stamp, trusted: bool = True) -> str:
+    """Set a ratio against a published band."""
+    return _judge(_meets(measured, low, high) if measured else None, of, trusted)
+
+
+def of_margin(measured: Paired | None, margin_points: float, of: Stamp, trusted: bool = True) -> str:
+    """Set a paired difference of accuracy against a non-inferiority margin."""
+    words = {"yes": "REPRODUCED", "no": "SHORT", "not shown": "INCONCLUSIVE"}
+    return _judge(words[measured.within(margin_points)] if measured else None, of, trusted)
+
+
+def _meets(measured: Interval, low: float, high: float) -> str:
     if (measured.high - measured.low) / 2 > WIDEST * measured.value:
         return "INCONCLUSIVE"
     if measured.high < low * (1 - WIDENING):
         return "SHORT"
-    if measured.low > high * (1 + WIDENING):
-        return "EXCEEDS"
-    return "REPRODUCED"
+    return "EXCEEDS" if measured.low > high * (1 + WIDENING) else "REPRODUCED"
+
+
+def _judge(outcome: str | None, of: Stamp, trusted: bool) -> str:
+    """The one door every verdict leaves by: no outcome passes that may not be set against the paper."""
+    if outcome is None:
+        return "MISSING"
+    if not trusted:
+        return "FAILED"
+    return of.refusal or outcome

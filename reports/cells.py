@@ -1,0 +1,50 @@
+"""Every cell as one row of numbers, for a spreadsheet or a data frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reports.compare import count, hit_rate, tokens_per_s, total
+from reports.page import Table
+from reports.results import Results, family
+from reports.verdict import machine
+from suites.record import Record
+
+FIELDS = ("id", "scope", "weights", "model", "geometry", "task", "strategy", "gamma", "lossless", "hardware", "budget",
+          "slots", "seed")  # fmt: skip
+
+
+def csv_of(results: Results) -> Table:
+    """All cells, controls too, at full precision; unknown is empty."""
+    records = [*results.records, *results.controls]
+    counters = sorted({name for record in records for name in record.counters})
+    derived = [_derived(record) for record in records]
+    head = (*FIELDS, *derived[0], *counters)
+    rows = tuple(
+        tuple(_text(v) for v in (*(getattr(r, f) for f in FIELDS), *d.values(), *(r.counters.get(c) for c in counters)))
+        for r, d in zip(records, derived, strict=True)
+    )
+    return Table("Cells", head, rows)
+
+
+def _derived(record: Record) -> dict[str, Any]:
+    return {
+        "family": family(record),
+        "training_seed": record.config.get("training_seed"),
+        "control": record.config.get("control"),
+        "swept": record.config.get("swept"),
+        "items": count([record]),
+        "correct": total([record], "correct"),
+        "item_decode_tokens": total([record], "decode_tokens"),
+        "item_decode_ns": total([record], "decode_ns"),
+        "item_ttft_ns": total([record], "ttft_ns"),
+        "tokens_per_s": tokens_per_s([record]),
+        "decode_hit_rate": hit_rate([record]),
+        "ceiling_tokens_per_s": record.ceiling_tokens_per_s,
+        "wall_seconds": record.wall_seconds,
+        "machine": machine(record),
+    }
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)

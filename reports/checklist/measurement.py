@@ -1,0 +1,77 @@
+"""Measurement: lines 12 to 17. A virtual clock has no noise: what guards against it is asked of GPU times only."""
+
+from __future__ import annotations
+
+from reports import groups
+from reports.checklist.evidence import Evidence, Missing
+from reports.compare import matched
+from reports.essence import VIRTUAL
+
+EXACT = "virtual clock: the same inputs give the same times, bit for bit"
+PROMPTS, PROCESSES = 25, 3
+
+
+def _only_virtual(seen: Evidence) -> bool:
+    return all(record.scope == VIRTUAL for record in seen.results.records)
+
+
+def _measured(seen: Evidence, *names: str) -> str:
+    for name in names:
+        if lacking := [r.id for r in seen.measured if r.config.get(name) is None]:
+            raise Missing(f"{len(lacking)} measured records do not hold {name}")
+    return f"{len(seen.measured)} measured records hold {', '.join(names)}"
+
+
+def warm_up_is_apart(seen: Evidence) -> str:
+    """Warm-up is stored, and averaged into nothing"""
+    return f"{EXACT}; nothing warms up" if _only_virtual(seen) else _measured(seen, "warmup")
+
+
+def interleaved(seen: Evidence) -> str:
+    """Enough prompts, and on a GPU strategies interleaved over three processes"""
+    for model in seen.results.models:
+        own = groups.mobile(seen.results, model)
+        for base, group in groups.baselines(seen.results, "smallest", model).items():
+            if own and (pairs := sum(map(len, matched(own, group)))) < PROMPTS:
+                raise Missing(f"{model} against {base}: {pairs} pairs of prompts, of {PROMPTS} that are wanted")
+    if _only_virtual(seen):
+        return f"at least {PROMPTS} pairs each; {EXACT}"
+    for record in seen.measured:
+        if (record.config.get("processes") or 0) < PROCESSES:
+            raise Missing(f"record {record.id} was timed in fewer than {PROCESSES} processes")
+    return f"at least {PROMPTS} pairs and {PROCESSES} processes each"
+
+
+def ratio_of_prompts(seen: Evidence) -> str:
+    """Speedups are geometric means of ratios with a two-level interval, total tokens over total time beside them"""
+    if "geometric mean over prompts" not in seen.page or "tokens/s" not in seen.page:
+        raise Missing("the page has no speeds, or does not say how they are averaged")
+    return "said and shown on the page"
+
+
+def phases_apart(seen: Evidence) -> str:
+    """Prefill and decode are timed each by itself"""
+    if bare := [r.id for r in seen.results.records if any(i.ttft_ns is None or i.decode_ns is None for i in r.items)]:
+        raise Missing(f"{len(bare)} records lack one of the two times")
+    return "ttft_ns and decode_ns in every item"
+
+
+def device_watched(seen: Evidence) -> str:
+    """Clocks, throttling, temperature and the link's generation and width were sampled while it ran"""
+    return "no device: nothing to watch" if _only_virtual(seen) else _measured(seen, "telemetry")
+
+
+def link_is_checked(seen: Evidence) -> str:
+    """The link's bandwidth was measured, and the ledger's bytes held against it"""
+    if _only_virtual(seen):
+        seen.everywhere("link_gb_per_s")
+        above = [
+            f"{r.model} {r.task} {r.strategy}"
+            for r in seen.results.records
+            if r.counters["decode_seconds"]
+            and r.counters["decode_bytes"] / r.counters["decode_seconds"] > 1e9 * r.config["link_gb_per_s"] * 1.000001
+        ]
+        if above:
+            raise Missing(f"bytes moved faster than the link allows in {'; '.join(above[:3])}")
+        return "an assumed bandwidth, stated in every record, which no cell's bytes pass"
+    return _measured(seen, "link_measured_gb_per_s")

@@ -1,0 +1,125 @@
+"""What each verb does and prints. Exit codes: 0 all well, 1 something to heed, 2 nothing to work on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from reports import bundle, content, expected, write
+from reports.checklist import evidence, lines
+from reports.difference import difference
+from reports.page import Table
+from reports.results import latest_run, read
+
+SHOWN = 40  # lines of a long list on the screen
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def _print(console: Console, table: Table) -> None:
+    shown = RichTable(*table.head, title=table.caption, title_justify="left")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def build(options: Namespace) -> int:
+    """Write every output, seal the folder, and print the overview with the path of the page."""
+    console, begun = _console(), time.monotonic()
+    run: Path = options.run or latest_run()
+    results = read(run)
+    report = content.build(results)
+    paths = write.write(report, results, run)
+    seal = bundle.seal(run, results)
+    if report.alarm:
+        console.print(f"[bold red]{report.alarm}")
+    for paragraph in report.opening[1:]:
+        console.print(f"\n{paragraph}\n")
+    for table in (table for section in report.sections[:2] for table in section.tables):
+        _print(console, table)
+    for cell, why in results.absent[:SHOWN]:
+        console.print(f"[red]no record[/] {cell}: {why}")
+    if len(results.absent) > SHOWN:
+        console.print(f"and {len(results.absent) - SHOWN} more cells without a record, all on the page")
+    console.print(
+        f"report: {paths[0]} (beside it report.md, tables.tex, cells.csv, timeline.json for ui.perfetto.dev); "
+        f"written in {time.monotonic() - begun:.0f} s\nmanifest: SHA-256 {seal}"
+    )
+    return 1 if report.alarm or results.absent else 0
+
+
+def check(options: Namespace) -> int:
+    """Print the checklist; 1 if a line is missing."""
+    console = _console()
+    table = lines.table(evidence.gather(options.run or latest_run()))
+    _print(console, table)
+    counted = Counter(row[2] for row in table.rows)
+    console.print(", ".join(f"{count} {result}" for result, count in counted.items()))
+    return 1 if counted[lines.MISSING] else 0
+
+
+def verify(options: Namespace) -> int:
+    """Print what differs from the manifest; 1 if a file of the bundle does."""
+    console = _console()
+    run = options.run or latest_run()
+    found = bundle.verify(run)
+    for line in found.changed:
+        console.print(f"[bold red]changed[/] {line}")
+    for line in found.elsewhere[:SHOWN]:
+        console.print(f"not as when it was sealed: {line}")
+    if len(found.elsewhere) > SHOWN:
+        console.print(f"and {len(found.elsewhere) - SHOWN} more")
+    if not found.changed:
+        console.print(f"{run}: all {found.files} files are as they were sealed")
+    return 1 if found.changed else 0
+
+
+def diff(options: Namespace) -> int:
+    """Print what changed between two runs; 1 if something of it matters."""
+    console = _console()
+    found = difference(read(options.first), read(options.second))
+    for table in (found.surroundings, found.cells):
+        if table.rows:
+            _print(console, table)
+    for line in found.matters or ("Nothing that matters: the same cells, texts, counters and times.",):
+        console.print(line)
+    return 1 if found.matters else 0
+
+
+def expect(options: Namespace) -> int:
+    """Keep a run as what later runs are held against. A run with a broken control or a missing cell is refused."""
+    console = _console()
+    results = read(options.run or latest_run())
+    report = content.build(results)
+    if report.alarm or results.absent:
+        console.print(f"not kept: {report.alarm or f'{len(results.absent)} cells have no record'}")
+        return 1
+    page = write.markdown(report, figures=False)
+    for path in expected.save(results, page, options.out or expected.FOLDER / results.preset):
+        console.print(f"{path} ({path.stat().st_size / 1024:,.0f} KiB)")
+    return 0
+
+
+def gate(options: Namespace) -> int:
+    """Print what is not as expected; 1 if anything is not."""
+    console = _console()
+    results = read(options.run or latest_run())
+    found = expected.gate(results, options.against or expected.FOLDER / results.preset)
+    for name, what, unlike in (("T0", "tokens and counters", found.t0), ("T1", "virtual times and speedups", found.t1)):
+        for line in unlike[:SHOWN]:
+            console.print(f"[bold red]{name}[/] {line}")
+        if len(unlike) > SHOWN:
+            console.print(f"and {len(unlike) - SHOWN} more")
+        console.print(f"{name} ({what}): {f'{len(unlike)} differ' if unlike else 'as expected'}")
+    console.print(f"{found.cells} cells and {found.speedups} speedups were expected; tolerance zero")
+    if found.t0:
+        console.print("Other processors may round a model's arithmetic otherwise; see made_on in the expectation.")
+    return 1 if found.t0 or found.t1 else 0

@@ -1,0 +1,17 @@
+"""What guessing scores on each task: a score means nothing without it."""
+
+from __future__ import annotations
+
+FLOORS = {  # shares; tasks whose answers are open-ended have none
+    "boolean_expressions": 1 / 2,
+    "web_of_lies": 1 / 2,
+    "navigate": 1 / 2,
+    "sports_understanding": 1 / 2,
+    "causal_judgement": 1 / 2,
+    "formal_fallacies": 1 / 2,
+}
+
+
+def floor(task: str) -> float | None:
+    """The share of items that answering at random gets right; None where there are no choices to pick from."""
+    return next((share for name, share in FLOORS.items() if task == name or task.endswith(f"_{name}")), None)

@@ -1,0 +1,106 @@
+"""What a page is made of, for every output format."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from urllib.parse import quote
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, column heads and rows, all of them text; `note` stands below."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    @property
+    def wordy(self) -> tuple[bool, ...]:
+        """Which columns hold words rather than numbers, and read better from the left."""
+        return tuple(any(row[i][:1].isalpha() for row in self.rows) for i in range(len(self.head)))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether rows that begin alike belong together."""
+        return len({row[0] for row in self.rows}) < len(self.rows)
+
+    @property
+    def csv(self) -> str:
+        """The same as comma-separated values, heads first."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows((self.head, *self.rows))
+        return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An SVG picture and the numbers it was drawn from."""
+
+    name: str
+    caption: str
+    svg: str
+    data: Table
+
+    @property
+    def link(self) -> str:
+        """The numbers as a data: link, so that the page needs no other file."""
+        return f"data:text/csv;charset=utf-8,{quote(self.data.csv)}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of an answer; `fell_back` where the big pass wrote it."""
+
+    text: str
+    fell_back: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item on which two runs disagree: the prompt, what each wrote, and which of them was right."""
+
+    title: str
+    prompt: str
+    full: str
+    full_right: bool
+    other: tuple[Run, ...]
+    other_right: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands below it; `level` 2 is a chapter, 3 a part of one, which may be folded away."""
+
+    heading: str
+    paragraphs: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    examples: tuple[Example, ...] = ()
+    level: int = 2
+    folded: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not (self.paragraphs or any(t.rows for t in self.tables) or self.figures or self.examples)
+
+    @property
+    def anchor(self) -> str:
+        return "-".join("".join(c if c.isalnum() else " " for c in self.heading.lower()).split())
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole page; `alarm` is set when nothing below it can be trusted."""
+
+    title: str
+    opening: tuple[str, ...]
+    alarm: str | None
+    sections: tuple[Section, ...]
+    facts: tuple[tuple[str, str], ...]
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        return tuple(figure for section in self.sections for figure in section.figures)

@@ -1,0 +1,43 @@
+"""Curves over memory and over depth: what caches hit and what predictors recall."""
+
+from __future__ import annotations
+
+from reports import groups
+from reports.compare import foreseen, hit_rate, name
+from reports.page import Figure
+from reports.plots.style import curves
+from reports.results import Results
+
+RECALL = (
+    "Recall by depth, at the fewest slots each strategy needs. Layers that nothing foresees have no point; strategies "
+    "that run what they foresee, right or wrong, are left out."
+)
+HITS = (
+    "Hit rate of the cache alone. Belady's rule knows the future and is the most that any eviction could reach; what a "
+    "real rule leaves below it is the room there is."
+)
+
+
+def hits_by_memory(results: Results, model: str) -> Figure | None:
+    """Decode hit rate against the share of all experts that have a slot, for strategies that only cache."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for strategy in dict.fromkeys(r.strategy for r in results.pick(model=model) if r.budget.endswith("%")):
+        for budget in results.values("budget"):
+            group = results.pool(model=model, strategy=strategy, budget=budget)
+            rate = hit_rate(group) if group else None
+            if rate is not None:
+                config = group[0].config
+                held = 100 * (group[0].slots or 0) / (config["moe_layers"] * config["experts"])
+                lines.setdefault(strategy, []).append((held, 100 * rate))
+    return curves(f"hits-{model}", HITS, lines, "slots, % of all experts", "decode hit rate (%)")
+
+
+def recall_by_depth(results: Results, model: str) -> Figure | None:
+    """How many of the experts that a layer needed were foreseen, by depth, at the smallest budget."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for group in groups.own(results, "smallest", model):
+        layers = {layer: seen for layer, seen in foreseen(group).items() if seen[2]}
+        executed = not group[0].lossless and group[0].gamma is None  # what runs its guesses is never wrong
+        if layers and not executed:
+            lines[name(group[0])] = [(layer, 100 * right / needed) for layer, (_, right, needed) in layers.items()]
+    return curves(f"recall-{model}", RECALL, lines, "MoE layer", "recall (%)")

@@ -1,0 +1,77 @@
+"""Accuracy against speed: every strategy and every gamma, and the front that nothing beats in both."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+
+from reports import groups
+from reports.compare import accuracy, name, speedup
+from reports.page import Figure, Table
+from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above
+from reports.results import Results
+from reports.stats import Interval
+
+CAPTION = (
+    "Accuracy, all tasks, less full K's on the same items, against speedup over on-demand-overlap with the fewest "
+    "slots. Lossless strategies lie on the line of no difference by construction. The line joins what nothing beats in "
+    "both; bars are 95 % intervals. MoBiLE's points are labelled with gamma."
+)
+KINDS = {
+    "mobile": ("o", BLUE, "MoBiLE, by gamma"),
+    "lossy": ("s", ORANGE, "other strategies that can change answers"),
+    "lossless": ("^", GREEN, "lossless strategies"),
+}
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other passes in one coordinate without falling behind in the other, by the first."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), reverse=True):
+        if not kept or y > kept[-1][1]:
+            kept.append((x, y))
+    return kept[::-1]
+
+
+def accuracy_against_speed(results: Results, model: str) -> Figure | None:
+    """None where the baseline or full K is missing, or nothing stands beside them."""
+    base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
+    reference = groups.full(results, model)
+    if not base or not reference:
+        return None
+    points: list[tuple[str, str, Interval, Interval]] = []
+    for group in groups.strategies(results, "smallest", model):
+        first, faster = group[0], speedup(group, base)
+        if first.strategy == "resident" or faster is None:
+            continue
+        kind = "mobile" if first.gamma is not None else "lossless" if first.lossless else "lossy"
+        lost = Interval(0, 0, 0) if first.lossless else accuracy(group, reference).difference
+        points.append((name(first), kind, faster, lost))
+    if not points:
+        return None
+    with plt.rc_context(STYLE):
+        drawn, axes = plt.subplots(figsize=(7.5, 4.8))
+        axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
+        for kind, (mark, colour, label) in KINDS.items():
+            axes.plot([], [], mark, color=colour, label=label)
+            for shown, of, x, y in points:
+                if of == kind:
+                    bars = None if kind == "lossless" else [[y.value - y.low], [y.high - y.value]]
+                    axes.errorbar(x.value, y.value, yerr=bars, fmt=mark, color=colour, capsize=2, elinewidth=0.7)
+                    if kind != "lossless":
+                        text = shown.removeprefix("mobile (gamma ").removesuffix(")") if kind == "mobile" else shown
+                        axes.annotate(text, (x.value, y.value), textcoords="offset points", xytext=(6, 5), color=INK)
+        best = max((p for p in points if p[1] == "lossless"), key=lambda p: p[2].value, default=None)
+        if best:
+            axes.annotate(best[0], (best[2].value, 0), textcoords="offset points", xytext=(4, 6), color=INK)
+        edge = front([(x.value, y.value) for _, _, x, y in points])
+        axes.step(*zip(*edge, strict=True), where="pre", color=INK, linewidth=0.9, label="best of both", zorder=0)
+        axes.set_xlabel("speedup over on-demand-overlap (decode)")
+        axes.set_ylabel("accuracy less full K's (points)")
+        legend_above(axes, 2)
+        rows = tuple(
+            (shown, *(f"{n:.4f}" for n in (x.value, x.low, x.high, y.value, y.low, y.high)),
+             "yes" if (x.value, y.value) in edge else "no")
+            for shown, _, x, y in points
+        )  # fmt: skip
+        head = ("strategy", "speedup", "low", "high", "points", "low", "high", "on the front")
+        return figure(f"pareto-{model}", CAPTION, drawn, Table("Accuracy against speed", head, rows))

@@ -1,0 +1,66 @@
+"""How every figure looks: Okabe and Ito's colours, told apart by marks, dashes or hatches too, on light and on dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from reports.page import Figure, Table
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999",
+)  # fmt: skip
+INK = "#010203"  # stands for the page's own text colour until the figure is SVG
+STYLE: Any = {
+    "svg.hashsalt": "mobile", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "hatch.linewidth": 0.6, "figure.dpi": 72,
+}  # fmt: skip
+COLOURS, DASHES, MARKS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, INK, GREY), ("-", "--", "-.", ":") * 2, "osD^vPXd"
+LINES = tuple(zip(COLOURS, DASHES, MARKS, strict=True))
+
+
+def figure(name: str, caption: str, drawn: Any, data: Table) -> Figure:
+    """Close a matplotlib figure and keep its SVG, in the page's text colour and with ids of its own."""
+    out = io.StringIO()
+    drawn.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
+    plt.close(drawn)
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    return Figure(name, caption, text, data)
+
+
+def legend_above(axes: Any, columns: int) -> None:
+    """The legend above the drawing, where it hides nothing."""
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=columns)
+
+
+def curves(
+    name: str, caption: str, points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str
+) -> Figure | None:
+    """One line a name, told apart by dashes and marks as well as colour, and named beside its end; None if empty."""
+    if not points:
+        return None
+    with plt.rc_context(STYLE):
+        drawn, axes = plt.subplots(figsize=(7.5, 4.2))
+        ends = []
+        for (label, line), (colour, dashes, mark) in zip(points.items(), LINES * 4, strict=False):
+            xs, ys = zip(*sorted(line), strict=True)
+            axes.plot(xs, ys, color=colour, linestyle=dashes, marker=mark, markersize=4)
+            ends.append((ys[-1], xs[-1], label, colour))
+        gap, last = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0]), -1e9
+        for end, right, label, colour in sorted(ends):
+            last = max(end, last + gap)
+            axes.annotate(label, (right, last), textcoords="offset points", xytext=(8, -3), color=colour)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        rows = tuple((label, f"{a:g}", f"{b:.4g}") for label, line in points.items() for a, b in sorted(line))
+        return figure(name, caption, drawn, Table(caption, ("line", x, y), rows))

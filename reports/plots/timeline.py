@@ -1,0 +1,74 @@
+"""What link, GPU and CPU do during a few decode tokens."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+
+from reports import groups
+from reports.compare import name
+from reports.page import Figure, Table
+from reports.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, figure
+from reports.results import Results
+from suites.record import Record
+
+CAPTION = (
+    "Three decode tokens. The link copies one expert at a time; the GPU computes or stalls. Where MoBiLE falls back, "
+    "its big pass finds half of its experts in place and most of the others on their way."
+)
+KINDS = {
+    "load": ("demand load", BLUE, 1, ""),
+    "prefetch": ("prefetch", ORANGE, 1, "//"),
+    "compute": ("compute", GREEN, 0, ""),
+    "stall": ("stall", GREY, 0, "xx"),
+    "cpu": ("CPU", PURPLE, 2, ".."),
+}
+
+
+def shown(results: Results, model: str) -> list[Record]:
+    """The cells drawn: plain offloading with overlap above MoBiLE, on the model's first task."""
+    cells = {"model": model, "task": results.tasks(model)[0], "budget": "smallest"}
+    found = results.pick(strategy="on-demand-overlap", **cells)
+    found += results.pick(strategy="mobile", gamma=groups.default_gamma(results, model), **cells)
+    return [record for record in found if record.timeline]
+
+
+def token_timeline(results: Results, model: str) -> Figure | None:
+    """None where no cell kept its events."""
+    records = shown(results, model)
+    if not records:
+        return None
+    end = max(event[2] for record in records for event in record.timeline) / 1e6
+    with plt.rc_context(STYLE):
+        drawn, panels = plt.subplots(
+            len(records), 1, figsize=(10, 1.5 * len(records) + 0.8), sharex=True, squeeze=False
+        )
+        rows: list[tuple[str, ...]] = []
+        for axes, record in zip(panels[:, 0], records, strict=True):
+            for what, (_, colour, row, hatch) in KINDS.items():
+                spans = _merged([(e[1], e[2]) for e in record.timeline if e[0] == what])
+                axes.broken_barh(spans, (row + 0.1, 0.8), facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0)
+                rows += [(name(record), what, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
+            axes.set_yticks([0.5, 1.5], ["GPU", "link"])
+            axes.set_xlim(0, end)
+            axes.set_title(name(record), loc="left", fontsize=10)
+        panels[-1, 0].set_xlabel("milliseconds")
+        used = {row[1] for row in rows}
+        handles = [
+            plt.Rectangle((0, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
+            for what, (label, colour, _, hatch) in KINDS.items() if what in used
+        ]  # fmt: skip
+        drawn.legend(handles=handles, ncols=len(handles), frameon=False, loc="upper right")
+        drawn.tight_layout()
+        data = Table("Spans of the timeline", ("strategy", "what", "start ms", "milliseconds"), tuple(rows))
+        return figure(f"timeline-{model}", CAPTION, drawn, data)
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[float, float]]:
+    """Touching spans joined, as (start, width) in milliseconds: a drawing needs no seam between equal neighbours."""
+    joined: list[list[int]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(end, joined[-1][1])
+        else:
+            joined.append([start, end])
+    return [(start / 1e6, (end - start) / 1e6) for start, end in joined]

@@ -1,0 +1,1 @@
+"""The report's tables, a file for each chapter."""

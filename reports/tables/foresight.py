@@ -1,0 +1,48 @@
+"""What strategies that load ahead foresaw, and what it cost."""
+
+from __future__ import annotations
+
+from reports import groups
+from reports.compare import foreseen, hit_rate, name, share, total, wasted_bytes
+from reports.format import budget_title, percent
+from reports.page import Table
+from reports.results import Results
+
+
+def by_strategy(results: Results, model: str, budget: str) -> Table:
+    """All layers and tasks together, at one budget."""
+    rows = []
+    for group in groups.own(results, budget, model):
+        layers = foreseen(group).values()
+        if not layers:
+            continue
+        guessed, right, needed = (sum(column) for column in zip(*layers, strict=True))
+        tokens = total(group, "decode_tokens")
+        rows.append(
+            (
+                name(group[0]),
+                "-" if group[0].slots is None else f"{group[0].slots:,}",
+                percent(right / needed if needed else None),
+                percent(right / guessed if guessed else None),
+                percent(share(group, "prefetch_useful", "prefetch_loads")),
+                f"{wasted_bytes(group) / tokens / 1e9:.3f}" if tokens else "-",
+                percent(hit_rate(group)),
+                percent(share(group, "decode_stall_seconds", "decode_seconds")),
+            )
+        )
+    head = ("strategy", "slots", "recall", "precision", "fetched and used", "wasted GB/token", "hits", "stalled")
+    return Table(f"What was foreseen, {budget_title(budget)}", head, tuple(rows))
+
+
+def by_layer(results: Results, model: str) -> Table:
+    """Recall and precision of each layer's guesses, at the smallest budget."""
+    seen = {name(group[0]): foreseen(group) for group in groups.own(results, "smallest", model)}
+    seen = {strategy: layers for strategy, layers in seen.items() if layers}
+    rows = []
+    for layer in sorted({layer for layers in seen.values() for layer in layers}):
+        cells = []
+        for layers in seen.values():
+            guessed, right, needed = layers.get(layer, (0, 0, 0))
+            cells.append(f"{percent(right / needed)} / {percent(right / guessed)}" if guessed and needed else "-")
+        rows.append((str(layer), *cells))
+    return Table("Recall / precision by MoE layer", ("layer", *seen), tuple(rows))

@@ -1,0 +1,115 @@
+"""The run at a glance: a row a family, the verdicts by claim, and what so many items can show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reports import groups, verdict
+from reports.compare import accuracy, count, share, speedup
+from reports.format import percent, points, ratio, score
+from reports.groups import FLAVOURS
+from reports.page import Table
+from reports.power import DISCORDANT, PUBLISHED, fewest_items, half_width, items_needed, power
+from reports.results import Results
+from reports.stats import Interval
+from reports.tables.scores import full_score
+
+Row = tuple[str, ...]
+
+
+def families(results: Results, margin_points: float) -> Table:
+    """Each family in one row: what MoBiLE does to its accuracy and speed at its own threshold."""
+    rows = []
+    for model in results.models:
+        whole, own = groups.full(results, model), groups.mobile(results, model)
+        half = results.pool(model=model, strategy="static-half", budget="smallest")
+        bases = groups.baselines(results, "smallest", model)
+        record = results.pick(model=model)[0]
+        scored = full_score(results, model)
+        loss = accuracy(own, whole) if own and whole else None
+        rows.append(
+            (
+                model,
+                record.geometry,
+                f"{record.config['experts']} / {record.config['top_k']}",
+                str(count(own)) if own else "-",
+                score(scored) if scored else "-",
+                points(accuracy(half, whole).difference) if half and whole else "-",
+                points(loss.difference) if loss else "-",
+                loss.within(margin_points) if loss else "-",
+                percent(share(own, "fallbacks", "tokens")) if own else "-",
+                *(ratio(speedup(own, bases[base])) if own and base in bases else "-" for base in FLAVOURS),
+            )
+        )
+    head = ("model", "timed as", "experts / K", "n", "full K %", "static K/2 less full K", "MoBiLE less full K",
+            f"within {margin_points:g} point", "fallbacks", *(f"over {base}" for base in FLAVOURS))  # fmt: skip
+    note = "All tasks together, the fewest slots each strategy needs; brackets are 95 % intervals."
+    return Table("The families at a glance", head, tuple(rows), note)
+
+
+def verdicts(results: Results, paper: dict[str, Any], trusted: bool) -> Table:
+    """Every published claim, for every family, set against what this run has, and whether it may be."""
+    rows = [row for model in results.models for row in _speed_rows(results, model, paper["speedup"], trusted)]
+    rows += [_accuracy_row(results, model, paper["accuracy"], trusted) for model in results.models]
+    rows += [_loading_row(results, model, paper["loading"], trusted) for model in results.models]
+    head = ("claim", "published", "model", "here", "value", "verdict", "scope")
+    return Table("Verdicts, claim by claim", head, tuple(rows))
+
+
+def _speed_rows(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> list[Row]:
+    """Both flavours of the baseline at every budget, since the paper says neither."""
+    rows: list[Row] = []
+    for budget in results.budgets(model):
+        own, bases = groups.mobile(results, model, budget), groups.baselines(results, budget, model)
+        for flavour in FLAVOURS:
+            base = bases.get(flavour, [])
+            measured = speedup(own, base) if own and base else None
+            of = verdict.stamp(own, base)
+            says = verdict.of_band(measured, claim["low"], claim["high"], of, trusted)
+            published = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
+            rows.append(("speedup", published, model, f"over {flavour}, {budget}", ratio(measured), says, str(of)))
+    return rows
+
+
+def _accuracy_row(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> Row:
+    own, whole = groups.mobile(results, model), groups.full(results, model)
+    measured = accuracy(own, whole) if own and whole else None
+    of = verdict.stamp(own, whole)
+    says = verdict.of_margin(measured, claim["margin_points"], of, trusted)
+    here = f"within {claim['margin_points']:g} point of full K, all tasks"
+    return ("accuracy", "negligible loss", model, here, points(measured.difference) if measured else "-", says, str(of))
+
+
+def _loading_row(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> Row:
+    """The share of decode time that plain offloading waits for the link; a counter's ratio, which has no interval."""
+    base = groups.baselines(results, "smallest", model).get("on-demand", [])
+    waited = share(base, "decode_stall_seconds", "decode_seconds") if base else None
+    of = verdict.stamp(base)
+    measured = None if waited is None else Interval(waited, waited, waited)
+    says = verdict.of_band(measured, claim["low"], 1.0, of, trusted)
+    published = f"over {100 * claim['low']:g} % of latency"
+    return ("loading", published, model, "stalled on the link, on-demand", percent(waited), says, str(of))
+
+
+def shows(results: Results, margin_points: float) -> Table:
+    """What a paired comparison of so many items can show, for the paper's sets and for those of this run."""
+    here: dict[int, str] = {}
+    for model in results.models:
+        per_task = {len(record.items) for record in groups.full(results, model)}
+        here |= dict.fromkeys(per_task, f"one task here ({model})")
+        here[count(groups.full(results, model))] = f"all tasks here ({model})"
+    sizes = [*PUBLISHED, *((label, size) for size, label in sorted(here.items()) if size)]
+    rows = [
+        (label, f"{size:,}", *(f"±{half_width(size, d):.1f} / {100 * power(size, d, margin_points):.0f} %"
+                               for d in DISCORDANT))
+        for label, size in sizes
+    ]  # fmt: skip
+    rows.append(("items that 80 % takes", "", *(f"about {items_needed(d, margin_points):,}" for d in DISCORDANT)))
+    head = ("items", "n", *(f"{100 * d:g} % discordant" for d in DISCORDANT))
+    note = (
+        "Half of the 95 % interval of the paired difference in points / probability that the interval clears "
+        f"{margin_points:g} point if there is no difference at all. HumanEval alone cannot show {margin_points:g} "
+        f"point: its interval is wider than that whatever comes out, and only a lucky gain clears it. Fewer than "
+        f"{fewest_items(margin_points)} items cannot even when not one answer differs."
+    )
+    return Table("What so many items can show", head, tuple(rows), note)

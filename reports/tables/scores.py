@@ -1,0 +1,138 @@
+"""How accurate: scores, paired differences to full K on the same items, and what gamma and seeds change."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+
+from reports import groups
+from reports.compare import accuracy, count, name, share, speedup, total
+from reports.floors import floor
+from reports.format import p_value, percent, points, ratio, score
+from reports.groups import Group
+from reports.page import Table
+from reports.results import Results
+from reports.stats import Interval, wilson
+from reports.tables.speed import over
+
+SUMMED = "all tasks"
+
+
+def head(margin_points: float) -> tuple[str, ...]:
+    return ("strategy", "n", "score %", "difference to full K", "lost / gained", "McNemar p",
+            f"within {margin_points:g} point", "fallbacks", "over on-demand-overlap")  # fmt: skip
+
+
+def row(group: Group, reference: Group, base: Group | None, margin_points: float) -> tuple[str, ...]:
+    """One strategy's score, what the pairing with full K says, and the speed that was bought with it."""
+    scored = (str(count(group)), score(wilson(total(group, "correct"), count(group))))
+    if group[0].strategy == "resident":
+        return ("full K", *scored, "-", "-", "-", "-", "-", "-")
+    against = accuracy(group, reference)
+    return (
+        name(group[0]),
+        *scored,
+        points(against.difference),
+        f"{against.lost} / {against.gained}",
+        p_value(against.p_value),
+        against.within(margin_points),
+        "-" if group[0].gamma is None else percent(share(group, "fallbacks", "tokens")),
+        over(group, base),
+    )
+
+
+def by_task(results: Results, model: str, margin_points: float) -> Table:
+    """Full K and every strategy that can change an answer, by task and all together, at the smallest budget."""
+    rows = []
+    for task in (*results.tasks(model), None):
+        wanted = {"task": task} if task else {}
+        reference = groups.full(results, model, **wanted)
+        base = groups.baselines(results, "smallest", model, **wanted).get("on-demand-overlap")
+        shown = [
+            group
+            for group in groups.own(results, "smallest", model, **wanted)
+            if group[0].strategy == "resident" or not group[0].lossless
+        ]
+        for group in shown if reference else []:
+            rows.append((_with_floor(task) if task else SUMMED, *row(group, reference, base, margin_points)))
+    return Table("Accuracy on the same items", ("task", *head(margin_points)), tuple(rows))
+
+
+def _with_floor(task: str) -> str:
+    guessed = floor(task)
+    return task if guessed is None else f"{task} (guessing {100 * guessed:g} %)"
+
+
+def gammas(results: Results, model: str, margin_points: float) -> Table:
+    """Every gamma that was run, all tasks together, at the smallest budget: what its fallbacks cost and win back."""
+    reference = groups.full(results, model)
+    base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
+    rows = []
+    if reference:
+        for group in sweep(results, model):
+            rows.append(row(group, reference, base, margin_points))
+    return Table("Sweep over gamma, all tasks, smallest budget", head(margin_points), tuple(rows))
+
+
+def sweep(results: Results, model: str) -> list[Group]:
+    """MoBiLE's cells at the smallest budget, gamma ascending."""
+    found = results.pick(model=model, strategy="mobile", budget="smallest")
+    ordered = sorted({record.gamma for record in found if record.gamma is not None})
+    pools = (results.pool(model=model, strategy="mobile", budget="smallest", gamma=gamma) for gamma in ordered)
+    return [pool for pool in pools if pool]
+
+
+def seeds(results: Results, models: list[str], margin_points: float) -> Table:
+    """Trainings of one family side by side, on the tasks that all of them were given, and how far they spread."""
+    tasks = [task for task in results.tasks(models[0]) if all(task in results.tasks(other) for other in models)]
+    rows: list[tuple[str, ...]] = []
+    numbers: list[tuple[float, float, float, float | None]] = []
+    for model in models:
+        found = [_on(tasks, groups.full(results, model)), *(_named(results, model, tasks, s) for s in ("static-half",))]
+        whole, half, own = (*found, _on(tasks, groups.mobile(results, model)))
+        base = _on(tasks, groups.baselines(results, "smallest", model).get("on-demand-overlap", []))
+        if not (whole and own and count(own)):
+            continue
+        seed = whole[0].config.get("training_seed")
+        against, faster = accuracy(own, whole), speedup(own, base) if base else None
+        full_score = wilson(total(whole, "correct"), count(whole))
+        fallbacks = share(own, "fallbacks", "tokens")
+        rows.append(
+            (
+                model, "-" if seed is None else str(seed), str(count(own)), score(full_score),
+                points(accuracy(half, whole).difference) if half else "-", points(against.difference),
+                against.within(margin_points), percent(fallbacks), ratio(faster),
+            )
+        )  # fmt: skip
+        numbers.append(
+            (full_score.value, against.difference.value, 100 * (fallbacks or 0), faster.value if faster else None)
+        )
+    if len(rows) > 1:
+        rows.append(_spread(numbers))
+    columns = ("model", "training seed", "n", "full K %", "static K/2 less full K", "MoBiLE less full K",
+               f"within {margin_points:g} point", "fallbacks", "over on-demand-overlap")  # fmt: skip
+    note = f"On {', '.join(tasks)}; the last row is mean ± standard deviation over the trainings."
+    return Table("Trainings of one family", columns, tuple(rows), note)
+
+
+def _spread(numbers: list[tuple[float, float, float, float | None]]) -> tuple[str, ...]:
+    """Mean and standard deviation over trainings, of the columns that have both."""
+    full_k, lost, fallbacks, faster = ([n for n in column if n is not None] for column in zip(*numbers, strict=True))
+    ratios = f"{mean(faster):.2f} ± {stdev(faster):.2f}" if len(faster) > 1 else "-"
+    return (
+        "mean ± sd", "-", "-", f"{mean(full_k):.1f} ± {stdev(full_k):.1f}", "-",
+        f"{mean(lost):+.1f} ± {stdev(lost):.1f}", "-", f"{mean(fallbacks):.1f} ± {stdev(fallbacks):.1f} %", ratios,
+    )  # fmt: skip
+
+
+def _named(results: Results, model: str, tasks: list[str], strategy: str) -> Group:
+    return _on(tasks, results.pool(model=model, strategy=strategy, budget="smallest"))
+
+
+def _on(tasks: list[str], group: Group) -> Group:
+    return [record for record in group if record.task in tasks]
+
+
+def full_score(results: Results, model: str) -> Interval | None:
+    """Full K's score over all tasks of a model."""
+    whole = groups.full(results, model)
+    return wilson(total(whole, "correct"), count(whole)) if whole else None

@@ -1,0 +1,94 @@
+"""How fast: tokens per second, speedups over named baselines, and the ceiling of the link."""
+
+from __future__ import annotations
+
+from reports import groups
+from reports.compare import count, hit_rate, name, share, speedup, tokens_per_s, total
+from reports.format import budget_title, percent, ratio
+from reports.groups import COMPARED, FLAVOURS, Group
+from reports.page import Table
+from reports.results import Results
+
+
+def over(group: Group, baseline: Group | None) -> str:
+    """A speedup as tables write it; a cell with no baseline has none."""
+    if baseline is None:
+        return "MISSING"
+    return "1" if group == baseline else ratio(speedup(group, baseline))
+
+
+def rate(tokens_per_second: float | None) -> str:
+    return "-" if tokens_per_second is None else f"{tokens_per_second:.1f}"
+
+
+def by_strategy(results: Results, model: str, budget: str) -> Table:
+    """Tokens per second and speedups of every strategy at one budget, all tasks together, default gamma."""
+    bases = groups.baselines(results, budget, model)
+    rows = []
+    for group in groups.own(results, budget, model):
+        tokens = total(group, "decode_tokens")
+        rows.append(
+            (
+                name(group[0]),
+                "full K's" if group[0].lossless else "may differ",
+                "-" if group[0].slots is None else f"{group[0].slots:,}",
+                str(count(group)),
+                rate(tokens_per_s(group)),
+                *(over(group, bases.get(base)) for base in COMPARED),
+                f"{total(group, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
+                percent(hit_rate(group)),
+                percent(share(group, "fallbacks", "tokens")) if group[0].gamma is not None else "-",
+                percent(share(group, "decode_stall_seconds", "decode_seconds")),
+                f"{total(group, 'ttft_ns') / 1e6 / count(group):,.0f}",
+            )
+        )
+    head = ("strategy", "answers", "slots", "prompts", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token",
+            "hits", "fallbacks", "stalled", "TTFT ms")  # fmt: skip
+    return Table(f"Decode speed, {budget_title(budget)}", head, tuple(rows), _training(results, model, budget))
+
+
+def _training(results: Results, model: str, budget: str) -> str:
+    """What a trained predictor cost before its first token: a speed that was bought is shown with its price."""
+    told = []
+    for group in groups.own(results, budget, model):
+        trained = [record.config["training"] for record in group if record.config.get("training")]
+        if trained:
+            seconds, tokens = sum(t.get("seconds") or 0 for t in trained), sum(t.get("tokens") or 0 for t in trained)
+            told.append(f"{name(group[0])} was trained for {seconds:,.0f} s on {tokens:,} tokens before it was timed")
+    return f"{'; '.join(told)}." if told else ""
+
+
+def by_task(results: Results, model: str, budget: str) -> Table:
+    """MoBiLE's speedup and fallback rate for each task at one budget."""
+    rows = []
+    for task in results.tasks(model):
+        bases = groups.baselines(results, budget, model, task=task)
+        group = groups.mobile(results, model, budget, task=task)
+        if group:
+            rows.append(
+                (
+                    task,
+                    str(count(group)),
+                    rate(tokens_per_s(group)),
+                    *(over(group, bases.get(base)) for base in COMPARED),
+                    percent(share(group, "fallbacks", "tokens")),
+                    f"{total(group, 'decode_tokens') / count(group):.1f}",
+                )
+            )
+    head = ("task", "prompts", "tokens/s", *(f"over {base}" for base in COMPARED), "fallbacks", "tokens/answer")
+    return Table(f"MoBiLE by task, {budget_title(budget)}", head, tuple(rows))
+
+
+def ceilings(results: Results, model: str) -> Table:
+    """On-demand against the bandwidth bound that no cache-less engine can pass."""
+    rows = []
+    for record in [r for r in results.pick(model=model) if r.strategy in FLAVOURS and r.budget == "smallest"]:
+        reached, ceiling = tokens_per_s([record]), record.ceiling_tokens_per_s
+        if reached is None or ceiling is None:
+            continue
+        leaked = "yes" if reached <= ceiling else "NO: caching leaked in"
+        rows.append(
+            (record.task, record.strategy, f"{reached:.2f}", f"{ceiling:.2f}", percent(reached / ceiling), leaked)
+        )
+    head = ("task", "strategy", "tokens/s", "ceiling", "of the ceiling", "below")
+    return Table("On-demand against its bandwidth ceiling", head, tuple(rows))
