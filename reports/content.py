@@ -11,8 +11,8 @@ from reports.chapter import chapter
 from reports.page import Report, Section, Table
 from reports.plots import forest
 from reports.results import Results
-from reports.tables import overview, scores
-from reports.verdict import RULE, machine
+from reports.tables import overview, scores, telemetry
+from reports.verdict import RULE, likeness
 
 ALARMS = 5  # that the first line names
 PAPER = Path(__file__).parent / "paper.toml"
@@ -27,6 +27,7 @@ def build(results: Results) -> Report:
         *(section for model in results.models for section in chapter(results, model, paper)),
         *_seeds(results, paper["accuracy"]["margin_points"]),
         _controls(results),
+        _watched(results),
         _absent(results),
         _provenance(paper),
         Section("Limits", wording.limits(results)),
@@ -85,10 +86,31 @@ def _controls(results: Results) -> Section:
     return Section("Controls", (text, *nothing), tables)
 
 
+def _watched(results: Results) -> Section:
+    table = telemetry.by_strategy(results)
+    text = (
+        "Sampled while the cells ran. The card's own count of what came over the link is held against the ledger's: it "
+        "looks at 20 ms at a time, so it is a check of the order, not of the byte."
+    )
+    return Section("What the card did", (text,) if table.rows else (), (table,))
+
+
 def _absent(results: Results) -> Section:
     if not results.absent:
         return Section("Failed and missing cells", ("None.",))
-    return Section("Failed and missing cells", (), (Table("Cells without a record", ("cell", "why"), results.absent),))
+    table = Table("Cells without a record", ("cell", "why"), results.absent)
+    return Section("Failed and missing cells", (), (table,), logs=_logs(results))
+
+
+def _logs(results: Results) -> tuple[tuple[str, str], ...]:
+    """How the logs of failed cells ended, each text once."""
+    cells: dict[str, list[str]] = {}
+    for label, tail in results.logs:
+        cells.setdefault(tail, []).append(label)
+    return tuple(
+        (labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more", tail)
+        for tail, labels in cells.items()
+    )
 
 
 def _provenance(paper: dict[str, Any]) -> Section:
@@ -109,7 +131,7 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     """What a reader needs to repeat the run; nothing that changes when it is repeated."""
     record = results.records[0]
     packages = record.environment["packages"]
-    machines = list(dict.fromkeys(machine(r) for r in results.records))
+    machines = {likeness(r) for r in results.records}
     dirty = any(r.environment["git_dirty"] for r in results.records)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in results.records)
     return (

@@ -8,7 +8,7 @@ from reports.compare import seconds_per_token, speedup
 from reports.essence import VIRTUAL, changed_outputs, essences, label
 from reports.page import Table
 from reports.results import Results
-from reports.verdict import machine
+from reports.verdict import likeness, machine
 from suites.record import Record
 
 MATERIAL = 0.02  # a wall time that moved by less is not told from noise
@@ -66,7 +66,7 @@ def _cell(old: Record, new: Record, same: bool) -> tuple[str, str, str, str] | N
         return "; ".join(moved[:4]), _ratio(old, new), texts, "counters"
     if old.scope == VIRTUAL:
         return None if same else ("virtual time", _ratio(old, new), texts, "time")
-    ratio = speedup([new], [old]) if machine(old) == machine(new) else None
+    ratio = speedup([new], [old]) if likeness(old) == likeness(new) else None
     if ratio is None or (ratio.low <= 1 + MATERIAL and ratio.high >= 1 - MATERIAL):
         return None
     return "wall time", _ratio(old, new), texts, "time"
@@ -74,7 +74,7 @@ def _cell(old: Record, new: Record, same: bool) -> tuple[str, str, str, str] | N
 
 def _ratio(old: Record, new: Record) -> str:
     """A ratio of times; none across unlike machines, unless the clock is virtual and does not depend on them."""
-    if old.scope != VIRTUAL and machine(old) != machine(new):
+    if old.scope != VIRTUAL and likeness(old) != likeness(new):
         return "not compared: unlike machines"
     if not any(map(seconds_per_token, old.items)):
         return "-"

@@ -79,6 +79,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     examples: tuple[Example, ...] = ()
+    logs: tuple[tuple[str, str], ...] = ()  # of what, and how the log ended
     level: int = 2
     folded: bool = False
 

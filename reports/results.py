@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from suites.record import LATEST, Record, RunFolder, load
+from suites.record import LATEST, Record, RunFolder, load, read_json
 
 
 @dataclass(frozen=True)
 class Results:
     """Records in the order of the plan; `absent` are planned cells without one, with the reason if there is one.
 
-    `controls` are cells run to fail (a scrambled router); no table but their own may hold them.
+    `controls` are cells run to fail (a scrambled router); no table but their own may hold them. `logs` are how the logs
+    of failed cells ended, by the cells' labels.
     """
 
     preset: str
     records: tuple[Record, ...]
     absent: tuple[tuple[str, str], ...]
     controls: tuple[Record, ...] = ()
+    logs: tuple[tuple[str, str], ...] = ()
 
     def pick(self, **wanted: Any) -> list[Record]:
         """Records whose fields all equal what is wanted, in order."""
@@ -88,20 +89,42 @@ def read(run: Path) -> Results:
     folder = RunFolder(run)
     if not folder.plan.is_file():
         raise NoResults(f"{run} is not a run folder (it has no run.json); make one with: python -m suites run")
-    planned = json.loads(folder.plan.read_text())
+    try:
+        planned = read_json(folder.plan)
+    except ValueError as error:
+        raise NoResults(f"{error}; run the suite again, what is done is kept.") from error
     records, absent = [], []
     for cell in planned["cells"]:
-        path, failure = folder.record(cell["id"]), folder.failure(cell["id"])
-        if not path.is_file():
-            told = failure.is_file()
-            why = f"FAILED: {json.loads(failure.read_text())['error']}" if told else "MISSING: not run yet"
-            absent.append((cell["label"], why))
-            continue
-        try:
-            records.append(load(path))
-        except ValueError as error:
-            absent.append((cell["label"], f"FAILED: {error}"))
+        found = _record(folder, cell["id"])
+        if isinstance(found, Record):
+            records.append(found)
+        else:
+            absent.append((cell["label"], found))
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
-    return Results(planned["preset"], tuple(r for r in records if r not in controls), tuple(absent), controls)
+    return Results(
+        planned["preset"], tuple(r for r in records if not r.config.get("control")),
+        tuple((label, why.text) for label, why in absent), controls,
+        tuple((label, why.log_tail) for label, why in absent if why.log_tail),
+    )  # fmt: skip
+
+
+class Why(NamedTuple):
+    """Why a cell has no record, and how its log ended."""
+
+    text: str
+    log_tail: str | None = None
+
+
+def _record(folder: RunFolder, cell: str) -> Record | Why:
+    path, failure = folder.record(cell), folder.failure(cell)
+    try:
+        if path.is_file():
+            return load(path)
+        if failure.is_file():
+            note = read_json(failure)
+            return Why(f"FAILED: {note['error']}", note.get("log_tail"))
+    except ValueError as error:
+        return Why(f"FAILED: {error}")
+    return Why("MISSING: not run yet")

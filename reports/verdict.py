@@ -41,8 +41,13 @@ class Stamp:
         return f"{self.scope}, {self.weights}" + (f", {self.machines} machines" if self.machines > 1 else "")
 
 
+def likeness(record: Record) -> str:
+    """What a wall time depends on beside the cell; records in which it differs are not compared by their times."""
+    return record.environment.get("fingerprint") or machine(record)
+
+
 def machine(record: Record) -> str:
-    """What a time depends on beside the cell: two records whose machines differ are not compared by wall time."""
+    """Processor and card, for a reader."""
     gpu = record.environment.get("gpu") or {}
     facts = [gpu.get(name) for name in ("name", "driver", "link_generation", "link_width")]
     return " ".join(str(fact) for fact in (record.environment.get("cpu"), record.environment.get("cores"), *facts))
@@ -52,7 +57,7 @@ def stamp(*groups: Sequence[Record]) -> Stamp:
     """The stamp of everything a number is made from, baseline included."""
     records = [record for group in groups for record in group]
     scopes, weights = {r.scope for r in records}, {r.weights for r in records}
-    machines = len({machine(r) for r in records}) if any(s.startswith("gpu") for s in scopes) else 1
+    machines = len({likeness(r) for r in records}) if any(s.startswith("gpu") for s in scopes) else 1
     return Stamp(
         scopes.pop() if len(scopes) == 1 else "mixed" if scopes else "-",
         weights.pop() if len(weights) == 1 else "mixed" if weights else "-",

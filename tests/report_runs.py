@@ -31,6 +31,7 @@ class Rule:
     canary_correct: int = 0
     canary_slowdown: float = 1.0
     gpu: dict[str, Any] | None = None
+    telemetry: dict[str, Any] | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,7 +74,9 @@ def record(
         geometry="olmoe-1b-7b", task=task, strategy=strategy, gamma=gamma, lossless=strategy not in LOSSY,
         hardware="rtx4080-pcie4", budget="all" if strategy == "resident" else budget,
         slots=None if strategy == "resident" else 64, seed=0, config=config,
-        environment={"cpu": "a processor", "cores": 2, "gpu": rule.gpu, "packages": PACKAGES, "python": "3.11",
+        environment={"cpu": "a processor",
+            "fingerprint": f"{rule.gpu}", "telemetry": rule.telemetry, "cores": 2, "gpu": rule.gpu,
+            "packages": PACKAGES, "python": "3.11",
                      "platform": "Linux", "git_commit": "0" * 40, "git_dirty": False},
         items=items, counters=counters, ceiling_tokens_per_s=16.0,
         checks={f"{strategy}: live ledger equals replay": True},

@@ -282,3 +282,31 @@ def test_unknown_times_are_dashes_and_never_zero():
     rows = {row[0]: row for row in speed.by_strategy(replace(found, records=untimed), "olmoe-tiny", "smallest").rows}
     assert rows["mobile (gamma 0.7)"][4:8] == ("-", "-", "-", "-")
     assert content.build(replace(found, records=untimed)).alarm is None
+
+
+def test_what_a_card_told_is_printed_and_what_it_did_not_is_a_dash():
+    spread = {"min": 3.0, "mean": 4.0, "max": 5.0}
+    told = {"energy_joules": 80.0, "power_milliwatts": {**spread, "mean": 250_000.0}, "sm_clock_mhz": None,
+            "temperature_celsius": spread, "link_generation": spread, "link_width": {**spread, "min": 16},
+            "link_received_kb_per_s": {**spread, "mean": 2e7}, "clock_limits": {"power cap": 0.25}}  # fmt: skip
+    page = content.build(results(Rule(scope="gpu+pcie", gpu={"name": "a card"}, telemetry=told)))
+    table = next(section for section in page.sections if section.heading == "What the card did").tables[0]
+    row = dict(zip(table.head, table.rows[0], strict=True))
+    assert row["strategy"] == "resident, all"
+    assert row["power W"] == "250"
+    assert row["J/token"] == f"{160 / 800:.2f}"
+    assert row["SM clock MHz, least"] == "-"
+    assert row["hottest °C"] == "5"
+    assert row["link"] == "3 x16"
+    assert row["clocks held down"] == "power cap 25.0 %"
+    assert row["link MB/s: card"] == "20,000"
+
+
+def test_a_failed_cell_is_printed_with_its_reason_and_the_end_of_its_log():
+    why = tuple((f"cell {n}", "FAILED: it broke") for n in range(3))
+    found = replace(results(Rule()), absent=why, logs=tuple((label, "Traceback <x>\nit broke") for label, _ in why))
+    page = content.build(found)
+    section = next(s for s in page.sections if s.heading == "Failed and missing cells")
+    assert section.tables[0].rows == why
+    assert section.logs == (("cell 0 and 2 more", "Traceback <x>\nit broke"),)
+    assert "    it broke\n" in write.markdown(page)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from reports.content import PAPER
 from reports.results import Results, read
-from suites.record import Record, RunFolder
+from suites.record import Record, RunFolder, read_json
 
 
 class Missing(Exception):
@@ -58,7 +57,7 @@ def gather(run: Path) -> Evidence:
     return Evidence(
         run,
         read(run),
-        json.loads(RunFolder(run).plan.read_text()),
+        read_json(RunFolder(run).plan),
         tomllib.loads(PAPER.read_text()),
         page.read_text(encoding="utf-8") if page.is_file() else "",
     )

@@ -58,7 +58,11 @@ def phases_apart(seen: Evidence) -> str:
 
 def device_watched(seen: Evidence) -> str:
     """Clocks, throttling, temperature and the link's generation and width were sampled while it ran"""
-    return "no device: nothing to watch" if _only_virtual(seen) else _measured(seen, "telemetry")
+    if _only_virtual(seen):
+        return "no device: nothing to watch"
+    if blind := [r.id for r in seen.measured if not r.environment.get("telemetry")]:
+        raise Missing(f"{len(blind)} measured records hold no telemetry")
+    return f"{len(seen.measured)} measured records hold telemetry"
 
 
 def link_is_checked(seen: Evidence) -> str:
