@@ -57,12 +57,12 @@ def main() -> int:
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2
-    except DiskFull as full:
-        print(f"error: {full}", file=sys.stderr)
+    except DiskFull as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        print(f"error: {DiskFull(run) if full else error}", file=sys.stderr)
+        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {DiskFull(run) if no_room else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on where it was", file=sys.stderr)

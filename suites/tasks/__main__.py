@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from random import Random
 
-from suites.tasks import DATA, GENERATORS
+from suites.tasks import DATA, TESTED
 from suites.tasks.item import Item, held_out
 
 SEED, ITEMS = 20251014, 250
@@ -14,7 +14,7 @@ SEED, ITEMS = 20251014, 250
 
 def main() -> None:
     DATA.mkdir(exist_ok=True)
-    for name, generate in GENERATORS.items():
+    for name, generate in TESTED.items():
         rng = Random(f"{SEED}:{name}")
         items: dict[str, Item] = {}
         while len(items) < ITEMS:

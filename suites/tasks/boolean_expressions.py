@@ -52,9 +52,12 @@ def _reduce(tree: Tree) -> Tree:
     return rest[0] if head == "(" else str(value)
 
 
-def generate(rng: Random) -> Item:
-    """Four to thirteen operators; the answer rewrites the expression, all innermost operators at once."""
-    tree = _tree(rng, rng.randint(4, 13))
+TRAINED, TESTED = (4, 13), (9, 14)  # operators
+
+
+def generate(rng: Random, operators: tuple[int, int] = TRAINED) -> Item:
+    """So many operators; the answer rewrites the expression, all innermost operators at once."""
+    tree = _tree(rng, rng.randint(*operators))
     lines = [_text(tree)]
     while isinstance(tree, tuple):
         tree = _reduce(tree)

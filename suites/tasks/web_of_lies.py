@@ -14,9 +14,12 @@ ENDINGS = "a da del dra el ene ette icent ie ina ka la mond nell on ry so ta vin
 SAYS = {True: "tells the truth", False: "lies"}
 
 
-def generate(rng: Random) -> Item:
-    """Five to seven people, each but the first speaking of the one before."""
-    names = _names(rng, rng.randint(5, 7))
+TRAINED, TESTED = (5, 7), (6, 9)  # people: longer chains than training's, which every family learns whole
+
+
+def generate(rng: Random, people: tuple[int, int] = TRAINED) -> Item:
+    """So many people, each but the first speaking of the one before."""
+    names = _names(rng, rng.randint(*people))
     honest = [rng.random() < 0.5]
     sentences = [f"{names[0]} {SAYS[honest[0]]}."]
     said: list[bool] = []
