@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import wait
 from itertools import pairwise
-from pathlib import Path
 
 import psutil
 import pytest
@@ -91,11 +91,6 @@ def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatc
         address = local.scheduler_address
         with pytest.raises(Refused, match="offers the resource GPU"), cluster(address, tmp_path, alone=True):
             pass
-        monkeypatch.setattr(Path, "is_file", lambda path: False)  # as on a machine that has not mounted the folder
-        with pytest.raises(Refused, match="does not see"), cluster(address, tmp_path, alone=False):
-            pass
-        monkeypatch.undo()
-        assert not list(tmp_path.iterdir()), "what was put there to be seen is taken away again"
     monkeypatch.setattr("suites.executors.PATIENCE_SECONDS", 1)
     with pytest.raises(Refused, match="No dask scheduler answers"), cluster(address, tmp_path, alone=False):
         pass
@@ -108,3 +103,26 @@ def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(Refused, match=r"pip install mobile-moe\[dask\]"), cluster(address, tmp_path, alone=False):
         pass
+
+
+def test_a_machine_that_does_not_share_the_folder_is_named(tmp_path):
+    """A worker in a mount namespace of its own, where something else lies at the folder's name."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("no right to make a mount namespace here")
+    elsewhere = 'mount -t tmpfs none "$1" && shift && exec "$@"'
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None, protocol="tcp") as local:
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", local.scheduler_address, "--no-dashboard"]
+        child = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", elsewhere, "sh", str(tmp_path), *worker, "--no-nanny"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            with (
+                pytest.raises(Refused, match=f"does not see {tmp_path}; give --out a folder that every machine sees"),
+                cluster(local.scheduler_address, tmp_path, alone=False),
+            ):
+                pass
+        finally:
+            child.kill()
+            child.wait()
+    assert not list(tmp_path.iterdir()), "what was put there to be seen is taken away again"
