@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def code() -> dict[str, str]:
     return {path.relative_to(root).as_posix(): _hash(path.read_bytes()) for path in (*found, *sums)}
 
 
+@cache
 def wheels() -> dict[str, str]:
     """Version and SHA-256 of the RECORD (pip's own list of a package's file hashes) of every installed package."""
     found: dict[str, str] = {}

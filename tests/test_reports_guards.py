@@ -46,7 +46,7 @@ def test_an_untouched_bundle_holds(run):
     assert found.files > 30
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some.data())
 def test_any_changed_byte_is_found(run, data):
     files = sorted(path for path in run.rglob("*") if path.is_file() and path.name != bundle.MANIFEST)
