@@ -206,7 +206,7 @@ def recorded() -> tuple[list[Request], Geometry]:
         prompts = [json.loads(line)["prompt"] for line in lines]
         with model.mobile.recording(ahead=True) as rows:
             answers = generate(model, tokenizer, prompts, {"max_gen_toks": 100, "until": ["\n\n"]})
-        requests += [first_tokens(row, tokens) for row, (_, tokens) in zip(rows, answers, strict=True)]
+        requests += [first_tokens(row, len(ids)) for row, (_, ids) in zip(rows, answers, strict=True)]
     Random(0).shuffle(requests)
     return requests, model.mobile.geometry
 

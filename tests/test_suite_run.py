@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,26 +73,6 @@ def test_running_again_does_nothing(finished, preset):
     before = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
     assert run_preset(preset, finished).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()} == before
-
-
-def test_a_killed_run_goes_on_where_it_was(finished, preset, tmp_path):
-    out = tmp_path / "run"
-    child = subprocess.Popen(
-        suites("run", "--preset", str(preset), "--out", str(out)), cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list((out / "records").glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    survivors = {path.name: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
-    assert 0 < len(survivors) < 12
-    assert run_preset(preset, out).returncode == 0
-    records = {path.name: path for path in (out / "records").glob("*.json")}
-    assert all(records[name].stat().st_mtime_ns == mtime for name, mtime in survivors.items())
-    assert set(records) == {path.name for path in (finished / "records").iterdir()}
-    assert all(facts(load(path)) == facts(load(finished / "records" / name)) for name, path in records.items())
 
 
 def test_a_cell_that_fails_is_printed_and_stops_nothing_else(finished, preset, tmp_path):
