@@ -26,7 +26,7 @@ def two_workers():
     """Two worker processes, each restarted by its nanny when it dies; one offers a GPU."""
     offers = {"GPU": 1}
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, resources=offers
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", resources=offers
     ) as local:
         local.wait_for_workers(2)
         yield local
@@ -87,7 +87,7 @@ def test_the_same_job_again_is_done_again(two_workers, tmp_path):
 
 
 def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatch):
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as local:
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as local:
         address = local.scheduler_address
         with pytest.raises(Refused, match="offers the resource GPU"), cluster(address, tmp_path, alone=True):
             pass
@@ -95,7 +95,7 @@ def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatc
     with pytest.raises(Refused, match="No dask scheduler answers"), cluster(address, tmp_path, alone=False):
         pass
     with (
-        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as local,
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as local,
         pytest.raises(Refused, match="has no worker"),
         cluster(local.scheduler_address, tmp_path, alone=False),
     ):
@@ -110,7 +110,7 @@ def test_a_machine_that_does_not_share_the_folder_is_named(tmp_path):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("no right to make a mount namespace here")
     elsewhere = 'mount -t tmpfs none "$1" && shift && exec "$@"'
-    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None, protocol="tcp") as local:
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0", protocol="tcp") as local:
         worker = [sys.executable, "-m", "distributed.cli.dask_worker", local.scheduler_address, "--no-dashboard"]
         child = subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", elsewhere, "sh", str(tmp_path), *worker, "--no-nanny"],
