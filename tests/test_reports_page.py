@@ -19,6 +19,7 @@ from reports import content, controls, groups, write
 from reports.compare import UnlikePrompts, accuracy, speedup
 from reports.examples import disagreements, marked
 from reports.plots.pareto import front
+from reports.plots.style import curves
 from reports.tables import overview, scores, speed
 from tests.report_runs import ITEMS, Rule, record, results
 
@@ -310,3 +311,9 @@ def test_a_failed_cell_is_printed_with_its_reason_and_the_end_of_its_log():
     assert section.tables[0].rows == why
     assert section.logs == (("cell 0 and 2 more", "Traceback <x>\nit broke"),)
     assert "    it broke\n" in write.markdown(page)
+
+
+def test_lines_that_end_together_all_keep_their_names():
+    lines = {name: [(0.0, 1.0), (1.0, 2.0)] for name in ("first", "second", "third", "fourth")}
+    drawn = curves("same", "a caption", lines, "x", "y")
+    assert all(f">{name}</text>" in drawn.svg for name in lines)

@@ -59,7 +59,10 @@ def curves(
         gap, last = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0]), -1e9
         for end, right, label, colour in sorted(ends):
             last = max(end, last + gap)
-            axes.annotate(label, (right, last), textcoords="offset points", xytext=(8, -3), color=colour)
+            # annotation_clip: a label pushed above the axes must still be drawn
+            axes.annotate(
+                label, (right, last), textcoords="offset points", xytext=(8, -3), color=colour, annotation_clip=False
+            )
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         rows = tuple((label, f"{a:g}", f"{b:.4g}") for label, line in points.items() for a, b in sorted(line))
