@@ -80,7 +80,7 @@ class Predictor:
     """Matrices for every layer but the last, float64, the last row of each being its bias.
 
     Their numbers are float16 ones: products of two of those are exact in float64, so that no machine's order of summing
-    shows in a guess. `about` says what the fit took: tokens, seconds, parameters, nbytes.
+    shows in a guess. `about` says what the fit took: tokens, seconds of processor time, parameters, nbytes.
     """
 
     kind: Kind
@@ -112,7 +112,7 @@ class Predictor:
     @classmethod
     def fit(cls, examples: Examples, kind: Kind = "ridge", seed: int = 0) -> Predictor:
         """Fit every layer's predictor on the examples."""
-        begun = time.perf_counter()
+        begun = time.process_time()
         rng = np.random.default_rng(seed)
         weights = []
         for layer in range(examples.layers - 1):
@@ -121,7 +121,7 @@ class Predictor:
             weights.append(tuple(matrix.astype(np.float16).astype(np.float64) for matrix in matrices))
         parameters = sum(matrix.size for matrices in weights for matrix in matrices)
         about = {
-            "tokens": len(examples), "seconds": time.perf_counter() - begun, "parameters": parameters,
+            "tokens": len(examples), "seconds": time.process_time() - begun, "parameters": parameters,
             "nbytes": 2 * parameters,
         }  # fmt: skip
         return cls(kind, examples.experts, tuple(weights), about)

@@ -27,7 +27,7 @@ from baselines.next_gate import NEXT_GATE, STAGING
 from baselines.predictor import Examples, Kind, Predictor
 from mobile.ahead import Ahead, order
 from mobile.ledger import Key
-from mobile.policy import Setting
+from mobile.policy import Setting, Training
 from mobile.refusal import Refused
 from mobile.strategy import Strategy
 from mobile.trace import foreseen_from
@@ -44,7 +44,7 @@ class Trained:
 
     def __init__(self, setting: Setting, predictor: Predictor | None = None, kind: Kind = "ridge") -> None:
         geometry = setting.geometry
-        stands_for = setting.stands_for or tuple((layer,) for layer in range(geometry.moe_layers))
+        stands_for = setting.stands_for
         self._layers, self._experts, self._guesses = len(stands_for), geometry.experts, geometry.top_k
         self._place = {each: (mine, each == layers[-1]) for mine, layers in enumerate(stands_for) for each in layers}
         self._chosen: list[Sequence[int]] = [()] * self._layers  # by recorded layer, in the step that runs
@@ -52,6 +52,7 @@ class Trained:
         self._kind = kind
         self.predictor = predictor
         self._seen = None if predictor is not None else Examples(self._layers, self._experts)
+        self._fits, self._seconds = 0, 0.0
         if predictor is not None and predictor.shape != (self._layers - 1, self._experts):
             raise Refused(
                 f"This predictor was fitted for {predictor.shape[0] + 1} layers of {predictor.shape[1]} experts, and "
@@ -74,6 +75,17 @@ class Trained:
             (best,) = order(scores.max(axis=0, keepdims=True), self._guesses)
         return [(layer + 1, expert) for expert in best]
 
+    @property
+    def training(self) -> Training | None:
+        """What the predictor in use took, and those before it; None up to the first fit."""
+        if self.predictor is None:
+            return None
+        about, online = self.predictor.about, self._fits > 0
+        return Training(
+            tokens=about["tokens"], fits=self._fits or 1, seconds=self._seconds if online else about["seconds"],
+            parameters=about["parameters"], nbytes=about["nbytes"], online=online,
+        )  # fmt: skip
+
     def _learn(self, seen: Examples) -> None:
         """A step has come to its last layer: keep it if it was of one token, and fit where enough were seen."""
         rows = [logits[0] for logits in self._logits[:-1] if logits is not None and len(logits) == 1]
@@ -82,6 +94,8 @@ class Trained:
         seen.add(np.stack(rows), self._chosen)
         if len(seen) in FITTED_AT:
             self.predictor = Predictor.fit(seen, self._kind)
+            self._fits += 1
+            self._seconds += self.predictor.about["seconds"]
         if len(seen) == FITTED_AT[-1]:
             self._seen = None
 

@@ -5,6 +5,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mobile.cost import CostModel
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What bounds MoBiLE over on-demand loading that takes turns with compute, for one geometry on one profile.
+
+    `on_demand_tokens_per_s` is the link's bandwidth over the bytes of a token's experts, `loading_share` f and
+    `fallback_cost` phi are what `speedup` takes, `break_even` the fallback rate at which the speedup is 1, and
+    `speedups` gives, by fallback rate, `loading_speedup` and `speedup`.
+    """
+
+    on_demand_tokens_per_s: float
+    loading_share: float
+    fallback_cost: float
+    break_even: float | None
+    speedups: tuple[tuple[float, float, float], ...]
+
+
+def ceilings(cost: CostModel, fallback_rates: Sequence[float]) -> Ceilings | None:
+    """The closed forms with f and phi of the cost model; None where half of the top-k is no whole number.
+
+    f is the time of a token's K copies and products a layer in that of its whole step. A fallback costs the routers'
+    replay, the copies of the other half, and a full-K compute pass: phi is that in steps. Raises ValueError for a rate
+    outside of 0 to 1.
+    """
+    geometry = cost.geometry
+    layers, top_k = geometry.moe_layers, geometry.top_k
+    if top_k % 2:
+        return None
+    experts = layers * top_k * (cost.load_ns + cost.expert_ns(1))
+    dense = layers * cost.dense_ns(1) + cost.head_ns(1)
+    again = cost.router_replay_ns + dense + experts - layers * (top_k // 2) * cost.load_ns
+    share, fallback = experts / (dense + experts), again / (dense + experts)
+    return Ceilings(
+        on_demand_tokens_per_s=geometry.on_demand_ceiling(cost.profile.link_gb_per_s),
+        loading_share=share,
+        fallback_cost=fallback,
+        break_even=highest_fallback_rate(1.0, share, fallback),
+        speedups=tuple((rate, loading_speedup(rate), speedup(share, rate, fallback)) for rate in fallback_rates),
+    )
+
 
 def loading_speedup(fallback_rate: float) -> float:
     """Times faster than on-demand if all decode time is loading and every prefetch is perfect: 2 / (1 + r).

@@ -35,7 +35,7 @@ class Link(Protocol):
         """Compute waits for a queued prefetch: it goes with the demand loads. No effect if its copy has begun."""
 
     def cancel(self, key: Key) -> bool:
-        """Take a queued prefetch back; False if its copy has begun or it was never queued."""
+        """Take back a prefetch that is queued, or failed; False if its copy is under way or over, or never was."""
         ...
 
     def wait(self, key: Key) -> None:

@@ -24,7 +24,8 @@ class Setting:
 
     `future` is every decode visit to come, in order; only a replay can know it. `load_ns` is what one copy takes,
     `layer_ns` what one token's compute of one layer does, all its experts resident.
-    `stands_for` names, for each layer of the recorded model, the layers of `geometry` charged with its routing.
+    `stands_for` names, for each layer of the recorded model, the layers of `geometry` charged with its routing (left
+    out: each its own).
     """
 
     geometry: Geometry
@@ -32,7 +33,12 @@ class Setting:
     future: tuple[Visit, ...] | None = None
     load_ns: int = 0
     layer_ns: int = 0
-    stands_for: tuple[tuple[int, ...], ...] | None = None
+    stands_for: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.stands_for:
+            each_its_own = tuple((layer,) for layer in range(self.geometry.moe_layers))
+            object.__setattr__(self, "stands_for", each_its_own)
 
 
 class Eviction(Protocol):
@@ -104,6 +110,30 @@ class Follower(Protocol):
 
     def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
         """Prefill, or a step wider than the pool, runs these experts of `layer` for so many tokens each."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a lookahead took to be fitted: not part of a ledger, which holds no clock but its own.
+
+    `tokens` learnt from last, `fits` made, `seconds` of processor time that they took together, `parameters` of the
+    predictor in use (`nbytes` of them), and whether it learnt `online`, during the run, or before it.
+    """
+
+    tokens: int
+    fits: int
+    seconds: float
+    parameters: int
+    nbytes: int
+    online: bool
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What a Lookahead may be besides: fitted on data. None as long as it is not."""
+
+    @property
+    def training(self) -> Training | None: ...
 
 
 class Recent:

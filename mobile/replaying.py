@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mobile.cost import CostModel
 from mobile.geometry import Geometry
 from mobile.hardware import HardwareProfile
 from mobile.ledger import Counters, Ledger
 from mobile.link import VirtualLink
-from mobile.policy import Visit
+from mobile.policy import Learner, Training, Visit
 from mobile.pool import SlotPool
 from mobile.prefill import STAGING
 from mobile.replayer import Replayer
@@ -47,10 +48,25 @@ class Bench:
         return made
 
 
-def time_requests(on: Bench, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
-    """What each request takes, in order on one engine that starts cold and stays warm; and the totals."""
+class Timed(NamedTuple):
+    """What each request took, the totals, and what a strategy that learns from data took to be fitted."""
+
+    requests: list[Counters]
+    ledger: Ledger
+    training: Training | None
+
+
+def timed(on: Bench, requests: Sequence[Request]) -> Timed:
+    """Replay requests in order on one engine that starts cold and stays warm."""
     residency = on.residency(future=visits(requests, on.stands_for) if on.strategy.foresight else None)
-    return replay(requests, residency, on.stands_for), residency.ledger
+    taken = replay(requests, residency, on.stands_for)
+    learner = residency.lookahead
+    return Timed(taken, residency.ledger, learner.training if isinstance(learner, Learner) else None)
+
+
+def time_requests(on: Bench, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
+    """What each request takes, and the totals: `timed`, for those who do not ask about training."""
+    return timed(on, requests)[:2]
 
 
 # --- which strategies a trace can stand for ---------------------------------------------------------
@@ -95,7 +111,7 @@ class Outcome:
 
     `prefetch_recall` is the share of needed experts that were foreseen, `prefetch_precision` the share of foreseen
     ones that were needed, both of layers something was foreseen of. `wasted_prefetch_gb` were copied and never used.
-    `tokens_per_s` is in virtual time, a projection.
+    `tokens_per_s` is in virtual time, a projection. `training` is what a predictor took, in real time.
     """
 
     strategy: str
@@ -110,11 +126,12 @@ class Outcome:
     prefetch_recall: float | None
     prefetch_precision: float | None
     wasted_prefetch_gb: float
+    training: Training | None
 
 
 def outcome(on: Bench, requests: Sequence[Request]) -> Outcome:
     """Replay a trace with at least one decoded token, from cold slots."""
-    _, ledger = time_requests(on, requests)
+    _, ledger, training = timed(on, requests)
     counters = ledger.counters
     foreseen, right, needed = (sum(column) for column in zip((0, 0, 0), *ledger.guesses.values(), strict=True))
     return Outcome(
@@ -130,4 +147,5 @@ def outcome(on: Bench, requests: Sequence[Request]) -> Outcome:
         prefetch_recall=right / needed if needed else None,
         prefetch_precision=right / foreseen if foreseen else None,
         wasted_prefetch_gb=(counters.prefetch_loads - counters.prefetch_useful) * on.geometry.expert_nbytes / 1e9,
+        training=training,
     )

@@ -32,7 +32,7 @@ class Residency:
     def __init__(
         self, strategy: Strategy, pool: SlotPool, link: Link, cost: CostModel, ledger: Ledger,
         emptied: Callable[[int], None] | None = None, future: tuple[Visit, ...] | None = None,
-        stands_for: tuple[tuple[int, ...], ...] | None = None,
+        stands_for: tuple[tuple[int, ...], ...] = (),
     ) -> None:  # fmt: skip
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
         layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)

@@ -65,7 +65,7 @@ class StreamLink:
     def __init__(self, channel: Channel, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
         self.channel, self._row_nbytes, self._ledger, self._arrived = channel, row_nbytes, ledger, arrived
         self._queue = CopyQueue()
-        self.promote, self.cancel = self._queue.promote, self._queue.cancel
+        self.promote = self._queue.promote
         self._begun: deque[Begun] = deque()
         self._failed: dict[Key, Exception] = {}
         self._zero = time.perf_counter_ns()
@@ -78,6 +78,9 @@ class StreamLink:
         self._failed.pop(key, None)
         self._queue.add(key, slot, demand=demand)
         self._advance()
+
+    def cancel(self, key: Key) -> bool:
+        return self._queue.cancel(key) or self._failed.pop(key, None) is not None
 
     def wait(self, key: Key) -> None:
         while True:

@@ -271,3 +271,18 @@ def test_viewers_see_a_row_for_the_cpu(tmp_path):
 
 def test_no_slot_is_called_host():
     assert HOST < 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests_of, st.integers(TOP_K, LAYERS * EXPERTS))
+def test_memory_that_the_link_shares_leaves_the_cpu_less_to_win(requests, slots):
+    """41 GB/s as if it were alone, and the 16 that a link at 25 leaves of them."""
+    alone, shared = profile("rtx4080-pcie4"), profile("rtx4080-pcie4-shared-memory")
+    assert shared.cpu_gb_per_s == alone.cpu_gb_per_s - alone.link_gb_per_s
+    lru, fast, slow = (
+        clock(strategy, requests, slots, card).counters
+        for strategy, card in ((LRU, shared), (CPU_HYBRID, alone), (CPU_HYBRID, shared))
+    )
+    assert lru == clock(LRU, requests, slots, alone).counters
+    assert fast.prefill_ns <= slow.prefill_ns <= lru.prefill_ns
+    assert slow.cpu_experts + slow.streamed_on_cpu <= fast.cpu_experts + fast.streamed_on_cpu

@@ -28,6 +28,7 @@ from mobile.hardware import profile
 from mobile.ledger import Ledger
 from mobile.policy import Setting
 from mobile.refusal import Refused
+from mobile.replaying import outcome, timed
 from mobile.strategy import Strategy
 from mobile.trace import Request, Step
 from suites.timing import Bench, time_requests
@@ -351,3 +352,25 @@ def test_a_policy_that_follows_is_told_of_each_pass_once_and_of_its_prefill():
     trace.replay([steps], residency, ((0,), (1,)))
     assert told == ["prefill", (0, (0, 1), (2, 1)), (1, (2,), (3,)), "full"]
     assert isinstance(residency.ledger, Ledger)
+
+
+def test_what_a_predictor_took_stands_beside_its_results(monkeypatch):
+    """Not in the ledger, which stays the same from run to run."""
+    monkeypatch.setattr("baselines.trained_predictor.FITTED_AT", (64, 128))
+    requests, own = recorded()
+    worn, stands_for = dress(own, "olmoe-1b-7b")
+    online = Bench(TRAINED_PREDICTOR, worn, stands_for, profile("auto"), 200)
+    first, again = timed(online, requests), timed(online, requests)
+    assert (first.ledger.counters, first.ledger.guesses) == (again.ledger.counters, again.ledger.guesses)
+    took = first.training
+    assert (took.tokens, took.fits, took.online) == (128, 2, True)
+    assert took.seconds > 0
+    assert took.parameters == (own.moe_layers - 1) * (2 * own.experts + 1) * own.experts
+    assert outcome(online, requests).training.tokens == 128
+    fitted = Predictor.fit(Examples.of(requests[:12]))
+    before = timed(replace(online, strategy=trained_predictor(fitted)), requests).training
+    assert (before.tokens, before.seconds, before.fits, before.online) == (
+        fitted.about["tokens"], fitted.about["seconds"], 1, False,
+    )  # fmt: skip
+    assert timed(replace(online, strategy=FATE), requests).training is None
+    assert timed(online, requests[:1]).training is None, "nothing was fitted yet"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mobile.ceilings import Ceilings, ceilings
 from mobile.cli import options, show
 from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES, Geometry, slots_for
@@ -73,6 +74,7 @@ class Plan:
     host_available_nbytes: int | None
     host_fits: bool | None
     strategies: tuple[Row, ...]
+    ceilings: Ceilings | None
     projected: bool = True
 
 
@@ -148,6 +150,7 @@ def plan(
         host_available_nbytes=host_nbytes,
         host_fits=None if host_nbytes is None else host_needed <= host_nbytes,
         strategies=tuple(rows),
+        ceilings=ceilings(cost, fallback_rates),
     )
 
 
@@ -247,6 +250,26 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     out.print(rows)
     for line in _footnotes(made, hardware):
         out.print(line)
+    if made.ceilings is not None:
+        _print_ceilings(out, made.ceilings)
+
+
+def _print_ceilings(out: Any, bounds: Ceilings) -> None:
+    table = show.table(
+        "Ceilings of MoBiLE over on-demand loading (closed forms)",
+        "fallback\nrate r", "all loading\n2 / (1 + r)", "with compute\n1 / (1 - f/2 + r phi)",
+    )  # fmt: skip
+    for rate, loading, whole in bounds.speedups:
+        table.add_row(f"{rate:g}", f"{loading:.2f}x", f"{whole:.2f}x")
+    out.print()
+    out.print(table)
+    even = "at no rate" if bounds.break_even is None else f"at r = {bounds.break_even:.2f}"
+    out.print(
+        f"On-demand loading, which takes turns with compute: {show.rate(bounds.on_demand_tokens_per_s)} tokens/s at "
+        f"most. f = {bounds.loading_share:.3f} of its step grows with the experts run; a fallback costs "
+        f"phi = {bounds.fallback_cost:.3f} of a step; both are as fast {even}. Overlap or a cache on the other side "
+        "makes f smaller."
+    )
 
 
 def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 from math import comb, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import prompt, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baselines.adapmoe import ADAPMOE, Shares, adapmoe, adaptive, expected_loads, shares
+from baselines.adapmoe import ADAPMOE, Shares, adapmoe, adaptive, expected_loads, measured, shares
 from baselines.lru import LRU
+from baselines.sensitivity import Measured, fisher_traces, guess_accuracy, relative
+from mobile.compat import moe_layers
 from mobile.policy import Setting
 from mobile.pool import SlotPool
+from mobile.refusal import Refused
 from mobile.strategy import Rerouted
 from mobile.trace import Step
 from tests.unit.test_limits import GEOMETRY, clock
 
+ROOT = Path(__file__).parent.parent.parent
 some_weights = st.lists(st.floats(0.0078125, 1, width=32), min_size=1, max_size=8)
 
 
@@ -143,3 +154,94 @@ def test_a_guess_that_was_not_chosen_gives_way_first():
     pool.unproven = {(1, 7), (2, 0)}
     evict.used(1, [(1, 0)])  # 7 was guessed for it; 0 of layer 2 may still be right
     assert evict.victim(pool, (2, 3), protected=False) == (1, 7)
+
+
+# --- measured ---------------------------------------------------------------------------------------
+
+
+def test_the_trace_is_the_mean_square_of_the_losss_slope_at_a_layers_output(family):
+    """Against finite differences: the loss after a nudge of one layer's output, along that layer's own slope."""
+    model = tiny(family)
+    ids = [prompt(), prompt()[:, :3]]
+    found, tokens = fisher_traces(model, ids)
+    assert tokens == ids[0].shape[1] + 3
+    assert all(weight.requires_grad for weight in model.parameters())
+    layers = moe_layers(model)
+    totals = [0.0] * len(layers)
+    for one in ids:
+        for number, layer in enumerate(layers):
+            slope = _slope(model, layer, one)
+            totals[number] += float(slope.square().sum())
+            unit = slope / slope.norm()
+            ahead, behind = (_loss(model, layer, one, step * unit) for step in (2e-3, -2e-3))
+            assert float((ahead - behind).detach()) / 4e-3 == pytest.approx(float(slope.norm()), rel=0.02)
+    assert found == pytest.approx([total / tokens for total in totals], rel=1e-4)
+
+
+def _loss(model, layer, ids, nudge):
+    hook = layer.experts.register_forward_hook(lambda _module, _args, output: output + nudge)
+    logits = model(ids, use_cache=False).logits[0, :-1]
+    hook.remove()
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+
+
+def _slope(model, layer, ids):
+    """By another way: the slope at something added to the layer's output."""
+    nudge = torch.zeros(ids.shape[1], model.config.hidden_size, requires_grad=True)
+    return torch.autograd.grad(_loss(model, layer, ids, nudge), nudge)[0]
+
+
+def test_sensitivities_are_compared_with_their_geometric_mean():
+    assert relative([4.0, 1.0, 0.25]) == pytest.approx([4.0, 1.0, 0.25])
+    assert relative([46.7, 0.02])[0] == pytest.approx(46.7 / 0.966, rel=1e-3)
+    with pytest.raises(Refused, match="does not touch the loss"):
+        relative([1.0, 0.0])
+
+
+def test_guesses_are_held_against_what_the_next_layer_chose():
+    ahead = np.zeros((2, 12), np.float16)
+    ahead[0, [1, 2]], ahead[1, [5, 7]] = 1, 1
+    steps = [
+        Step("full", 1, ((0, 3), (1, 2), (7, 8)), ahead=ahead),
+        Step("full", 1, ((0, 3), (1, 9), (7, 8)), ahead=ahead),
+    ]
+    assert guess_accuracy([steps]) == pytest.approx([0, 0.75, 0.5])
+    assert guess_accuracy([[Step("full", 1, ((0,), (1,), (2,)))]]) is None
+
+
+def test_what_was_measured_makes_the_strategy_and_other_files_are_refused(tmp_path):
+    path = tmp_path / "adapmoe.json"
+    Measured("a model", (4.0, 1.0, 0.25), (0.0, 0.5, 0.9), (8.0, 2.0, 0.5), 3, 20, 0.1).save(path)
+    strategy = measured(path, tolerance=0.01)
+    weights, index = torch.tensor([[0.85, 0.15]]), torch.tensor([[0, 1]])
+    ran = [int(strategy.gating.choose(layer, (index, weights), None)[1].count_nonzero()) for layer in range(3)]
+    assert ran == [2, 2, 1], "thresholds 0.05, 0.1 and 0.2"
+    dressed = Setting(replace(GEOMETRY, moe_layers=6), 40, stands_for=((0, 1), (2, 3), (4, 5)))
+    assert strategy.evict(dressed).share == shares(12, 40, GEOMETRY.top_k, [0.0, 0.0, 0.5, 0.5, 0.9, 0.9])
+    whole = path.read_text()
+    for content in (
+        whole[: len(whole) // 2],
+        "",
+        "[]",
+        whole.replace("mobile-adapmoe-1", "x"),
+        whole.replace("0.25", "0"),
+    ):
+        path.write_text(content)
+        with pytest.raises(Refused, match=r"python -m baselines\.adapmoe fit"):
+            measured(path)
+
+
+def test_the_command_measures_and_says_what_it_made_of_it(tmp_path):
+    (tmp_path / "p.txt").write_text("Question: what is 3 + 4?\nTwo words\n")
+    code = [sys.executable, "-m", "baselines.adapmoe", "fit", "--prompts", "p.txt", "--out", "a.json", "--model"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = run([*code, str(ROOT / "suites/models/olmoe-tiny")])
+    assert done.returncode == 0, done.stderr
+    found = Measured.load(tmp_path / "a.json")
+    assert (found.texts, found.accuracy) == (2, None)
+    assert f"{found.tokens:,} tokens" in done.stdout
+    assert len(done.stdout.splitlines()) == 2 + len(found.sensitivities)
+    done = run([*code, str(tmp_path / "nowhere")])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr

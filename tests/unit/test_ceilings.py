@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from mobile.ceilings import highest_fallback_rate, loading_speedup, speedup
+from mobile.ceilings import ceilings, highest_fallback_rate, loading_speedup, speedup
+from mobile.cli.plan import plan
+from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES
+from mobile.hardware import GIB, profile
+from mobile.replaying import Bench, time_requests
+from mobile.strategy import strategies
+from mobile.trace import Step
 
 
 def test_all_loading_and_perfect_prefetch_is_two_over_one_plus_r():
@@ -55,3 +63,65 @@ def test_on_demand_ceilings_of_the_four_families():
     assert tokens == {
         "olmoe-1b-7b": 15.5, "qwen1.5-moe-a2.7b": 15.1, "deepseek-v2-lite": 9.3, "qwen3-30b-a3b": 6.9,
     }  # fmt: skip
+
+
+# --- of a geometry on a profile ---------------------------------------------------------------------
+
+CARD = profile("auto")
+FAMILIES = sorted(GEOMETRIES)
+
+
+def decode_ns(name: str, geometry, steps: list[Step], slots: int) -> int:
+    alone = tuple((layer,) for layer in range(geometry.moe_layers))
+    return time_requests(Bench(strategies()[name], geometry, alone, CARD, slots), [steps])[1].counters.decode_ns
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_share_that_is_loading_is_that_of_a_replayed_on_demand_step(name):
+    """Half the experts take (1 - f/2) of the time: f is measured on the clock, not taken from the formula."""
+    geometry = GEOMETRIES[name]
+    full, half = (
+        decode_ns("on-demand", geometry, [Step("full", 1, (tuple(range(k)),) * geometry.moe_layers)], geometry.top_k)
+        for k in (geometry.top_k, geometry.little_k)
+    )
+    found = ceilings(CostModel(CARD, geometry), (0.0,))
+    assert found is not None
+    assert half / full == pytest.approx(1 - found.loading_share / 2, abs=1e-9)
+    assert found.speedups[0][2] == pytest.approx(full / half)
+    assert found.on_demand_tokens_per_s > 1e9 / full
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fallback_costs_its_other_half_and_a_full_compute_pass(name):
+    """Replayed with a prediction that comes too late to hide anything: loads in turn with compute."""
+    geometry = GEOMETRIES[name]
+    big = (tuple(range(geometry.top_k)),) * geometry.moe_layers
+    little = (tuple(range(geometry.little_k)),) * geometry.moe_layers
+    slots = geometry.moe_layers * geometry.top_k
+    steps = [Step("little", 1, little, confidence=0.1), Step("big", 1, big, confidence=0.1, predicted=big)]
+    alone = tuple((layer,) for layer in range(geometry.moe_layers))
+    serial = replace(strategies()["mobile"], overlap=False, prefetch=False)
+    timed = time_requests(Bench(serial, geometry, alone, CARD, slots), [steps])[1].counters.decode_ns
+    cost = CostModel(CARD, geometry)
+    step = decode_ns("on-demand", geometry, [Step("full", 1, big)], geometry.top_k)
+    found = ceilings(cost, (1.0,))
+    assert found is not None
+    assert (timed + cost.router_replay_ns) / step == pytest.approx(1 - found.loading_share / 2 + found.fallback_cost)
+    assert found.speedups[0][1] == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plan_shows_them(name):
+    made = plan(name, GEOMETRIES[name], 16 * GIB, CARD, None, (0.0, 0.25, 1.0))
+    found = made.ceilings
+    assert found is not None
+    assert found.on_demand_tokens_per_s == GEOMETRIES[name].on_demand_ceiling(CARD.link_gb_per_s)
+    for rate, loading, whole in found.speedups:
+        assert loading == pytest.approx(2 / (1 + rate))
+        assert whole < loading
+    assert found.break_even is not None
+    assert speedup(found.loading_share, found.break_even, found.fallback_cost) == pytest.approx(1)
+
+
+def test_an_odd_top_k_has_no_half_and_no_ceiling():
+    assert ceilings(CostModel(CARD, replace(GEOMETRIES["olmoe-1b-7b"], top_k=5)), (0.0,)) is None

@@ -6,13 +6,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mobile.biglittle import MOBILE
+from mobile.cost import CostModel
+from mobile.geometry import GEOMETRIES
+from mobile.hardware import profile
 from mobile.ledger import Ledger
+from mobile.pool import SlotPool
+from mobile.residency import Residency
 from mobile.stream import COMMITTED, PacedChannel, StreamLink
 
 Key = tuple[int, int]
@@ -185,6 +192,34 @@ def test_a_failed_prefetch_that_nobody_needs_harms_nobody():
     assert bench.ledger.counters.loads == 2
 
 
+def test_a_failed_prefetch_can_be_taken_back_so_that_its_slot_is_free_again():
+    bench = Bench(failing=[(0, 0)])
+    bench.ask(0, 1, demand=False)
+    assert not bench.link.cancel((0, 0)), "its copy is under way and may still write"
+    bench.complete(2)
+    assert bench.link.cancel((0, 0))
+    assert not bench.link.cancel((0, 0)), "once is enough"
+    assert not bench.link.cancel((0, 1)), "it landed"
+
+
+def test_the_slot_of_a_failed_prefetch_is_given_back_when_the_token_ends():
+    """Through the residency: the expert is foreseen, its copy fails, nobody needs it."""
+    channel, ledger = ByHand(failing=[(1, 5)]), Ledger()
+    link = StreamLink(channel, 7, ledger, lambda key, slot: residency.arrived(key, slot))
+    geometry = replace(GEOMETRIES["olmoe-1b-7b"], moe_layers=2, experts=8, top_k=2)
+    pool = SlotPool(6)
+    residency = Residency(MOBILE, pool, link, CostModel(profile("auto"), geometry), ledger)
+    residency.begin("little", 1)
+    residency.fallback([(1, 5), (1, 6)])
+    channel.complete(2)
+    link.compute(0, "")
+    assert (1, 5) in pool
+    residency.end_token()
+    assert (1, 5) not in pool
+    assert (1, 6) in pool.ready
+    assert len(pool) == 1
+
+
 @pytest.mark.parametrize("noticed", [True, False], ids=["noticed before the wait", "noticed by the wait"])
 def test_a_failed_copy_raises_to_its_waiter_once_and_can_be_asked_for_again(noticed):
     bench = Bench(failing=[(0, 0)])
@@ -270,9 +305,14 @@ def test_any_sequence_of_calls_keeps_the_books(data):
         elif action == "promote":
             link.promote(key)
         elif action == "cancel" and link.cancel(key):
-            assert key not in begun_before
+            assert key not in dict(bench.arrivals)
+            assert key not in dict(channel.running), "its copy may still write"
+            if key in begun_before:
+                assert key in failing
+                failing.discard(key)
+            else:
+                gone += 1
             asked.discard(key)
-            gone += 1
         elif action == "complete":
             bench.complete(data.draw(st.integers(1, 2)))
         elif action == "wait" and key in asked:
