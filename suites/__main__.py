@@ -12,6 +12,7 @@ from rich.console import Console
 from mobile.refusal import Refused
 from suites.executors import cluster, here
 from suites.matrix import VIRTUAL, presets, read_preset
+from suites.preflight import check
 from suites.record import LATEST, RunFolder
 from suites.runner import DiskFull, describe, execute, locked
 
@@ -29,7 +30,19 @@ def parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=help_text, description=help_text)
         sub.add_argument("--preset", default="cpu", help=f"{', '.join(presets())}, or a .toml file (default: cpu)")
         sub.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
+        sub.add_argument(
+            "--data-dir", type=Path, metavar="FOLDER",
+            help="real tasks' files: gsm8k/test.jsonl, humaneval/HumanEval.jsonl, bbh/NAME.json (default: the hub)",
+        )  # fmt: skip
+        sub.add_argument(
+            "--model", action="append", default=[], metavar="NAME=FOLDER",
+            help="take this model of the preset from a folder; may be given again",
+        )  # fmt: skip
         if verb != "plan":
+            sub.add_argument(
+                "--run-generated-code", action="store_true",
+                help="allow tasks that run what a model wrote, in the sandbox, where model or tests are not ours",
+            )  # fmt: skip
             sub.add_argument(
                 "--dask", metavar="ADDRESS",
                 help="spread the run over the workers of this dask.distributed scheduler (tcp://HOST:8786). The run "
@@ -40,15 +53,25 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def folders(given: list[str]) -> dict[str, Path]:
+    """By model, its folder. Raises Refused for what is not NAME=FOLDER."""
+    pairs = {name: Path(folder) for name, _, folder in (text.partition("=") for text in given)}
+    for name, folder in pairs.items():
+        if not (folder / "config.json").is_file():
+            raise Refused(f"--model {name}={folder}: write NAME=FOLDER, with a checkpoint's config.json in the folder.")
+    return pairs
+
+
 def main() -> int:
     options = parser().parse_args()
     console = Console(soft_wrap=True)
     try:
-        preset = read_preset(options.preset)
+        preset = read_preset(options.preset, options.data_dir, folders(options.model))
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
         console.print(describe(preset, run), highlight=False)
         if options.verb == "plan":
             return 0
+        check(preset, run_generated_code=options.run_generated_code)
         LATEST.parent.mkdir(exist_ok=True)
         LATEST.write_text(f"{run.path}\n")
         alone = any(cell.scope != VIRTUAL for cell in preset.cells)

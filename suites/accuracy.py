@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -17,7 +17,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from mobile.trace import Request
+from suites.judging import by_check
+from suites.real_tasks import REAL, locate
+from suites.sandbox import PASSED
 from suites.tasks import FOLDER
+
+DEFAULT_TOKENS = 256  # what lm-eval's own model class writes at most where a task sets no limit
+LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,12 @@ class EngineLM(LM):
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         super().__init__()
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self.model, self.hf_tokenizer, self._batch_size = model, tokenizer, batch_size
-        self.traces: dict[str, Request] = {}  # by the prompt's SHA-256, as is what was written
+        # By the prompt's SHA-256: the prompt, its routing, and the ids of what was written.
+        self.prompts: dict[str, str] = {}
+        self.traces: dict[str, Request] = {}
         self.written: dict[str, list[int]] = {}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -56,9 +66,9 @@ class EngineLM(LM):
             with self.model.mobile.recording(ahead=True) as recorded:
                 answered = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
             for i, (text, ids), request in zip(chunk, answered, recorded, strict=True):
-                outputs[i] = text
-                self.traces[sha256(prompts[i])] = first_tokens(request, len(ids))
-                self.written[sha256(prompts[i])] = ids
+                outputs[i], name = text, sha256(prompts[i])
+                self.prompts[name], self.written[name] = prompts[i], ids
+                self.traces[name] = first_tokens(request, len(ids))
         return outputs
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
@@ -69,20 +79,39 @@ class EngineLM(LM):
 
 @torch.inference_mode()
 def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any]
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any], streamer: Any = None
 ) -> list[tuple[str, list[int]]]:
-    """Greedy continuations of a batch, cut at the first of the `until` strings, and the tokens each took."""
+    """Greedy continuations of a batch, cut at the first of the `until` strings, and the token ids that were written.
+
+    As with lm-eval's own model class, a prompt that leaves no room for `max_gen_toks` loses its beginning. Only a model
+    with fewer than twice as many positions, to which that class says no, writes half of its positions at most.
+    """
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = min(options["max_gen_toks"], positions // 2) if positions else options["max_gen_toks"]
+    room = most - positions if positions else None
+    ids, mask = encoded["input_ids"][:, room:], encoded["attention_mask"][:, room:]
     tokens = model.generate(
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"],
-        max_new_tokens=options["max_gen_toks"], do_sample=False,
-        stop_strings=options["until"], tokenizer=tokenizer,
+        input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False,
+        stop_strings=options["until"], tokenizer=tokenizer, streamer=streamer,
     )  # fmt: skip
-    written = tokens[:, encoded["input_ids"].shape[1] :]
+    written = tokens[:, ids.shape[1] :]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     for stop in options["until"]:
         texts = [text.split(stop)[0] for text in texts]
-    return [(text, ids[ids != tokenizer.pad_token_id].tolist()) for text, ids in zip(texts, written, strict=True)]
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return [(text, _own(row, tokenizer.pad_token_id, ends)) for text, row in zip(texts, written.tolist(), strict=True)]
+
+
+def _own(row: list[int], pad: int | None, ends: list[int | None]) -> list[int]:
+    """A row of a batch without what was only padding: up to its first end token, which padding may look like."""
+    for number, token in enumerate(row):
+        if token in ends:
+            return row[: number + 1]
+        if token == pad:
+            return row[:number]
+    return row
 
 
 def first_tokens(request: Request, tokens: int) -> Request:
@@ -99,17 +128,49 @@ def first_tokens(request: Request, tokens: int) -> Request:
     return request
 
 
-def task_config(task: str) -> dict[str, Any]:
-    """The task's YAML with its data files made absolute (lm-eval would read them from the current folder)."""
-    config = load_yaml(FOLDER / f"{task}.yaml")
-    files = config["dataset_kwargs"]["data_files"]
-    config["dataset_kwargs"]["data_files"] = {split: str(FOLDER / name) for split, name in files.items()}
-    return config
+def task_config(task: str, folder: Path | None = None) -> dict[str, Any]:
+    """A task as lm-eval is to run it: its definition, with the data files of `folder` (real tasks; None: the hub's).
+
+    Paths are absolute (lm-eval would read relative ones from the current folder). Raises Refused for missing files.
+    """
+    real = REAL.get(task)
+    if real is None:
+        return _with_files(load_yaml(FOLDER / f"{task}.yaml"), locate(task, None))
+    if real.plain is None:
+        config = load_yaml(LM_EVAL_TASKS / real.definition, resolve_func=False)
+    else:
+        asked = {"doc_to_text": "Q: {{input}}\nA:", "doc_to_target": "{{target}}", "dataset_kwargs": {}}
+        config = {**load_yaml(FOLDER / f"{real.plain}.yaml"), **asked}
+        config |= {"dataset_path": real.hub, "dataset_name": real.plain}
+    config |= {"task": task, "generation_kwargs": {"max_gen_toks": DEFAULT_TOKENS, **config["generation_kwargs"]}}
+    if real.code:
+        config |= _JUDGED
+        del config["unsafe_code"]  # lm-eval's own scorer fetches code from the hub and runs it unconfined
+    return _with_files(config, locate(task, folder))
 
 
-def evaluate(lm: EngineLM, task: str, docs: list[int]) -> list[Answer]:
+_JUDGED: dict[str, Any] = {
+    "doc_to_target": PASSED,
+    "filter_list": [
+        {"name": "verdict", "filter": [{"function": "custom", "filter_fn": by_check}, {"function": "take_first"}]}
+    ],
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def _with_files(config: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    if not files:
+        return config
+    kwargs: dict[str, Any] = {"data_files": {split: str(path) for split, path in files.items()}}
+    if files["test"].suffix == ".json":
+        kwargs["field"] = "examples"
+    config.pop("dataset_name", None)
+    return {**config, "dataset_path": "json", "dataset_kwargs": kwargs}
+
+
+def evaluate(lm: EngineLM, task: str, docs: list[int], folder: Path | None = None) -> list[Answer]:
     """Score the given items of a task; in the order of `docs`."""
-    return score(lm, task_config(task), docs)
+    return score(lm, task_config(task, folder), docs)
 
 
 def score(lm: EngineLM, config: dict[str, Any], docs: list[int]) -> list[Answer]:
@@ -132,9 +193,3 @@ def score(lm: EngineLM, config: dict[str, Any], docs: list[int]) -> list[Answer]
             correct=bool(sample["exact_match"]),
         )
     return [answers[doc] for doc in docs]
-
-
-def prompts_of(task: str, docs: list[int]) -> list[str]:
-    """The prompts of the given items, read from the task's data."""
-    lines = Path(task_config(task)["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
-    return [json.loads(lines[doc])["prompt"] for doc in docs]

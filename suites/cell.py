@@ -12,6 +12,7 @@ from mobile.hardware import profile
 from mobile.strategy import resolve
 from suites.environment import environment
 from suites.matrix import VIRTUAL, Cell, Generation, Model
+from suites.real_tasks import sources
 from suites.record import Item, Record, RunFolder, read_json
 from suites.telemetry import watched
 from suites.timing import bench, time_requests, timeline
@@ -62,7 +63,8 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
             "confidence_histogram": confidences(requests),
             "dtype": "float32", "expert_nbytes": on.geometry.expert_nbytes, "moe_layers": on.geometry.moe_layers,
             "experts": on.geometry.experts, "top_k": on.geometry.top_k, "link_gb_per_s": card.link_gb_per_s,
-            "profile_sources": list(card.sources), "strategy_source": strategy.source,
+            "profile_sources": list(card.sources), "strategy_source": strategy.source, "link": None,
+            "data": sources(generation.task, generation.folder),
         },
         environment={**environment(), "telemetry": telemetry()}, items=items, counters=ledger.stats(),
         ceiling_tokens_per_s=on.geometry.on_demand_ceiling(card.link_gb_per_s), checks=answers["checks"],

@@ -125,8 +125,21 @@ def main() -> None:
         for name, one in zip(job["ids"], map(generation_from, job["generations"]), strict=True):
             if undone(name, one, run.answers(name)):
                 say(attempt(name, one.label, partial(live.run, one, run, job["hardware"])))
+        return
+    cells = list(map(cell_from, job["cells"]))
+    if cells[0].link is not None:
+        from suites import live_timing
+
+        attached: list[live_timing.Loaded] = []
+        opened = attempt("", "", lambda: attached.append(live_timing.load(cells[0])))
+        for name, cell in zip(job["ids"], cells, strict=True):
+            if undone(name, cell, run.record(name)):
+                say(
+                    attempt(name, cell.label, partial(live_timing.save, cell, attached[0], run))
+                    if attached
+                    else Finished(name, cell.label, 0.0, opened.error, opened.log_tail)
+                )
     else:
-        cells = list(map(cell_from, job["cells"]))
         environment()  # once, for every fork
         loaded: list[Trace] = []
         opened = attempt("", "", lambda: loaded.append(trace.load(run.trace(cells[0].generation.id))))

@@ -16,8 +16,9 @@ from mobile.compat import MoeLayer, common_layout, geometry_of, moe_layers
 from mobile.geometry import Geometry
 from mobile.hardware import profile
 from mobile.strategy import Strategy, resolve, strategies
-from suites.accuracy import EngineLM, evaluate, generate, prompts_of, task_config
+from suites.accuracy import EngineLM, evaluate, generate, task_config
 from suites.matrix import Generation
+from suites.real_tasks import REAL
 from suites.record import RunFolder, write_json
 from suites.timing import bench, time_requests
 
@@ -40,16 +41,16 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
         scramble(layers, generation.seed)
     mobile.attach(model, strategy, slots=strategy.needs(own))
     lm = EngineLM(model, tokenizer, BATCH)
-    answers = evaluate(lm, generation.task, generation.docs)
+    answers = evaluate(lm, generation.task, generation.docs, generation.folder)
     mobile.detach(model)
     requests = [lm.traces[answer.prompt_sha256] for answer in answers]
     outputs = [answer.output for answer in answers]
-    prompts = prompts_of(generation.task, generation.docs)
+    prompts = [lm.prompts[answer.prompt_sha256] for answer in answers]
     spans = [
         fallback_spans(request, lm.written[answer.prompt_sha256], tokenizer, answer.output)
         for request, answer in zip(requests, answers, strict=True)
     ]
-    checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, requests, outputs))
+    checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, prompts, requests, outputs))
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
@@ -61,7 +62,7 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
         folder.answers(generation.id),
         {
             "answers": [
-                {**asdict(answer), "prompt": prompt, "fallback_spans": fell}
+                {**asdict(answer), "prompt": shown(generation, prompt), "fallback_spans": fell}
                 for answer, prompt, fell in zip(answers, prompts, spans, strict=True)
             ],
             "checks": checks,
@@ -79,16 +80,26 @@ def scramble(layers: Sequence[MoeLayer], seed: int) -> None:
         weight.data = weight.data[torch.randperm(len(weight), generator=shuffled)]
 
 
+def shown(generation: Generation, prompt: str) -> str | None:
+    """The prompt, where it is ours to print."""
+    return None if generation.task in REAL else prompt
+
+
 def fallback_spans(
     request: trace.Request, ids: list[int], tokenizer: PreTrainedTokenizerBase, output: str
 ) -> list[tuple[int, int]]:
     """The ranges of characters of `output` that big passes wrote; prefill wrote the first of `ids`."""
+    written = [step.kind in ("full", "little") for step in request]
+    fell = [sum(written[: number + 1]) for number, step in enumerate(request) if step.kind == "big"]
+    return spans_of(fell, ids, tokenizer, output)
+
+
+def spans_of(
+    fell: Sequence[int], ids: list[int], tokenizer: PreTrainedTokenizerBase, output: str
+) -> list[tuple[int, int]]:
+    """The ranges of characters of `output` that the tokens with these numbers in `ids` wrote."""
     spans: list[tuple[int, int]] = []
-    number = 0
-    for step in request:
-        number += step.kind in ("full", "little")
-        if step.kind != "big":
-            continue
+    for number in fell:
         start, end = (len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in (number, number + 1))
         start, end = min(start, len(output)), min(end, len(output))
         if spans and spans[-1][1] == start:
@@ -100,7 +111,7 @@ def fallback_spans(
 
 def _checks(
     generation: Generation, strategy: Strategy, own: Geometry, hardware: str, model: Any, tokenizer: Any,
-    requests: list[trace.Request], outputs: list[str],
+    prompts: list[str], requests: list[trace.Request], outputs: list[str],
 ) -> Iterator[tuple[str, bool]]:  # fmt: skip
     """Run the first items alone under each strategy this generation stands for: same text, same ledger as replay.
 
@@ -108,12 +119,11 @@ def _checks(
     """
     same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.foresight]
     stands_for = same_routing if strategy.routes_as_full_k else [strategy]
-    options = task_config(generation.task)["generation_kwargs"]
-    prompts = prompts_of(generation.task, generation.docs[:CHECKED])
+    options = task_config(generation.task, generation.folder)["generation_kwargs"]
     for one in stands_for:
         on = bench(one, own, generation.model.geometry, profile(hardware), "smallest")
         mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
-        texts = [generate(model, tokenizer, [prompt], options)[0][0] for prompt in prompts]
+        texts = [generate(model, tokenizer, [prompt], options)[0][0] for prompt in prompts[:CHECKED]]
         model.mobile.residency.end_token()
         live = model.mobile.ledger
         mobile.detach(model)

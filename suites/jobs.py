@@ -19,10 +19,12 @@ from typing import Any
 
 from suites.child import TAIL, ending
 from suites.matrix import VIRTUAL, Cell, Generation, Preset
+from suites.real_tasks import locate
 from suites.record import Finished, RunFolder, sound
 
 CELLS_A_JOB = 12  # of one live run, timed by one child that reads the trace once
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Job:
     log: Path
     needs: Path | None = None
     alone: bool = False
+    online: bool = False  # it may read from the hub
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Environment variables of its process; the one that is alone may use all cores."""
+        return {**({} if self.alone else QUIET), **({} if self.online else OFFLINE)}
 
 
 def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
@@ -59,19 +67,20 @@ def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
                     },
                     labels={name: one.label for name, one in labels.items()},
                     log=run.log(f"generate-{next(iter(labels))}"),
+                    online=any(not locate(one.task, one.folder) for one in labels.values()),
                 )
             )  # fmt: skip
     return jobs
 
 
 def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
-    """The cells not done yet, a few of one live run in one job."""
+    """The replayed cells not done yet, a few of one live run in one job."""
 
     def shared(cell: Cell) -> tuple:
         return cell.generation.id, cell.scope
 
     jobs = []
-    missing = [cell for cell in preset.cells if not run.record(cell.id).is_file()]
+    missing = [cell for cell in preset.cells if cell.link is None and not run.record(cell.id).is_file()]
     for (generation, scope), members in groupby(sorted(missing, key=shared), shared):
         left = list(members)
         while left:
@@ -83,6 +92,28 @@ def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
                     log=run.log(f"time-{next(iter(cells))}"), needs=run.answers(generation), alone=scope != VIRTUAL,
                 )
             )  # fmt: skip
+    return jobs
+
+
+def live_jobs(preset: Preset, run: RunFolder) -> list[Job]:
+    """The cells to be timed live that are not done yet, all tasks of one attached model in one job."""
+
+    def attached(cell: Cell) -> tuple:
+        model = cell.generation.model.name
+        return model, cell.generation.seed, cell.strategy, cell.gamma or 0, cell.hardware, cell.budget, cell.scope
+
+    jobs = []
+    missing = [cell for cell in preset.live if not run.record(cell.id).is_file()]
+    for _, members in groupby(sorted(missing, key=attached), attached):
+        cells = {cell.id: cell for cell in members}
+        first = next(iter(cells.values()))
+        jobs.append(
+            Job(
+                spec={"run": str(run.path), "ids": list(cells), "cells": list(map(asdict, cells.values()))},
+                labels={name: cell.label for name, cell in cells.items()}, log=run.log(f"live-{first.id}"),
+                alone=first.scope != VIRTUAL, online=True,
+            )
+        )  # fmt: skip
     return jobs
 
 
@@ -126,7 +157,7 @@ def work(job: Job) -> list[Finished]:
             suppress(BrokenPipeError),
             subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", "-m", "suites.child"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, env={**os.environ, **QUIET},
+                stdout=subprocess.PIPE, stderr=log, env={**os.environ, **job.settings},
             ) as child,
         ):  # fmt: skip
             assert child.stdin is not None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 from mobile.geometry import GEOMETRIES, slots_for
@@ -19,31 +20,39 @@ from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.strategy import BigLittle, Strategy, resolve
+from suites.real_tasks import REAL, SHIPPED, expand, items_of, locate
 from suites.tasks import FOLDER as TASKS
-from suites.tasks import GENERATORS
 
 HERE = Path(__file__).parent
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
-SHIPPED = 250  # test items in each task's data
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 OVERRIDDEN = ("strategies", "budgets", "gammas", "caches", "shares", "canaries", "items")  # a model's own, if it likes
 VIRTUAL = "cpu+virtual"
+SCOPES = {None: VIRTUAL, "virtual": VIRTUAL, "paced": "cpu+paced", "cuda": "gpu+pcie"}  # by the link of a cell
 VERSIONED = ("torch", "transformers", "lm-eval", "numpy")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint folder (relative to suites/, or absolute) and the real model its times are charged as."""
+    """A checkpoint and the real model its times are charged as.
+
+    It lies in a folder (`path`, relative to suites/, or absolute), or at `revision` of the hub's `hub`.
+    """
 
     name: str
-    path: str
     geometry: str
     weights: str
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
     family: str | None = None
     training_seed: int | None = None
 
     @property
     def folder(self) -> Path:
+        """Raises Refused for a model of the hub."""
+        if self.path is None:
+            raise Refused(f"Model {self.name} lies on the hub and has no folder here; give --model {self.name}=FOLDER.")
         return HERE / self.path
 
 
@@ -58,10 +67,16 @@ class Generation:
     items: int
     seed: int
     scrambled: bool = False  # the canary: every router's rows shuffled
+    data: str | None = None  # the folder with a real task's files; None is the hub
 
     @property
     def id(self) -> str:
-        return _hash(asdict(self), code_hash(), _versions(), task_hash(self.task), model_hash(self.model))
+        own = {name: value for name, value in asdict(self).items() if name != "data"}  # what counts is what is in it
+        return _hash(own, code_hash(), _versions(), task_hash(self.task, self.folder), model_hash(self.model))
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self.data is None else Path(self.data)
 
     @property
     def label(self) -> str:
@@ -71,7 +86,8 @@ class Generation:
     @property
     def docs(self) -> list[int]:
         """A seeded random subset of the task's items, ascending; more items hold those of fewer."""
-        return sorted(Random(self.seed).sample(range(SHIPPED), SHIPPED)[: self.items])
+        there_are = items_of(self.task, self.folder)
+        return sorted(Random(self.seed).sample(range(there_are), there_are)[: self.items])
 
 
 @dataclass(frozen=True)
@@ -85,15 +101,16 @@ class Cell:
     budget: str
     swept: bool = False  # one point of a sweep, over gamma or over cache sizes, beside the strategy's own
     timed: int | None = None  # how many of the items are timed; None: all
+    link: str | None = None  # over which link it is timed live, alone, answering itself; None: its trace is replayed
 
     @property
     def id(self) -> str:
-        return _hash(self.generation.id, self.strategy, self.gamma, self.hardware, self.budget, self.timed)
+        return _hash(self.generation.id, self.strategy, self.gamma, self.hardware, self.budget, self.timed, self.link)
 
     @property
     def scope(self) -> str:
-        """Whose time it takes: every cell yet is charged by the virtual clock, alike on any machine."""
-        return VIRTUAL
+        """Whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
+        return SCOPES[self.link]
 
     @property
     def label(self) -> str:
@@ -112,41 +129,71 @@ class Preset:
 
     @property
     def generations(self) -> list[Generation]:
-        """The live runs the cells need, each once, in order."""
-        return list(dict.fromkeys(cell.generation for cell in self.cells))
+        """The live runs that replayed cells need, each once, in order."""
+        return list(dict.fromkeys(cell.generation for cell in self.cells if cell.link is None))
+
+    @property
+    def live(self) -> list[Cell]:
+        """The cells that are timed live."""
+        return [cell for cell in self.cells if cell.link is not None]
 
 
 def presets() -> list[str]:
     return sorted(path.stem for path in (HERE / "presets").glob("*.toml"))
 
 
-def read_preset(name: str) -> Preset:
-    """The preset of that name, or at that path. Raises Refused for one that is unknown or asks for unknown things."""
+def read_preset(name: str, folder: Path | None = None, folders: Mapping[str, Path] = MappingProxyType({})) -> Preset:
+    """The preset of that name, or at that path, with real tasks' files from `folder` and models from `folders`.
+
+    Raises Refused for one that is unknown or asks for unknown things.
+    """
     path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
     if not path.is_file():
         raise Refused(f"Unknown preset {name!r}; choose one of: {', '.join(presets())}, or give a .toml file.")
     try:
         data = tomllib.loads(path.read_text())
-        return Preset(path.stem, data["minutes"], tuple(_cells(data)))
+        return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise Refused(f"Preset {path} cannot be read: {error}.") from error
     except KeyError as error:
         raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
 
 
-def _cells(data: dict[str, Any]) -> list[Cell]:
+def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> list[Cell]:
+    tasks = expand(data["tasks"])
+    there_are = {task: items_of(task, folder) for task in tasks}
+    most = max(there_are.values(), default=SHIPPED)
     for count in ("items", "swept_items", "timed_items"):
-        if not 1 <= data.get(count, SHIPPED) <= SHIPPED:
-            raise Refused(f"{count} must be between 1 and {SHIPPED}, not {data[count]}.")
-    for task in data["tasks"]:
-        if task not in GENERATORS:
-            raise Refused(f"Unknown task {task!r}; choose among: {', '.join(GENERATORS)}.")
-    cells = [cell for model in data["models"] for cell in _cells_of(Model(**_own(model)), {**data, **model})]
+        if not 1 <= data.get(count, most) <= most:
+            raise Refused(f"{count} must be between 1 and {most}, not {data[count]}.")
+    models = {model["name"]: _at(Model(**_own(model)), folders) for model in data["models"]}
+    if strangers := set(folders) - set(models):
+        raise Refused(f"The preset has no model {sorted(strangers)[0]}; it has: {', '.join(models)}.")
+    link = data.get("link")
+    if link not in SCOPES:
+        raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
+    cells = []
+    for model in data["models"]:
+        for cell in _cells_of(models[model["name"]], {**data, "tasks": list(tasks), **model}):
+            task = cell.generation.task
+            items = min(cell.generation.items, data.get("task_items", {}).get(tasks[task], most), there_are[task])
+            data_folder = str(folder.absolute()) if folder is not None and task in REAL else None
+            generation = replace(cell.generation, items=items, data=data_folder)
+            cells.append(replace(cell, generation=generation, link=link))
     if not cells:
         raise Refused(
             "The preset asks for no cell; give it a model, task, strategy, hardware, budget and seed at least."
         )
     return cells
+
+
+def _at(model: Model, folders: Mapping[str, Path]) -> Model:
+    """The model, taken from a folder where one is given for it; a checkpoint with our recipe is never called real."""
+    if model.name not in folders:
+        return model
+    folder = folders[model.name].absolute()
+    weights = "shipped-tiny" if (folder / "recipe.json").is_file() else model.weights
+    return replace(model, path=str(folder), hub=None, revision=None, weights=weights)
 
 
 def _own(model: dict[str, Any]) -> dict[str, Any]:
@@ -206,9 +253,11 @@ def _versions() -> dict[str, str]:
 
 
 @cache
-def task_hash(task: str) -> str:
-    """SHA-256 over a task's YAML and items."""
-    return _bytes_hash((TASKS / f"{task}.yaml").read_bytes() + (TASKS / "data" / f"{task}.jsonl").read_bytes())
+def task_hash(task: str, folder: Path | None = None) -> str:
+    """SHA-256 over a task's items, and its YAML where that is ours; lm-eval's follow its version, the hub its name."""
+    ours = TASKS / f"{REAL[task].plain if task in REAL else task}.yaml"
+    parts = [ours.read_bytes()] if ours.is_file() else []
+    return _bytes_hash(b"".join([*parts, *(path.read_bytes() for path in locate(task, folder).values())]))
 
 
 @cache
@@ -221,8 +270,15 @@ def code_hash() -> str:
 
 @cache
 def model_hash(model: Model) -> str:
-    """SHA-256 of the checkpoint's list of hashes. Raises Refused if a file is missing or differs from the list."""
+    """SHA-256 of the checkpoint's list of hashes. Raises Refused if a file is missing or differs from the list.
+
+    A real checkpoint has no list: of the hub it is its name and revision, in a folder its files' names and sizes.
+    """
+    if model.hub is not None:
+        return _bytes_hash(f"{model.hub}@{model.revision}".encode())
     sums = model.folder / "SHA256SUMS"
+    if model.weights == "real" and (model.folder / "config.json").is_file():
+        return _hash([(path.name, path.stat().st_size) for path in sorted(model.folder.iterdir()) if path.is_file()])
     if not sums.is_file():
         raise Refused(f"Model {model.name} is not in {model.folder}: SHA256SUMS is missing.")
     for line in sums.read_text().splitlines():

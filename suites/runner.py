@@ -25,8 +25,9 @@ from rich.progress import (
 from rich.text import Text
 
 from mobile.refusal import Refused
+from suites import preflight
 from suites.executors import Workers
-from suites.jobs import Job, cell_jobs, generation_jobs, put_damaged_aside, work
+from suites.jobs import Job, cell_jobs, generation_jobs, live_jobs, put_damaged_aside, work
 from suites.matrix import Cell, Preset
 from suites.record import Finished, RunFolder, sound, write_json
 
@@ -58,12 +59,20 @@ def describe(preset: Preset, run: RunFolder) -> str:
     answered = sum(sound(run.answers(generation.id)) for generation in generations)
     items = sum(generation.items for generation in generations)
     megabytes = 0.2 * len(generations) + 0.15 * len(cells)
-    return (
+    lines = [
         f"{preset.name}: {len(cells)} cells, {timed} done; "
-        f"{len(generations)} live runs ({items:,} answers), {answered} done\n"
-        f"allowed: {preset.minutes} minutes on 2 cores; disk about {megabytes:.0f} MB; no GPU and no network needed\n"
-        f"folder: {run.path}"
-    )
+        f"{len(generations)} live runs ({items:,} answers), {answered} done"
+    ]
+    if preset.live:
+        answers = sum(cell.generation.items for cell in preset.live)
+        lines.append(
+            f"{len(preset.live)} of the cells are timed live, on what they answer themselves ({answers:,} answers)"
+        )
+    else:
+        lines.append(
+            f"allowed: {preset.minutes} minutes on 2 cores; disk about {megabytes:.0f} MB; no GPU and no network needed"
+        )
+    return "\n".join([*lines, *preflight.describe(preset), f"folder: {run.path}"])
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers) 
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_OVER_SECONDS
     ) as progress:
         _phase("live runs", generation_jobs(preset, run), workers.many, run, progress)
-        cells = cell_jobs(preset, run)
+        cells = [*cell_jobs(preset, run), *live_jobs(preset, run)]
         _phase("cells", [job for job in cells if not job.alone], workers.many, run, progress)
         _phase("cells timed alone", [job for job in cells if job.alone], workers.alone, run, progress)
     recorded = _recorded(preset, run)

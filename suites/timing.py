@@ -13,7 +13,7 @@ from mobile.trace import Request, run, visits
 __all__ = ["Bench", "bench", "time_requests", "timeline"]
 
 
-def bench(strategy: Strategy, own: Geometry, geometry: str, hardware: HardwareProfile, budget: str) -> Bench:
+def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> Bench:
     """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs.
 
     "25%" is a quarter of all experts, anything else a memory size.

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 
 PRELOADED = (
@@ -75,15 +76,17 @@ def _refuse_by_hook(folder: str) -> None:
     sys.addaudithook(hook)
 
 
-def _limit(seconds: int, memory_mb: int) -> None:
-    for what, soft, hard in (
+def _limit(seconds: int, memory_mb: int, *, threads: bool) -> None:
+    limits = [
         (resource.RLIMIT_CPU, seconds, seconds + 1),  # the first is a signal that a program may catch
         (resource.RLIMIT_AS, memory_mb * 2**20, memory_mb * 2**20),
         (resource.RLIMIT_FSIZE, FILE_NBYTES, FILE_NBYTES),
         (resource.RLIMIT_NOFILE, FILES, FILES),
         (resource.RLIMIT_CORE, 0, 0),
-        (resource.RLIMIT_NPROC, 0, 0),
-    ):
+    ]
+    if not threads:  # it counts them like processes, and does not bind root
+        limits.append((resource.RLIMIT_NPROC, 0, 0))
+    for what, soft, hard in limits:
         resource.setrlimit(what, (soft, hard))
 
 
@@ -114,7 +117,7 @@ def _verdict(program: str, tests: str) -> str:
     return "passed"
 
 
-def _child(job: dict, folder: str, answer: int, seal: bytes, walls: Callable[[str], None]) -> None:
+def _child(job: dict, folder: str, answer: int, seal: bytes, walls: Walls) -> None:
     """Never returns. Says that it is ready, then the verdict; the seal shows that it was not the program that did."""
     write, leave = os.write, os._exit  # the program may replace those in `os`
     try:
@@ -125,8 +128,8 @@ def _child(job: dict, folder: str, answer: int, seal: bytes, walls: Callable[[st
             os.dup2(null, number)
         os.closerange(3, answer)
         os.closerange(answer + 1, 256)
-        _limit(job["seconds"], job["memory_mb"])  # before the walls, which refuse to change limits
-        walls(folder)
+        _limit(job["seconds"], job["memory_mb"], threads=walls.calls)  # before the walls, which keep limits as they are
+        walls.put_up(folder)
         for name in [name for name in sys.modules if name.partition(".")[0] in HIDDEN]:
             del sys.modules[name]
         os.environ.clear()
@@ -172,13 +175,21 @@ def call_filter(machine: str) -> bytes | None:
     return b"".join(struct.pack("<HBBI", *row) for row in rows)
 
 
-def kernel_walls() -> Callable[[str], None]:
-    """A function that lets this process write under one folder only, and refuses the calls above.
+@dataclass(frozen=True)
+class Walls:
+    """`put_up(folder)` lets this process write under one folder only, and refuses the calls above if `calls`."""
+
+    put_up: Callable[[str], None]
+    calls: bool
+
+
+def kernel_walls() -> Walls:
+    """What this kernel offers.
 
     Landlock (Linux 5.13) and seccomp, as far as the kernel has them; a kernel without leaves the hook and the limits.
     """
     if sys.platform != "linux":
-        return lambda folder: None
+        return Walls(lambda folder: None, calls=False)
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -187,7 +198,7 @@ def kernel_walls() -> Callable[[str], None]:
     rights = LANDLOCK_WRITES | sum(right for since, right in LANDLOCK_LATER.items() if version >= since)
     buffer = None if code is None else ctypes.create_string_buffer(code, len(code))
 
-    def raise_walls(folder: str) -> None:
+    def put_up(folder: str) -> None:
         if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
             return
         if version >= 1:
@@ -206,13 +217,13 @@ def kernel_walls() -> Callable[[str], None]:
             )
             libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
-    return raise_walls
+    return Walls(put_up, calls=code is not None)
 
 
 # --- the judge -----------------------------------------------------------------------------------------
 
 
-def judge(job: dict, folder: str, walls: Callable[[str], None]) -> dict:
+def judge(job: dict, folder: str, walls: Walls) -> dict:
     """Run one program and its tests in a child; kill what is left of it."""
     os.mkdir(folder)
     seal = os.urandom(16)

@@ -20,7 +20,7 @@ DOCS = [
     },
     {
         "prompt": 'def evens(xs):\n    """Return the even numbers of xs, in order."""\n',
-        "worked": "    found = []\n    for x in xs:\n        if x % 2 == 0:\n            found += [x]\n    return found",
+        "worked": "    out = []\n    for x in xs:\n        if x % 2 == 0:\n            out += [x]\n    return out\n",
         "answer": "assert evens([1, 2, 4]) == [2, 4]\nassert evens([]) == []\n",
         "key": "filter:even",
     },

@@ -106,7 +106,7 @@ RIGHT_IN_ITS_WAY = {
         "import threading\ndef f(x):\n    r = []\n    t = threading.Thread(target=lambda: r.append(x + 1))\n"
         "    t.start()\n    t.join()\n    return r[0]\n"
     ),
-    "catches everything": "import sys\ndef f(x):\n    try:\n        sys.exit()\n    except BaseException:\n        return x + 1\n",
+    "catches everything": "def f(x):\n    try:\n        1 / 0\n    except BaseException:\n        return x + 1\n",
     "has no secrets around it": "import os\nassert not os.environ\nassert os.listdir() == []\n" + RIGHT,
     "has seeded chances": "import random\nassert random.random() == 0.8444218515250481\n" + RIGHT,
     "has seeded hashes": f"assert hash('a') == {{}}\n{RIGHT}",
@@ -184,7 +184,7 @@ BARE = """
 import os, sys
 sys.path.insert(0, {suites!r})
 import warden, socket, threading
-warden.kernel_walls()({folder!r})
+warden.kernel_walls().put_up({folder!r})
 def refused(action):
     try:
         action()

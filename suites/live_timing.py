@@ -1,0 +1,194 @@
+"""Cells timed live: one prompt at a time, each strategy writing its own answers, on the clock of the link.
+
+With the link cuda this is the measurement of wall time on a GPU, real bytes over a real link. With the links virtual
+and paced the same code runs anywhere; over virtual its times are those that a replay gives, to the nanosecond.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import mobile
+from mobile.checkpoint import READ, skeleton
+from mobile.compat import common_layout, geometry_of, moe_layers
+from mobile.geometry import GEOMETRIES, Geometry
+from mobile.gpu import cuda_uuid, link_rates
+from mobile.hardware import profile
+from mobile.ledger import Counters
+from mobile.refusal import Refused
+from mobile.strategy import resolve
+from suites.accuracy import EngineLM, evaluate, generate, sha256
+from suites.environment import environment
+from suites.generation import shown, spans_of
+from suites.matrix import Cell, Model
+from suites.real_tasks import sources
+from suites.record import Item, Record, RunFolder
+from suites.telemetry import watched
+from suites.timing import bench
+
+
+class TokenClock:
+    """A streamer of one sequence: what the link's clock and the fallback counter showed when each token was there.
+
+    On a GPU a token is given to a streamer when it has been copied to the host, so all kernels behind it are done.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.begun = engine.link.now
+        self.times: list[int] = []
+        self.fallbacks: list[int] = []
+        self._prompted = False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if not self._prompted:  # generate() first shows the prompt
+            self._prompted = True
+            return
+        self.times.append(self.engine.link.now)
+        self.fallbacks.append(self.engine.ledger.counters.fallbacks)
+
+    def end(self) -> None:
+        """Nothing is buffered."""
+
+    @property
+    def fell(self) -> list[int]:
+        """Numbers of the tokens that a big pass wrote."""
+        before = [self.fallbacks[0], *self.fallbacks[:-1]]
+        return [n for n, (old, new) in enumerate(zip(before, self.fallbacks, strict=True)) if new > old]
+
+
+class TimedLM(EngineLM):
+    """Answers alone and in the given order; keeps each answer's clock and what it added to the counters."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(model, tokenizer, batch_size=1)
+        self.clocks: dict[str, TokenClock] = {}
+        self.taken: dict[str, Counters] = {}
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        outputs, engine = [], self.model.mobile
+        warm_up, options = requests[0].args
+        generate(self.model, self.hf_tokenizer, [warm_up], options)  # kernels are compiled, memory is touched
+        engine.restart()
+        for request in requests:
+            prompt, options = request.args
+            name, before, clock = sha256(prompt), engine.ledger.counters.copy(), TokenClock(engine)
+            [(text, ids)] = generate(self.model, self.hf_tokenizer, [prompt], options, clock)
+            engine.residency.end_token()
+            self.prompts[name], self.written[name], self.clocks[name] = prompt, ids, clock
+            self.taken[name] = engine.ledger.counters.since(before)
+            outputs.append(text)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model attached as a cell says, for all cells that differ from it in their task only.
+
+    `found` names its folder (of the hub, the commit), `link_gb_per_s` is measured on a GPU, else the profile's.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    found: str
+    link_gb_per_s: float | None
+
+
+def load(cell: Cell) -> Loaded:
+    """Raises Refused for a checkpoint that is not the real model it is said to be, and whatever mobile.load refuses."""
+    folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, cell.link == "cuda"
+    dtype: Any = "auto" if real else torch.float32
+    empty = skeleton(folder, dtype=dtype)
+    layers = moe_layers(empty)
+    own, named = geometry_of(empty, layers, common_layout(layers)), GEOMETRIES[asked.geometry]
+    if asked.weights == "real" and _shape(own) != _shape(named):
+        raise Refused(
+            f"{folder} has {_shape(own)} MoE layers, experts and top-k, and {named.name} has {_shape(named)}; give the "
+            "real checkpoint, or another geometry."
+        )
+    card, strategy = profile(cell.hardware), resolve(cell.strategy, cell.gamma)
+    worn = asked.geometry if cell.link == "virtual" else None
+    room: dict[str, Any] = {"memory": cell.budget}
+    if cell.budget in ("all", "smallest") or cell.budget.endswith("%"):
+        room = {"slots": bench(strategy, own, worn, card, cell.budget).slots}
+    measured = link_rates() if real else None
+    if not real:
+        torch.set_num_threads(1)  # so that results do not depend on the machine's cores
+    model = mobile.load(
+        folder, strategy, **room, hardware=cell.hardware, link=str(cell.link), geometry=worn, progress=False,
+        device="cuda" if real else "cpu", dtype=dtype,
+    )  # fmt: skip
+    rate = card.link_gb_per_s if not real else measured.pinned_gb_per_s if measured is not None else None
+    return Loaded(model, AutoTokenizer.from_pretrained(folder), folder.name, rate)
+
+
+def _shape(geometry: Geometry) -> tuple[int, ...]:
+    return geometry.moe_layers, geometry.experts, geometry.top_k
+
+
+def checkpoint(model: Model) -> Path:
+    """The model's folder; of the hub, it is downloaded unless it is in the cache. Raises Refused."""
+    if model.hub is None:
+        return model.folder
+    try:
+        return Path(snapshot_download(model.hub, revision=model.revision, allow_patterns=list(READ)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise Refused(f"Cannot get {model.hub} ({why}); give --model {model.name}=FOLDER with a copy.") from error
+
+
+def save(cell: Cell, loaded: Loaded, run: RunFolder) -> None:
+    record(cell, loaded).save(run.record(cell.id))
+
+
+def record(cell: Cell, loaded: Loaded) -> Record:
+    """Answer the cell's items, one by one, and write down what came out and how long it took."""
+    begun = time.monotonic()
+    generation, engine, strategy = cell.generation, loaded.model.mobile, resolve(cell.strategy, cell.gamma)
+    lm = TimedLM(loaded.model, loaded.tokenizer)
+    with watched(cuda_uuid() if cell.link == "cuda" else None) as telemetry:
+        answers = evaluate(lm, generation.task, generation.docs[: cell.timed], generation.folder)
+    items = []
+    for answer in answers:
+        clock, taken = lm.clocks[answer.prompt_sha256], lm.taken[answer.prompt_sha256]
+        ids = lm.written[answer.prompt_sha256]
+        items.append(
+            Item(
+                **asdict(answer), prompt=shown(generation, lm.prompts[answer.prompt_sha256]),
+                fallback_spans=tuple(spans_of(clock.fell, ids, loaded.tokenizer, answer.output)),
+                prompt_tokens=taken.prompt_tokens, decode_tokens=taken.tokens, fallbacks=taken.fallbacks,
+                ttft_ns=clock.times[0] - clock.begun, decode_ns=clock.times[-1] - clock.times[0],
+                decode_bytes=taken.decode_bytes,
+            )
+        )  # fmt: skip
+    worn, rate = engine.geometry, loaded.link_gb_per_s
+    return Record(
+        id=cell.id, scope=cell.scope, weights=generation.model.weights, model=generation.model.name,
+        geometry=worn.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
+        lossless=strategy.lossless, hardware=engine.hardware.name, budget=cell.budget, slots=engine.slots,
+        seed=generation.seed,
+        config={
+            "generation": None, "swept": cell.swept, "control": None, "family": generation.model.family,
+            "training_seed": generation.model.training_seed, "items": generation.items, "timed_items": len(items),
+            "batch_of_generation": 1, "confidence_histogram": None, "link": cell.link,
+            "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
+            "expert_nbytes": worn.expert_nbytes, "moe_layers": worn.moe_layers, "experts": worn.experts,
+            "top_k": worn.top_k, "link_gb_per_s": rate,
+            "profile_sources": [] if cell.link == "cuda" else list(engine.hardware.sources),
+            "strategy_source": strategy.source,
+            "data": sources(generation.task, generation.folder), "hub": generation.model.hub,
+            "revision": loaded.found if generation.model.hub is not None else None,
+        },
+        environment={**environment(), "telemetry": telemetry()}, items=tuple(items), counters=engine.stats(),
+        ceiling_tokens_per_s=None if rate is None else worn.on_demand_ceiling(rate),
+        guesses=tuple((layer, *seen) for layer, seen in sorted(engine.ledger.guesses.items())),
+        wall_seconds=time.monotonic() - begun,
+    )  # fmt: skip
