@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from mobile import trace
@@ -15,7 +16,7 @@ from suites.matrix import VIRTUAL, Cell, Generation, Model
 from suites.real_tasks import sources
 from suites.record import Item, Record, RunFolder, read_json
 from suites.telemetry import watched
-from suites.timing import bench, time_requests, timeline
+from suites.timing import bench, timed, timeline
 
 TIMELINE_TOKENS = 3
 BINS = 20  # of the confidence histogram
@@ -41,7 +42,7 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
     card = profile(cell.hardware)
     on = bench(strategy, Geometry(**about["geometry"]), generation.model.geometry, card, cell.budget)
     with watched(None if cell.scope == VIRTUAL else cuda_uuid()) as telemetry:
-        taken, ledger = time_requests(on, requests)
+        taken, ledger, training = timed(on, requests)
     items = tuple(
         Item(
             **answer, prompt_tokens=counters.prompt_tokens, decode_tokens=counters.tokens,
@@ -66,7 +67,8 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
             "profile_sources": list(card.sources), "strategy_source": strategy.source, "link": None,
             "data": sources(generation.task, generation.folder),
         },
-        environment={**environment(), "telemetry": telemetry()}, items=items, counters=ledger.stats(),
+        environment={**environment(), "telemetry": telemetry(), "training": training and asdict(training)},
+        items=items, counters=ledger.stats(),
         ceiling_tokens_per_s=on.geometry.on_demand_ceiling(card.link_gb_per_s), checks=answers["checks"],
         timeline=drawn if cell.budget == "smallest" else (),
         guesses=tuple((layer, *seen) for layer, seen in sorted(ledger.guesses.items())),

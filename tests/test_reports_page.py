@@ -267,9 +267,10 @@ def test_a_trained_predictor_stands_with_its_price():
         replace(record(Rule(), MODEL, task, "lru", None, "smallest"), strategy="trained-predictor")
         for task in ("arithmetic", "web_of_lies")
     ]
-    trained = [replace(r, config={**r.config, "training": {"seconds": 6.0, "tokens": 500}}) for r in trained]
+    took = {"seconds": 6.0, "tokens": 500, "fits": 4, "parameters": 64, "nbytes": 256, "online": True}
+    trained = [replace(r, environment={**r.environment, "training": took}) for r in trained]
     table = speed.by_strategy(replace(found, records=(*found.records, *trained)), "olmoe-tiny", "smallest")
-    assert table.note == "trained-predictor was trained for 12 s on 1,000 tokens before it was timed."
+    assert table.note.startswith("trained-predictor learnt from 1,000 decode tokens as it went: 8 fits in 12.00 s of")
 
 
 def test_unknown_times_are_dashes_and_never_zero():

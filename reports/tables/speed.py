@@ -48,13 +48,17 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
 
 
 def _training(results: Results, model: str, budget: str) -> str:
-    """What a trained predictor cost before its first token: a speed that was bought is shown with its price."""
+    """What a trained predictor took to be fitted: a speed that was bought is shown with its price."""
     told = []
     for group in groups.own(results, budget, model):
-        trained = [record.config["training"] for record in group if record.config.get("training")]
+        trained = [record.environment["training"] for record in group if record.environment.get("training")]
         if trained:
-            seconds, tokens = sum(t.get("seconds") or 0 for t in trained), sum(t.get("tokens") or 0 for t in trained)
-            told.append(f"{name(group[0])} was trained for {seconds:,.0f} s on {tokens:,} tokens before it was timed")
+            seconds, tokens, fits = (sum(took[part] for took in trained) for part in ("seconds", "tokens", "fits"))
+            when = "as it went" if trained[0]["online"] else "before it was timed"
+            told.append(
+                f"{name(group[0])} learnt from {tokens:,} decode tokens {when}: {fits} fits in {seconds:.2f} s of "
+                f"processor time on this machine, not in the times above, {trained[0]['parameters']:,} parameters each"
+            )
     return f"{'; '.join(told)}." if told else ""
 
 
