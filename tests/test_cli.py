@@ -544,7 +544,7 @@ def test_after_ctrl_c_between_two_layers_the_next_turn_is_what_a_new_computation
     kept = cli("chat", MODEL, *options, stdin=lines)
     assert kept.code == 0
     assert "(stopped)" in kept.err
-    assert len(answers(kept)) == 3
+    assert len(turns) == 3
     turns.clear()
     calls.clear()
     monkeypatch.setattr(Conversation, "_keep_what_matches", lambda self, ids: self._forget_cache())
@@ -583,7 +583,19 @@ def test_a_trace_reads_back_and_replays_to_the_counters_of_the_run(cli, tmp_path
 def test_a_trace_is_not_overwritten_unless_forced(cli, tmp_path):
     out = tmp_path / "trace.npz"
     out.write_text("precious")
-    arguments = ("trace", MODEL, "--prompts", "-", "--out", str(out), "--max-new-tokens", "3", *BUDGET)
+    arguments = (
+        "trace",
+        MODEL,
+        "--prompts",
+        "-",
+        "--out",
+        str(out),
+        "--strategy",
+        "lru",
+        "--max-new-tokens",
+        "3",
+        *BUDGET,
+    )
     ran = cli(*arguments, stdin="Tara has\n\nPia has\n")
     assert ran.code == 2
     assert "add --force" in ran.err
