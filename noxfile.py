@@ -74,5 +74,11 @@ def reproduce(session: nox.Session) -> None:
     run(session, "reports", "build")
 
 
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def gate(session: nox.Session) -> None:
+    """Hold the last run against what is expected of it, tolerance zero; arguments go to `python -m reports gate`."""
+    run(session, "reports", "gate", *session.posargs)
+
+
 if __name__ == "__main__":
     nox.main()
