@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_where_it_was(finished, preset, tmp_path):
         suites("run", "--preset", str(preset), "--out", str(out)), cwd=ROOT, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((out / "records").glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(child.pid, signal.SIGKILL)
