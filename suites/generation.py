@@ -23,7 +23,7 @@ from suites.record import RunFolder, write_json
 from suites.timing import bench, time_requests
 
 BATCH = 100
-CHECKED = 2  # items run again, live and alone, under every strategy the generation stands for
+CHECKED = 1  # items of each task run again, live and alone, under every strategy the generation stands for
 
 
 def run(generation: Generation, folder: RunFolder, hardware: str) -> None:

@@ -91,14 +91,19 @@ def test_fifty_kills_at_random_moments_leave_the_records_of_an_undisturbed_run(
     killed: Counter[str] = Counter()
     ended, interrupted = 0, 0
 
-    def one(folder: Path, whom: str, longest: float) -> bool:
+    def one(folder: Path, whom: str, after: float = 0) -> bool:
         """Start, kill after a while, and see what is left; whether the kill hit."""
-        nonlocal interrupted
+        nonlocal interrupted, typical
+        begun = time.monotonic()
         child = start(half, folder)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(rng.uniform(0, longest))
-        hit = child.poll() is None and kill(child, whom, rng)
+        try:
+            child.wait(after + rng.uniform(0, typical))
+            hit = False
+        except subprocess.TimeoutExpired:
+            hit = kill(child, whom, rng)
         code = child.wait()
+        if code in (0, 1):  # it ended by itself, which tells how fast the machine is at present
+            typical = time.monotonic() - begun
         assert gone(child.pid), "a process of a killed run goes on"
         if whom == "child":
             assert code in (0, 1), "a killed child must not bring the run down"
@@ -109,12 +114,12 @@ def test_fifty_kills_at_random_moments_leave_the_records_of_an_undisturbed_run(
 
     while killed.total() < KILLS - 1:
         whom = rng.choice(("group", "group", "parent", "parent", "child"))
-        killed[whom] += one(answered, whom, typical)
+        killed[whom] += one(answered, whom)
         if len(records(answered)) == len(expected):
             ended += 1
             shutil.rmtree(answered / "records")
     fresh = tmp_path / "fresh"
-    killed["parent"] += one(fresh, "parent", 4 * typical)
+    killed["parent"] += one(fresh, "parent", after=typical)
     for folder in (answered, fresh):
         done = run(half, folder)
         assert done.returncode == 0, done.stdout + done.stderr
