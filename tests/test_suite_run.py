@@ -75,29 +75,6 @@ def test_running_again_does_nothing(finished, preset):
     assert {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()} == before
 
 
-<<<<<<< HEAD
-=======
-def test_a_killed_run_goes_on_where_it_was(finished, preset, tmp_path):
-    out = tmp_path / "run"
-    child = subprocess.Popen(
-        suites("run", "--preset", str(preset), "--out", str(out)), cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 600
-    while not list((out / "records").glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    survivors = {path.name: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
-    assert 0 < len(survivors) < 12
-    assert run_preset(preset, out).returncode == 0
-    records = {path.name: path for path in (out / "records").glob("*.json")}
-    assert all(records[name].stat().st_mtime_ns == mtime for name, mtime in survivors.items())
-    assert set(records) == {path.name for path in (finished / "records").iterdir()}
-    assert all(facts(load(path)) == facts(load(finished / "records" / name)) for name, path in records.items())
-
-
->>>>>>> robust
 def test_a_cell_that_fails_is_printed_and_stops_nothing_else(finished, preset, tmp_path):
     """A live run has fewer answers than its trace: its cells fail with a reason, the others keep their records."""
     out = tmp_path / "run"
