@@ -201,9 +201,9 @@ def _print(read: Trace, worn: Geometry, card: HardwareProfile, outcomes: Sequenc
         if (took := one.training) is None:
             continue
         out.print(
-            f"\n{one.strategy} at {one.slots:,} slots learnt from {took.tokens:,} decode tokens {'during' if took.online else 'before'} the run: "
-            f"{took.fits} fits, {took.seconds:.2f} s of processor time (real, not in the times above), "
-            f"{took.parameters:,} parameters."
+            f"\n{one.strategy} at {one.slots:,} slots learnt from {took.tokens:,} decode tokens "
+            f"{'during' if took.online else 'before'} the run: {took.fits} fits, {took.seconds:.2f} s of processor "
+            f"time (real, not in the times above), {took.parameters:,} parameters."
         )
     out.print(f"\nWithout a cache {card.link_gb_per_s:g} GB/s carry {show.rate(ceiling)} tokens/s at most.")
 
