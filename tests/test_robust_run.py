@@ -59,16 +59,17 @@ def lives_in(group: int, process: psutil.Process) -> bool:
 
 
 def kill(child: subprocess.Popen, whom: str, rng: random.Random) -> bool:
-    """Kill the run's process group, its parent, or one of its children; whether there was one to kill."""
+    """Kill the run's process group, its parent, or one of its children once it has some; whether it was still there."""
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
         if whom == "group":
             os.killpg(child.pid, signal.SIGKILL)
         elif whom == "parent":
             child.kill()
         else:
-            children = working(child.pid)
-            if not children:
-                return False
+            while not (children := working(child.pid)):
+                if child.poll() is not None:
+                    return False
+                time.sleep(0.01)
             rng.choice(children).kill()
         return child.poll() is None or child.returncode == -signal.SIGKILL
     return False
