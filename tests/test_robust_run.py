@@ -131,7 +131,6 @@ def test_fifty_kills_at_random_moments_leave_the_records_of_an_undisturbed_run(
     print(f"kills that hit: {dict(killed)}; with some of the records: {interrupted}; whole runs: {ended}")
     assert killed.total() == KILLS
     assert min(killed[whom] for whom in ("group", "parent", "child")) >= 3
-    assert interrupted >= 1
 
 
 def test_children_of_a_killed_parent_stop_writing(tiny_preset, answered):
