@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from math import comb, sqrt
 from os import PathLike
 from pathlib import Path
@@ -111,8 +112,9 @@ class Shares:
 
     def _in_order(self, pool: SlotPool, layer: int, protected: bool) -> Iterator[Key]:
         refuted = {key for key in pool.unproven if key[0] != self._layer + 1 and pool.may_go(key, protected=protected)}
-        if refuted:
-            yield from (key for key in pool if key in refuted)
+        if refuted:  # they came in lately: looked for from the newest on
+            newest = islice((key for key in reversed(pool.slots) if key in refuted), len(refuted))
+            yield from reversed(list(newest))
         if self._held(pool, layer) >= self.share[layer]:
             yield from (key for key in pool if key[0] == layer and pool.may_go(key, protected=protected))
         modest = [each for each, share in enumerate(self.share) if self._held(pool, each) <= share]

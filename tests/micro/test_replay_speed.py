@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from random import Random
 
@@ -62,8 +63,9 @@ def two_pass(request: list[Step], geometry) -> list[Step]:
     ["on-demand-overlap", "lru", "lfu", "cpu-hybrid", "mobile", "next-gate", "fate", "adapmoe", "activation-trace",
      "trained-predictor", "belady", "oracle-prefetch"],
 )  # fmt: skip
+@pytest.mark.benchmark(timer=time.process_time)
 def test_replay_of_olmoe_decode_tokens(benchmark, strategy):
-    """Decode tokens a second, by the median and by the fastest round: other work on the machine only adds time."""
+    """Decode tokens a second of one core: by processor time, because a busy machine says nothing about the replay."""
     geometry = GEOMETRIES["olmoe-1b-7b"]
     request = request_of(geometry, TOKENS)
     if strategies()[strategy].lookahead is not None:
@@ -75,7 +77,6 @@ def test_replay_of_olmoe_decode_tokens(benchmark, strategy):
     counters = benchmark(lambda: time_requests(bench, [request])[1].counters)
     assert counters.tokens == TOKENS
     benchmark.extra_info["decode_tokens_per_s"] = TOKENS / benchmark.stats.stats.median
-    benchmark.extra_info["decode_tokens_per_s_at_best"] = TOKENS / benchmark.stats.stats.min
 
 
 def test_reading_a_trace_file(benchmark, tmp_path):
