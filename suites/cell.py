@@ -10,13 +10,14 @@ from mobile import trace
 from mobile.geometry import Geometry
 from mobile.gpu import cuda_uuid
 from mobile.hardware import profile
+from mobile.replaying import timed
 from mobile.strategy import resolve
 from suites.environment import environment
 from suites.matrix import VIRTUAL, Cell, Generation, Model
 from suites.real_tasks import sources
 from suites.record import Item, Record, RunFolder, read_json
 from suites.telemetry import watched
-from suites.timing import bench, timed, timeline
+from suites.timing import bench, timeline
 
 TIMELINE_TOKENS = 3
 BINS = 20  # of the confidence histogram

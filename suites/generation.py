@@ -15,12 +15,13 @@ from mobile import trace
 from mobile.compat import MoeLayer, common_layout, geometry_of, moe_layers
 from mobile.geometry import Geometry
 from mobile.hardware import profile
+from mobile.replaying import time_requests
 from mobile.strategy import Strategy, resolve, strategies
 from suites.accuracy import EngineLM, evaluate, generate, task_config
 from suites.matrix import Generation
 from suites.real_tasks import REAL
 from suites.record import RunFolder, write_json
-from suites.timing import bench, time_requests
+from suites.timing import bench
 
 BATCH = 100
 CHECKED = 1  # items of each task run again, live and alone, under every strategy the generation stands for

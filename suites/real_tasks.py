@@ -124,6 +124,11 @@ def items_of(task: str, folder: Path | None) -> int:
     return len(read(files["test"])) if files else REAL[task].items
 
 
+def shipped(task: str) -> list[dict]:
+    """The items of a generated task, in order."""
+    return read(locate(task, None)["test"])
+
+
 @cache
 def read(path: Path) -> list[dict]:
     """The items of a .json (under "examples"), .jsonl or .jsonl.gz file. Raises Refused for any other content."""

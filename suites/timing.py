@@ -5,12 +5,10 @@ from __future__ import annotations
 from mobile.geometry import Geometry, dress, slots_for
 from mobile.hardware import HardwareProfile, parse_nbytes
 from mobile.ledger import Event
-from mobile.replaying import Bench, time_requests, timed
+from mobile.replaying import Bench
 from mobile.residency import STAGING
 from mobile.strategy import Strategy
 from mobile.trace import Request, run, visits
-
-__all__ = ["Bench", "bench", "time_requests", "timed", "timeline"]
 
 
 def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> Bench:

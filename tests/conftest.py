@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,22 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 10, **extra:
         output_logits=True, **extra,
     )  # fmt: skip
     return out.sequences, torch.stack(out.logits)
+
+
+def live_and_replayed(model: PreTrainedModel, strategy: Any, slots: int, file: Path, **options: Any) -> tuple[Any, Any]:
+    """The ledger of two live requests, and of the trace they left in `file`, replayed."""
+    import mobile
+    from mobile import trace
+
+    mobile.attach(model, strategy, slots=slots, **options)
+    with model.mobile.recording() as requests:
+        for seed in (1, 2):
+            greedy(model, prompt(seed=seed))
+    engine = model.mobile
+    engine.residency.end_token()
+    mobile.detach(model)
+    trace.save(file, requests, len(engine.layers), {})
+    return engine.ledger, replayed(engine, trace.load(file)[0])
 
 
 def replayed(engine: Any, requests: list) -> Any:

@@ -27,8 +27,8 @@ from mobile.geometry import GEOMETRIES, Geometry
 from mobile.gpu import Gpu, LinkRates, LinkState, gpus
 from mobile.hardware import profile
 from mobile.host import Host, Software, container_memory, host
+from mobile.replaying import Bench, time_requests
 from mobile.strategy import strategies
-from suites.timing import Bench, time_requests
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "suites/models/olmoe-tiny")

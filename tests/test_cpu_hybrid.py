@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from conftest import greedy, prompt, replayed, tiny
+from conftest import greedy, live_and_replayed, prompt, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,9 +21,9 @@ from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import profile
 from mobile.refusal import Refused
+from mobile.replaying import Bench, time_requests
 from mobile.residency import HOST
 from mobile.trace import Request, Step
-from suites.timing import Bench, time_requests
 
 CARD = profile("auto")
 LAYERS, EXPERTS, TOP_K = 3, 12, 4
@@ -246,17 +246,9 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, card, tm
     model = tiny(family)
     top_k = model.config.num_experts_per_tok
     for slots in (top_k, top_k + 3, 16):
-        mobile.attach(model, CPU_HYBRID, slots=slots, hardware=card)
-        with model.mobile.recording() as requests:
-            for seed in (1, 2):
-                greedy(model, prompt(seed=seed))
-        engine = model.mobile
-        engine.residency.end_token()
-        mobile.detach(model)
-        trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
-        again = replayed(engine, trace.load(tmp_path / "t.npz")[0])
-        assert again.counters == engine.ledger.counters
-        assert again.events == engine.ledger.events
+        live, again = live_and_replayed(model, CPU_HYBRID, slots, tmp_path / "t.npz", hardware=card)
+        assert again.counters == live.counters
+        assert again.events == live.events
         assert again.counters.cpu_experts > 0
 
 

@@ -28,10 +28,9 @@ from mobile.hardware import profile
 from mobile.ledger import Ledger
 from mobile.policy import Setting
 from mobile.refusal import Refused
-from mobile.replaying import outcome, timed
+from mobile.replaying import Bench, outcome, time_requests, timed
 from mobile.strategy import Strategy
 from mobile.trace import Request, Step
-from suites.timing import Bench, time_requests
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("arithmetic", "boolean_expressions", "object_counting")

@@ -6,10 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import greedy, prompt, replayed, tiny
+from conftest import greedy, live_and_replayed, prompt, tiny
 
 import mobile
-from mobile import trace
 from mobile.strategy import BigLittle
 
 
@@ -21,17 +20,9 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, name, tm
         strategy = replace(strategy, gating=BigLittle(0.25))
     top_k = model.config.num_experts_per_tok
     for slots in [24] if name == "resident" else [top_k, top_k + 3, 16]:
-        mobile.attach(model, strategy, slots=slots)
-        with model.mobile.recording() as requests:
-            for seed in (1, 2):
-                greedy(model, prompt(seed=seed))
-        engine = model.mobile
-        engine.residency.end_token()
-        mobile.detach(model)
-        trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
-        again = replayed(engine, trace.load(tmp_path / "t.npz")[0])
-        assert again.counters == engine.ledger.counters
-        assert again.events == engine.ledger.events
+        live, again = live_and_replayed(model, strategy, slots, tmp_path / "t.npz")
+        assert again.counters == live.counters
+        assert again.events == live.events
         assert name != "mobile" or 0 < again.counters.fallbacks < again.counters.tokens
 
 

@@ -19,15 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobile.compat import MoeLayer, moe_layers
 from suites.models.families import FAMILIES
+from suites.real_tasks import shipped
 from suites.record import Record, RunFolder, load
-from suites.tasks import DATA, GENERATORS
+from suites.tasks import GENERATORS
 
 SHOWN = ("resident", "static-half", "mobile")
 ROUTED_ITEMS = 50  # test items of each task whose routing is counted
-
-
-def shipped(task: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (DATA / f"{task}.jsonl").read_text().splitlines()]
 
 
 @torch.inference_mode()

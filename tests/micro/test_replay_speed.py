@@ -18,9 +18,9 @@ from mobile.hardware import profile
 from mobile.ledger import Ledger
 from mobile.link import VirtualLink
 from mobile.pool import SlotPool
+from mobile.replaying import Bench, time_requests
 from mobile.strategy import strategies
 from mobile.trace import Step
-from suites.timing import Bench, time_requests
 
 TOKENS = 200
 

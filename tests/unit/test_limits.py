@@ -24,9 +24,9 @@ from mobile.hardware import profile
 from mobile.ledger import Counters
 from mobile.policy import Setting
 from mobile.pool import SlotPool
+from mobile.replaying import Bench, time_requests
 from mobile.strategy import FullK, Strategy
 from mobile.trace import Request, Step
-from suites.timing import Bench, time_requests
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 4
 GEOMETRY = Geometry(

@@ -13,9 +13,9 @@ from mobile.biglittle import MOBILE
 from mobile.geometry import Geometry
 from mobile.hardware import profile
 from mobile.policy import Recent
+from mobile.replaying import Bench, time_requests
 from mobile.strategy import strategies
 from mobile.trace import Request, Step, replay, visits
-from suites.timing import Bench, time_requests
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 4
 GEOMETRY = Geometry(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import islice
 from random import Random
@@ -11,16 +10,13 @@ import pytest
 
 from suites.accuracy import task_config
 from suites.models.train import training_items
+from suites.real_tasks import shipped
 from suites.tasks import DATA, GENERATORS
 from suites.tasks.item import held_out
 from suites.tasks.object_counting import CATEGORIES, PLURALS, WORDS
 
 TASKS = sorted(GENERATORS)
 SHORT = [task for task in TASKS if task != "python_functions"]  # scored by the answer found in the text
-
-
-def shipped(task: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / f"{task}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("task", TASKS)
