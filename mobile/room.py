@@ -40,13 +40,16 @@ class Room:
 
     def give(self, keys: Sequence[Key]) -> int:
         """Give slots to the first of `keys`, as far as that needs no thought about each; to how many."""
-        pool, several = self.pool, self._several
         if self._staging:
-            return 0 if several is None else self._give_beside_staging(keys, several)
-        given = pool.take_free_for(keys)
-        if given < len(keys) and several is not None:
+            return 0 if self._several is None else self._give_beside_staging(keys, self._several)
+        return self._give_at_once(keys)
+
+    def _give_at_once(self, keys: Sequence[Key]) -> int:
+        """Give slots to the first of these: free ones, then evicted ones if the rule names several at a time."""
+        given = self.pool.take_free_for(keys)
+        if given < len(keys) and self._several is not None:
             rest = keys[given:]
-            victims = several.victims(pool, rest)
+            victims = self._several.victims(self.pool, rest)
             for victim, key in zip(victims, rest, strict=False):
                 self._pass_on(victim, key)
             given += len(victims)
@@ -114,19 +117,14 @@ class Room:
 
     def _give_foreseen(self, keys: Sequence[Key]) -> int:
         """Give slots to the first of these: free ones, then evicted ones."""
-        pool = self.pool
-        given = pool.take_free_for(keys)
-        rest = keys[given:]
-        if rest and self._several is not None:
-            victims = self._several.victims(pool, rest)
-            for victim, key in zip(victims, rest, strict=False):
-                self._pass_on(victim, key)
-            return given + len(victims)
-        for key in rest:
-            one = self.evict.victim(pool, key, protected=False)
-            if one is None:
+        given = self._give_at_once(keys)
+        if self._several is not None:
+            return given
+        for key in keys[given:]:
+            victim = self.evict.victim(self.pool, key, protected=False)
+            if victim is None:
                 return given
-            self._pass_on(one, key)
+            self._pass_on(victim, key)
             given += 1
         return given
 
@@ -152,8 +150,6 @@ class Room:
     def clear_staging(self, layer: int) -> None:
         """Wrong guesses of this layer leave their slots, and experts in use take no more than their own."""
         pool = self.pool
-        if not self._staging:
-            return
         for key in sorted(key for key in pool.unproven if key[0] == layer and key in pool.ready):
             self.drop(key)
         while len(pool) - len(pool.unproven) > self._for_proven:

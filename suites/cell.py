@@ -8,15 +8,13 @@ from typing import Any
 
 from mobile import trace
 from mobile.geometry import Geometry
-from mobile.gpu import cuda_uuid
 from mobile.hardware import profile
 from mobile.replaying import timed
 from mobile.strategy import resolve
 from suites.environment import environment
-from suites.matrix import VIRTUAL, Cell, Generation, Model
+from suites.matrix import Cell, Generation, Model
 from suites.real_tasks import sources
 from suites.record import Item, Record, RunFolder, read_json
-from suites.telemetry import watched
 from suites.timing import bench, timeline
 
 TIMELINE_TOKENS = 3
@@ -42,8 +40,7 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
     on = bench(strategy, Geometry(**about["geometry"]), generation.model.geometry, card, cell.budget)
-    with watched(None if cell.scope == VIRTUAL else cuda_uuid()) as telemetry:
-        taken, ledger, training = timed(on, requests)
+    taken, ledger, training = timed(on, requests)
     items = tuple(
         Item(
             **answer, prompt_tokens=counters.prompt_tokens, decode_tokens=counters.tokens,
@@ -68,7 +65,7 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
             "profile_sources": list(card.sources), "strategy_source": strategy.source, "link": None,
             "data": sources(generation.task, generation.folder),
         },
-        environment={**environment(), "telemetry": telemetry(), "training": training and asdict(training)},
+        environment={**environment(), "telemetry": None, "training": training and asdict(training)},
         items=items, counters=ledger.stats(),
         ceiling_tokens_per_s=on.geometry.on_demand_ceiling(card.link_gb_per_s), checks=answers["checks"],
         timeline=drawn if cell.budget == "smallest" else (),

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -46,6 +46,13 @@ def attempt(name: str, label: str, action: Callable[[], Any]) -> Finished:
         told = traceback.format_exc()[-TAIL:]
         return Finished(name, label, time.monotonic() - begun, f"{type(error).__name__}: {error}", told)
     return Finished(name, label, time.monotonic() - begun)
+
+
+def with_what(load: Callable[[], Any], do: Callable[[Cell, Any], Finished]) -> Callable[[Cell], Finished]:
+    """`do` with what `load` gives, which is loaded once, now; where that fails, every cell fails as it did."""
+    held: list[Any] = []
+    opened = attempt("", "", lambda: held.append(load()))
+    return lambda cell: do(cell, held[0]) if held else replace(opened, id=cell.id, label=cell.label, seconds=0.0)
 
 
 def apart(cell: Cell, run: RunFolder, recorded: Trace) -> Finished:
@@ -119,37 +126,36 @@ def main() -> None:
             return False
         return True
 
+    do: Callable[[Any], Finished]
+    left_behind: Callable[[str], Path]
+    things: list[Any]
     if "generations" in job:
         from suites import generation as live
 
-        for name, one in zip(job["ids"], map(generation_from, job["generations"]), strict=True):
-            if undone(name, one, run.answers(name)):
-                say(attempt(name, one.label, partial(live.run, one, run, job["hardware"])))
-        return
-    cells = list(map(cell_from, job["cells"]))
-    if cells[0].link is not None:
-        from suites import live_timing
+        things, left_behind = list(map(generation_from, job["generations"])), run.answers
 
-        attached: list[live_timing.Loaded] = []
-        opened = attempt("", "", lambda: attached.append(live_timing.load(cells[0])))
-        for name, cell in zip(job["ids"], cells, strict=True):
-            if undone(name, cell, run.record(name)):
-                say(
-                    attempt(name, cell.label, partial(live_timing.save, cell, attached[0], run))
-                    if attached
-                    else Finished(name, cell.label, 0.0, opened.error, opened.log_tail)
-                )
+        def answered(one: Generation) -> Finished:
+            return attempt(one.id, one.label, partial(live.run, one, run, job["hardware"]))
+
+        do = answered
     else:
-        environment()  # once, for every fork
-        loaded: list[Trace] = []
-        opened = attempt("", "", lambda: loaded.append(trace.load(run.trace(cells[0].generation.id))))
-        for name, cell in zip(job["ids"], cells, strict=True):
-            if undone(name, cell, run.record(name)):
-                say(
-                    apart(cell, run, loaded[0])
-                    if loaded
-                    else Finished(name, cell.label, 0.0, opened.error, opened.log_tail)
-                )
+        things, left_behind = list(map(cell_from, job["cells"])), run.record
+        first = things[0]
+        if first.link is not None:
+            from suites import live_timing
+
+            do = with_what(
+                partial(live_timing.load, first),
+                lambda cell, held: attempt(cell.id, cell.label, partial(live_timing.save, cell, held, run)),
+            )
+        else:
+            environment()  # once, for every fork
+            do = with_what(
+                partial(trace.load, run.trace(first.generation.id)), lambda cell, held: apart(cell, run, held)
+            )
+    for name, one in zip(job["ids"], things, strict=True):
+        if undone(name, one, left_behind(name)):
+            say(do(one))
 
 
 if __name__ == "__main__":

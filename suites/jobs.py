@@ -76,22 +76,16 @@ def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
 def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     """The replayed cells not done yet, a few of one live run in one job."""
 
-    def shared(cell: Cell) -> tuple:
-        return cell.generation.id, cell.scope
+    def shared(cell: Cell) -> str:
+        return cell.generation.id
 
     jobs = []
     missing = [cell for cell in preset.cells if cell.link is None and not run.record(cell.id).is_file()]
-    for (generation, scope), members in groupby(sorted(missing, key=shared), shared):
+    for generation, members in groupby(sorted(missing, key=shared), shared):
         left = list(members)
         while left:
-            cells, left = {cell.id: cell for cell in left[:CELLS_A_JOB]}, left[CELLS_A_JOB:]
-            jobs.append(
-                Job(
-                    spec={"run": str(run.path), "ids": list(cells), "cells": list(map(asdict, cells.values()))},
-                    labels={name: cell.label for name, cell in cells.items()},
-                    log=run.log(f"time-{next(iter(cells))}"), needs=run.answers(generation), alone=scope != VIRTUAL,
-                )
-            )  # fmt: skip
+            some, left = left[:CELLS_A_JOB], left[CELLS_A_JOB:]
+            jobs.append(_timing(some, "time", run, needs=run.answers(generation)))
     return jobs
 
 
@@ -102,19 +96,18 @@ def live_jobs(preset: Preset, run: RunFolder) -> list[Job]:
         model = cell.generation.model.name
         return model, cell.generation.seed, cell.strategy, cell.gamma or 0, cell.hardware, cell.budget, cell.scope
 
-    jobs = []
     missing = [cell for cell in preset.live if not run.record(cell.id).is_file()]
-    for _, members in groupby(sorted(missing, key=attached), attached):
-        cells = {cell.id: cell for cell in members}
-        first = next(iter(cells.values()))
-        jobs.append(
-            Job(
-                spec={"run": str(run.path), "ids": list(cells), "cells": list(map(asdict, cells.values()))},
-                labels={name: cell.label for name, cell in cells.items()}, log=run.log(f"live-{first.id}"),
-                alone=first.scope != VIRTUAL, online=True,
-            )
-        )  # fmt: skip
-    return jobs
+    together = [list(members) for _, members in groupby(sorted(missing, key=attached), attached)]
+    return [_timing(cells, "live", run, alone=cells[0].scope != VIRTUAL, online=True) for cells in together]
+
+
+def _timing(cells: list[Cell], kind: str, run: RunFolder, **options: Any) -> Job:
+    """The job that times these cells."""
+    labels = {cell.id: cell.label for cell in cells}
+    return Job(
+        spec={"run": str(run.path), "ids": list(labels), "cells": list(map(asdict, cells))},
+        labels=labels, log=run.log(f"{kind}-{next(iter(labels))}"), **options,
+    )  # fmt: skip
 
 
 def put_damaged_aside(preset: Preset, run: RunFolder) -> Iterator[Path]:

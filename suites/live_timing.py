@@ -32,7 +32,7 @@ from suites.matrix import Cell, Model
 from suites.real_tasks import sources
 from suites.record import Item, Record, RunFolder
 from suites.telemetry import watched
-from suites.timing import bench
+from suites.timing import bench, is_memory
 
 
 class TokenClock:
@@ -117,7 +117,7 @@ def load(cell: Cell) -> Loaded:
     card, strategy = profile(cell.hardware), resolve(cell.strategy, cell.gamma)
     worn = asked.geometry if cell.link == "virtual" else None
     room: dict[str, Any] = {"memory": cell.budget}
-    if cell.budget in ("all", "smallest") or cell.budget.endswith("%"):
+    if not is_memory(cell.budget):
         room = {"slots": bench(strategy, own, worn, card, cell.budget).slots}
     measured = link_rates() if real else None
     if not real:

@@ -15,10 +15,10 @@ from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import parse_nbytes, profile
 from mobile.host import host
 from mobile.refusal import Refused
-from mobile.residency import STAGING
 from mobile.strategy import resolve
 from suites.matrix import Cell, Generation, Model, Preset
 from suites.real_tasks import REAL, remarks
+from suites.timing import bench, is_memory
 
 ANSWER_TOKENS = 150  # an assumption: no answer has been written yet; limits are 256 (GSM8K) and 1,024
 GB, GIB = 1e9, 2**30
@@ -61,13 +61,10 @@ def _takes(model: Model, cells: Sequence[Cell]) -> Takes:
 
 def _gpu_nbytes(geometry: Geometry, cell: Cell) -> int:
     """Device memory of a cell: its budget, or what its slots take with everything beside them."""
-    if cell.budget not in ("all", "smallest") and not cell.budget.endswith("%"):
+    if is_memory(cell.budget):
         return parse_nbytes(cell.budget)
-    slots = resolve(cell.strategy, cell.gamma).needs(geometry)
-    if cell.budget.endswith("%"):
-        slots = max(geometry.top_k, round(geometry.keys * float(cell.budget[:-1]) / 100))
-    held = geometry.resident_nbytes + (slots + STAGING) * geometry.expert_nbytes
-    return profile(cell.hardware).reserve_nbytes + held
+    strategy = resolve(cell.strategy, cell.gamma)
+    return bench(strategy, geometry, None, profile(cell.hardware), cell.budget).memory_nbytes
 
 
 def seconds_an_answer(geometry: Geometry, cell: Cell) -> float:

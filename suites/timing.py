@@ -11,18 +11,23 @@ from mobile.strategy import Strategy
 from mobile.trace import Request, run, visits
 
 
+def is_memory(budget: str) -> bool:
+    """Whether a budget is a memory size, and not a number of slots by another name."""
+    return budget not in ("all", "smallest") and not budget.endswith("%")
+
+
 def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> Bench:
     """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs.
 
     "25%" is a quarter of all experts, anything else a memory size.
     """
     worn, stands_for = dress(own, geometry)
-    if budget in ("all", "smallest"):
-        slots = strategy.needs(worn)
+    if is_memory(budget):
+        slots = slots_for(worn, parse_nbytes(budget), hardware.reserve_nbytes, STAGING)
     elif budget.endswith("%"):
         slots = max(worn.top_k, round(worn.keys * float(budget[:-1]) / 100))
     else:
-        slots = slots_for(worn, parse_nbytes(budget), hardware.reserve_nbytes, STAGING)
+        slots = strategy.needs(worn)
     return Bench(strategy, worn, stands_for, hardware, slots)
 
 
