@@ -9,8 +9,9 @@ from typing import Any
 from mobile import trace
 from mobile.geometry import Geometry
 from mobile.hardware import profile
+from mobile.ledger import Ledger
 from mobile.replaying import timed
-from mobile.strategy import resolve
+from mobile.strategy import Strategy, resolve
 from suites.environment import environment
 from suites.matrix import Cell, Generation, Model
 from suites.real_tasks import sources
@@ -51,26 +52,38 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
     )  # fmt: skip
     shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
     drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(on, shown, TIMELINE_TOKENS))
-    return Record(
-        id=cell.id, scope=cell.scope, weights=generation.model.weights, model=generation.model.name,
-        geometry=on.geometry.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
-        lossless=strategy.lossless, hardware=card.name, budget=cell.budget, slots=on.slots, seed=generation.seed,
+    return record_of(
+        cell, strategy, on.geometry, hardware=card.name, slots=on.slots, rate=card.link_gb_per_s, items=items,
         config={
-            "generation": generation.id, "swept": cell.swept, "control": "canary" if generation.scrambled else None,
-            "family": generation.model.family, "training_seed": generation.model.training_seed,
-            "items": generation.items, "timed_items": len(requests), "batch_of_generation": answers["batch"],
-            "confidence_histogram": confidences(requests),
-            "dtype": "float32", "expert_nbytes": on.geometry.expert_nbytes, "moe_layers": on.geometry.moe_layers,
-            "experts": on.geometry.experts, "top_k": on.geometry.top_k, "link_gb_per_s": card.link_gb_per_s,
-            "profile_sources": list(card.sources), "strategy_source": strategy.source, "link": None,
-            "data": sources(generation.task, generation.folder),
+            "generation": generation.id, "control": "canary" if generation.scrambled else None,
+            "batch_of_generation": answers["batch"], "confidence_histogram": confidences(requests),
+            "dtype": "float32", "profile_sources": list(card.sources),
         },
         environment={**environment(), "telemetry": None, "training": training and asdict(training)},
-        items=items, counters=ledger.stats(),
-        ceiling_tokens_per_s=on.geometry.on_demand_ceiling(card.link_gb_per_s), checks=answers["checks"],
-        timeline=drawn if cell.budget == "smallest" else (),
-        guesses=tuple((layer, *seen) for layer, seen in sorted(ledger.guesses.items())),
-        wall_seconds=time.monotonic() - begun,
+        counters=ledger.stats(), checks=answers["checks"], ledger=ledger,
+        timeline=drawn if cell.budget == "smallest" else (), wall_seconds=time.monotonic() - begun,
+    )  # fmt: skip
+
+
+def record_of(
+    cell: Cell, strategy: Strategy, worn: Geometry, *, hardware: str, slots: int | None, rate: float | None,
+    items: tuple[Item, ...], config: dict[str, Any], ledger: Ledger, **rest: Any,
+) -> Record:  # fmt: skip
+    """The record of a cell: what the cell itself says, and what `config` and `rest` add. `rate` is the link's, GB/s."""
+    generation = cell.generation
+    return Record(
+        id=cell.id, scope=cell.scope, weights=generation.model.weights, model=generation.model.name,
+        geometry=worn.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
+        lossless=strategy.lossless, hardware=hardware, budget=cell.budget, slots=slots, seed=generation.seed,
+        config={
+            "swept": cell.swept, "family": generation.model.family, "training_seed": generation.model.training_seed,
+            "items": generation.items, "timed_items": len(items), "expert_nbytes": worn.expert_nbytes,
+            "moe_layers": worn.moe_layers, "experts": worn.experts, "top_k": worn.top_k, "link": cell.link,
+            "link_gb_per_s": rate, "strategy_source": strategy.source,
+            "data": sources(generation.task, generation.folder), **config,
+        },
+        items=items, ceiling_tokens_per_s=None if rate is None else worn.on_demand_ceiling(rate),
+        guesses=tuple((layer, *seen) for layer, seen in sorted(ledger.guesses.items())), **rest,
     )  # fmt: skip
 
 

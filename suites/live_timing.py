@@ -26,10 +26,10 @@ from mobile.ledger import Counters
 from mobile.refusal import Refused
 from mobile.strategy import resolve
 from suites.accuracy import EngineLM, evaluate, generate, sha256
+from suites.cell import record_of
 from suites.environment import environment
 from suites.generation import shown, spans_of
 from suites.matrix import Cell, Model
-from suites.real_tasks import sources
 from suites.record import Item, Record, RunFolder
 from suites.telemetry import watched
 from suites.timing import bench, is_memory
@@ -169,26 +169,15 @@ def record(cell: Cell, loaded: Loaded) -> Record:
                 decode_bytes=taken.decode_bytes,
             )
         )  # fmt: skip
-    worn, rate = engine.geometry, loaded.link_gb_per_s
-    return Record(
-        id=cell.id, scope=cell.scope, weights=generation.model.weights, model=generation.model.name,
-        geometry=worn.name, task=generation.task, strategy=strategy.name, gamma=cell.gamma,
-        lossless=strategy.lossless, hardware=engine.hardware.name, budget=cell.budget, slots=engine.slots,
-        seed=generation.seed,
+    return record_of(
+        cell, strategy, engine.geometry, hardware=engine.hardware.name, slots=engine.slots, rate=loaded.link_gb_per_s,
+        items=tuple(items),
         config={
-            "generation": None, "swept": cell.swept, "control": None, "family": generation.model.family,
-            "training_seed": generation.model.training_seed, "items": generation.items, "timed_items": len(items),
-            "batch_of_generation": 1, "confidence_histogram": None, "link": cell.link,
+            "generation": None, "control": None, "batch_of_generation": 1, "confidence_histogram": None,
             "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
-            "expert_nbytes": worn.expert_nbytes, "moe_layers": worn.moe_layers, "experts": worn.experts,
-            "top_k": worn.top_k, "link_gb_per_s": rate,
             "profile_sources": [] if cell.link == "cuda" else list(engine.hardware.sources),
-            "strategy_source": strategy.source,
-            "data": sources(generation.task, generation.folder), "hub": generation.model.hub,
-            "revision": loaded.found if generation.model.hub is not None else None,
+            "hub": generation.model.hub, "revision": loaded.found if generation.model.hub is not None else None,
         },
-        environment={**environment(), "telemetry": telemetry()}, items=tuple(items), counters=engine.stats(),
-        ceiling_tokens_per_s=None if rate is None else worn.on_demand_ceiling(rate),
-        guesses=tuple((layer, *seen) for layer, seen in sorted(engine.ledger.guesses.items())),
+        environment={**environment(), "telemetry": telemetry()}, counters=engine.stats(), ledger=engine.ledger,
         wall_seconds=time.monotonic() - begun,
     )  # fmt: skip

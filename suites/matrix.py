@@ -80,8 +80,7 @@ class Generation:
 
     @property
     def label(self) -> str:
-        gamma = "" if self.gamma is None else f" gamma {self.gamma}"
-        return f"{self.model.name} {self.task} {self.strategy}{gamma}{' canary' if self.scrambled else ''}"
+        return _label(self, self.strategy, self.gamma)
 
     @property
     def docs(self) -> list[int]:
@@ -114,9 +113,12 @@ class Cell:
 
     @property
     def label(self) -> str:
-        gamma = "" if self.gamma is None else f" gamma {self.gamma}"
-        canary = " canary" if self.generation.scrambled else ""
-        return f"{self.generation.model.name} {self.generation.task} {self.strategy}{gamma} {self.budget}{canary}"
+        return _label(self.generation, self.strategy, self.gamma, self.budget)
+
+
+def _label(of: Generation, strategy: str, gamma: float | None, *budget: str) -> str:
+    threshold = () if gamma is None else ("gamma", str(gamma))
+    return " ".join((of.model.name, of.task, strategy, *threshold, *budget, *(["canary"] if of.scrambled else [])))
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,13 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
     link = data.get("link")
     if link not in SCOPES:
         raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
-    cells = []
-    for model in data["models"]:
-        for cell in _cells_of(models[model["name"]], {**data, "tasks": list(tasks), **model}):
-            task = cell.generation.task
-            items = min(cell.generation.items, data.get("task_items", {}).get(tasks[task], most), there_are[task])
-            data_folder = str(folder.absolute()) if folder is not None and task in REAL else None
-            generation = replace(cell.generation, items=items, data=data_folder)
-            cells.append(replace(cell, generation=generation, link=link))
+    at_most = {task: min(data.get("task_items", {}).get(asked, most), there_are[task]) for task, asked in tasks.items()}
+    lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in REAL}
+    cells = [
+        cell
+        for model in data["models"]
+        for cell in _cells_of(models[model["name"]], {**data, **model}, link, at_most, lies_in)
+    ]
     if not cells:
         raise Refused(
             "The preset asks for no cell; give it a model, task, strategy, hardware, budget and seed at least."
@@ -201,8 +202,13 @@ def _own(model: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in model.items() if name not in OVERRIDDEN}
 
 
-def _cells_of(model: Model, data: dict[str, Any]) -> Iterator[Cell]:
-    """The cells of one model; `data` is the preset with what this model overrides of it."""
+def _cells_of(
+    model: Model, data: dict[str, Any], link: str | None, at_most: dict[str, int], lies_in: dict[str, str]
+) -> Iterator[Cell]:
+    """The cells of one model; `data` is the preset with what this model overrides of it.
+
+    By task, `at_most` is the most items that may be asked, and `lies_in` the folder of those that have one.
+    """
     if model.geometry not in GEOMETRIES:
         raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
     cards = [profile(name) for name in data["hardware"]]
@@ -216,16 +222,21 @@ def _cells_of(model: Model, data: dict[str, Any]) -> Iterator[Cell]:
     runs = [(strategy, budget, False, items) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
     runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
-    for seed, task, card in product(data["seeds"], data["tasks"], cards):
+
+    def generation(task: str, name: str, gamma: float | None, count: int, seed: int, scrambled: bool) -> Generation:
+        asked = min(count, at_most[task])
+        return Generation(model, task, name, gamma, asked, seed, scrambled, lies_in.get(task))
+
+    for seed, task, card in product(data["seeds"], at_most, cards):
         for strategy, budget, swept, count in runs:
             name = ORACLE if strategy.routes_as_full_k else strategy.name
-            generation = Generation(model, task, name, _gamma(strategy), count, seed)
+            live = generation(task, name, _gamma(strategy), count, seed, False)
             # What full K answered is timed on a part of the items, what answers otherwise on all that it answered.
             part = timed if strategy.routes_as_full_k and strategy.name != ORACLE else None
-            yield Cell(generation, strategy.name, _gamma(strategy), card.name, budget, swept, part)
+            yield Cell(live, strategy.name, _gamma(strategy), card.name, budget, swept, part, link)
         if task in data.get("canaries", []):
-            scrambled = Generation(model, task, ORACLE, None, data["canary_items"], seed, scrambled=True)
-            yield Cell(scrambled, CANARY, None, card.name, "smallest")
+            scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
+            yield Cell(scrambled, CANARY, None, card.name, "smallest", link=link)
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
