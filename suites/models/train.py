@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,7 +34,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
-    "tokens": 16_000_000,
+    "tokens": 20_000_000,
     "batch_tokens": [1024, 4096],  # grows linearly over the first third
     "learning_rate": 4e-3,
     "final_learning_rate": 1e-4,
@@ -45,40 +46,25 @@ RECIPE: dict[str, Any] = {
     "z_loss": 1e-4,
     "task_mix": {
         "arithmetic": 0.3,
-        "boolean_expressions": 0.15,
-        "object_counting": 0.2,
-        "python_functions": 0.2,
-        "web_of_lies": 0.15,
+        "boolean_expressions": 0.1,
+        "object_counting": 0.25,
+        "python_functions": 0.12,
+        "web_of_lies": 0.23,
     },
     "tokenizer_items": 30_000,
 }
 
 
-# After the first stage the tasks that lag get a larger share, from a lower rate: `--start CHECKPOINT`.
-SECOND_STAGE: dict[str, Any] = {
-    "tokens": 3_000_000,
-    "batch_tokens": [4096, 4096],
-    "learning_rate": 2e-3,
-    "task_mix": {
-        "arithmetic": 0.25,
-        "boolean_expressions": 0.1,
-        "object_counting": 0.3,
-        "python_functions": 0.05,
-        "web_of_lies": 0.3,
-    },
-}
-
-
-def training_items(rng: Random) -> Iterator[Item]:
+def training_items(rng: Random, recipe: dict[str, Any]) -> Iterator[Item]:
     """Endless items of the task mix, test-side ones left out."""
-    names, shares = zip(*RECIPE["task_mix"].items(), strict=True)
+    names, shares = zip(*recipe["task_mix"].items(), strict=True)
     while True:
         item = GENERATORS[rng.choices(names, shares)[0]](rng)
         if not held_out(item.key):
             yield item
 
 
-def train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
+def train_tokenizer(rng: Random, recipe: dict[str, Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE on training items; every digit is a token of its own."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -91,17 +77,17 @@ def train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    items = training_items(rng)
-    texts = (f"{item.prompt}{item.worked}" for item, _ in zip(items, range(RECIPE["tokenizer_items"]), strict=False))
+    items = islice(training_items(rng, recipe), recipe["tokenizer_items"])
+    texts = (f"{item.prompt}{item.worked}" for item in items)
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=PAD, padding_side="left", model_max_length=512
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, progress: TokensSeen) -> Iterator[tuple]:
+def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, recipe: dict[str, Any], seen: TokensSeen) -> Iterator[tuple]:
     """Endless (ids, labels), each (rows, length) int64: rows of like length, loss on the worked answer only."""
-    items = training_items(rng)
+    items = training_items(rng, recipe)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     while True:
         chunk = [next(items) for _ in range(1024)]
@@ -109,8 +95,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, progress: TokensSee
         answers = tokenizer([item.worked for item in chunk])["input_ids"]
         rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[0]) + len(row[1]))
         groups: list[list] = [[]]
-        low, high = RECIPE["batch_tokens"]
-        budget = low + (high - low) * min(1.0, 3 * progress.fraction)
+        low, high = recipe["batch_tokens"]
+        budget = low + (high - low) * min(1.0, 3 * seen.fraction)
         for row in rows:
             length = len(row[0]) + len(row[1]) + 1
             if groups[-1] and (len(groups[-1]) + 1) * length > budget:
@@ -139,11 +125,11 @@ class TokensSeen:
         return self.count / self.goal
 
 
-def learning_rate(step: int, fraction: float) -> float:
+def learning_rate(step: int, fraction: float, recipe: dict[str, Any]) -> float:
     """Linear warm-up, then cosine to the final rate."""
-    high, low = RECIPE["learning_rate"], RECIPE["final_learning_rate"]
+    high, low = recipe["learning_rate"], recipe["final_learning_rate"]
     cosine = low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
-    return cosine * min(1.0, (step + 1) / RECIPE["warmup_steps"])
+    return cosine * min(1.0, (step + 1) / recipe["warmup_steps"])
 
 
 def router_losses(router_logits: list[torch.Tensor], top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,14 +156,14 @@ def initialise(model: PreTrainedModel) -> None:
             weight.data.normal_(0, weight.shape[-1] ** -0.5)
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: Random, log: Path) -> dict:
-    """Run the recipe on `model` in place; one JSON line per 100 steps is added to `log`; returns what it took."""
-    seen = TokensSeen(RECIPE["tokens"])
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: dict[str, Any], log: Path) -> dict:
+    """Run the recipe on `model` in place; one JSON line per 100 steps goes to `log`; returns what it took."""
+    seen = TokensSeen(recipe["tokens"])
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": RECIPE["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, RECIPE["beta2"]), foreach=True,
+        [{"params": matrices, "weight_decay": recipe["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, recipe["beta2"]), foreach=True,
     )  # fmt: skip
     captured: list[torch.Tensor] = []
     for module in model.modules():
@@ -185,9 +171,9 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: Rando
             module.register_forward_hook(lambda _m, _a, out: captured.append(out[0]))
     started, step, means = time.time(), 0, {"loss": 0.0, "balance": 0.0}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns) as bar, log.open("a") as lines:
+    with Progress(*columns) as bar, log.open("w") as lines:
         task = bar.add_task("training", total=seen.goal, note="")
-        source = batches(tokenizer, rng, seen)
+        source = batches(tokenizer, Random(recipe["seed"] + 1), recipe, seen)
         while seen.count < seen.goal:
             ids, labels = next(source)
             captured.clear()
@@ -195,10 +181,10 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rng: Rando
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][kept]
             loss = F.cross_entropy(model.lm_head(hidden), labels[:, 1:][kept])
             balance, z = router_losses(captured, model.config.num_experts_per_tok)
-            (loss + RECIPE["balance_loss"] * balance + RECIPE["z_loss"] * z).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE["gradient_clip"], foreach=True)
+            (loss + recipe["balance_loss"] * balance + recipe["z_loss"] * z).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["gradient_clip"], foreach=True)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, seen.fraction)
+                group["lr"] = learning_rate(step, seen.fraction, recipe)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seen.count += ids.numel()
@@ -224,40 +210,27 @@ def write_hashes(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("family", choices=sorted(FAMILIES))
-    parser.add_argument("--start", type=Path, help="a finished first stage: run the second one from it")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=RECIPE["seed"], help="of weights and order; not of the tokenizer")
     parser.add_argument("--tokens", type=int, help="train on fewer tokens than the recipe says (a trial)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; another number changes rounding")
     options = parser.parse_args()
-    RECIPE["seed"] = options.seed
-    stages: list[dict[str, Any]] = []
-    if options.start:
-        stages = json.loads((options.start / "recipe.json").read_text())["stages"]
-        RECIPE.update(SECOND_STAGE, seed=stages[0]["seed"])
-    RECIPE["tokens"] = options.tokens or RECIPE["tokens"]
+    recipe = {**RECIPE, "seed": options.seed, "tokens": options.tokens or RECIPE["tokens"]}
     torch.set_num_threads(options.threads)
-    torch.manual_seed(RECIPE["seed"])
+    torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    family, log = FAMILIES[options.family], options.out / "training_log.jsonl"
-    model: Any
-    if options.start:
-        model = family.model.from_pretrained(options.start, dtype=torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start)
-        log.write_bytes((options.start / log.name).read_bytes())
-    else:
-        model = family.model(family.config)
-        initialise(model)
-        tokenizer = train_tokenizer(Random(0))  # the same for every family and seed
-        log.write_text("")
+    family = FAMILIES[options.family]
+    model: Any = family.model(family.config)
+    initialise(model)
+    tokenizer = train_tokenizer(Random(0), recipe)  # the same for every family and seed
     register_training_experts()
     model.set_experts_implementation("training")
-    took = train(model, tokenizer, Random(RECIPE["seed"] + 1 + 1000 * len(stages)), log)
+    took = train(model, tokenizer, recipe, options.out / "training_log.jsonl")
     model.set_experts_implementation("eager")
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    stages.append({**RECIPE, **took, "torch": torch.__version__})
-    (options.out / "recipe.json").write_text(json.dumps({"family": options.family, "stages": stages}, indent=2) + "\n")
+    written = {"family": options.family, **recipe, **took, "torch": torch.__version__}
+    (options.out / "recipe.json").write_text(json.dumps(written, indent=2) + "\n")
     write_hashes(options.out)
 
 

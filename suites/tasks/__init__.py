@@ -21,8 +21,10 @@ GENERATORS: dict[str, Callable[[Random], Item]] = {
     "web_of_lies": web_of_lies.generate,
 }
 
-# What is shipped to be answered: where training saturates a task, its test items are longer than most of training's.
+# What is shipped to be answered: short items are for training alone, and where it saturates a task the test's are longer.
 TESTED = GENERATORS | {
+    "arithmetic": partial(arithmetic.generate, steps=arithmetic.TESTED),
     "boolean_expressions": partial(boolean_expressions.generate, operators=boolean_expressions.TESTED),
+    "object_counting": partial(object_counting.generate, kinds=object_counting.TESTED),
     "web_of_lies": partial(web_of_lies.generate, people=web_of_lies.TESTED),
 }

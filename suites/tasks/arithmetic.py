@@ -12,6 +12,7 @@ THINGS = (
     "ribbons stones tickets candles"
 ).split()
 LIMIT = 400
+TRAINED, TESTED = (1, 6), (2, 6)  # steps of one person's chain: short ones teach the step
 
 GAINS = (
     "{n} finds {x} more.",
@@ -70,12 +71,12 @@ def _story(rng: Random, name: str, thing: str, steps: int) -> tuple[list[str], l
     return sentences, worked, value
 
 
-def generate(rng: Random) -> Item:
+def generate(rng: Random, steps: tuple[int, int] = TRAINED) -> Item:
     """A chain about one person, or two people's chains whose results are added or compared."""
     thing = rng.choice(THINGS)
     first, second = rng.sample(NAMES, 2)
     if rng.random() < 0.6:
-        sentences, worked, value = _story(rng, first, thing, rng.randint(2, 6))
+        sentences, worked, value = _story(rng, first, thing, rng.randint(*steps))
         question = f"How many {thing} does {first} have now?"
     else:
         sentences, worked, a = _story(rng, first, thing, rng.randint(1, 3))

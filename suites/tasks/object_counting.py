@@ -19,6 +19,7 @@ PLURALS = {
     "fish": "fish", "mouse": "mice", "goose": "geese", "couch": "couches", "piano": "pianos",
     "cello": "cellos", "broccoli": "broccoli", "celery": "celery", "garlic": "garlic",
 }  # fmt: skip
+TRAINED, TESTED = (2, 9), (4, 9)  # kinds of things: short lists teach the step
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
@@ -28,11 +29,11 @@ def _phrase(noun: str, count: int) -> str:
     return f"{WORDS[count]} {PLURALS.get(noun, noun + 's')}"
 
 
-def generate(rng: Random) -> Item:
-    """Six to ten kinds from two or three categories; the question asks for one of them, or for all kinds of thing."""
+def generate(rng: Random, kinds: tuple[int, int] = TRAINED) -> Item:
+    """So many kinds of things from two or three categories; the question asks for one of the categories."""
     chosen = rng.sample(list(CATEGORIES), rng.randint(2, 3))
     pool = [(noun, category) for category in chosen for noun in CATEGORIES[category].split()]
-    listed = rng.sample(pool, rng.randint(4, 9))
+    listed = rng.sample(pool, rng.randint(*kinds))
     counted = [(noun, category, rng.choice((1, 1, 1, 2, 3, 4, 5, 6))) for noun, category in listed]
     target = rng.choice(sorted({category for _, category in listed}))
     total, worked = 0, []
