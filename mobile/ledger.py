@@ -35,6 +35,10 @@ class Counters:
     Decode: `hits` were ready when asked for, `demand_loads` were waited for from the start, `late_prefetches`
     were on their way, `cpu_experts` were computed on the CPU. `streamed_loads` and `streamed_on_cpu` are prefill's (and
     those of a batch wider than the pool), which has no hit rate. `loads` counts finished copies of any kind.
+
+    `decode_ns` is `decode_dense_ns` (attention, norms, router, shared experts, head), `decode_expert_ns` (experts on the
+    device) and `decode_stall_ns`, of which `decode_cpu_stall_ns` waited for the CPU and the rest for the link. A real
+    link does not time kernels: there the parts but the stall stay 0, which means unknown.
     """
 
     prompt_tokens: int = 0
@@ -51,10 +55,14 @@ class Counters:
     cpu_experts: int = 0
     streamed_on_cpu: int = 0
     stall_ns: int = 0
+    cpu_stall_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
     decode_bytes: int = 0
+    decode_dense_ns: int = 0
+    decode_expert_ns: int = 0
     decode_stall_ns: int = 0
+    decode_cpu_stall_ns: int = 0
 
     def copy(self) -> Counters:
         return Counters(**self.as_dict())
@@ -97,12 +105,17 @@ class Ledger:
         self.events.clear()
 
     def stats(self) -> dict[str, Any]:
-        """Counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds."""
+        """Counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds.
+
+        What decode is made of is None before any, and on a real link.
+        """
         c = self.counters
         numbers: dict[str, Any] = {k: v for k, v in c.as_dict().items() if not k.endswith("_ns")}
         numbers["hit_rate"] = c.hits / c.touches if c.touches else None
         for name in ("stall", "prefill", "decode", "decode_stall"):
             numbers[f"{name}_seconds"] = getattr(c, f"{name}_ns") / 1e9
+        for name in ("decode_dense", "decode_expert", "decode_cpu_stall"):
+            numbers[f"{name}_seconds"] = getattr(c, f"{name}_ns") / 1e9 if c.decode_dense_ns else None
         numbers["seconds"] = (c.prefill_ns + c.decode_ns) / 1e9
         return numbers
 

@@ -103,8 +103,9 @@ class StreamLink:
             self.channel.finish(self._begun[0].copy.slot)
         self._ledger.counters.stall_ns += self.channel.stalled_ns()
 
-    def compute(self, ns: int, about: Key | str) -> None:
+    def compute(self, ns: int, about: Key | str) -> int:
         self._advance()
+        return 0
 
     def on_cpu(self, ns: int, about: Key) -> None:
         self._advance()
