@@ -89,8 +89,14 @@ def _controls(results: Results) -> Section:
         "text must equal the batch's, and every counter of the live ledger, times included, the replayed one's. "
         "Offloaded full K must equal the resident model, token for token."
     )
+    if not results.records:
+        text = shapes.CHECKS
     tables = tuple(table for table in (controls.canary_table(results), controls.checks(results)) if table.rows)
-    nothing = () if results.controls else ("This run has no canary cell: that a scrambled router fails is not shown.",)
+    nothing = (
+        ()
+        if results.controls or not results.records
+        else ("This run has no canary cell: that a scrambled router fails is not shown.",)
+    )
     return Section("Controls", (text, *nothing), tables)
 
 

@@ -27,6 +27,11 @@ READING = (
     "token's experts over the bandwidth of the copies as they were timed. A link is slowed by copying more behind each "
     "expert; the bytes shown are the experts' own."
 )
+CHECKS = (
+    "Each cell holds what it did against its script: how many tokens were decoded, how many of them fell back, and, "
+    "for strategies that keep nothing, that exactly the script's experts were copied. There is no canary: nothing is "
+    "answered, and a router that obeys a script cannot be scrambled."
+)
 LIMITS = (
     "Shapes say how fast, never how well: weights are synthetic, so that fallback rates are the shipped small models' "
     "or ours to state, and layers that one small layer stands for make the same choices.",

@@ -122,14 +122,14 @@ def _record(
     geometry, real = made.geometry, shape.link == "cuda"
     measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
     native = getattr(getattr(engine.link, "channel", None), "native_gb_per_s", None)
-    rate = measured or native or shape.link_gb_per_s or (None if real else engine.hardware.link_gb_per_s)
     counted = sum(script.counted for script in scripts)
     return Record(
         id=shape.id, scope=shape.scope, weights=shape.model.weights, model=shape.model.name, geometry=geometry.name,
         task=shape.task, strategy=strategy.name, gamma=shape.gamma, lossless=strategy.lossless,
         hardware=engine.hardware.name, budget=shape.budget, slots=engine.slots, seed=shape.seed,
         config={
-            "kind": "shape", "timing": "live, teacher-forced on a script", "warmup": shape.warmup_tokens, "swept": shape.swept, "control": None, "family": shape.model.family,
+            "kind": "shape", "timing": "live, teacher-forced on a script", "warmup": shape.warmup_tokens,
+            "swept": shape.swept, "control": None, "family": shape.model.family,
             "training_seed": None, "generation": None, "confidence_histogram": None, "data": [],
             "routing": scripts[0].source, "fallback_asked": shape.rate,
             "fallback_scripted": sum(script.fallbacks for script in scripts) / counted,
@@ -151,7 +151,7 @@ def _record(
             )
             for number, (script, one) in enumerate(zip(scripts, played, strict=True))
         ),
-        counters=engine.stats(), ceiling_tokens_per_s=None if rate is None else geometry.on_demand_ceiling(rate),
+        counters=engine.stats(), ceiling_tokens_per_s=measured and geometry.on_demand_ceiling(measured),
         checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, played)),
         guesses=tuple((layer, *seen) for layer, seen in sorted(engine.ledger.guesses.items())),
         wall_seconds=wall_seconds,

@@ -99,7 +99,8 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape]:
         given = {**data, **told}
         made = {"layers": given.get("layers"), "shrink": given.get("shrink", 1)}
         for seed, card, run in product(data["seeds"], data["hardware"], data["runs"]):
-            shared = {**counts, **made, "seed": seed, "hardware": profile(card).name, "link": chosen}
+            profile(card)
+            shared = {**counts, **made, "seed": seed, "hardware": card, "link": chosen}
             yield from _run(model, run, run.get("budgets", given["budgets"]), shared)
 
 
