@@ -85,7 +85,9 @@ def train_tokenizer(rng: Random, recipe: dict[str, Any]) -> PreTrainedTokenizerF
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, recipe: dict[str, Any], seen: TokensSeen) -> Iterator[tuple]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, rng: Random, recipe: dict[str, Any], seen: TokensSeen
+) -> Iterator[tuple]:
     """Endless (ids, labels), each (rows, length) int64: rows of like length, loss on the worked answer only."""
     items = training_items(rng, recipe)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
