@@ -292,43 +292,35 @@ def tflops(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
 # --- decode steps -----------------------------------------------------------------------------------
 
 
-class Stamps:
-    """A streamer that notes when each token was there."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.seconds.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is buffered."""
-
-
+@torch.no_grad()
 def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geometry, tuple[Depth, ...]]:
-    """Decode steps of `generate()` on an attached model with everything resident, at several depths."""
+    """Decode steps of an attached model with everything resident, at several depths; what calls the model is not in it.
+
+    A step's time is the median over the turns of a run of them.
+    """
     width = sizes.widths[len(sizes.widths) // 2]
     model = _model(device, dtype, max(sizes.depths), sizes.hidden, width, sizes.experts, sizes.top_k)
-    keys = max(sizes.depths) * sizes.experts
-    attach(model, EVERYTHING, slots=keys, link="cuda" if device.type == "cuda" else "paced")
+    attach(
+        model, EVERYTHING, slots=max(sizes.depths) * sizes.experts, link="cuda" if device.type == "cuda" else "paced"
+    )
     geometry = model.mobile.geometry
-    ids = torch.arange(3, 11, device=device)[None]
-    gaps: dict[int, list[float]] = {depth: [] for depth in sizes.depths}
+    prompt, token = torch.arange(3, 11, device=device)[None], torch.tensor([[7]], device=device)
+    taken: dict[int, list[float]] = {depth: [] for depth in sizes.depths}
     try:
-        for turn in range(sizes.repeats + 1):
+        for _ in range(sizes.repeats + 1):
             for depth in sizes.depths:  # in turn, so that a busy machine slows all
                 model.config.num_hidden_layers = depth
-                seen = Stamps()
-                model.generate(
-                    ids, max_new_tokens=sizes.tokens, min_new_tokens=sizes.tokens, do_sample=False, streamer=seen
-                )
-                if turn:
-                    gaps[depth] += [
-                        after - before for before, after in zip(seen.seconds[1:], seen.seconds[2:], strict=False)
-                    ]
+                cache = model(prompt, use_cache=True).past_key_values
+                model(token, past_key_values=cache)
+                _wait(device)
+                begun = time.perf_counter()
+                for _ in range(sizes.tokens):
+                    model(token, past_key_values=cache)
+                _wait(device)
+                taken[depth].append((time.perf_counter() - begun) / sizes.tokens)
     finally:
         model.mobile.leave()
-    return geometry, tuple(Depth(depth, statistics.median(found)) for depth, found in gaps.items())
+    return geometry, tuple(Depth(depth, statistics.median(found[1:])) for depth, found in taken.items())
 
 
 def _model(
