@@ -61,6 +61,8 @@ class CudaChannel:
     def _register(self) -> None:
         runtime = torch.cuda.cudart()
         for rows in self._store.rows:
+            if rows.is_pinned():  # by whoever keeps the store for several engines
+                continue
             failed = int(runtime.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
             if failed:
                 self._unregister()
