@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ Pace = Callable[[int], int]  # nanoseconds that a paced link takes for so many b
 class Sizes:
     """What is timed: experts of `hidden` by each of `widths`, of one layer `experts` of which `top_k` run.
 
-    Rows are read in turn from `pool_nbytes`, so that no cache holds them. A timing is the median of `repeats`, each of
+    Rows are read in turn from `pool_nbytes`, so that no cache holds them. A timing is the least of `repeats`, each of
     as many runs as take `at_least_seconds`.
     """
 
@@ -64,11 +66,11 @@ class Sizes:
 # A GPU is read in pieces large enough to outlast their launch. Widths give rows like the real families'.
 ON_GPU = Sizes(
     hidden=2048, widths=(512, 768, 1024, 1408, 2048, 4096),
-    reads_nbytes=(64 * MIB, 128 * MIB, 256 * MIB, 512 * MIB), pool_nbytes=1024 * MIB, matmul=8192, depths=(2, 4, 8),
+    reads_nbytes=(64 * MIB, 128 * MIB, 256 * MIB), pool_nbytes=512 * MIB, matmul=8192, depths=(2, 4, 8),
 )  # fmt: skip
 ON_CPU = Sizes(
-    hidden=512, widths=(128, 256, 512, 1024), reads_nbytes=(4 * MIB, 8 * MIB, 16 * MIB), pool_nbytes=128 * MIB,
-    matmul=1024, depths=(1, 3), tokens=16, repeats=3,
+    hidden=512, widths=(128, 256, 512, 1024), reads_nbytes=(4 * MIB, 8 * MIB, 16 * MIB), pool_nbytes=64 * MIB,
+    matmul=512, depths=(1, 3), tokens=8, repeats=9, at_least_seconds=0.004,
 )  # fmt: skip
 
 
@@ -89,9 +91,9 @@ def measure(
     say("copies over the link")
     copied = copies(device, dtype, sizes, link_gb_per_s=link_gb_per_s, pace=pace)
     say("kernels")
-    timed = (*reads(device, dtype, sizes), *experts(device, dtype, sizes))
+    matrices, experts = kernels(device, dtype, sizes)
     rate = tflops(device, dtype, sizes)
-    processor, cpu_rate = timed[len(sizes.reads_nbytes) :], rate
+    processor, cpu_rate = experts, rate
     if device.type != "cpu":
         say("experts on the processor")
         cpu = torch.device("cpu")
@@ -100,7 +102,7 @@ def measure(
     layer, depths = steps(device, dtype, sizes)
     return Measurements(
         device=about.partition(",")[0], about=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {about}, {_name(dtype)}",
-        copies=copied, kernels=timed, cpu_kernels=processor, depths=depths, layer=layer, tflops=rate,
+        copies=copied, kernels=(*matrices, *experts), cpu_kernels=processor, depths=depths, layer=layer, tflops=rate,
         cpu_tflops=cpu_rate, memory_nbytes=total, taken_nbytes=taken,
     )  # fmt: skip
 
@@ -145,24 +147,29 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(device: torch.device, run: Callable[[int], Any], sizes: Sizes) -> float:
-    """Of one run, the median of some repeats; `run` is given a number that counts up."""
-    number, runs = 0, 1
+def _seconds(device: torch.device, jobs: Sequence[Callable[[int], Any]], sizes: Sizes) -> list[float]:
+    """Of one run of each job, the least of some rounds, in which all take turns: what else runs here only adds to it.
 
-    def some() -> float:
-        nonlocal number
+    A job is given a number that counts up.
+    """
+    runs, numbers = [1] * len(jobs), [0] * len(jobs)
+
+    def some(which: int) -> float:
         _wait(device)
         begun = time.perf_counter()
-        for _ in range(runs):
-            run(number)
-            number += 1
+        for _ in range(runs[which]):
+            jobs[which](numbers[which])
+            numbers[which] += 1
         _wait(device)
         return time.perf_counter() - begun
 
-    some()  # what is only done once is done now
-    while (taken := some()) < sizes.at_least_seconds:
-        runs = min(4 * runs, max(runs + 1, round(runs * 1.2 * sizes.at_least_seconds / max(taken, 1e-6))))
-    return statistics.median(some() for _ in range(sizes.repeats)) / runs
+    for which in range(len(jobs)):
+        some(which)  # what is only done once is done now
+        while (taken := some(which)) < sizes.at_least_seconds:
+            more = round(1.2 * runs[which] * sizes.at_least_seconds / max(taken, 1e-6))
+            runs[which] = min(4 * runs[which], max(runs[which] + 1, more))
+    rounds = [[some(which) / runs[which] for which in range(len(jobs))] for _ in range(sizes.repeats)]
+    return [min(each) for each in zip(*rounds, strict=True)]
 
 
 # --- the link ---------------------------------------------------------------------------------------
@@ -173,25 +180,29 @@ def copies(
     pace: Pace | None = None,
 ) -> tuple[Timing, ...]:  # fmt: skip
     """Runs of row copies by the engine's own channel, each size's time a row by the channel's own clock."""
-    found = []
-    for width in sizes.widths:
-        layout = layout_of({"w": torch.empty(1, 3 * sizes.hidden * width, dtype=dtype)})
-        rows = max(sizes.top_k, sizes.pool_nbytes // layout.nbytes)
-        store = HostStore(layout, 1, rows)
-        store.rows[0].fill_(1)
-        slots = torch.zeros(rows, layout.numel, dtype=dtype, device=device)
-        channel = _channel(device, store, slots, link_gb_per_s, pace)
-        try:
-            taken = []
-            for _ in range(sizes.repeats + 1):  # the first warms the link up
-                for slot in range(rows):
-                    channel.begin((0, slot), slot)
-                channel.finish(rows - 1)
-                taken.append((channel.span(rows - 1)[1] - channel.span(0)[0]) / rows)
-            found.append(Timing(layout.nbytes, 1, statistics.median(taken[1:]) / 1e9))
-        finally:
-            channel.close()
-    return tuple(found)
+    with ExitStack() as open_ones:
+        timed = []
+        for width in sizes.widths:
+            layout = layout_of({"w": torch.empty(1, 3 * sizes.hidden * width, dtype=dtype)})
+            rows = max(sizes.top_k, sizes.pool_nbytes // layout.nbytes)
+            store = HostStore(layout, 1, rows)
+            store.rows[0].fill_(1)
+            slots = torch.zeros(rows, layout.numel, dtype=dtype, device=device)
+            channel = _channel(device, store, slots, link_gb_per_s, pace)
+            open_ones.callback(channel.close)
+            timed.append((layout.nbytes, rows, channel))
+        rounds = [[_run_of(rows, channel) for _, rows, channel in timed] for _ in range(sizes.repeats + 1)]
+    fastest = [min(each) for each in zip(*rounds[1:], strict=True)]  # the first warms the link up
+    return tuple(Timing(nbytes, 1, ns / 1e9) for (nbytes, _, _), ns in zip(timed, fastest, strict=True))
+
+
+def _run_of(rows: int, channel: Channel) -> float:
+    """Nanoseconds from the end of one copy to the end of the next, the median of a run that follows on one another."""
+    for slot in range(rows):
+        channel.begin((0, slot), slot)
+    channel.finish(rows - 1)
+    ends = [channel.span(slot)[1] for slot in range(rows)]
+    return statistics.median(after - before for before, after in pairwise(ends))
 
 
 def _channel(
@@ -215,42 +226,45 @@ def _channel(
 
 
 @torch.no_grad()
-def reads(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Timing, ...]:
-    """One token times a matrix that no cache holds."""
-    found = []
-    for nbytes in sizes.reads_nbytes:
-        tall = nbytes // dtype.itemsize // sizes.hidden
-        pool = torch.ones(max(2, sizes.pool_nbytes // nbytes), tall, sizes.hidden, dtype=dtype, device=device)
-        token = torch.ones(1, sizes.hidden, dtype=dtype, device=device)
+def kernels(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
+    """One token times matrices that no cache holds; and one expert of a decode step's top-k, by the default kernel.
 
-        def run(number: int, pool: torch.Tensor = pool, token: torch.Tensor = token) -> None:
-            nn.functional.linear(token, pool[number % len(pool)])
-
-        seconds = _seconds(device, run, sizes)
-        found.append(Timing(tall * sizes.hidden * dtype.itemsize, 1, seconds))
-    return tuple(found)
-
-
-@torch.no_grad()
-def experts(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Timing, ...]:
-    """One expert of a decode step's top-k, by the engine's default kernel, out of slots that no cache holds."""
+    All are timed in turn.
+    """
     module, kernel, k = _module(dtype), kernel_named("auto", device, dtype), sizes.top_k
+    token = torch.ones(1, sizes.hidden, dtype=dtype, device=device)
     each = list(range(k))
     groups = Groups(
         each, [1] * k, each, torch.zeros(k, dtype=torch.long, device=device), torch.arange(k, device=device)
     )
-    hidden = torch.ones(1, sizes.hidden, dtype=dtype, device=device)
     weights = torch.full((1, k), 1 / k, dtype=dtype, device=device)
-    found = []
+
+    def reading(pool: torch.Tensor) -> Callable[[int], Any]:
+        return lambda number: nn.functional.linear(token, pool[number % len(pool)])
+
+    def running(views: Any, slots: int) -> Callable[[int], Any]:
+        def run(number: int) -> None:
+            wave = [(position, (number * k + position) % slots) for position in each]
+            kernel(module, token, weights, groups, [wave], views)
+
+        return run
+
+    jobs, matrices, rows = [], [], []
+    for nbytes in sizes.reads_nbytes:
+        tall = nbytes // dtype.itemsize // sizes.hidden
+        shape = max(2, sizes.pool_nbytes // nbytes), tall, sizes.hidden
+        jobs.append(reading(torch.ones(shape, dtype=dtype, device=device)))
+        matrices.append(tall * sizes.hidden * dtype.itemsize)
     for width in sizes.widths:
         views, slots, nbytes = _rows(width, device, dtype, sizes)
-
-        def run(number: int, views: Any = views, slots: int = slots) -> None:
-            wave = [(position, (number * k + position) % slots) for position in each]
-            kernel(module, hidden, weights, groups, [wave], views)
-
-        found.append(Timing(nbytes, EXPERT_LAUNCHES, _seconds(device, run, sizes) / k))
-    return tuple(found)
+        jobs.append(running(views, slots))
+        rows.append(nbytes)
+    seconds = _seconds(device, jobs, sizes)
+    several = len(matrices)
+    return (
+        tuple(Timing(nbytes, 1, taken) for nbytes, taken in zip(matrices, seconds[:several], strict=True)),
+        tuple(Timing(nbytes, EXPERT_LAUNCHES, t / k) for nbytes, t in zip(rows, seconds[several:], strict=True)),
+    )
 
 
 @torch.no_grad()
@@ -258,15 +272,13 @@ def host_experts(dtype: torch.dtype, sizes: Sizes) -> tuple[Timing, ...]:
     """One expert of one token on the processor, from rows in host memory."""
     cpu, module = torch.device("cpu"), _module(dtype)
     hidden = torch.ones(1, sizes.hidden, dtype=dtype)
-    found = []
-    for width in sizes.widths:
-        views, slots, nbytes = _rows(width, cpu, dtype, replace(sizes, pool_nbytes=sizes.pool_nbytes // 4))
 
-        def run(number: int, views: Any = views, slots: int = slots) -> None:
-            expert_output(module, hidden, number % slots, views)
+    def running(views: Any, slots: int) -> Callable[[int], Any]:
+        return lambda number: expert_output(module, hidden, number % slots, views)
 
-        found.append(Timing(nbytes, EXPERT_LAUNCHES, _seconds(cpu, run, sizes)))
-    return tuple(found)
+    rows = [_rows(width, cpu, dtype, sizes) for width in sizes.widths]
+    seconds = _seconds(cpu, [running(views, slots) for views, slots, _ in rows], sizes)
+    return tuple(Timing(nbytes, EXPERT_LAUNCHES, t) for (_, _, nbytes), t in zip(rows, seconds, strict=True))
 
 
 def _rows(width: int, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[dict, int, int]:
@@ -286,7 +298,7 @@ def tflops(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
     """The rate of a large square product."""
     side = sizes.matmul
     a = torch.ones(side, side, dtype=dtype, device=device)
-    return 2 * side**3 / _seconds(device, lambda n: a @ a, sizes) / 1e12
+    return 2 * side**3 / _seconds(device, [lambda number: a @ a], sizes)[0] / 1e12
 
 
 # --- decode steps -----------------------------------------------------------------------------------
@@ -296,7 +308,7 @@ def tflops(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
 def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geometry, tuple[Depth, ...]]:
     """Decode steps of an attached model with everything resident, at several depths; what calls the model is not in it.
 
-    A step's time is the median over the turns of a run of them.
+    A step's time is the median of some tokens, the least of that over the turns.
     """
     width = sizes.widths[len(sizes.widths) // 2]
     model = _model(device, dtype, max(sizes.depths), sizes.hidden, width, sizes.experts, sizes.top_k)
@@ -312,15 +324,19 @@ def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geome
                 model.config.num_hidden_layers = depth
                 cache = model(prompt, use_cache=True).past_key_values
                 model(token, past_key_values=cache)
-                _wait(device)
-                begun = time.perf_counter()
-                for _ in range(sizes.tokens):
-                    model(token, past_key_values=cache)
-                _wait(device)
-                taken[depth].append((time.perf_counter() - begun) / sizes.tokens)
+                taken[depth].append(statistics.median(_step(model, token, cache) for _ in range(sizes.tokens)))
     finally:
         model.mobile.leave()
-    return geometry, tuple(Depth(depth, statistics.median(found[1:])) for depth, found in taken.items())
+    return geometry, tuple(Depth(depth, min(found[1:])) for depth, found in taken.items())
+
+
+def _step(model: Any, token: torch.Tensor, cache: Any) -> float:
+    """Seconds from an idle device to an idle device."""
+    _wait(token.device)
+    begun = time.perf_counter()
+    model(token, past_key_values=cache)
+    _wait(token.device)
+    return time.perf_counter() - begun
 
 
 def _model(

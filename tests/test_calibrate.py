@@ -17,7 +17,7 @@ from mobile.hardware import PROFILES, profile, write_profile
 
 SMALL = replace(
     measuring.ON_CPU, hidden=256, widths=(32, 128, 512), reads_nbytes=(2**18, 2**20, 2**22), pool_nbytes=2**24,
-    matmul=64, depths=(1, 2), experts=4, top_k=2, tokens=6, repeats=3, at_least_seconds=0.01,
+    matmul=64, depths=(1, 2), experts=4, top_k=2, tokens=4, repeats=15, at_least_seconds=0.001,
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_every_number_of_a_profile_is_measured_here():
     assert measured.layer.top_k == 2
     assert 0 < measured.taken_nbytes < measured.memory_nbytes
     assert card.link_gb_per_s > 0.01
-    assert card.step_seconds > 0
+    assert all(depth.seconds > 0 for depth in measured.depths)
     assert torch.__version__ in card.sources[0]
     assert "UTC" in card.sources[0]
 
