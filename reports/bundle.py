@@ -32,7 +32,7 @@ class Verified:
 
 def seal(run: Path, results: Results) -> str:
     """Write the manifest over everything in the run folder, the code and the installed packages; returns its hash."""
-    record = results.records[0]
+    record = results.everything[0]
     manifest = {
         "schema": 1,
         "preset": results.preset,
@@ -40,7 +40,7 @@ def seal(run: Path, results: Results) -> str:
         "config": {
             "git_commit": record.environment["git_commit"],
             "git_dirty": record.environment["git_dirty"],
-            "cells": sorted(r.id for r in (*results.records, *results.controls)),
+            "cells": sorted(r.id for r in results.everything),
         },
         "code": code(),
         "wheels": wheels(),

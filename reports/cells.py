@@ -12,13 +12,14 @@ from suites.record import Record
 
 FIELDS = ("id", "scope", "weights", "model", "geometry", "task", "strategy", "gamma", "lossless", "hardware", "budget",
           "slots", "seed")  # fmt: skip
+SCRIPT = ("link_gb_per_s", "link_measured_gb_per_s", "fallback_asked", "moe_layers", "real_moe_layers")
 
 
 def csv_of(results: Results) -> Table:
     """All cells, controls too, at full precision; unknown is empty."""
-    records = [*results.records, *results.controls]
+    records = results.everything
     counters = sorted({name for record in records for name in record.counters})
-    derived = [_derived(record) for record in records]
+    derived = [_derived(record) | (_script(record) if results.shapes else {}) for record in records]
     head = (*FIELDS, *derived[0], *counters)
     rows = tuple(
         tuple(_text(v) for v in (*(getattr(r, f) for f in FIELDS), *d.values(), *(r.counters.get(c) for c in counters)))
@@ -34,7 +35,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "control": record.config.get("control"),
         "swept": record.config.get("swept"),
         "items": count([record]),
-        "correct": total([record], "correct"),
+        "correct": None if all(item.correct is None for item in record.items) else total([record], "correct"),
         "item_decode_tokens": total([record], "decode_tokens"),
         "item_decode_ns": total([record], "decode_ns"),
         "item_ttft_ns": total([record], "ttft_ns"),
@@ -44,6 +45,11 @@ def _derived(record: Record) -> dict[str, Any]:
         "wall_seconds": record.wall_seconds,
         "machine": machine(record),
     }
+
+
+def _script(record: Record) -> dict[str, Any]:
+    """What a cell that played a script says beside; unknown of the others."""
+    return {name: record.config.get(name) for name in SCRIPT}
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from reports import controls, wording
+from reports import controls, shapes, wording
 from reports.chapter import chapter
 from reports.page import Report, Section, Table
 from reports.plots import forest
@@ -23,22 +23,30 @@ def build(results: Results) -> Report:
     paper = tomllib.loads(PAPER.read_text())
     broken = controls.broken(results)
     sections = [
-        *_overview(results, paper, trusted=not broken),
+        *(_overview(results, paper, trusted=not broken) if results.records else ()),
         *(section for model in results.models for section in chapter(results, model, paper)),
+        *shapes.chapters(results, paper, trusted=not broken),
         *_seeds(results, paper["accuracy"]["margin_points"]),
         _controls(results),
         _watched(results),
         _absent(results),
         _provenance(paper),
-        Section("Limits", wording.limits(results)),
+        Section("Limits", (*wording.limits(results), *(shapes.LIMITS if results.shapes else ()))),
     ]
     return Report(
         title=f"How far does MoBiLE hold? ({results.preset})",
-        opening=wording.opening(results, paper),
+        opening=_opening(results, paper),
         alarm=_alarm(broken),
         sections=tuple(section for section in sections if not section.empty),
         facts=_facts(results),
     )
+
+
+def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
+    told = wording.opening(results, paper)
+    if not results.shapes:
+        return told
+    return (*(told if results.records else told[:1]), shapes.opening(results))
 
 
 def _alarm(broken: list[str]) -> str | None:
@@ -81,8 +89,14 @@ def _controls(results: Results) -> Section:
         "text must equal the batch's, and every counter of the live ledger, times included, the replayed one's. "
         "Offloaded full K must equal the resident model, token for token."
     )
+    if not results.records:
+        text = shapes.CHECKS
     tables = tuple(table for table in (controls.canary_table(results), controls.checks(results)) if table.rows)
-    nothing = () if results.controls else ("This run has no canary cell: that a scrambled router fails is not shown.",)
+    nothing = (
+        ()
+        if results.controls or not results.records
+        else ("This run has no canary cell: that a scrambled router fails is not shown.",)
+    )
     return Section("Controls", (text, *nothing), tables)
 
 
@@ -129,15 +143,16 @@ def _provenance(paper: dict[str, Any]) -> Section:
 
 def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     """What a reader needs to repeat the run; nothing that changes when it is repeated."""
-    record = results.records[0]
+    record = results.everything[0]
     packages = record.environment["packages"]
-    machines = {likeness(r) for r in results.records}
-    dirty = any(r.environment["git_dirty"] for r in results.records)
-    commits = dict.fromkeys(str(r.environment["git_commit"]) for r in results.records)
+    made = (*results.records, *results.shapes)
+    machines = {likeness(r) for r in made}
+    dirty = any(r.environment["git_dirty"] for r in made)
+    commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)
     return (
         ("preset", results.preset),
-        ("cells", f"{len(results.records)} recorded, {len(results.absent)} without a record"),
-        ("scope", "; ".join(dict.fromkeys(f"{r.scope}, weights {r.weights}" for r in results.records))),
+        ("cells", f"{len(made)} recorded, {len(results.absent)} without a record"),
+        ("scope", "; ".join(dict.fromkeys(f"{r.scope}, weights {r.weights}" for r in made))),
         ("code", f"{', '.join(commits)}{' (with changes not committed)' if dirty else ''}"),
         ("machine", f"{record.environment['cpu']}, {record.environment['cores']} cores, GPU "
                     f"{record.environment['gpu']}" if len(machines) == 1 else f"{len(machines)} unlike machines"),

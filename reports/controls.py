@@ -81,7 +81,7 @@ def canary_table(results: Results) -> Table:
 def checks(results: Results) -> Table:
     """Every check the live runs made of themselves, and whether all of them held."""
     seen: dict[str, list[bool]] = {}
-    for record in (*results.records, *results.controls):
+    for record in results.everything:
         for check, held in record.checks.items():
             seen.setdefault(check, []).append(held)
     rows = tuple(

@@ -25,7 +25,7 @@ class Difference:
 
 def difference(first: Results, second: Results) -> Difference:
     """Compare cells by what they are, not by their ids, which change with the code."""
-    old, new = ({label(r): r for r in (*run.records, *run.controls)} for run in (first, second))
+    old, new = ({label(r): r for r in run.everything} for run in (first, second))
     ones, others = essences(first), essences(second)
     rows, matters = [], []
     for cell in dict.fromkeys((*old, *new)):
@@ -83,7 +83,7 @@ def _ratio(old: Record, new: Record) -> str:
 
 
 def _surroundings(first: Results, second: Results) -> Table:
-    one, other = first.records[0], second.records[0]
+    one, other = first.everything[0], second.everything[0]
     facts = [
         ("preset", first.preset, second.preset),
         ("scope", one.scope, other.scope),

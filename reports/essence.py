@@ -17,6 +17,10 @@ TIMES = ("decode_ns", "ttft_ns")
 def label(record: Record) -> str:
     """What a cell is, whatever run it belongs to."""
     parts = (record.model, record.task, name(record), record.hardware, record.budget, f"seed {record.seed}")
+    if record.config.get("kind") == "shape":
+        link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
+        parts += (f"{record.scope} {'native' if link is None else f'{link:g} GB/s'}",)
+        parts += () if rate is None else (f"fallback {rate:g}",)
     return " / ".join((*parts, *((str(record.config["control"]),) if record.config.get("control") else ())))
 
 
@@ -39,7 +43,7 @@ def essence(record: Record) -> dict[str, Any]:
 
 def essences(results: Results) -> dict[str, dict[str, Any]]:
     """By label, in the order of the plan."""
-    return {label(record): essence(record) for record in (*results.records, *results.controls)}
+    return {label(record): essence(record) for record in results.everything}
 
 
 def changed_outputs(record: Record, other: Record) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class Gate:
 
 def expectation(results: Results) -> dict[str, Any]:
     """Exact facts of each cell, and the virtual speedups of the report."""
-    record = results.records[0]
+    record = results.everything[0]
     return {
         "preset": results.preset,
         "made_on": {"cpu": record.environment["cpu"], "packages": record.environment["packages"]},

@@ -15,7 +15,8 @@ from suites.record import LATEST, Record, RunFolder, load, read_json
 class Results:
     """Records in the order of the plan; `absent` are planned cells without one, with the reason if there is one.
 
-    `controls` are cells run to fail (a scrambled router); no table but their own may hold them. `logs` are how the logs
+    `controls` are cells run to fail (a scrambled router), `shapes` those that played a script on synthetic weights; no
+    table but their own may hold either. `logs` are how the logs
     of failed cells ended, by the cells' labels.
     """
 
@@ -24,6 +25,12 @@ class Results:
     absent: tuple[tuple[str, str], ...]
     controls: tuple[Record, ...] = ()
     logs: tuple[tuple[str, str], ...] = ()
+    shapes: tuple[Record, ...] = ()
+
+    @property
+    def everything(self) -> tuple[Record, ...]:
+        """Every record of the run."""
+        return (*self.records, *self.controls, *self.shapes)
 
     def pick(self, **wanted: Any) -> list[Record]:
         """Records whose fields all equal what is wanted, in order."""
@@ -103,10 +110,11 @@ def read(run: Path) -> Results:
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
+    shapes = tuple(record for record in records if record.config.get("kind") == "shape")
     return Results(
-        planned["preset"], tuple(r for r in records if not r.config.get("control")),
+        planned["preset"], tuple(r for r in records if r not in controls and r not in shapes),
         tuple((label, why.text) for label, why in absent), controls,
-        tuple((label, why.log_tail) for label, why in absent if why.log_tail),
+        tuple((label, why.log_tail) for label, why in absent if why.log_tail), shapes,
     )  # fmt: skip
 
 

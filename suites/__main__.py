@@ -10,11 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from mobile.refusal import Refused
+from suites import shape_plan
 from suites.executors import cluster, here
 from suites.matrix import VIRTUAL, presets, read_preset
 from suites.preflight import check
 from suites.record import LATEST, RunFolder
 from suites.runner import DiskFull, describe, execute, locked
+from suites.shapes import LINKS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +40,14 @@ def parser() -> argparse.ArgumentParser:
             "--model", action="append", default=[], metavar="NAME=FOLDER",
             help="take this model of the preset from a folder; may be given again",
         )  # fmt: skip
+        sub.add_argument(
+            "--only", metavar="PATTERN",
+            help="the cells whose label holds this, as in \"olmoe-1b-7b 25GB/s\" (* and ? as in file names); the "
+            "others stay to be done",
+        )  # fmt: skip
+        sub.add_argument(
+            "--link", choices=LINKS, help="of the preset shapes: another link than its own, to try it without a GPU"
+        )
         if verb != "plan":
             sub.add_argument(
                 "--run-generated-code", action="store_true",
@@ -66,17 +76,21 @@ def main() -> int:
     options = parser().parse_args()
     console = Console(soft_wrap=True)
     try:
-        preset = read_preset(options.preset, options.data_dir, folders(options.model))
+        preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)
+        chosen = preset.only(options.only)
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
-        console.print(describe(preset, run), highlight=False)
+        console.print(describe(chosen, run), highlight=False)
+        if chosen.shapes:
+            shape_plan.check(chosen.name, chosen.shapes)
         if options.verb == "plan":
             return 0
-        check(preset, run_generated_code=options.run_generated_code)
+        if chosen.scored:
+            check(chosen, run_generated_code=options.run_generated_code)
         LATEST.parent.mkdir(exist_ok=True)
         LATEST.write_text(f"{run.path}\n")
-        alone = any(cell.scope != VIRTUAL for cell in preset.cells)
+        alone = any(cell.scope != VIRTUAL for cell in chosen.cells)
         with locked(run), cluster(options.dask, run.path, alone) if options.dask else here() as workers:
-            return 1 if execute(preset, run, console, workers) else 0
+            return 1 if execute(preset, run, console, workers, chosen) else 0
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2

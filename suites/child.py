@@ -1,4 +1,4 @@
-"""One child process of a run: some live runs of a model, or the timing of cells that share one live run.
+"""One child process of a run: some live runs of a model, or the timing of cells that share one live run or model.
 
 Reads its job as a line of JSON on standard input and answers on standard output with a line of JSON for each thing
 done; all else that is printed goes to standard error. When its standard input ends, so does it: whoever started it is
@@ -27,6 +27,7 @@ from suites.cell import Trace, cell_from, generation_from, time_cell
 from suites.environment import environment
 from suites.matrix import Cell, Generation
 from suites.record import Finished, RunFolder, sound
+from suites.shapes import Shape, shape_from
 
 TAIL = 4000  # characters of a log that a failure keeps
 UNLIKE = (
@@ -48,7 +49,7 @@ def attempt(name: str, label: str, action: Callable[[], Any]) -> Finished:
     return Finished(name, label, time.monotonic() - begun)
 
 
-def with_what(load: Callable[[], Any], do: Callable[[Cell, Any], Finished]) -> Callable[[Cell], Finished]:
+def with_what(load: Callable[[], Any], do: Callable[[Any, Any], Finished]) -> Callable[[Any], Finished]:
     """`do` with what `load` gives, which is loaded once, now; where that fails, every cell fails as it did."""
     held: list[Any] = []
     opened = attempt("", "", lambda: held.append(load()))
@@ -116,7 +117,7 @@ def main() -> None:
     def say(done: Finished) -> None:
         print(json.dumps(asdict(done)), file=answers, flush=True)
 
-    def undone(name: str, one: Generation | Cell, left_behind: Path) -> bool:
+    def undone(name: str, one: Generation | Cell | Shape, left_behind: Path) -> bool:
         """Whether it is to be done here; otherwise says why not."""
         if one.id != name:
             say(Finished(name, one.label, 0.0, UNLIKE))
@@ -138,6 +139,14 @@ def main() -> None:
             return attempt(one.id, one.label, partial(live.run, one, run, job["hardware"]))
 
         do = answered
+    elif "shapes" in job:
+        from suites import shape_timing
+
+        things, left_behind = list(map(shape_from, job["shapes"])), run.record
+        do = with_what(
+            partial(shape_timing.load, things[0]),
+            lambda shape, held: attempt(shape.id, shape.label, partial(shape_timing.save, shape, held, run)),
+        )
     else:
         things, left_behind = list(map(cell_from, job["cells"])), run.record
         first = things[0]

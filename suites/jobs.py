@@ -10,7 +10,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -21,6 +21,7 @@ from suites.child import TAIL, ending
 from suites.matrix import VIRTUAL, Cell, Generation, Preset
 from suites.real_tasks import locate
 from suites.record import Finished, RunFolder, sound
+from suites.shapes import Shape
 
 CELLS_A_JOB = 12  # of one live run, timed by one child that reads the trace once
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -80,7 +81,7 @@ def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
         return cell.generation.id
 
     jobs = []
-    missing = [cell for cell in preset.cells if cell.link is None and not run.record(cell.id).is_file()]
+    missing = [cell for cell in preset.replayed if not run.record(cell.id).is_file()]
     for generation, members in groupby(sorted(missing, key=shared), shared):
         left = list(members)
         while left:
@@ -101,11 +102,23 @@ def live_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     return [_timing(cells, "live", run, alone=cells[0].scope != VIRTUAL, online=True) for cells in together]
 
 
-def _timing(cells: list[Cell], kind: str, run: RunFolder, **options: Any) -> Job:
+def shape_jobs(preset: Preset, run: RunFolder) -> list[Job]:
+    """The shapes not done yet, all of one made model in one job: making 61 GB of experts takes longer than a cell."""
+
+    def made(shape: Shape) -> tuple:
+        return shape.model.name, shape.layers or 0, shape.shrink, shape.link
+
+    missing = [shape for shape in preset.shapes if not run.record(shape.id).is_file()]
+    together = [list(members) for _, members in groupby(sorted(missing, key=made), made)]
+    return [_timing(shapes, "shapes", run, alone=shapes[0].scope != VIRTUAL) for shapes in together]
+
+
+def _timing(cells: Sequence[Cell | Shape], kind: str, run: RunFolder, **options: Any) -> Job:
     """The job that times these cells."""
     labels = {cell.id: cell.label for cell in cells}
+    named = "shapes" if isinstance(cells[0], Shape) else "cells"
     return Job(
-        spec={"run": str(run.path), "ids": list(labels), "cells": list(map(asdict, cells))},
+        spec={"run": str(run.path), "ids": list(labels), named: list(map(asdict, cells))},
         labels=labels, log=run.log(f"{kind}-{next(iter(labels))}"), **options,
     )  # fmt: skip
 

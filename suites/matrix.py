@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import version
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -20,40 +17,15 @@ from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.strategy import BigLittle, Strategy, resolve
-from suites.real_tasks import REAL, SHIPPED, expand, items_of, locate
-from suites.tasks import FOLDER as TASKS
+from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
+from suites.real_tasks import REAL, SHIPPED, expand, items_of
+from suites.shapes import Shape, shapes_of
 
-HERE = Path(__file__).parent
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 OVERRIDDEN = ("strategies", "budgets", "gammas", "caches", "shares", "canaries", "items")  # a model's own, if it likes
 VIRTUAL = "cpu+virtual"
 SCOPES = {None: VIRTUAL, "virtual": VIRTUAL, "paced": "cpu+paced", "cuda": "gpu+pcie"}  # by the link of a cell
-VERSIONED = ("torch", "transformers", "lm-eval", "numpy")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint and the real model its times are charged as.
-
-    It lies in a folder (`path`, relative to suites/, or absolute), or at `revision` of the hub's `hub`.
-    """
-
-    name: str
-    geometry: str
-    weights: str
-    path: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    family: str | None = None
-    training_seed: int | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Raises Refused for a model of the hub."""
-        if self.path is None:
-            raise Refused(f"Model {self.name} lies on the hub and has no folder here; give --model {self.name}=FOLDER.")
-        return HERE / self.path
 
 
 @dataclass(frozen=True)
@@ -72,7 +44,7 @@ class Generation:
     @property
     def id(self) -> str:
         own = {name: value for name, value in asdict(self).items() if name != "data"}  # what counts is what is in it
-        return _hash(own, code_hash(), _versions(), task_hash(self.task, self.folder), model_hash(self.model))
+        return digest(own, code_hash(), versions(), task_hash(self.task, self.folder), model_hash(self.model))
 
     @property
     def folder(self) -> Path | None:
@@ -105,7 +77,7 @@ class Cell:
     @property
     def id(self) -> str:
         card = asdict(profile(self.hardware))  # what counts is what is in it, wherever it lies
-        return _hash(self.generation.id, self.strategy, self.gamma, card, self.budget, self.timed, self.link)
+        return digest(self.generation.id, self.strategy, self.gamma, card, self.budget, self.timed, self.link)
 
     @property
     def scope(self) -> str:
@@ -128,33 +100,65 @@ class Preset:
 
     name: str
     minutes: int
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell | Shape, ...]
+
+    @property
+    def scored(self) -> list[Cell]:
+        """The cells whose answers are scored."""
+        return [cell for cell in self.cells if isinstance(cell, Cell)]
+
+    @property
+    def replayed(self) -> list[Cell]:
+        """Of them, those that are timed by replaying a live run."""
+        return [cell for cell in self.scored if cell.link is None]
 
     @property
     def generations(self) -> list[Generation]:
         """The live runs that replayed cells need, each once, in order."""
-        return list(dict.fromkeys(cell.generation for cell in self.cells if cell.link is None))
+        return list(dict.fromkeys(cell.generation for cell in self.replayed))
 
     @property
     def live(self) -> list[Cell]:
-        """The cells that are timed live."""
-        return [cell for cell in self.cells if cell.link is not None]
+        """Of them, those that are timed live."""
+        return [cell for cell in self.scored if cell.link is not None]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The cells that are timed live on a script."""
+        return [cell for cell in self.cells if isinstance(cell, Shape)]
+
+    def only(self, pattern: str | None) -> Preset:
+        """The cells whose label holds the pattern (with * and ? as in file names). Raises Refused where none does."""
+        chosen = self.cells if pattern is None else tuple(c for c in self.cells if fnmatch(c.label, f"*{pattern}*"))
+        if not chosen:
+            raise Refused(f"No cell of {self.name} is called {pattern!r}; one is called {self.cells[0].label!r}.")
+        return replace(self, cells=chosen)
+
+
+_MADE = "makes its models itself; leave --model out"
+_SAYS = "says itself how it is timed; leave --link out"
 
 
 def presets() -> list[str]:
     return sorted(path.stem for path in (HERE / "presets").glob("*.toml"))
 
 
-def read_preset(name: str, folder: Path | None = None, folders: Mapping[str, Path] = MappingProxyType({})) -> Preset:
+def read_preset(
+    name: str, folder: Path | None = None, folders: Mapping[str, Path] = MappingProxyType({}), link: str | None = None
+) -> Preset:
     """The preset of that name, or at that path, with real tasks' files from `folder` and models from `folders`.
 
-    Raises Refused for one that is unknown or asks for unknown things.
+    `link` is another for a preset of shapes. Raises Refused for one that is unknown or asks for unknown things.
     """
     path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
     if not path.is_file():
         raise Refused(f"Unknown preset {name!r}; choose one of: {', '.join(presets())}, or give a .toml file.")
     try:
         data = tomllib.loads(path.read_text())
+        if "runs" in data and not folders:
+            return Preset(path.stem, data["minutes"], tuple(shapes_of(data, link)))
+        if "runs" in data or link is not None:
+            raise Refused(f"Preset {path.stem} {_MADE if 'runs' in data else _SAYS}.")
         return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise Refused(f"Preset {path} cannot be read: {error}.") from error
@@ -246,56 +250,3 @@ def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
 
 def _gamma(strategy: Strategy) -> float | None:
     return strategy.gating.gamma if isinstance(strategy.gating, BigLittle) else None
-
-
-# --- what a result depends on ------------------------------------------------------------------------
-
-
-def _bytes_hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _hash(*parts: Any) -> str:
-    return _bytes_hash(json.dumps(parts, sort_keys=True).encode())[:16]
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in VERSIONED}
-
-
-@cache
-def task_hash(task: str, folder: Path | None = None) -> str:
-    """SHA-256 over a task's items, and its YAML where that is ours; lm-eval's follow its version, the hub its name."""
-    ours = TASKS / f"{REAL[task].plain if task in REAL else task}.yaml"
-    parts = [ours.read_bytes()] if ours.is_file() else []
-    return _bytes_hash(b"".join([*parts, *(path.read_bytes() for path in locate(task, folder).values())]))
-
-
-@cache
-def code_hash() -> str:
-    """SHA-256 over the code that makes results: mobile, baselines and suites, models and presets left out."""
-    rooms = [HERE, HERE.parent / "mobile", HERE.parent / "baselines"]
-    files = sorted(path for room in rooms for path in room.rglob("*.py") if "models" not in path.parts)
-    return _bytes_hash(b"".join(path.name.encode() + path.read_bytes() for path in files))
-
-
-@cache
-def model_hash(model: Model) -> str:
-    """SHA-256 of the checkpoint's list of hashes. Raises Refused if a file is missing or differs from the list.
-
-    A real checkpoint has no list: of the hub it is its name and revision, in a folder its files' names and sizes.
-    """
-    if model.hub is not None:
-        return _bytes_hash(f"{model.hub}@{model.revision}".encode())
-    sums = model.folder / "SHA256SUMS"
-    if model.weights == "real" and (model.folder / "config.json").is_file():
-        return _hash([(path.name, path.stat().st_size) for path in sorted(model.folder.iterdir()) if path.is_file()])
-    if not sums.is_file():
-        raise Refused(f"Model {model.name} is not in {model.folder}: SHA256SUMS is missing.")
-    for line in sums.read_text().splitlines():
-        expected, name = line.split(maxsplit=1)
-        path = model.folder / name
-        if not path.is_file() or _bytes_hash(path.read_bytes()) != expected:
-            raise Refused(f"{path} is missing or differs from SHA256SUMS; restore it from the repository.")
-    return _bytes_hash(sums.read_bytes())

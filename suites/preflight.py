@@ -90,7 +90,7 @@ def describe(preset: Preset) -> list[str]:
             f"together: disk {download:.0f} GB, about {total:.0f} hours on link {link}, an estimate: {ANSWER_TOKENS} "
             f"tokens an answer, every expert copied on demand at {_rate(preset):.0f} GB/s"
         )
-    folder = next((c.generation.folder for c in preset.cells if c.generation.folder is not None), None)
+    folder = next((c.generation.folder for c in preset.scored if c.generation.folder is not None), None)
     return lines + remarks(_tasks(preset), folder)
 
 
@@ -99,12 +99,12 @@ def _rate(preset: Preset) -> float:
 
 
 def _tasks(preset: Preset) -> list[str]:
-    return list(dict.fromkeys(cell.generation.task for cell in preset.cells))
+    return list(dict.fromkeys(cell.generation.task for cell in preset.scored))
 
 
 def check(preset: Preset, *, run_generated_code: bool) -> None:
     """Raises Refused, in one sentence, for the first thing that this machine or this command line lacks."""
-    judged = [cell.generation for cell in preset.cells if _runs_foreign_code(cell.generation)]
+    judged = [cell.generation for cell in preset.scored if _runs_foreign_code(cell.generation)]
     if judged and not run_generated_code:
         raise Refused(
             f"Task {judged[0].task} runs code that {judged[0].model.name} wrote, in a sandbox that stops accidents and "
@@ -170,7 +170,7 @@ def _cached(model: Model) -> bool:
 def _check_hub(preset: Preset) -> None:
     """Everything that comes from the hub can be reached or is in the cache."""
     api = HfApi()
-    for model in dict.fromkeys(cell.generation.model for cell in preset.cells):
+    for model in dict.fromkeys(cell.generation.model for cell in preset.scored):
         if model.hub is not None and not _cached(model):
             try:
                 api.model_info(model.hub, revision=model.revision, timeout=HUB_SECONDS)
@@ -179,7 +179,7 @@ def _check_hub(preset: Preset) -> None:
                     f"Model {model.name} is {model.hub} of the hub, which cannot be reached "
                     f"({type(error).__name__}); give --model {model.name}=FOLDER with a copy."
                 ) from error
-    for cell in preset.cells:
+    for cell in preset.scored:
         task = cell.generation.task
         if task in REAL and cell.generation.folder is None:
             try:

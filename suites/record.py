@@ -5,6 +5,7 @@ format history
     2  guesses
     3  prompts and the spans that fell back; families, seeds and controls in config
     4  a first line with the SHA-256 of what follows; fingerprint, host and telemetry in environment
+    5  correct is null where nothing was to be answered
 
 Unknown is null, never 0; an error is never a result; times are integer nanoseconds.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-SCHEMA = 4
+SCHEMA = 5
 FIRST = b'{\n "sha256": "%s",\n'  # of the bytes after it; how every JSON file of a run begins
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
 
@@ -70,7 +71,8 @@ class Item:
     `ttft_ns` is prefill, `decode_ns` all decode steps, of `decode_tokens` tokens (the first output token is
     prefill's), `decode_bytes` what the link copied during them. `answer` is null where none could be found.
     `prompt` is null where it is long or not ours to print. `fallback_spans` are the ranges of characters of `output`
-    that a big pass wrote.
+    that a big pass wrote. Where a script was played and nothing asked (preset shapes), `output` is empty, `correct` is
+    null, and the hash is the script's.
     """
 
     doc: int
@@ -79,7 +81,7 @@ class Item:
     output: str
     fallback_spans: tuple[tuple[int, int], ...]
     answer: str | None
-    correct: bool
+    correct: bool | None
     prompt_tokens: int
     decode_tokens: int
     fallbacks: int
@@ -93,7 +95,7 @@ class Record:
     """Everything one cell did, and everything needed to do it again."""
 
     id: str
-    scope: str  # "cpu+virtual", "gpu+pcie", "gpu+throttled"
+    scope: str  # "cpu+virtual", "cpu+paced", "gpu+pcie", "gpu+throttled"
     weights: str  # "shipped-tiny", "synthetic", "real"
     model: str
     geometry: str

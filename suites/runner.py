@@ -25,11 +25,12 @@ from rich.progress import (
 from rich.text import Text
 
 from mobile.refusal import Refused
-from suites import preflight
+from suites import preflight, shape_plan
 from suites.executors import Workers
-from suites.jobs import Job, cell_jobs, generation_jobs, live_jobs, put_damaged_aside, work
+from suites.jobs import Job, cell_jobs, generation_jobs, live_jobs, put_damaged_aside, shape_jobs, work
 from suites.matrix import Cell, Preset
 from suites.record import Finished, RunFolder, sound, write_json
+from suites.shapes import Shape
 
 FULL_NBYTES = 2**20  # a disk with less room than this may not hold another record
 RATE_OVER_SECONDS = 600
@@ -59,6 +60,9 @@ def describe(preset: Preset, run: RunFolder) -> str:
     answered = sum(sound(run.answers(generation.id)) for generation in generations)
     items = sum(generation.items for generation in generations)
     megabytes = 0.2 * len(generations) + 0.15 * len(cells)
+    if preset.shapes:
+        told = shape_plan.describe([(shape, sound(run.record(shape.id))) for shape in preset.shapes])
+        return "\n".join([f"{preset.name}: {len(cells)} cells, {timed} done", *told, f"folder: {run.path}"])
     lines = [
         f"{preset.name}: {len(cells)} cells, {timed} done; "
         f"{len(generations)} live runs ({items:,} answers), {answered} done"
@@ -92,13 +96,16 @@ def locked(run: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers) -> int:
-    """Do what is missing; returns how many cells have no record at the end. Raises DiskFull."""
+def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, chosen: Preset | None = None) -> int:
+    """Do what is missing of the preset (of the part `chosen`, if given); returns how many cells of it have no record
+    at the end. A report expects the whole preset either way. Raises DiskFull.
+    """
     begun = time.monotonic()
     write_json(run.plan, {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
     _tidy(preset, run)
     for aside in put_damaged_aside(preset, run):
         console.print(f"[yellow]damaged[/] put aside as {aside}; it is done again", highlight=False)
+    preset = chosen or preset
     before = _recorded(preset, run)
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), PerMinute(),
@@ -108,7 +115,7 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers) 
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_OVER_SECONDS
     ) as progress:
         _phase("live runs", generation_jobs(preset, run), workers.many, run, progress)
-        cells = [*cell_jobs(preset, run), *live_jobs(preset, run)]
+        cells = [*cell_jobs(preset, run), *live_jobs(preset, run), *shape_jobs(preset, run)]
         _phase("cells", [job for job in cells if not job.alone], workers.many, run, progress)
         _phase("cells timed alone", [job for job in cells if job.alone], workers.alone, run, progress)
     recorded = _recorded(preset, run)
@@ -176,8 +183,9 @@ def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
 
 
 def _expected(preset: Preset) -> list[dict[str, Any]]:
-    def named(cell: Cell) -> dict[str, Any]:
-        return {"id": cell.id, "label": cell.label, "model": cell.generation.model.name, "task": cell.generation.task,
+    def named(cell: Cell | Shape) -> dict[str, Any]:
+        of = cell if isinstance(cell, Shape) else cell.generation
+        return {"id": cell.id, "label": cell.label, "model": of.model.name, "task": of.task,
                 "strategy": cell.strategy, "gamma": cell.gamma, "budget": cell.budget}  # fmt: skip
 
     return [named(cell) for cell in preset.cells]

@@ -6,6 +6,7 @@ are dealt out over the real ones as `mobile.geometry.dress` does it, or drawn fr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,6 +50,16 @@ class Script:
     def fallbacks(self) -> int:
         """Of the counted steps, those that fall back under MoBiLE."""
         return int(self.unsure[self.warmup :].sum())
+
+    @property
+    def sha256(self) -> str:
+        """Of every selection: two strategies that played scripts with the same hash were given the same choices."""
+        told = b"".join(np.ascontiguousarray(each, "<i8").tobytes() for each in (self.prompt, self.little, self.full))
+        return hashlib.sha256(f"{self.prompt.shape}{self.full.shape}".encode() + told).hexdigest()
+
+    def first(self, steps: int) -> Script:
+        """The same script, ending after so many steps."""
+        return replace(self, little=self.little[:steps], full=self.full[:steps], unsure=self.unsure[:steps])
 
 
 def with_rate(script: Script, rate: float, seed: int) -> Script:
@@ -102,7 +113,7 @@ def recorded(
         [[_first(half, all_) for half, all_ in zip(a.experts, b.predicted, strict=True)] for a, b in pairs]
     )
     full = np.array([big.experts for _, big in pairs])
-    unsure = np.array([a.confidence is not None and a.confidence < gamma for a, _ in pairs])
+    unsure = np.array([small.confidence is not None and small.confidence < gamma for small, _ in pairs])
     owner = [layer * full.shape[1] // layers for layer in range(layers)]
     dealt = np.stack([_deal(*told, prompt.tokens) for told in zip(prompt.experts, prompt.counts, strict=True)], axis=1)
     return Script(source, dealt[:, owner], little[:, owner], full[:, owner], unsure, warmup)

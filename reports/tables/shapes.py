@@ -1,0 +1,148 @@
+"""Real geometries with synthetic weights: how fast over which link, and what the fallback rate makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reports import verdict
+from reports.compare import hit_rate, name, seconds_per_token, speedup, tokens_per_s, total
+from reports.format import percent, ratio
+from reports.groups import FLAVOURS
+from reports.page import Table
+from reports.stats import Interval
+from suites.record import Record
+
+MAIN = "recorded routing"
+
+
+def link_of(record: Record) -> str:
+    """The link a cell was timed over, for a heading."""
+    asked = record.config["link_gb_per_s"]
+    return "link as it is" if asked is None else f"link at {asked:g} GB/s"
+
+
+def links(records: list[Record]) -> list[str]:
+    return list(dict.fromkeys(map(link_of, records)))
+
+
+def base(records: list[Record], like: Record, flavour: str) -> list[Record]:
+    """The on-demand cell of the same work over the same link, as a group of one; empty where there is none."""
+    found = [r for r in records if r.strategy == flavour and r.task == like.task and link_of(r) == link_of(like)]
+    return found[:1]
+
+
+def over(records: list[Record], record: Record, flavour: str) -> Interval | None:
+    """How many times faster per token, paired by repeat."""
+    reference = base(records, record, flavour)
+    return speedup([record], reference) if reference else None
+
+
+def by_link(records: list[Record], link: str) -> Table:
+    """Every strategy over one link, on the shipped models' routing and their own fallbacks."""
+    chosen = [r for r in records if link_of(r) == link and r.task == MAIN and not r.config["swept"]]
+    head = ("strategy", "budget", "slots", "fallbacks", "TPOT ms", "tokens/s", *(f"over {b}" for b in FLAVOURS),
+            "MB/token", "hits", "ceiling tokens/s", "of the ceiling", "copies GB/s", "TTFT ms")  # fmt: skip
+    return Table(f"Decode speed, {link}", head, tuple(_row(records, record) for record in chosen))
+
+
+def _row(records: list[Record], record: Record) -> tuple[str, ...]:
+    tokens, rate = total([record], "decode_tokens"), tokens_per_s([record])
+    ceiling, copies = record.ceiling_tokens_per_s, record.config["link_measured_gb_per_s"]
+    return (
+        name(record),
+        record.budget,
+        "-" if record.slots is None else f"{record.slots:,}",
+        percent(total([record], "fallbacks") / tokens) if record.gamma is not None and tokens else "-",
+        "-" if rate is None else f"{1000 / rate:.2f}",
+        "-" if rate is None else f"{rate:.2f}",
+        *("1" if record.strategy == flavour else ratio(over(records, record, flavour)) for flavour in FLAVOURS),
+        f"{total([record], 'decode_bytes') / tokens / 1e6:,.3f}" if tokens else "-",
+        percent(hit_rate([record])),
+        "-" if ceiling is None else f"{ceiling:.2f}",
+        percent(rate / ceiling) if rate and ceiling else "-",
+        "-" if copies is None else f"{copies:.2f}",
+        f"{total([record], 'ttft_ns') / 1e6 / len(record.items):,.1f}",
+    )
+
+
+def by_routing(records: list[Record]) -> Table:
+    """The same strategies on routing that was drawn, where there is some."""
+    drawn = [r for r in records if r.task != MAIN]
+    rows = tuple((r.task.removesuffix(" routing"), link_of(r), *_row(records, r)[:10]) for r in drawn)
+    head = ("routing", "link", "strategy", "budget", "slots", "fallbacks", "TPOT ms", "tokens/s",
+            *(f"over {b}" for b in FLAVOURS), "MB/token", "hits")  # fmt: skip
+    return Table("Routing drawn from a distribution", head, rows)
+
+
+def sweep(records: list[Record]) -> list[Record]:
+    """MoBiLE's cells over a range of fallback rates, ascending."""
+    return sorted((r for r in records if r.config["swept"] and r.gamma is not None), key=rate_of)
+
+
+def rate_of(record: Record) -> float:
+    """The share of counted decode steps that fell back."""
+    return total([record], "fallbacks") / max(1, total([record], "decode_tokens"))
+
+
+def by_rate(records: list[Record]) -> Table:
+    """MoBiLE's speedup against its fallback rate, beside what it would be if all of the time were loading."""
+    rows = tuple(
+        (
+            percent(record.config["fallback_asked"]),
+            percent(rate_of(record)),
+            link_of(record),
+            record.budget,
+            *(ratio(over(records, record, flavour)) for flavour in FLAVOURS),
+            f"{2 / (1 + rate_of(record)):.2f}x",
+            percent(hit_rate([record])),
+        )
+        for record in sweep(records)
+    )
+    head = ("fallbacks asked", "fell back", "link", "budget", *(f"over {b}" for b in FLAVOURS), "2 / (1 + r)", "hits")
+    note = (
+        "2 / (1 + r) is for loading that takes all of the time, nothing kept between tokens and every prefetch in "
+        "time; what a row has beyond it is cache."
+    )
+    return Table("MoBiLE against its fallback rate", head, rows, note)
+
+
+def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Table:
+    """The published band beside what was measured, through the door that every verdict leaves by."""
+    rows = []
+    for record in [r for r in records if r.gamma is not None and r.task == MAIN and not r.config["swept"]]:
+        for flavour in FLAVOURS:
+            measured, of = over(records, record, flavour), verdict.stamp([record], base(records, record, flavour))
+            says = verdict.of_band(measured, claim["low"], claim["high"], of, trusted)
+            here = f"over {flavour}, {record.budget}, {link_of(record)}"
+            band = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
+            rows.append(("speedup", band, record.model, here, ratio(measured), says, str(of)))
+    head = ("claim", "published", "model", "here", "value", "verdict", "scope")
+    return Table("Verdicts on synthetic weights", head, tuple(rows))
+
+
+def families(records: list[Record]) -> Table:
+    """Each geometry and link in one row: MoBiLE at its fewest slots, by the shipped model's own fallbacks."""
+    rows = []
+    for record in [r for r in records if r.gamma is not None and r.task == MAIN and not r.config["swept"]]:
+        if record.budget == "smallest":
+            rate = seconds_of(record)
+            rows.append(
+                (
+                    record.model,
+                    f"{record.config['moe_layers']} of {record.config['real_moe_layers']}",
+                    link_of(record),
+                    record.scope,
+                    percent(rate_of(record)),
+                    "-" if rate is None else f"{1000 * rate:.2f}",
+                    *(ratio(over([r for r in records if r.model == record.model], record, b)) for b in FLAVOURS),
+                )
+            )
+    head = ("geometry", "MoE layers made", "link", "scope", "fallbacks", "MoBiLE's TPOT ms",
+            *(f"over {b}" for b in FLAVOURS))  # fmt: skip
+    return Table("Geometries and links at a glance", head, tuple(rows))
+
+
+def seconds_of(record: Record) -> float | None:
+    """Mean time per token over all repeats."""
+    rate = tokens_per_s([record]) if any(map(seconds_per_token, record.items)) else None
+    return None if rate is None else 1 / rate

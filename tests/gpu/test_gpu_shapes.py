@@ -1,0 +1,64 @@
+"""Shapes on a GPU: wall time over the link as it is and slowed, page-locked once, refused where it cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mobile.refusal import Refused
+from suites import shape_timing
+from suites.matrix import read_preset
+from suites.synthetic import make
+from tests.shapes import PRESET
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shapes") / "narrow.toml"
+    path.write_text(PRESET.replace("shrink = 16", "shrink = 2"))
+    return read_preset(str(path)).shapes
+
+
+@pytest.fixture(scope="module")
+def loaded(shapes):
+    return shape_timing.load(shapes[0])
+
+
+def test_the_store_is_page_locked_once_for_every_engine(loaded):
+    assert all(rows.is_pinned() for rows in loaded.made.store.rows)
+    for _ in range(2):
+        with loaded.made.attached("on-demand", slots=8) as engine:
+            assert engine.device.type == "cuda"
+    assert all(rows.is_pinned() for rows in loaded.made.store.rows)
+
+
+@pytest.mark.parametrize("link_gb_per_s", [None, 2.0])
+def test_a_shape_is_timed_over_the_link_that_was_asked_for(shapes, loaded, link_gb_per_s):
+    for shape in shapes[:4]:
+        record = shape_timing.record(replace(shape, link_gb_per_s=link_gb_per_s), loaded)
+        assert record.scope == ("gpu+pcie" if link_gb_per_s is None else "gpu+throttled")
+        assert all(record.checks.values()), record.checks
+        assert all(item.decode_ns > 0 and item.decode_bytes > 0 for item in record.items)
+        if link_gb_per_s is not None:
+            assert record.config["link_measured_gb_per_s"] == pytest.approx(link_gb_per_s, rel=0.15)
+            assert record.config["link_native_gb_per_s"] > link_gb_per_s
+
+
+def test_a_link_slower_than_asked_is_refused_for_that_cell_alone(shapes, loaded):
+    with pytest.raises(Refused, match="cannot be throttled"):
+        shape_timing.record(replace(shapes[0], link_gb_per_s=10_000.0), loaded)
+    assert shape_timing.record(shapes[0], loaded).items
+
+
+def test_everything_resident_is_refused_where_it_does_not_fit():
+    made = make("olmoe-1b-7b", layers=1, device="cuda")
+    free = torch.cuda.mem_get_info()[0]
+    held = torch.empty(free - 2**29, dtype=torch.uint8, device="cuda")
+    with pytest.raises(Refused, match="GiB free; give fewer slots"), made.attached("resident", slots=64):
+        pass
+    del held
+    torch.cuda.empty_cache()
+    with made.attached("resident", slots=64) as engine:
+        assert engine.slots == 64

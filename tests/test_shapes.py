@@ -1,0 +1,162 @@
+"""The preset shapes end to end: planned, run on a bare machine, resumed, refused, reported."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mobile.refusal import Refused
+from reports import content
+from reports.results import read
+from reports.write import markdown
+from suites import shape_plan, shape_timing
+from suites.matrix import read_preset
+from suites.record import RunFolder, load
+from suites.shapes import shape_from
+from tests import shapes
+
+
+@pytest.fixture(scope="session")
+def preset(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("shapes") / "narrow.toml"
+    path.write_text(shapes.PRESET)
+    return path
+
+
+@pytest.fixture(scope="session")
+def done(preset, tmp_path_factory) -> Path:
+    """A run over the virtual link, in a Python without the packages that a bare GPU machine lacks; one cell last."""
+    out, bare = tmp_path_factory.mktemp("run") / "run", shapes.bare(tmp_path_factory.mktemp("bare"))
+    asked = ("run", "--preset", str(preset), "--link", "virtual", "--out", str(out))
+    first = shapes.suites(*asked, "--only", "native", environment=bare)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "1 of 1 cells have records" in first.stdout
+    assert len(read(out).absent) == shapes.CELLS - 1  # what was not picked is still expected
+    rest = shapes.suites(*asked, environment=bare)
+    assert rest.returncode == 0, rest.stdout + rest.stderr
+    assert f"{shapes.CELLS} cells, 1 done" in rest.stdout
+    assert f"{shapes.CELLS} of {shapes.CELLS} cells have records" in rest.stdout
+    return out
+
+
+def test_the_bare_python_of_these_tests_lacks_what_it_says(tmp_path):
+    import subprocess
+
+    for absent in ("lm_eval", "scipy", "matplotlib", "datasets"):
+        run = subprocess.run([sys.executable, "-c", f"import {absent}"], env=shapes.bare(tmp_path), capture_output=True)
+        assert b"ModuleNotFoundError" in run.stderr, absent
+
+
+def test_the_shipped_preset_is_whole_and_says_what_it_takes():
+    preset = read_preset("shapes")
+    assert {shape.scope for shape in preset.shapes} == {"gpu+pcie", "gpu+throttled"}
+    assert {shape.link_gb_per_s for shape in preset.shapes} == {None, 25, 12}
+    assert {shape.model.weights for shape in preset.shapes} == {"synthetic"}
+    assert len({shape.id for shape in preset.shapes}) == len(preset.shapes)
+    swept = {shape.rate for shape in preset.shapes if shape.swept}
+    assert swept == {0, 0.05, 0.1, 0.2, 0.3, 0.5}
+    assert all(float(rate * preset.shapes[0].decode_tokens).is_integer() for rate in swept)
+    assert {s.budget for s in preset.shapes if s.strategy.startswith("on-demand")} == {"smallest"}
+    for model in {shape.model.name for shape in preset.shapes}:
+        for link in ("native", "25GB/s", "12GB/s"):  # a command of ten minutes does a geometry over a link
+            assert shape_plan.seconds_of(preset.only(f"{model} {link}").shapes) < 600
+    lines = shape_plan.describe([(shape, False) for shape in preset.shapes])
+    assert len(lines) == 5
+    assert re.search(r"qwen3-30b-a3b: \d+ cells, 0 done; host memory \d+ GiB .* about \d+ minutes", lines[3])
+
+
+def test_without_a_gpu_it_is_refused_in_a_sentence(preset):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(Refused, match=r"timed on an NVIDIA GPU and torch finds none here; .* --link paced"):
+        shape_plan.check("shapes", read_preset(str(preset)).shapes)
+    shape_plan.check("shapes", read_preset(str(preset), link="paced").shapes)
+
+
+def test_what_a_preset_of_shapes_cannot_be_asked(preset, tmp_path):
+    with pytest.raises(Refused, match="leave --model out"):
+        read_preset("shapes", folders={"olmoe-1b-7b": tmp_path})
+    with pytest.raises(Refused, match="leave --link out"):
+        read_preset("smoke", link="paced")
+    with pytest.raises(Refused, match="No cell of narrow is called"):
+        read_preset(str(preset)).only("mixtral")
+    unsaid = tmp_path / "unsaid.toml"
+    unsaid.write_text(shapes.PRESET.replace('strategies = ["lru"]', 'strategies = ["mobile"]'))
+    with pytest.raises(Refused, match=r"says nothing of fallbacks; give its run rates"):
+        read_preset(str(unsaid))
+
+
+def test_records_say_what_was_asked_and_what_was_got(done):
+    records = {(r.task, r.strategy, r.config["fallback_asked"]): r for r in read(done).shapes}
+    assert len(records) == shapes.CELLS
+    for record in records.values():
+        assert (record.scope, record.weights) == ("cpu+virtual", "synthetic")
+        assert (record.config["moe_layers"], record.config["real_moe_layers"]) == (2, 16)
+        assert record.checks
+        assert all(record.checks.values())
+        assert [item.correct for item in record.items] == [None, None]
+        assert all(item.decode_tokens == 10 and item.prompt_tokens == 6 for item in record.items)
+        assert record.environment["packages"]["lm-eval"] is None  # it was made where there is none
+    mobile = {rate: r for (_, name, rate), r in records.items() if name == "mobile"}
+    assert sum(item.fallbacks for item in mobile[0.5].items) == 10
+    assert sum(item.fallbacks for item in mobile[0.0].items) == 0
+    assert mobile[None].config["fallback_scripted"] == sum(item.fallbacks for item in mobile[None].items) / 20
+    main = [r for (task, *_), r in records.items() if task == "recorded routing"]
+    assert len({tuple(item.prompt_sha256 for item in record.items) for record in main}) == 1
+
+
+def test_the_same_cell_is_the_same_again(done, preset):
+    shape = next(s for s in read_preset(str(preset), link="virtual").shapes if s.swept and s.rate == 0.5)
+    loaded = shape_timing.load(shape)
+    again, before = shape_timing.record(shape, loaded), load(RunFolder(done).record(shape.id))
+    assert (again.items, again.counters, again.guesses) == (before.items, before.counters, before.guesses)
+    other = shape_timing.record(replace(shape, link="paced", link_gb_per_s=0.5), loaded)
+    assert other.scope == "cpu+paced"
+    assert all(other.checks.values())
+    assert other.config["link_measured_gb_per_s"] <= 0.5
+    assert [item.prompt_sha256 for item in other.items] == [item.prompt_sha256 for item in again.items]
+
+
+def test_a_memory_budget_holds_the_share_that_it_would_hold_of_the_real_model(done):
+    lru = next(record for record in read(done).shapes if record.strategy == "lru")
+    assert lru.budget == "8GiB"
+    assert 0.4 < lru.slots / (2 * 64) < 0.6  # about half of the real model's 13 GB fit beside what is dense
+
+
+def test_a_run_of_shapes_alone_is_a_whole_page(done):
+    results = read(done)
+    assert not results.records
+    report = content.build(results)
+    page = markdown(report)
+    assert report.alarm is None
+    assert "2 of 16 MoE layers" in page
+    assert "NOT COMPARABLE (projected)" in page
+    assert not re.search(r"\| (REPRODUCED|SHORT|EXCEEDS) \|", page)
+    assert [figure.name for figure in report.figures] == ["band-olmoe-1b-7b"]
+    rates = {row[1]: row for row in report.figures[0].data.rows if row[0] == "on-demand"}
+    assert rates["50"][-1] == "1.3333"
+    assert float(rates["0"][2]) > float(rates["50"][2])
+
+
+def test_shapes_stand_beside_scored_cells_and_change_none_of_their_chapters(done):
+    from tests.report_runs import Rule, results
+
+    scored, shaped = results(Rule()), read(done).shapes
+    alone, both = content.build(scored), content.build(replace(scored, shapes=shaped))
+    kept = {section.heading: section for section in both.sections}
+    changed = [section.heading for section in alone.sections if kept.get(section.heading) != section]
+    assert changed == ["Controls", "Limits"]  # which hold the checks and the limits of both
+    assert len(both.sections) > len(alone.sections)
+
+
+def test_a_shape_travels_as_json(preset):
+    import json
+    from dataclasses import asdict
+
+    for shape in read_preset(str(preset)).shapes:
+        assert shape_from(json.loads(json.dumps(asdict(shape)))) == shape
