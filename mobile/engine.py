@@ -258,10 +258,12 @@ class Engine:
         if fresh or len(self._batch) != rows:
             self._batch = [[] for _ in range(rows)]
             self.recorded.extend(self._batch)
+        written = [True] * rows if live is None else live.tolist()
+        sure = [None] * rows if confidence is None else confidence.tolist()
+        foreseen = [layer.tolist() for layer in predicted or ()]
         for row in range(rows):
-            if live is None or live[row]:
-                sure = None if confidence is None else float(confidence[row])
-                self._batch[row].append(done.row_step(row, sure, predicted or ()))
+            if written[row]:
+                self._batch[row].append(done.row_step(row, sure[row], foreseen))
 
     @contextmanager
     def recording(self, *, ahead: bool = False) -> Iterator[list[Request]]:

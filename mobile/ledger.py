@@ -28,6 +28,17 @@ class Event(NamedTuple):
         return f"{self.what} {self.about if isinstance(self.about, str) else '.'.join(map(str, self.about))}"
 
 
+class Mark(NamedTuple):
+    """A pass began ("prefill", "full", "little", "big"), or a token was found unsure ("fallback").
+
+    `begun` are the copies begun by then: copies end in the order they begin, so it parts the ledger's list of them.
+    """
+
+    what: str
+    ns: int
+    begun: int
+
+
 @dataclass(slots=True)
 class Counters:
     """Totals since attach or the last reset. Counts are of experts, `tokens` of decoded tokens.
@@ -35,6 +46,10 @@ class Counters:
     Decode: `hits` were ready when asked for, `demand_loads` were waited for from the start, `late_prefetches`
     were on their way, `cpu_experts` were computed on the CPU. `streamed_loads` and `streamed_on_cpu` are prefill's (and
     those of a batch wider than the pool), which has no hit rate. `loads` counts finished copies of any kind.
+
+    `decode_ns` is `decode_dense_ns` (attention, norms, router, shared experts, head), `decode_expert_ns` (experts on the
+    device) and `decode_stall_ns`, of which `decode_cpu_stall_ns` waited for the CPU and the rest for the link. A real
+    link does not time kernels: there the parts but the stall stay 0, which means unknown.
     """
 
     prompt_tokens: int = 0
@@ -51,10 +66,14 @@ class Counters:
     cpu_experts: int = 0
     streamed_on_cpu: int = 0
     stall_ns: int = 0
+    cpu_stall_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
     decode_bytes: int = 0
+    decode_dense_ns: int = 0
+    decode_expert_ns: int = 0
     decode_stall_ns: int = 0
+    decode_cpu_stall_ns: int = 0
 
     def copy(self) -> Counters:
         return Counters(**self.as_dict())
@@ -79,12 +98,17 @@ class Ledger:
         self.counters = Counters()
         self.guesses: dict[int, tuple[int, int, int]] = {}  # by layer: experts foreseen, of them right, and needed
         self.events: deque[Event] = deque(maxlen=limit)
+        self.marks: deque[Mark] = deque(maxlen=limit)
         self.keeps_events = limit > 0
 
     def event(self, what: str, start_ns: int, end_ns: int, about: Key | str) -> None:
         """Append an event, unless it took no time. Call it only where `keeps_events`: most replays keep none."""
         if end_ns > start_ns:
             self.events.append(Event(what, start_ns, end_ns, about))
+
+    def mark(self, what: str, ns: int, begun: int) -> None:
+        """Append a mark. Call it only where `keeps_events`."""
+        self.marks.append(Mark(what, ns, begun))
 
     def guess(self, layer: int, foreseen: int, right: int, needed: int) -> None:
         """A visit of `layer` needed so many experts, of which `right` were among the `foreseen`."""
@@ -95,14 +119,20 @@ class Ledger:
         self.counters = Counters()
         self.guesses.clear()
         self.events.clear()
+        self.marks.clear()
 
     def stats(self) -> dict[str, Any]:
-        """Counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds."""
+        """Counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds.
+
+        What decode is made of is None before any, and on a real link.
+        """
         c = self.counters
         numbers: dict[str, Any] = {k: v for k, v in c.as_dict().items() if not k.endswith("_ns")}
         numbers["hit_rate"] = c.hits / c.touches if c.touches else None
         for name in ("stall", "prefill", "decode", "decode_stall"):
             numbers[f"{name}_seconds"] = getattr(c, f"{name}_ns") / 1e9
+        for name in ("decode_dense", "decode_expert", "decode_cpu_stall"):
+            numbers[f"{name}_seconds"] = getattr(c, f"{name}_ns") / 1e9 if c.decode_dense_ns else None
         numbers["seconds"] = (c.prefill_ns + c.decode_ns) / 1e9
         return numbers
 

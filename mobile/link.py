@@ -28,6 +28,11 @@ class Link(Protocol):
 
     @property
     def now(self) -> int: ...
+    @property
+    def begun(self) -> int:
+        """Copies begun since the ledger was cleared, those that failed left out."""
+        ...
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         """Queue a copy of `key` into `slot`; it begins at once if the channel is idle."""
 
@@ -41,8 +46,9 @@ class Link(Protocol):
     def wait(self, key: Key) -> None:
         """Compute goes on only once `key` has arrived; its waiting is counted as stall. Raises what its copy raised."""
 
-    def compute(self, ns: int, about: Key | str) -> None:
-        """The device computes, for `ns` where time is virtual, while copies go on."""
+    def compute(self, ns: int, about: Key | str) -> int:
+        """The device computes while copies go on: for `ns`, which is returned, where time is virtual; 0 elsewhere."""
+        ...
 
     def on_cpu(self, ns: int, about: Key) -> None:
         """The processor computes an expert beside the device, after those it was given before."""
@@ -126,6 +132,10 @@ class VirtualLink:
         """Whether no copy is on its way."""
         return self._flying is None
 
+    @property
+    def begun(self) -> int:
+        return self._ledger.counters.loads + (self._flying is not None)
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         if self._flying is None:  # then nothing is queued
             self._flying, self._flying_end = (key, slot, "load" if demand else "prefetch"), self.now + self._load_ns
@@ -152,7 +162,7 @@ class VirtualLink:
                 self.now = ended
         self._stalled(begun, key)
 
-    def compute(self, ns: int, about: Key | str) -> None:
+    def compute(self, ns: int, about: Key | str) -> int:
         until = self.now + ns
         if self._ledger.keeps_events:
             self._ledger.event("compute", self.now, until, about)
@@ -160,6 +170,7 @@ class VirtualLink:
             self.now = until
         else:
             self._until(until)
+        return ns
 
     def serve(self, keys: Sequence[Key], ready: Set[Key], ns: int) -> None:
         """For one key after another, `wait` for it unless it is ready, and `compute` for `ns`. Keeps no events."""
@@ -232,6 +243,7 @@ class VirtualLink:
     def join_cpu(self, about: Key) -> None:
         begun = self.now
         self._until(max(begun, self._cpu_end))
+        self._ledger.counters.cpu_stall_ns += self.now - begun
         self._stalled(begun, about)
 
     def _until(self, end: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,12 @@ class Pass:
         self.selections.append((index, weights))
         return index, weights
 
-    def row_step(self, row: int, confidence: float | None = None, predicted: Sequence[torch.Tensor] = ()) -> Step:
+    def row_step(self, row: int, confidence: float | None = None, predicted: Sequence[list[list[int]]] = ()) -> Step:
         """This pass as one row of the batch would have run it alone."""
+        foreseen = tuple(tuple(sorted(layer[row])) for layer in predicted)
+        if self.kind != "prefill":
+            ran = tuple(tuple(sorted({e for e in layer[row] if e < self.experts})) for layer in self._selected)
+            return Step(self.kind, 1, ran, confidence=confidence, predicted=foreseen, ahead=self._ahead(row))
         rows, length = self.valid.shape
         experts, counts = [], []
         for index, _ in self.selections:
@@ -59,15 +64,12 @@ class Pass:
             ids, times = mine[mine < self.experts].unique(return_counts=True)
             experts.append(tuple(ids.tolist()))
             counts.append(tuple(times.tolist()))
-        return Step(
-            kind=self.kind,
-            tokens=int(self.valid[row].sum()),
-            experts=tuple(experts),
-            counts=tuple(counts) if self.kind == "prefill" else (),
-            confidence=confidence,
-            predicted=tuple(tuple(sorted(layer[row].tolist())) for layer in predicted),
-            ahead=self._ahead(row) if self.kind != "prefill" else None,
-        )
+        return Step(self.kind, int(self.valid[row].sum()), tuple(experts), tuple(counts), confidence, foreseen)
+
+    @cached_property
+    def _selected(self) -> list[list[list[int]]]:
+        """By layer and row, the experts of one token. For when the pass is over: a device is read once a layer."""
+        return [index.tolist() for index, _ in self.selections]
 
     def _ahead(self, row: int) -> np.ndarray | None:
         if not self.ahead:

@@ -33,7 +33,7 @@ class Replayer(Residency):
                 pass
             return
         link = self.link
-        link.compute(self._dense_ns, "dense")
+        self._dense_spent += link.compute(self._dense_ns, "dense")
         if wide:
             self._run_wide(layer, experts, counts)
         elif self._undisturbed and link.idle:

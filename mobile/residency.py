@@ -7,6 +7,7 @@ given out in `mobile.room`, what is foreseen is fetched in `mobile.foresight`, p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import sub
 from typing import cast
 
 from mobile.ahead import Ahead
@@ -55,7 +56,8 @@ class Residency:
                       for layer in range(cost.geometry.moe_layers)]  # fmt: skip
         self._kind = ""
         self._dense_ns = cost.dense_ns(1)
-        self._begun = (0, 0, 0)  # clock, bytes and stall when this pass began
+        self._dense_spent = 0  # nanoseconds, as far as the link tells
+        self._begun = self._clock()  # when this pass began
 
     def preload_all(self) -> list[tuple[Key, int]]:
         """Where a strategy that keeps everything has each expert from the start, uncharged; empty for others."""
@@ -81,6 +83,7 @@ class Residency:
         self._foresight.idle = kind != "prefill"
         counters = self.ledger.counters
         self._begun = self._clock()
+        self._mark(kind)
         if kind == "prefill":
             counters.prompt_tokens += tokens
         elif kind != "big":
@@ -89,7 +92,7 @@ class Residency:
 
     def finish(self) -> None:
         """The pass ends with the output head (and, after a little pass, the confidence test inside it)."""
-        self.link.compute(self.cost.head_ns(1), "head")
+        self._dense_spent += self.link.compute(self.cost.head_ns(1), "head")
         self._account()
 
     def abandon(self) -> None:
@@ -103,31 +106,40 @@ class Residency:
         """
         self.ledger.counters.fallbacks += tokens
         self._begun = self._clock()
+        self._mark("fallback")
         self._kind = "big"
         if self.strategy.prefetch:
-            self.link.compute(self.cost.router_replay_ns, "router replay")
+            self._dense_spent += self.link.compute(self.cost.router_replay_ns, "router replay")
             self._foresight.expect(predicted)
         self._account()
+
+    def _mark(self, what: str) -> None:
+        if self.ledger.keeps_events:
+            self.ledger.mark(what, self.link.now, self.link.begun)
 
     def end_token(self) -> None:
         """The token is settled: nothing is protected for it any more, and prefetches not begun are taken back."""
         self._foresight.forget()
         self.pool.protected.clear()
 
-    def _clock(self) -> tuple[int, int, int]:
+    def _clock(self) -> tuple[int, int, int, int, int]:
         counters = self.ledger.counters
-        return self.link.now, counters.bytes_loaded, counters.stall_ns
+        return self.link.now, counters.bytes_loaded, self._dense_spent, counters.stall_ns, counters.cpu_stall_ns
 
     def _account(self) -> None:
         clock, counters = self._clock(), self.ledger.counters
-        elapsed, moved, stalled = (now - then for now, then in zip(clock, self._begun, strict=True))
+        elapsed, moved, dense, stalled, for_cpu = map(sub, clock, self._begun)
         self._begun = clock
         if self._kind == "prefill":
             counters.prefill_ns += elapsed
-        else:
-            counters.decode_ns += elapsed
-            counters.decode_bytes += moved
-            counters.decode_stall_ns += stalled
+            return
+        counters.decode_ns += elapsed
+        counters.decode_bytes += moved
+        counters.decode_stall_ns += stalled
+        if dense:
+            counters.decode_dense_ns += dense
+            counters.decode_expert_ns += elapsed - dense - stalled
+            counters.decode_cpu_stall_ns += for_cpu
 
     def arrived(self, key: Key, slot: int) -> None:
         """The link's word that a copy has ended."""
@@ -148,7 +160,7 @@ class Residency:
         `experts` are the active ones, ascending, `counts` the tokens routed to each; `ahead` is a lookahead's signal.
         Residents come first.
         """
-        self.link.compute(self._dense_ns, "dense")
+        self._dense_spent += self.link.compute(self._dense_ns, "dense")
         if self._kind == "prefill" or len(experts) > self.pool.size:
             yield from self._stream(layer, experts, counts)
         else:

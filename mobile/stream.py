@@ -74,6 +74,10 @@ class StreamLink:
     def now(self) -> int:
         return time.perf_counter_ns() - self._zero
 
+    @property
+    def begun(self) -> int:
+        return self._ledger.counters.loads + len(self._begun)
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         self._failed.pop(key, None)
         self._queue.add(key, slot, demand=demand)
@@ -103,8 +107,9 @@ class StreamLink:
             self.channel.finish(self._begun[0].copy.slot)
         self._ledger.counters.stall_ns += self.channel.stalled_ns()
 
-    def compute(self, ns: int, about: Key | str) -> None:
+    def compute(self, ns: int, about: Key | str) -> int:
         self._advance()
+        return 0
 
     def on_cpu(self, ns: int, about: Key) -> None:
         self._advance()

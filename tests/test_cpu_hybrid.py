@@ -92,7 +92,11 @@ def test_the_paced_link_gives_the_same_tokens():
     sequences, logits = greedy(model, ids)
     mobile.attach(model, CPU_HYBRID, slots=4, link="paced", poison=True)
     offloaded = greedy(model, ids)
-    assert model.mobile.stats()["cpu_experts"] > 0
+    stats = model.mobile.stats()
+    assert stats["cpu_experts"] > 0
+    assert stats["decode_seconds"] > 0
+    unknown = ("decode_dense_seconds", "decode_expert_seconds", "decode_cpu_stall_seconds")
+    assert [stats[name] for name in unknown] == [None] * 3, "a real link does not time kernels"
     assert torch.equal(offloaded[0], sequences)
     assert torch.equal(offloaded[1], logits)
 
@@ -224,7 +228,10 @@ def test_the_cpu_and_the_link_share_a_layer():
 
 def test_compute_waits_for_a_slow_cpu_and_the_wait_is_a_stall():
     ledger = clock(CPU_HYBRID, [[Step("full", 1, ((5,),) * LAYERS)]], TOP_K, events=1000)
-    assert ledger.counters.stall_ns == LAYERS * CostModel(CARD, TOY).cpu_expert_ns(1)
+    waited = LAYERS * CostModel(CARD, TOY).cpu_expert_ns(1)
+    assert ledger.counters.stall_ns == ledger.counters.decode_cpu_stall_ns == waited
+    assert ledger.stats()["decode_cpu_stall_seconds"] == waited / 1e9
+    assert ledger.stats()["decode_expert_seconds"] == 0
     assert [event.name for event in ledger.events if event.what == "stall"] == [f"stall {n}.5" for n in range(LAYERS)]
 
 

@@ -228,6 +228,7 @@ def test_the_paced_link_takes_real_time(preset, tmp_path):
     least = item.decode_tokens * 4 * 8 * record.config["expert_nbytes"] / 25e9
     assert least < item.decode_ns / 1e9 < record.wall_seconds
     assert 0 < item.ttft_ns / 1e9 < record.wall_seconds
+    assert record.counters["decode_dense_seconds"] is record.counters["decode_expert_seconds"] is None
 
 
 @pytest.mark.skipif(not (DATA / "gsm8k/test.jsonl").is_file(), reason="MOBILE_TASK_DATA names no folder with the tasks")

@@ -23,6 +23,8 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, name, tm
         live, again = live_and_replayed(model, strategy, slots, tmp_path / "t.npz")
         assert again.counters == live.counters
         assert again.events == live.events
+        c = live.counters
+        assert c.decode_dense_ns + c.decode_expert_ns + c.decode_stall_ns == c.decode_ns > c.decode_dense_ns > 0
         assert name != "mobile" or 0 < again.counters.fallbacks < again.counters.tokens
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from reports import compare
 from reports.content import build
+from reports.plots import parts
 from reports.results import read
 from reports.tables import speed
 from suites.matrix import read_preset
@@ -156,3 +158,20 @@ def test_on_demand_never_passes_its_ceiling(finished):
             assert record.ceiling_tokens_per_s == pytest.approx(15.5, abs=0.05)
             for item in record.items:
                 assert item.decode_tokens / (item.decode_ns / 1e9) < record.ceiling_tokens_per_s
+
+
+def test_the_parts_of_a_tokens_time_add_up_to_it(finished):
+    """And where a record does not tell them apart, waiting is set against everything else."""
+    results = read(finished)
+    data = parts.token_time(results, "olmoe-tiny").data
+    assert {f"{part} (ms)" for part in ("waiting for the link", "experts")} < set(data.head)
+    whole = {
+        name: 1e3 * r.counters["decode_seconds"] / r.counters["tokens"]
+        for r in results.records for name in [compare.name(r)] if r.budget in ("smallest", "all")
+    }  # fmt: skip
+    assert {row[0]: sum(map(float, row[1:])) for row in data.rows} == pytest.approx(whole, abs=3e-4)
+    unknown = dict.fromkeys(("decode_dense_seconds", "decode_expert_seconds", "decode_cpu_stall_seconds"))
+    untold = tuple(replace(r, counters={**r.counters, **unknown}) for r in results.records)
+    assert parts.token_time(replace(results, records=untold), "olmoe-tiny").data.head[1:] == (
+        "waiting (ms)", "everything else (ms)",
+    )  # fmt: skip

@@ -11,16 +11,18 @@ from reports.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, figure, legend_above
 from reports.results import Results
 
-# Counters of seconds that are parts of `decode_seconds`; a record may lack some, and what is left is "other".
 PARTS = (
-    ("decode_stall_seconds", "waiting for the link", ORANGE, "//"),
-    ("decode_expert_seconds", "experts", BLUE, ""),
-    ("decode_dense_seconds", "attention, router and shared experts", GREEN, ".."),
-    ("decode_cpu_seconds", "waiting for the CPU", PURPLE, "xx"),
+    ("waiting for the link", ORANGE, "//"),
+    ("waiting for the CPU", PURPLE, "xx"),
+    ("experts", BLUE, ""),
+    ("attention, router, shared experts, head", GREEN, ".."),
+    ("waiting", ORANGE, "//"),
+    ("everything else", SKY, "\\\\"),
 )
-OTHER = ("other", SKY, "\\\\")
-COMPUTING = ("computing (dense and experts together)", SKY, "\\\\")
-CAPTION = "Where the time of a decode token goes, at the fewest slots each strategy needs; tasks together."
+CAPTION = (
+    "Where the time of a decode token goes, at the fewest slots each strategy needs; tasks together. What a real device "
+    "computes is not timed kernel by kernel, so there it is one part."
+)
 
 
 def token_time(results: Results, model: str) -> Figure | None:
@@ -28,9 +30,7 @@ def token_time(results: Results, model: str) -> Figure | None:
     bars = [(name(g[0]), _parts(g)) for g in groups.own(results, "smallest", model) if total(g, "decode_tokens")]
     if not bars:
         return None
-    split = any(len(parts) > 2 for _, parts in bars)
-    kinds = [(label, colour, hatch) for _, label, colour, hatch in PARTS] + [OTHER if split else COMPUTING]
-    kinds = [kind for kind in kinds if any(parts.get(kind[0]) for _, parts in bars)]
+    kinds = [kind for kind in PARTS if any(parts.get(kind[0]) for _, parts in bars)]
     with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(7.5, 1.1 + 0.32 * len(bars)))
         left = [0.0] * len(bars)
@@ -51,14 +51,14 @@ def token_time(results: Results, model: str) -> Figure | None:
 
 
 def _parts(group: Group) -> dict[str, float]:
-    """Milliseconds a token by part, those that every record of the group counts; the rest is one part."""
-    whole = sum(record.counters["decode_seconds"] for record in group)
+    """Milliseconds a token by part: the four of the virtual clock, or two where a record does not tell them apart."""
     tokens = sum(record.counters["tokens"] for record in group)
-    seconds = {
-        label: sum(record.counters[counter] for record in group)
-        for counter, label, *_ in PARTS
-        if all(counter in record.counters for record in group)
-    }
-    rest = OTHER if len(seconds) > 1 else COMPUTING
-    seconds[rest[0]] = max(0.0, whole - sum(seconds.values()))
-    return {label: 1e3 * value / tokens for label, value in seconds.items()}
+
+    def of(counter: str) -> float:
+        return 1e3 * sum(record.counters[f"decode_{counter}_seconds"] for record in group) / tokens
+
+    whole = 1e3 * sum(record.counters["decode_seconds"] for record in group) / tokens
+    if any(record.counters.get("decode_dense_seconds") is None for record in group):
+        return {"waiting": of("stall"), "everything else": whole - of("stall")}
+    shares = (of("stall") - of("cpu_stall"), of("cpu_stall"), of("expert"), of("dense"))
+    return {label: share for (label, *_), share in zip(PARTS, shares, strict=False)}

@@ -21,7 +21,7 @@ GENERATORS: dict[str, Callable[[Random], Item]] = {
     "web_of_lies": web_of_lies.generate,
 }
 
-# What is shipped to be answered: short items are for training alone, and where it saturates a task the test's are longer.
+# What is shipped to be answered: the shortest are for training alone, and where it saturates, tests are longer.
 TESTED = GENERATORS | {
     "arithmetic": partial(arithmetic.generate, steps=arithmetic.TESTED),
     "boolean_expressions": partial(boolean_expressions.generate, operators=boolean_expressions.TESTED),

@@ -14,10 +14,7 @@ ENDINGS = "a da del dra el ene ette icent ie ina ka la mond nell on ry so ta vin
 SAYS = {True: "tells the truth", False: "lies"}
 
 
-TRAINED, TESTED = (
-    (2, 7),
-    (6, 9),
-)  # people: short chains teach the step, and the test's are longer than most of training's
+TRAINED, TESTED = (2, 7), (6, 9)  # people: short chains teach the step, the test's are longer than most
 
 
 def generate(rng: Random, people: tuple[int, int] = TRAINED) -> Item:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobile.biglittle import MOBILE
+from mobile.cost import CostModel
 from mobile.geometry import Geometry
 from mobile.hardware import profile
 from mobile.policy import Recent
@@ -181,6 +182,30 @@ def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests,
             taken = replay(told, residency, STANDS_FOR)
             ledgers.append((taken, residency.ledger.counters, residency.ledger.guesses))
         assert ledgers[0] == ledgers[1], strategy.name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS), st.integers(0, 99))
+def test_decode_is_dense_layers_experts_and_waiting_and_nothing_else(requests, slots, seed):
+    """Each part is what the cost model says of the steps, and the parts add up to the clock, to the nanosecond."""
+    cost = CostModel(CARD, GEOMETRY)
+    steps = [step for request in requests for step in request if step.kind != "prefill"]
+    falls = sum(step.kind == "big" for step in steps)
+    rng = np.random.default_rng(seed)
+    told = [
+        [replace(step, ahead=rng.normal(size=(LAYERS - 1, EXPERTS)).astype(np.float16)) for step in request]
+        for request in requests
+    ]
+    for strategy in strategies().values():
+        size = GEOMETRY.keys if strategy.retain == "everything" else max(slots, TOP_K + strategy.staging)
+        counters = clock(strategy, told, size)
+        dense = len(steps) * (LAYERS * cost.dense_ns(1) + cost.head_ns(1))
+        dense += falls * cost.router_replay_ns if strategy.prefetch else 0
+        assert counters.decode_dense_ns == dense, strategy.name
+        assert counters.decode_expert_ns == (counters.touches - counters.cpu_experts) * cost.expert_ns(1)
+        assert counters.decode_ns == dense + counters.decode_expert_ns + counters.decode_stall_ns
+        assert 0 <= counters.decode_cpu_stall_ns <= min(counters.decode_stall_ns, counters.cpu_stall_ns)
+        assert counters.cpu_experts or not counters.decode_cpu_stall_ns
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from suites.accuracy import task_config
-from suites.models.train import training_items
+from suites.models.train import RECIPE, training_items
 from suites.real_tasks import shipped
 from suites.tasks import DATA, GENERATORS
 from suites.tasks.item import held_out
@@ -65,7 +65,7 @@ def test_counts_are_recounted_from_the_question():
 
 
 def test_training_never_sees_a_test_item():
-    trained = {item.key for item in islice(training_items(Random(3)), 20_000)}
+    trained = {item.key for item in islice(training_items(Random(3), RECIPE), 20_000)}
     tested = {item["key"] for task in TASKS for item in shipped(task)}
     assert not trained & tested
     assert not any(map(held_out, trained))
