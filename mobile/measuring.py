@@ -73,6 +73,12 @@ ON_CPU = Sizes(
     matmul=512, depths=(1, 3), tokens=8, repeats=9, at_least_seconds=0.004,
 )  # fmt: skip
 
+# For tests: the same path in seconds. A profile of it is as good as that.
+NARROW = Sizes(
+    hidden=256, widths=(32, 128, 512), reads_nbytes=(MIB // 4, MIB, 4 * MIB), pool_nbytes=16 * MIB, matmul=64,
+    depths=(1, 2), experts=4, top_k=2, tokens=4, repeats=15, at_least_seconds=0.001,
+)  # fmt: skip
+
 
 def sizes_for(device: torch.device) -> Sizes:
     return ON_GPU if device.type == "cuda" else ON_CPU
