@@ -179,9 +179,7 @@ def make(
     fit = layers_that_fit(geometry, shrink, dtype)
     if layers is not None and layers > fit:
         config_of(geometry, layers)
-        raise Refused(
-            f"{layers} layers of {geometry} do not fit the free host memory, which holds {fit}; ask for less."
-        )
+        raise Refused(f"The free host memory holds {fit} layers of {geometry} and not {layers}; ask for less.")
     config = config_of(geometry, layers or fit, shrink)
     empty, described, layout = _empty(config, dtype)
     torch.manual_seed(seed)

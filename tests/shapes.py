@@ -45,18 +45,10 @@ family = "olmoe"
 path = "models/olmoe-tiny"
 """
 CELLS = 7
-ABSENT = (
-    "lm_eval",
-    "lm-eval",
-    "datasets",
-    "scipy",
-    "matplotlib",
-    "jinja2",
-    "accelerate",
-    "nox",
-    "pynvml",
-    "distributed",
-)
+ABSENT = (  # what this project does not have there, and what only comes with that
+    "lm_eval", "lm-eval", "datasets", "scipy", "sklearn", "scikit-learn", "pandas", "matplotlib", "accelerate", "nox",
+    "pynvml", "nvidia-ml-py", "distributed",
+)  # fmt: skip
 BARE = f"""
 import importlib.machinery, importlib.metadata, sys
 ABSENT = {ABSENT!r}
