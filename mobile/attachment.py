@@ -49,6 +49,7 @@ def attach(
     - `link`: "cuda" (real time; needs the model on a GPU), "virtual" (computed time), "paced" (real sleeping, to test
       threads), or "auto": cuda on a GPU, else virtual.
     - `link_gb_per_s` slows the link down to a consumer one; a real link is slowed by really copying more.
+    - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
     - `geometry` charges virtual time and bytes as if the model were that real one.
     - `kernel`: "loop" (the reference, and "auto"), "grouped" or "triton", see `mobile.kernels` and `mobile.gemv`.
     - `poison` fills empty slots with NaN, for tests.

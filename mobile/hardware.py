@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 from mobile.refusal import Refused
 
@@ -18,6 +21,10 @@ class HardwareProfile:
     `tflops` is dense bf16 with fp32 accumulation, `launch_seconds` the cost of one kernel launch in an
     eager decode step, `reserve_nbytes` what the context, the workspace and the KV cache take. The processor
     reads its memory at `cpu_gb_per_s` while it computes an expert, and reaches `cpu_tflops` where that is no limit.
+
+    What only a measurement can tell is nothing where nobody measured: `layer_seconds` is what the engine and the
+    model's own code take in a layer beyond bytes and launches, `step_seconds` the same of a forward pass beyond its
+    layers. `mobile.calibration` fits all of it to a machine.
     """
 
     name: str
@@ -31,6 +38,8 @@ class HardwareProfile:
     cpu_gb_per_s: float
     cpu_tflops: float
     sources: tuple[str, ...]
+    layer_seconds: float = 0.0
+    step_seconds: float = 0.0
 
 
 _RTX4080 = HardwareProfile(
@@ -68,15 +77,56 @@ PROFILES = {card.name: card for card in (_RTX4080, _SHARED_MEMORY)}
 
 
 def profile(name: str) -> HardwareProfile:
-    """The profile of that name; "auto" is the paper's probable card, since time is virtual here.
+    """The profile of that name, or in that file (a path that ends in .json); "auto" is the paper's probable card.
 
-    Raises Refused for a name that is not in `PROFILES`.
+    Raises Refused for a name that is not in `PROFILES`, or a file that holds no profile.
     """
     if name == "auto":
         return PROFILES["rtx4080-pcie4"]
+    if name.endswith(".json"):
+        return read_profile(Path(name))
     if name not in PROFILES:
-        raise Refused(f"Unknown hardware {name!r}; choose one of: auto, {', '.join(sorted(PROFILES))}.")
+        raise Refused(
+            f"Unknown hardware {name!r}; choose one of: auto, {', '.join(sorted(PROFILES))}, or give a .json file that "
+            "`mobile doctor --calibrate --out` wrote."
+        )
     return PROFILES[name]
+
+
+def write_profile(card: HardwareProfile, path: Path) -> None:
+    """Write the profile as JSON, for `profile` to read."""
+    path.write_text(json.dumps(asdict(card), indent=1) + "\n")
+
+
+def read_profile(path: Path) -> HardwareProfile:
+    """The profile in a file. Raises Refused unless it holds every field of one, nothing else, and sound numbers."""
+    try:
+        return profile_from(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"Cannot read the hardware profile {path} ({error}); make one with: mobile doctor --calibrate --out {path}"
+        ) from error
+    except Refused as refused:
+        raise Refused(f"{path} is no hardware profile: {refused}") from refused
+
+
+def profile_from(data: object) -> HardwareProfile:
+    """The profile that `asdict` made this of. Raises Refused for anything else."""
+    named = {field.name: field for field in fields(HardwareProfile)}
+    if not isinstance(data, dict) or set(data) != set(named):
+        unlike = sorted(set(data) ^ set(named)) if isinstance(data, dict) else ["all of it"]
+        raise Refused(f"{', '.join(map(str, unlike))} missing or unknown; it has exactly: {', '.join(named)}.")
+    for name, value in data.items():
+        if name == "name" and isinstance(value, str) and value:
+            continue
+        if name == "sources" and isinstance(value, list) and all(isinstance(line, str) for line in value):
+            continue
+        least = 0 if name.endswith("_seconds") or name == "reserve_nbytes" else math.ulp(0.0)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = whole or (isinstance(value, float) and not name.endswith("nbytes") and math.isfinite(value))
+        if name in ("name", "sources") or not number or value < least:
+            raise Refused(f"{name} cannot be {value!r}.")
+    return HardwareProfile(**{**data, "sources": tuple(data["sources"])})
 
 
 def parse_nbytes(memory: int | str) -> int:

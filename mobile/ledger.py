@@ -28,6 +28,17 @@ class Event(NamedTuple):
         return f"{self.what} {self.about if isinstance(self.about, str) else '.'.join(map(str, self.about))}"
 
 
+class Mark(NamedTuple):
+    """A pass began ("prefill", "full", "little", "big"), or a token was found unsure ("fallback").
+
+    `begun` are the copies begun by then: copies end in the order they begin, so it parts the ledger's list of them.
+    """
+
+    what: str
+    ns: int
+    begun: int
+
+
 @dataclass(slots=True)
 class Counters:
     """Totals since attach or the last reset. Counts are of experts, `tokens` of decoded tokens.
@@ -87,12 +98,17 @@ class Ledger:
         self.counters = Counters()
         self.guesses: dict[int, tuple[int, int, int]] = {}  # by layer: experts foreseen, of them right, and needed
         self.events: deque[Event] = deque(maxlen=limit)
+        self.marks: deque[Mark] = deque(maxlen=limit)
         self.keeps_events = limit > 0
 
     def event(self, what: str, start_ns: int, end_ns: int, about: Key | str) -> None:
         """Append an event, unless it took no time. Call it only where `keeps_events`: most replays keep none."""
         if end_ns > start_ns:
             self.events.append(Event(what, start_ns, end_ns, about))
+
+    def mark(self, what: str, ns: int, begun: int) -> None:
+        """Append a mark. Call it only where `keeps_events`."""
+        self.marks.append(Mark(what, ns, begun))
 
     def guess(self, layer: int, foreseen: int, right: int, needed: int) -> None:
         """A visit of `layer` needed so many experts, of which `right` were among the `foreseen`."""
@@ -103,6 +119,7 @@ class Ledger:
         self.counters = Counters()
         self.guesses.clear()
         self.events.clear()
+        self.marks.clear()
 
     def stats(self) -> dict[str, Any]:
         """Counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds.

@@ -28,6 +28,11 @@ class Link(Protocol):
 
     @property
     def now(self) -> int: ...
+    @property
+    def begun(self) -> int:
+        """Copies begun since the ledger was cleared, those that failed left out."""
+        ...
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         """Queue a copy of `key` into `slot`; it begins at once if the channel is idle."""
 
@@ -126,6 +131,10 @@ class VirtualLink:
     def idle(self) -> bool:
         """Whether no copy is on its way."""
         return self._flying is None
+
+    @property
+    def begun(self) -> int:
+        return self._ledger.counters.loads + (self._flying is not None)
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         if self._flying is None:  # then nothing is queued

@@ -83,6 +83,7 @@ class Residency:
         self._foresight.idle = kind != "prefill"
         counters = self.ledger.counters
         self._begun = self._clock()
+        self._mark(kind)
         if kind == "prefill":
             counters.prompt_tokens += tokens
         elif kind != "big":
@@ -105,11 +106,16 @@ class Residency:
         """
         self.ledger.counters.fallbacks += tokens
         self._begun = self._clock()
+        self._mark("fallback")
         self._kind = "big"
         if self.strategy.prefetch:
             self._dense_spent += self.link.compute(self.cost.router_replay_ns, "router replay")
             self._foresight.expect(predicted)
         self._account()
+
+    def _mark(self, what: str) -> None:
+        if self.ledger.keeps_events:
+            self.ledger.mark(what, self.link.now, self.link.begun)
 
     def end_token(self) -> None:
         """The token is settled: nothing is protected for it any more, and prefetches not begun are taken back."""

@@ -74,6 +74,10 @@ class StreamLink:
     def now(self) -> int:
         return time.perf_counter_ns() - self._zero
 
+    @property
+    def begun(self) -> int:
+        return self._ledger.counters.loads + len(self._begun)
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         self._failed.pop(key, None)
         self._queue.add(key, slot, demand=demand)

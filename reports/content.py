@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from reports import controls, shapes, wording
+from reports import clock, controls, shapes, wording
 from reports.chapter import chapter
 from reports.page import Report, Section, Table
 from reports.plots import forest
@@ -26,6 +26,7 @@ def build(results: Results) -> Report:
         *(_overview(results, paper, trusted=not broken) if results.records else ()),
         *(section for model in results.models for section in chapter(results, model, paper)),
         *shapes.chapters(results, paper, trusted=not broken),
+        *clock.sections(results),
         *_seeds(results, paper["accuracy"]["margin_points"]),
         _controls(results),
         _watched(results),

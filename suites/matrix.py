@@ -76,7 +76,8 @@ class Cell:
 
     @property
     def id(self) -> str:
-        return digest(self.generation.id, self.strategy, self.gamma, self.hardware, self.budget, self.timed, self.link)
+        card = asdict(profile(self.hardware))  # what counts is what is in it, wherever it lies
+        return digest(self.generation.id, self.strategy, self.gamma, card, self.budget, self.timed, self.link)
 
     @property
     def docs(self) -> list[int]:
@@ -225,10 +226,10 @@ def _cells_of(
     """
     if model.geometry not in GEOMETRIES:
         raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
-    cards = [profile(name) for name in data["hardware"]]
-    for card in cards:
+    cards = [str(Path(n).absolute()) if n.endswith(".json") else profile(n).name for n in data["hardware"]]
+    for found in map(profile, cards):
         for budget in set(data["budgets"]) - {"smallest"}:
-            slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), card.reserve_nbytes, STAGING)
+            slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), found.reserve_nbytes, STAGING)
     model_hash(model)
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
@@ -247,10 +248,10 @@ def _cells_of(
             live = generation(task, name, _gamma(strategy), count, seed, False)
             # What full K answered is timed on a part of the items, what answers otherwise on all that it answered.
             part = timed if strategy.routes_as_full_k and strategy.name != ORACLE else None
-            yield Cell(live, strategy.name, _gamma(strategy), card.name, budget, swept, part, link)
+            yield Cell(live, strategy.name, _gamma(strategy), card, budget, swept, part, link)
         if task in data.get("canaries", []):
             scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
-            yield Cell(scrambled, CANARY, None, card.name, "smallest", link=link)
+            yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:

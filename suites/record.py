@@ -47,6 +47,10 @@ class RunFolder:
     def record(self, cell: str) -> Path:
         return self.path / "records" / f"{cell}.json"
 
+    def calibration(self, settings: str) -> Path:
+        """What was measured of the machine, under settings with that hash."""
+        return self.path / "calibration" / f"{settings}.json"
+
     def failure(self, job: str) -> Path:
         """Why a job left nothing behind."""
         return self.path / "failures" / f"{job}.json"

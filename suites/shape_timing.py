@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from mobile.gpu import cuda_uuid
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.ledger import Event
 from mobile.residency import STAGING
-from mobile.strategy import FullK, HalfK, Strategy, resolve
+from mobile.strategy import BigLittle, FullK, HalfK, Strategy, resolve
 from suites import synthetic
+from suites.calibrating import calibrated, predicted, told
 from suites.environment import environment
+from suites.link_use import fallback_use
 from suites.record import Item, Record, RunFolder
 from suites.routing import scripts_of
 from suites.script import Script, drawn, with_rate
@@ -52,7 +54,7 @@ def load(shape: Shape) -> Loaded:
 
 
 def save(shape: Shape, loaded: Loaded, run: RunFolder) -> None:
-    record(shape, loaded).save(run.record(shape.id))
+    record(shape, loaded, calibrated(shape, loaded.made.layout.dtype, run)).save(run.record(shape.id))
 
 
 def scripts_for(shape: Shape, loaded: Loaded) -> list[Script]:
@@ -99,8 +101,11 @@ def room_of(shape: Shape, made: Synthetic, strategy: Strategy, card: HardwarePro
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 
-def record(shape: Shape, loaded: Loaded) -> Record:
-    """Play every repeat, warm, and write down what it took. Raises Refused for what this machine cannot do."""
+def record(shape: Shape, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
+    """Play every repeat, warm, and write down what it took, and what the virtual clock of `here` says.
+
+    Raises Refused for what this machine cannot do.
+    """
     begun = time.monotonic()
     made, strategy = loaded.made, resolve(shape.strategy, shape.gamma)
     card, scripts = profile(shape.hardware), scripts_for(shape, loaded)
@@ -112,7 +117,11 @@ def record(shape: Shape, loaded: Loaded) -> Record:
         engine.restart()
         with watched(cuda_uuid() if shape.link == "cuda" else None) as telemetry:
             played = [play(made, script) for script in scripts]
-        return _record(shape, made, strategy, engine, scripts, played, telemetry(), time.monotonic() - begun)
+        done = _record(shape, made, strategy, engine, scripts, played, telemetry(), time.monotonic() - begun)
+    if here is None:
+        return done
+    clock = told(here, predicted(made, strategy, scripts, engine.slots, here))
+    return replace(done, config={**done.config, "predicted": clock})
 
 
 def _record(
@@ -123,6 +132,7 @@ def _record(
     measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
     native = getattr(getattr(engine.link, "channel", None), "native_gb_per_s", None)
     counted = sum(script.counted for script in scripts)
+    use = fallback_use(engine.ledger, geometry.expert_nbytes) if isinstance(strategy.gating, BigLittle) else None
     return Record(
         id=shape.id, scope=shape.scope, weights=shape.model.weights, model=shape.model.name, geometry=geometry.name,
         task=shape.task, strategy=strategy.name, gamma=shape.gamma, lossless=strategy.lossless,
@@ -139,7 +149,8 @@ def _record(
             "shrink": shape.shrink, "experts": geometry.experts, "top_k": geometry.top_k,
             "expert_nbytes": geometry.expert_nbytes, "dtype": str(made.layout.dtype).removeprefix("torch."),
             "link": shape.link, "link_gb_per_s": shape.link_gb_per_s, "link_native_gb_per_s": native,
-            "link_measured_gb_per_s": measured, "strategy_source": strategy.source,
+            "link_measured_gb_per_s": measured, "fallback_use": use and asdict(use), "predicted": None,
+            "strategy_source": strategy.source,
             "profile_sources": [] if real else list(engine.hardware.sources),
         },
         environment={**environment(), "telemetry": telemetry},

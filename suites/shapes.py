@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from mobile.geometry import GEOMETRIES
@@ -47,7 +48,8 @@ class Shape:
 
     @property
     def id(self) -> str:
-        return digest(asdict(self), code_hash(), versions(ENGINE), model_hash(self.model))
+        told = {**asdict(self), "hardware": asdict(profile(self.hardware))}  # what is in it, wherever it lies
+        return digest(told, code_hash(), versions(ENGINE), model_hash(self.model))
 
     @property
     def task(self) -> str:
@@ -98,7 +100,8 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape]:
         model_hash(model)
         given = {**data, **told}
         made = {"layers": given.get("layers"), "shrink": given.get("shrink", 1)}
-        for seed, card, run in product(data["seeds"], data["hardware"], data["runs"]):
+        cards = [str(Path(name).absolute()) if name.endswith(".json") else name for name in data["hardware"]]
+        for seed, card, run in product(data["seeds"], cards, data["runs"]):
             profile(card)
             shared = {**counts, **made, "seed": seed, "hardware": card, "link": chosen}
             yield from _run(model, run, run.get("budgets", given["budgets"]), shared)

@@ -5,21 +5,30 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from mobile.cli import options, show
+from mobile.cli.calibrate import calibrate
 from mobile.geometry import GEOMETRIES
 from mobile.gpu import UNKNOWN_LINK, Gpu, LinkRates, LinkState, cuda_uuid, gpus, link_rates
 from mobile.host import Host, Limit, Software, host, memcpy_gb_per_s, software
+from mobile.refusal import Refused
 
 EXAMPLES = """
 examples:
   mobile doctor
   mobile doctor --json | jq .host.memlock_nbytes
+  mobile doctor --calibrate --out here.json         then: mobile plan olmoe-1b-7b --hardware here.json
 
 Unknown is null in the JSON. Measuring takes about a second, and 0.5 GiB of host memory.
+
+--calibrate times copies, kernels and decode steps of this machine the way the engine does them, and fits the numbers
+that virtual time is computed with. It takes about a minute, with nothing else running. On a GPU it takes 6 GiB of
+device memory and 4 GiB of host memory. Without a GPU the link is a copy within host memory, and the profile describes
+this processor.
 """
 
 
@@ -117,12 +126,24 @@ def _about_host(report: Report) -> Iterator[str]:
 def declare(commands: Any) -> None:
     parser = options.command(
         commands, "doctor", run, help="what this machine offers, and what to change",
-        description="Show versions, GPU, link and host memory; measure copies; say what to change.", epilog=EXAMPLES,
+        description="Show versions, GPU, link and host memory; measure copies; say what to change.\n"
+        "With --calibrate: fit a hardware profile to this machine.", epilog=EXAMPLES,
     )  # fmt: skip
     options.json(parser)
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--calibrate", action="store_true", help="time this machine and fit a hardware profile to it")
+    group.add_argument("--out", type=Path, metavar="FILE.json", help="write the profile, for --hardware FILE.json")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="what to time (default: a GPU if there is one)")
+    group.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
+                       help="of the timed weights (default: bfloat16 on a GPU, else float32)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.calibrate:
+        calibrate(arguments.device, arguments.dtype, arguments.out, as_json=arguments.json)
+        return 0
+    if arguments.out is not None or arguments.device is not None or arguments.dtype != "auto":
+        raise Refused("--out, --device and --dtype belong to a calibration; add --calibrate.")
     report = examine()
     if arguments.json:
         show.as_json({**asdict(report), "usable_nbytes": report.host.usable_nbytes, "advice": advice(report)})

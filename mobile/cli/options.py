@@ -8,6 +8,7 @@ from typing import Any
 from mobile.geometry import GEOMETRIES
 from mobile.hardware import PROFILES
 
+CARDS = f"{', '.join(PROFILES)}, or a FILE.json of `mobile doctor --calibrate`"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADING = (
     "strategy", "memory", "slots", "gamma", "hardware", "link", "link_gb_per_s", "geometry", "kernel", "device",
@@ -42,7 +43,7 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     group.add_argument("--gamma", type=float, metavar="P", help="confidence below which a token runs all experts")
     group.add_argument("--link", metavar="KIND", help="auto, cuda, virtual (time is computed) or paced (for tests)")
     group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this")
-    group.add_argument("--hardware", metavar="NAME", help=f"what virtual time is computed for: {', '.join(PROFILES)}")
+    group.add_argument("--hardware", metavar="NAME", help=f"what virtual time is computed for: {CARDS}")
     if geometry:
         group.add_argument("--geometry", metavar="NAME", help=f"charge its virtual time: {', '.join(GEOMETRIES)}")
     group.add_argument("--kernel", metavar="KIND", help="what computes experts: auto, loop, grouped or triton")

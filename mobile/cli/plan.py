@@ -12,7 +12,7 @@ from mobile.ceilings import Ceilings, ceilings
 from mobile.cli import options, show
 from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES, Geometry, slots_for
-from mobile.hardware import PROFILES, HardwareProfile, parse_nbytes, profile
+from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.host import host
 from mobile.refusal import Refused
 from mobile.residency import STAGING
@@ -23,6 +23,7 @@ examples:
   mobile plan olmoe-1b-7b --memory 8GiB             a preset: nothing is fetched
   mobile plan Qwen/Qwen3-30B-A3B --memory 12GiB     a hub id: only its configuration is fetched
   mobile plan ./checkpoint --memory 2GiB --json | jq .slots
+  mobile plan olmoe-1b-7b --hardware here.json      this machine, measured by: mobile doctor --calibrate --out here.json
   mobile plan olmoe-1b-7b --fallback-rate 0.2       what MoBiLE's bound is at that rate
 
 exit code: 2 if the device memory cannot hold it, else 0; whether this host can is host_fits in the JSON.
@@ -180,7 +181,7 @@ def declare(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
     parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
-    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {', '.join(PROFILES)}")
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
     parser.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
                         help=f"of the weights: {', '.join(options.DTYPES)}")  # fmt: skip
     parser.add_argument("--fallback-rate", type=float, metavar="R", help="for `mobile` (default: both 0 and 1)")

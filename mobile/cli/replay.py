@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mobile import trace as traces
 from mobile.cli import curves, options, show
 from mobile.geometry import GEOMETRIES, Geometry, dress, slots_for
-from mobile.hardware import PROFILES, HardwareProfile, parse_nbytes, profile
+from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.refusal import Refused
 from mobile.replaying import Bench, Outcome, misfit, outcome
 from mobile.residency import STAGING
@@ -61,7 +61,7 @@ def declare(commands: Any) -> None:
     size.add_argument("--slots", nargs="+", action="extend", type=int, metavar="N", help="expert slots")
     size.add_argument("--sweep", action="store_true", help="from a sixteenth of all experts to all of them")
     parser.add_argument("--geometry", metavar="NAME", help=f"charge the time of: {', '.join(GEOMETRIES)}")
-    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {', '.join(PROFILES)}")
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
     parser.add_argument("--gamma", type=float, metavar="P", help="of `mobile` (default: the trace's)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rate against memory, as .svg or .png")
     options.json(parser)

@@ -1,0 +1,40 @@
+"""How much of the link fallbacks used: from a token found unsure to the end of the last copy for it. No torch.
+
+Read from a ledger after the run, so that nothing is added to a decode step: each copy's own span, which on a GPU its
+events tell, and how many had begun when each pass did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mobile.ledger import Event, Ledger, Mark
+
+
+@dataclass(frozen=True)
+class LinkUse:
+    """Fallbacks that copied something, the nanoseconds they took until the last copy had ended, and bytes copied."""
+
+    passes: int
+    ns: int
+    nbytes: int
+
+
+def fallback_use(ledger: Ledger, row_nbytes: int) -> LinkUse | None:
+    """Of all fallbacks in the ledger; None where it no longer holds every copy."""
+    copies = [event for event in ledger.events if event.what in ("load", "prefetch")]
+    if len(copies) != ledger.counters.loads:
+        return None
+    taken = list(_fallbacks(list(ledger.marks), copies))
+    return LinkUse(len(taken), sum(ns for ns, _ in taken), sum(count for _, count in taken) * row_nbytes)
+
+
+def _fallbacks(marks: list[Mark], copies: list[Event]) -> Iterator[tuple[int, int]]:
+    """Of each fallback that copied: nanoseconds to the end of its last copy, and how many it made."""
+    passes = [mark for mark in marks if mark.what != "big"]  # which goes on with what its fallback began
+    for mark, following in pairwise([*passes, Mark("end", 0, len(copies))]):
+        own = copies[mark.begun : following.begun]
+        if mark.what == "fallback" and own:
+            yield max(copy.end_ns for copy in own) - mark.ns, len(own)

@@ -1,0 +1,179 @@
+"""The virtual clock against the wall clock: calibrated, predicted, recorded and reported, over a paced link on a CPU.
+
+Nothing here asks how large an error is: on a processor that others use it means nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mobile.ledger import Event, Ledger
+from reports import clock, content
+from reports.results import read
+from reports.write import markdown
+from suites import calibrating, shape_timing
+from suites.link_use import LinkUse, fallback_use
+from suites.matrix import read_preset
+from suites.record import RunFolder
+from tests import shapes as narrow
+
+PRESET = """
+minutes = 2
+link = "paced"
+hardware = ["auto"]
+seeds = [0]
+prompt_tokens = 4
+warmup_tokens = 1
+decode_tokens = 4
+repeats = 1
+budgets = ["smallest"]
+layers = 2
+shrink = 16
+
+[[runs]]
+routing = "uniform"
+links = [0.5]
+strategies = ["on-demand", "on-demand-overlap", "mobile"]
+rates = [0.5]
+
+[[models]]
+name = "olmoe-1b-7b"
+geometry = "olmoe-1b-7b"
+family = "olmoe"
+path = "models/olmoe-tiny"
+"""
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("clock") / "clocked.toml"
+    path.write_text(PRESET)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(preset, tmp_path_factory) -> Path:
+    """A run in a Python without the packages that a bare GPU machine lacks."""
+    out, bare = tmp_path_factory.mktemp("run") / "run", narrow.bare(tmp_path_factory.mktemp("bare"))
+    ran = narrow.suites("run", "--preset", str(preset), "--out", str(out), environment=bare)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "3 of 3 cells have records" in ran.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(preset):
+    return shape_timing.load(read_preset(str(preset)).shapes[0])
+
+
+def test_a_run_is_calibrated_once_for_the_machine_and_once_a_link(done):
+    assert len(list((done / "calibration").glob("*.json"))) == 2
+
+
+def test_every_cell_holds_what_was_predicted_of_it_and_by_which_profile(done):
+    for record in read(done).shapes:
+        said = record.config["predicted"]
+        assert len(said["decode_ns"]) == len(said["ttft_ns"]) == len(record.items)
+        assert said["profile"]["name"].endswith("calibrated")
+        assert min(said["decode_ns"]) > 0
+        if record.strategy != "mobile":  # whose bytes follow from the script alone
+            assert sum(said["decode_bytes"]) == sum(item.decode_bytes for item in record.items)
+
+
+def test_the_page_has_both_clocks_and_says_that_a_paced_link_measures_nothing(done):
+    page = markdown(content.build(read(done)))
+    assert "## Virtual clock against wall clock" in page
+    assert "TPOT of 3 cells: the median error is" in page
+    assert "a thread that sleeps" in page
+    assert "2 fallbacks" in page
+    assert "The calibrated machine" in page
+    assert "least squares over" in page
+
+
+def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded, tmp_path):
+    shape = next(s for s in read_preset(str(preset)).shapes if s.strategy == "on-demand")
+    card = calibrating.calibrated(shape, torch.bfloat16, RunFolder(tmp_path))
+    scripts, strategy = shape_timing.scripts_for(shape, loaded), shape_timing.resolve("on-demand")
+    fast = replace(card, link_gb_per_s=2 * card.link_gb_per_s)
+    one, two = (
+        sum(each.decode_ns for each in calibrating.predicted(loaded.made, strategy, scripts, 8, use))
+        for use in (card, fast)
+    )
+    rows = 2 * 8 * 4 * loaded.made.geometry.expert_nbytes
+    assert one - two == pytest.approx(rows / card.link_gb_per_s / 2, rel=1e-3)
+
+
+def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, loaded):
+    """The prediction leaves the bytes where they are, and its clock must not notice."""
+    for asked in read_preset(str(preset), link="virtual").shapes:
+        shape = replace(asked, link_gb_per_s=None)
+        record = shape_timing.record(shape, loaded, shape_timing.profile(shape.hardware))
+        assert clock.error(record) == 0, shape.strategy
+        assert clock.error(record, "ttft_ns") == 0
+        if shape.strategy == "mobile":
+            use = record.config["fallback_use"]
+            assert 0 < use["ns"] < sum(item.decode_ns for item in record.items)
+            assert use["passes"] == 2
+            assert use["nbytes"] % record.config["expert_nbytes"] == 0
+        else:
+            assert record.config["fallback_use"] is None
+
+
+def test_a_resumed_run_goes_on_with_the_profile_it_has(preset, tmp_path):
+    shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
+    first = calibrating.calibrated(shape, torch.bfloat16, run)
+    assert calibrating.calibrated(shape, torch.bfloat16, run) == first
+    other = calibrating.calibrated(replace(shape, link_gb_per_s=0.25), torch.bfloat16, run)
+    assert other.memory_gb_per_s == first.memory_gb_per_s
+    assert other.link_gb_per_s != first.link_gb_per_s
+    assert calibrating.calibrated(replace(shape, link="virtual"), torch.bfloat16, run) is None
+
+
+def test_the_pace_of_a_row_is_what_attach_gives_it(preset):
+    shape = read_preset(str(preset)).shapes[0]
+    assert calibrating.pace_of(shape)(10**6) == 10_000 + 2_000_000
+    assert calibrating.pace_of(replace(shape, link_gb_per_s=None))(10**6) == 10_000 + 40_000
+
+
+# --- the link in fallbacks --------------------------------------------------------------------------
+
+
+def ledger_of(marks: list[tuple[str, int, int]], ends: list[int]) -> Ledger:
+    """Copies of 10 ns that end then."""
+    ledger = Ledger()
+    for end in ends:
+        ledger.event("load", end - 10, end, (0, 0))
+    for mark in marks:
+        ledger.mark(*mark)
+    ledger.counters.loads = len(ends)
+    return ledger
+
+
+def test_a_fallback_lasts_from_being_unsure_to_its_last_copy():
+    marks = [("little", 0, 0), ("fallback", 100, 2), ("big", 105, 3), ("little", 140, 5), ("little", 170, 6)]
+    ledger = ledger_of(marks, [10, 20, 115, 125, 150, 160])
+    assert fallback_use(ledger, 7) == LinkUse(passes=1, ns=50, nbytes=21)  # the copy to 150 had begun before 140
+
+
+def test_a_fallback_that_copied_nothing_is_none_and_the_last_one_ends_with_the_ledger():
+    marks = [("little", 0, 0), ("fallback", 30, 1), ("big", 31, 1), ("little", 50, 1), ("fallback", 60, 1)]
+    assert fallback_use(ledger_of(marks, [10, 80]), 7) == LinkUse(passes=1, ns=20, nbytes=7)
+
+
+def test_a_ledger_that_lost_copies_says_nothing():
+    ledger = ledger_of([("fallback", 0, 0)], [10])
+    ledger.counters.loads += 1
+    assert fallback_use(ledger, 7) is None
+
+
+def test_marks_go_with_the_ledger_and_a_replay_keeps_none():
+    ledger = Ledger()
+    ledger.event("load", 0, 1, (0, 0))
+    ledger.mark("little", 0, 0)
+    ledger.clear()
+    assert not ledger.marks
+    assert isinstance(Event("load", 0, 1, (0, 0)), tuple)
