@@ -157,7 +157,11 @@ def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
     wait()
     taken = time.perf_counter_ns() - begun
     after = model.mobile.stats()
-    counted = {name: after[name] - before[name] for name in after if name != "hit_rate" and name in before}
+    counted = {
+        name: value - before[name]
+        for name, value in after.items()
+        if name != "hit_rate" and value is not None and before.get(name) is not None
+    }
     return {"wall_ns": taken, "counters": counted}, written
 
 
