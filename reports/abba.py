@@ -11,10 +11,8 @@ from typing import Any
 from reports import format
 from reports.page import Report, Section, Table
 from reports.stats import Interval, geometric_mean
-from suites.record import LATEST_TRIAL, TRIAL, read_json
+from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, read_json
 
-FORMAT = 1
-FEWEST = 3  # processes a side
 FLOOR = 0.95  # of the base's speed
 REGRESSION, PASSED, INCONCLUSIVE = "REGRESSION", "PASSED", "INCONCLUSIVE"
 ALIKE = {
@@ -70,17 +68,19 @@ def read(folder: Path) -> dict[str, Any]:
         found = read_json(folder / TRIAL)
     except (OSError, ValueError) as error:
         raise Unjudgeable(f"{folder} holds no trial ({error}); run: nox -s regression") from error
-    if found["format"] != FORMAT:
-        raise Unjudgeable(f"{folder} holds a trial of format {found['format']}, and {FORMAT} is read; run it again.")
+    if found["format"] != TRIAL_FORMAT:
+        raise Unjudgeable(
+            f"{folder} holds a trial of format {found['format']}, and {TRIAL_FORMAT} is read; run it again."
+        )
     return found
 
 
 def judge(trial: dict[str, Any]) -> Judgement:
     """Raises Unjudgeable where the processes are too few, or not on one GPU, or not given the same work."""
     first, second = trial["processes"]
-    if len(first) != len(second) or len(first) < FEWEST:
+    if len(first) != len(second) or len(first) < FEWEST_PROCESSES:
         raise Unjudgeable(
-            f"There are {len(first)} and {len(second)} processes; {FEWEST} a side at least, as many each."
+            f"There are {len(first)} and {len(second)} processes; {FEWEST_PROCESSES} a side at least, as many each."
         )
     for fact, says in ALIKE.items():
         seen = {str(process[fact]): process[fact] for process in (*first, *second)}

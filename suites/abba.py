@@ -24,11 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mobile.refusal import Refused
 from suites import sides
 from suites.environment import environment
-from suites.record import LATEST_TRIAL, TRIAL, write_json
+from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, write_json
 
 WORKLOAD = Path(__file__).resolve().parent / "workload.py"
-FORMAT = 1
-FEWEST = 3  # processes a side
 STRATEGIES = ("mobile", "on-demand-overlap")
 
 
@@ -53,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
             "--strategy", action="append",
             help=f"to time on both sides; may be given again (default: {', '.join(STRATEGIES)})",
         )  # fmt: skip
-        verb.add_argument("--pairs", type=_pairs, default=6, help=f"processes a side, {FEWEST} at least (default: 6)")
+        verb.add_argument(
+            "--pairs", type=_pairs, default=6, help=f"processes a side, {FEWEST_PROCESSES} at least (default: 6)"
+        )
         verb.add_argument(
             "--out", type=Path, default=Path("runs") / verb.prog.split()[-1], help="folder (default: %(default)s)"
         )
@@ -62,8 +62,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def work(to: argparse.ArgumentParser) -> None:
-    """What every process is told; see `python -m suites.workload --help`."""
-    group = to.add_argument_group("passed on to suites.workload", "which says what they mean: --help")
+    """What every process is told."""
+    group = to.add_argument_group(
+        "the work", "passed on; `python -m suites.workload --help` says more and the defaults"
+    )
     group.add_argument("--model", type=Path, metavar="FOLDER")
     for name in ("layers", "slots", "steps", "repeats", "warm-up"):
         group.add_argument(f"--{name}", type=int, metavar="N")
@@ -71,8 +73,8 @@ def work(to: argparse.ArgumentParser) -> None:
 
 
 def _pairs(text: str) -> int:
-    if int(text) < FEWEST:
-        raise argparse.ArgumentTypeError(f"an interval needs {FEWEST} processes a side at least")
+    if int(text) < FEWEST_PROCESSES:
+        raise argparse.ArgumentTypeError(f"an interval needs {FEWEST_PROCESSES} processes a side at least")
     return int(text)
 
 
@@ -129,7 +131,7 @@ def trial(both: tuple[sides.Side, sides.Side], pairs: int, words: list[str], con
                 f"{number}/{len(turns)} {both[turn].name}: {rates} ({time.monotonic() - begun:.0f} s)", highlight=False
             )
     return {
-        "format": FORMAT,
+        "format": TRIAL_FORMAT,
         "sides": [asdict(side) for side in both],
         "order": turns,
         "processes": results,

@@ -35,28 +35,23 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m suites.workload", description=__doc__.splitlines()[0])
     top.add_argument("--strategy", action="append", help="may be given again (default: mobile)")
-    shared(top)
-    top.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    return top
-
-
-def shared(to: argparse.ArgumentParser) -> None:
-    """The options that say what the work is; `suites.abba` has them too and passes them on."""
-    to.add_argument("--model", type=Path, default=SHIPPED, help=f"a checkpoint's folder (default: {SHIPPED.name})")
-    to.add_argument(
+    top.add_argument("--model", type=Path, default=SHIPPED, help=f"a checkpoint's folder (default: {SHIPPED.name})")
+    top.add_argument(
         "--layers", type=int,
         help="instead of a checkpoint: so many layers of OLMoE-1B-7B's size with random bf16 weights, 0.8 GB each. "
         "Their routing means nothing, the bytes they move are real",
     )  # fmt: skip
-    to.add_argument("--slots", type=int, help="expert slots on the device (default: a quarter of all experts)")
-    to.add_argument("--steps", type=int, default=64, help="decode steps in a repeat (default: 64)")
-    to.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
-    to.add_argument("--warm-up", type=int, default=1, help="untimed repeats before them (default: 1)")
-    to.add_argument(
+    top.add_argument("--slots", type=int, help="expert slots on the device (default: a quarter of all experts)")
+    top.add_argument("--steps", type=int, default=64, help="decode steps in a repeat (default: 64)")
+    top.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
+    top.add_argument("--warm-up", type=int, default=1, help="untimed repeats before them (default: 1)")
+    top.add_argument(
         "--link", choices=("auto", "cuda", "paced", "virtual"), default="auto",
         help="auto: cuda with a GPU; without one paced, which sleeps for as long as a PCIe 4.0 copy would take. With "
         "virtual nothing sleeps, and the time is what the processor takes",
     )  # fmt: skip
+    top.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    return top
 
 
 def gpu() -> dict[str, str | None] | None:
@@ -140,6 +135,12 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def sums(model: Any) -> dict[str, float]:
+    """What the engine counts; a rate does not add up, and None is unknown."""
+    counted = model.mobile.stats()
+    return {name: value for name, value in counted.items() if name != "hit_rate" and isinstance(value, int | float)}
+
+
 @torch.no_grad()
 def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
     """Prefill, then decode `ids` (1, PROMPT + steps) whatever the model would rather write, on the wall clock.
@@ -148,7 +149,7 @@ def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
     each step.
     """
     cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
-    before, written = model.mobile.stats(), []
+    before, written = sums(model), []
     wait()
     begun = time.perf_counter_ns()
     for at in range(PROMPT, ids.shape[1]):
@@ -156,12 +157,7 @@ def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
         written.append(int(output.logits[0, -1].argmax()))  # as generate() does, the next step waits for this one
     wait()
     taken = time.perf_counter_ns() - begun
-    after = model.mobile.stats()
-    counted = {
-        name: value - before[name]
-        for name, value in after.items()
-        if name != "hit_rate" and value is not None and before.get(name) is not None
-    }
+    counted = {name: value - before.get(name, 0) for name, value in sums(model).items()}
     return {"wall_ns": taken, "counters": counted}, written
 
 
