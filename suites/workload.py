@@ -124,7 +124,7 @@ def layers_of_olmoe(number: int) -> tuple[Any, Any]:
     """OLMoE-1B-7B cut down to `number` layers, with the same random weights every time."""
     config = OlmoeConfig(
         num_hidden_layers=number, vocab_size=1024, hidden_size=2048, intermediate_size=1024, num_attention_heads=16,
-        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval(), config
