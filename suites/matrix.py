@@ -226,7 +226,7 @@ def _cells_of(
     """
     if model.geometry not in GEOMETRIES:
         raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
-    cards = [str(Path(n).absolute()) if n.endswith(".json") else profile(n).name for n in data["hardware"]]
+    cards = [_card(name, link) for name in data["hardware"]]
     for found in map(profile, cards):
         for budget in set(data["budgets"]) - {"smallest"}:
             slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), found.reserve_nbytes, STAGING)
@@ -252,6 +252,13 @@ def _cells_of(
         if task in data.get("canaries", []):
             scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
+
+
+def _card(name: str, link: str | None) -> str:
+    """A profile's name, or its file, found from anywhere. Over a real link "auto" stays: it is the card that is there."""
+    if name.endswith(".json"):
+        return str(Path(name).absolute())
+    return name if name == "auto" and link == "cuda" else profile(name).name
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
