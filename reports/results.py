@@ -34,7 +34,10 @@ class Results:
 
     def pick(self, **wanted: Any) -> list[Record]:
         """Records whose fields all equal what is wanted, in order."""
-        return [r for r in self.records if all(getattr(r, name) == value for name, value in wanted.items())]
+        found = self._of(wanted["model"]) if "model" in wanted else self.records
+        for name, value in wanted.items():
+            found = [record for record in found if getattr(record, name) == value]
+        return list(found)
 
     def pool(self, **wanted: Any) -> list[Record]:
         """The same, if every task that the model was given (or the one wanted) is among them; otherwise none.
@@ -42,9 +45,20 @@ class Results:
         Strategies are compared on the same items, so a pool that lacks a task is no pool; the page lists what failed.
         """
         found = self.pick(**wanted)
-        given = self.pick(model=wanted["model"]) if "model" in wanted else self.records
+        given = self._of(wanted["model"]) if "model" in wanted else self.records
         tasks = {wanted["task"]} if "task" in wanted else {record.task for record in given}
         return found if {record.task for record in found} == tasks else []
+
+    def _of(self, model: str) -> list[Record]:
+        return self._by_model.get(model, [])
+
+    @cached_property
+    def _by_model(self) -> dict[str, list[Record]]:
+        """A page asks for some cells of a model thousands of times."""
+        found: dict[str, list[Record]] = {}
+        for record in self.records:
+            found.setdefault(record.model, []).append(record)
+        return found
 
     def values(self, name: str) -> list[Any]:
         """The different values of a field, in order of first appearance."""

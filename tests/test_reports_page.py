@@ -10,7 +10,9 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 
+import matplotlib.pyplot as plt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
@@ -19,7 +21,7 @@ from reports import content, controls, groups, write
 from reports.compare import UnlikePrompts, accuracy, speedup
 from reports.examples import disagreements, marked
 from reports.plots.pareto import front
-from reports.plots.style import curves
+from reports.plots.style import curves, named
 from reports.tables import overview, scores, speed
 from tests.report_runs import ITEMS, Rule, record, results
 
@@ -318,3 +320,15 @@ def test_lines_that_end_together_all_keep_their_names():
     lines = {name: [(0.0, 1.0), (1.0, 2.0)] for name in ("first", "second", "third", "fourth")}
     drawn = curves("same", "a caption", lines, "x", "y")
     assert all(f">{name}</text>" in drawn.svg for name in lines)
+
+
+def test_labels_of_points_that_lie_together_do_not_cover_each_other():
+    drawn, axes = plt.subplots(figsize=(7.5, 4.8))
+    points = [(f"label {n}", 1 + n / 100, n / 1000) for n in range(8)]
+    axes.plot([1, 3], [-20, 2])
+    named(axes, points)
+    drawn.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    plt.close(drawn)
+    assert len(boxes) == len(points)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))

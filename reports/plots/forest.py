@@ -44,6 +44,8 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
             )
         axes.set_yticks(range(len(places)), [f"{model}, {budget}" for model, budget in places])
         axes.set_ylim(len(places) - 0.5, -0.5)
+        axes.set_xscale("log", base=2)  # twice as fast lies as far from 1 as half as fast
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
         axes.set_xlabel("speedup of MoBiLE (decode)")
         for base, (mark, colour) in MARKS.items():
             axes.plot([], [], mark, color=colour, label=f"over {base}")

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from reports import groups
 from reports.compare import accuracy, name, speedup
 from reports.page import Figure, Table
-from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above
+from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above, named
 from reports.results import Results
 from reports.stats import Interval
 
@@ -53,21 +53,21 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
         for kind, (mark, colour, label) in KINDS.items():
             axes.plot([], [], mark, color=colour, label=label)
-            for shown, of, x, y in points:
+            for _, of, x, y in points:
                 if of == kind:
                     bars = None if kind == "lossless" else [[y.value - y.low], [y.high - y.value]]
                     axes.errorbar(x.value, y.value, yerr=bars, fmt=mark, color=colour, capsize=2, elinewidth=0.7)
-                    if kind != "lossless":
-                        text = shown.removeprefix("mobile (gamma ").removesuffix(")") if kind == "mobile" else shown
-                        axes.annotate(text, (x.value, y.value), textcoords="offset points", xytext=(6, 5), color=INK)
-        best = max((p for p in points if p[1] == "lossless"), key=lambda p: p[2].value, default=None)
-        if best:
-            axes.annotate(best[0], (best[2].value, 0), textcoords="offset points", xytext=(4, 6), color=INK)
         edge = front([(x.value, y.value) for _, _, x, y in points])
         axes.step(*zip(*edge, strict=True), where="pre", color=INK, linewidth=0.9, label="best of both", zorder=0)
         axes.set_xlabel("speedup over on-demand-overlap (decode)")
         axes.set_ylabel("accuracy less full K's (points)")
         legend_above(axes, 2)
+        best = max((p for p in points if p[1] == "lossless"), key=lambda p: p[2].value, default=None)
+        named(
+            axes,
+            [(shown.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value) for shown, kind, x, y in points
+             if kind != "lossless" or shown == best[0]],
+        )  # fmt: skip
         rows = tuple(
             (shown, *(f"{n:.4f}" for n in (x.value, x.low, x.high, y.value, y.low, y.high)),
              "yes" if (x.value, y.value) in edge else "no")

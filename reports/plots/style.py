@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -41,6 +42,24 @@ def figure(name: str, caption: str, drawn: Any, data: Table) -> Figure:
 def legend_above(axes: Any, columns: int) -> None:
     """The legend above the drawing, where it hides nothing."""
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=columns)
+
+
+def named(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
+    """Write each (text, x, y) beside its point, where it covers none that was written before.
+
+    Right of the point and above it if that is free, else below, left, or farther off. Nothing more may be drawn after.
+    """
+    axes.autoscale_view()  # is put off until something is drawn, and then moves what was measured before
+    taken: list[Any] = []
+    for text, x, y in labels:
+        for away, (right, up) in product((0, 14, 28), ((6, 5), (6, -13), (-6, 5), (-6, -13))):
+            spot = {"xytext": (right, up + (away if up > 0 else -away)), "ha": "left" if right > 0 else "right"}
+            drawn = axes.annotate(text, (x, y), textcoords="offset points", color=INK, **spot)
+            box = drawn.get_window_extent()
+            if away == 28 or not any(box.overlaps(other) for other in taken):
+                break
+            drawn.remove()
+        taken.append(box)
 
 
 def curves(

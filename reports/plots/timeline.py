@@ -40,7 +40,7 @@ def token_timeline(results: Results, model: str) -> Figure | None:
     end = max(event[2] for record in records for event in record.timeline) / 1e6
     with plt.rc_context(STYLE):
         drawn, panels = plt.subplots(
-            len(records), 1, figsize=(10, 1.5 * len(records) + 0.8), sharex=True, squeeze=False
+            len(records), 1, figsize=(7.5, 1.3 * len(records) + 0.9), sharex=True, squeeze=False
         )
         rows: list[tuple[str, ...]] = []
         for axes, record in zip(panels[:, 0], records, strict=True):
