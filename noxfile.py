@@ -7,6 +7,7 @@ nothing and uses the interpreter nox runs in, for machines that bring their own 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ except (ImportError, m.PackageNotFoundError) as error:
 print(sys.executable, shown, "CUDA", torch.version.cuda if torch.cuda.is_available() else None)
 """
 interpreter = sys.executable
+WORKFLOWS = sorted(str(path) for path in Path(".github/workflows").glob("*.yml"))
+BENCHMARKS = Path("runs/benchmarks.json")
 
 
 @nox.session(default=False, reuse_venv=True)
@@ -46,13 +49,21 @@ def run(session: nox.Session, *arguments: str, **options: object) -> None:
     session.run(interpreter, "-m", *arguments, external=True, **options)
 
 
+def run_beside(session: nox.Session, program: str, *arguments: str) -> None:
+    """Run a program that was installed beside the interpreter and has no module."""
+    session.run(str(Path(interpreter).parent / program), *arguments, external=True)
+
+
 @nox.session(venv_backend="none", requires=["environment"])
 def lint(session: nox.Session) -> None:
-    """ruff, mypy, and the contract of the rooms."""
+    """ruff, mypy, the contract of the rooms, and the workflows: their schema, and what can be done to them."""
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
     run(session, "mypy")
-    session.run(str(Path(interpreter).parent / "lint-imports"), external=True)
+    run_beside(session, "lint-imports")
+    for schema in ("vendor.github-workflows", "custom.github-workflows-require-timeout"):
+        run(session, "check_jsonschema", "--builtin-schema", schema, *WORKFLOWS)
+    run_beside(session, "zizmor", "--offline", "--no-progress", "--quiet", "--pedantic", *WORKFLOWS)
 
 
 @nox.session(venv_backend="none", requires=["environment"])
@@ -63,8 +74,29 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def bench(session: nox.Session) -> None:
-    """Micro-benchmarks; arguments go to pytest."""
-    run(session, "pytest", "tests/micro", "--benchmark-only", *session.posargs)
+    """Micro-benchmarks, into runs/benchmarks.json; arguments go to pytest. `python -m reports benchmarks` compares."""
+    BENCHMARKS.parent.mkdir(exist_ok=True)
+    run(session, "pytest", "tests/micro", "--benchmark-only", f"--benchmark-json={BENCHMARKS}", *session.posargs)
+
+
+def abba(session: nox.Session, verb: str) -> None:
+    """Time two sides and judge them; a run on a CI server shows the page there, too."""
+    run(session, "suites.abba", verb, *session.posargs)
+    if {"-h", "--help"}.isdisjoint(session.posargs):
+        page = os.environ.get("GITHUB_STEP_SUMMARY")
+        run(session, "reports", "abba", *(("--summary", page) if page else ()))
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def regression(session: nox.Session) -> None:
+    """Is this tree slower than an earlier commit? Arguments go to `python -m suites.abba regression` (--base REV)."""
+    abba(session, "regression")
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def compare(session: nox.Session) -> None:
+    """Two strategies or two commits side by side: nox -s compare -- A B. `-- --help` says more."""
+    abba(session, "compare")
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)

@@ -47,9 +47,9 @@ class Counters:
     were on their way, `cpu_experts` were computed on the CPU. `streamed_loads` and `streamed_on_cpu` are prefill's (and
     those of a batch wider than the pool), which has no hit rate. `loads` counts finished copies of any kind.
 
-    `decode_ns` is `decode_dense_ns` (attention, norms, router, shared experts, head), `decode_expert_ns` (experts on the
-    device) and `decode_stall_ns`, of which `decode_cpu_stall_ns` waited for the CPU and the rest for the link. A real
-    link does not time kernels: there the parts but the stall stay 0, which means unknown.
+    `decode_ns` is `decode_dense_ns` (attention, norms, router, shared experts, head), `decode_expert_ns` (experts on
+    the device) and `decode_stall_ns`, of which `decode_cpu_stall_ns` waited for the CPU and the rest for the link. A
+    real link does not time kernels: there the parts but the stall stay 0, which means unknown.
     """
 
     prompt_tokens: int = 0

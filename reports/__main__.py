@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from reports import commands, expected
+from reports.abba import Unjudgeable
+from reports.benchmarks import UnlikeMachines
 from reports.bundle import NoManifest
 from reports.compare import UnlikePrompts
 from reports.results import NoResults
 
-EPILOG = "Every verb takes the run that was started last from here if no folder is named."
+EPILOG = "A verb that takes a run takes the one that was started last from here if no folder is named."
+REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, expected.NoExpectation)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +47,14 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("diff", commands.diff, "say what changed between two runs, and whether it matters")
     sub.add_argument("first", type=Path, help="run folder")
     sub.add_argument("second", type=Path, help="run folder")
+    sub = verb("abba", commands.abba, "judge a comparison of two sides; a regression is exit code 1")
+    sub.add_argument("trial", nargs="?", type=Path, help="folder of a trial (default: that of the last one)")
+    sub.add_argument("--summary", type=Path, metavar="FILE", help="append the page to this Markdown file, too")
+    sub = verb(
+        "benchmarks", commands.benchmarks, "set two files of nox -s bench side by side, if one machine made both"
+    )
+    sub.add_argument("base", type=Path, metavar="BASE.json")
+    sub.add_argument("head", type=Path, metavar="HEAD.json")
     return top
 
 
@@ -51,7 +62,7 @@ def main() -> int:
     options = parser().parse_args()
     try:
         return options.does(options)
-    except (NoResults, NoManifest, UnlikePrompts, expected.NoExpectation) as refused:
+    except REFUSALS as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2
 

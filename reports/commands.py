@@ -6,16 +6,20 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from reports import abba as trials
+from reports import benchmarks as micro
 from reports import bundle, content, expected, write
 from reports.checklist import evidence, lines
 from reports.difference import difference
 from reports.page import Table
 from reports.results import latest_run, read
+from suites.record import write_json
 
 SHOWN = 40  # lines of a long list on the screen
 
@@ -123,3 +127,39 @@ def gate(options: Namespace) -> int:
     if found.t0:
         console.print("Other processors may round a model's arithmetic otherwise; see made_on in the expectation.")
     return 1 if found.t0 or found.t1 else 0
+
+
+def abba(options: Namespace) -> int:
+    """Print the judgement of a trial, and write it beside the trial; 1 if it is a regression."""
+    console = _console()
+    folder = options.trial or trials.latest()
+    trial = trials.read(folder)
+    found = trials.judge(trial)
+    report = trials.report(trial, found)
+    page = write.markdown(report)
+    (folder / "summary.md").write_text(page, encoding="utf-8")
+    write_json(folder / "judgement.json", asdict(found))
+    if options.summary is not None:
+        with options.summary.open("a", encoding="utf-8") as file:
+            file.write(f"{page}\n")
+    for warning in found.warnings:
+        console.print(f"[yellow]{warning}[/]")
+    for section in report.sections:
+        for table in section.tables:
+            _print(console, table)
+            if table.note:
+                console.print(table.note)
+    for fact, value in report.facts:
+        console.print(f"{fact}: {value}", markup=False)
+    if report.alarm is not None:
+        console.print(f"[bold red]{report.alarm}")
+    elif any(line.verdict == trials.INCONCLUSIVE for line in found.lines):
+        console.print("INCONCLUSIVE: no regression is shown and none is ruled out; more --pairs narrow the interval.")
+    console.print(f"{folder / 'summary.md'}, judgement.json, {trials.TRIAL}", soft_wrap=True)
+    return 1 if found.failed else 0
+
+
+def benchmarks(options: Namespace) -> int:
+    """Print pytest-benchmark's own comparison of two of its files, if one machine made both."""
+    micro.same_machine(options.base, options.head)
+    return micro.compare(options.base, options.head)

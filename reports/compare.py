@@ -51,9 +51,10 @@ def speedup(records: Sequence[Record], baseline: Sequence[Record]) -> Interval |
 
 
 def accuracy(records: Sequence[Record], reference: Sequence[Record]) -> Paired:
-    """Scores of `records` against `reference`, paired by item."""
-    pairs = [pair for group in matched(reference, records) for pair in group]
-    return paired([a.correct for a, _ in pairs], [b.correct for _, b in pairs])
+    """Scores of `records` against `reference`, paired by item; what was not scored in both is no pair."""
+    pairs = [(a.correct, b.correct) for group in matched(reference, records) for a, b in group]
+    scored = [(first, second) for first, second in pairs if first is not None and second is not None]
+    return paired([first for first, _ in scored], [second for _, second in scored])
 
 
 def total(records: Sequence[Record], field: str) -> int:

@@ -16,7 +16,8 @@ TIMES = ("decode_ns", "ttft_ns")
 
 def label(record: Record) -> str:
     """What a cell is, whatever run it belongs to."""
-    parts = (record.model, record.task, name(record), record.hardware, record.budget, f"seed {record.seed}")
+    parts: tuple[str, ...] = (record.model, record.task, name(record), record.hardware, record.budget)
+    parts += (f"seed {record.seed}",)
     if record.config.get("kind") == "shape":
         link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
         parts += (f"{record.scope} {'native' if link is None else f'{link:g} GB/s'}",)

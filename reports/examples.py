@@ -35,7 +35,7 @@ def _example(task: str, item: Item, full: Item) -> Example:
     )
     title = f"{task} {item.doc}: {verdict}, {item.fallbacks} of {item.decode_tokens} tokens fell back"
     spans = getattr(item, "fallback_spans", None) or ()
-    return Example(title, prompt, full.output, full.correct, marked(item.output, spans), item.correct)
+    return Example(title, prompt, full.output, full.correct is True, marked(item.output, spans), item.correct is True)
 
 
 def marked(text: str, spans: tuple[tuple[int, int], ...]) -> tuple[Run, ...]:

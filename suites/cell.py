@@ -14,7 +14,7 @@ from mobile.replaying import timed
 from mobile.strategy import Strategy, resolve
 from suites.environment import environment
 from suites.matrix import Cell, Generation, Model
-from suites.real_tasks import sources
+from suites.real_tasks import items_of, sources
 from suites.record import Item, Record, RunFolder, read_json
 from suites.timing import bench, timeline
 
@@ -35,9 +35,11 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
     """The record of a cell whose generation has been written under `run`. Imports no torch."""
     begun = time.monotonic()
     generation = cell.generation
-    answers = read_json(run.answers(generation.id))
+    live = read_json(run.answers(generation.id))
     requests, about = recorded
-    requests = requests[: cell.timed]
+    chosen = set(cell.docs)
+    answered = [pair for pair in zip(live["answers"], requests, strict=True) if pair[0]["doc"] in chosen]
+    requests = [request for _, request in answered]
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
     on = bench(strategy, Geometry(**about["geometry"]), generation.model.geometry, card, cell.budget)
@@ -48,7 +50,7 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
             fallbacks=counters.fallbacks, ttft_ns=counters.prefill_ns, decode_ns=counters.decode_ns,
             decode_bytes=counters.decode_bytes,
         )
-        for answer, counters in zip(answers["answers"][: cell.timed], taken, strict=True)
+        for (answer, _), counters in zip(answered, taken, strict=True)
     )  # fmt: skip
     shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
     drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(on, shown, TIMELINE_TOKENS))
@@ -56,11 +58,12 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
         cell, strategy, on.geometry, hardware=card.name, slots=on.slots, rate=card.link_gb_per_s, items=items,
         config={
             "generation": generation.id, "control": "canary" if generation.scrambled else None,
-            "batch_of_generation": answers["batch"], "confidence_histogram": confidences(requests),
+            "timing": "replay of recorded routing", "batch_of_generation": live["batch"],
+            "confidence_histogram": confidences(requests),
             "dtype": "float32", "profile_sources": list(card.sources),
         },
         environment={**environment(), "telemetry": None, "training": training and asdict(training)},
-        counters=ledger.stats(), checks=answers["checks"], ledger=ledger,
+        counters=ledger.stats(), checks=live["checks"], ledger=ledger,
         timeline=drawn if cell.budget == "smallest" else (), wall_seconds=time.monotonic() - begun,
     )  # fmt: skip
 
@@ -77,7 +80,8 @@ def record_of(
         lossless=strategy.lossless, hardware=hardware, budget=cell.budget, slots=slots, seed=generation.seed,
         config={
             "swept": cell.swept, "family": generation.model.family, "training_seed": generation.model.training_seed,
-            "items": generation.items, "timed_items": len(items), "expert_nbytes": worn.expert_nbytes,
+            "items": generation.items, "timed_items": len(items),
+            "task_items": items_of(generation.task, generation.folder), "expert_nbytes": worn.expert_nbytes,
             "moe_layers": worn.moe_layers, "experts": worn.experts, "top_k": worn.top_k, "link": cell.link,
             "link_gb_per_s": rate, "strategy_source": strategy.source,
             "data": sources(generation.task, generation.folder), **config,

@@ -66,7 +66,10 @@ class TokenClock:
 
 
 class TimedLM(EngineLM):
-    """Answers alone and in the given order; keeps each answer's clock and what it added to the counters."""
+    """Answers alone and in the given order; keeps each answer's clock and what it added to the counters.
+
+    The first prompt is answered once before that, cold, which is kept apart in `warm_up`.
+    """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(model, tokenizer, batch_size=1)
@@ -75,8 +78,9 @@ class TimedLM(EngineLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         outputs, engine = [], self.model.mobile
-        warm_up, options = requests[0].args
-        generate(self.model, self.hf_tokenizer, [warm_up], options)  # kernels are compiled, memory is touched
+        prompt, options = requests[0].args
+        self.warm_up = TokenClock(engine)  # kernels are compiled, memory is touched
+        generate(self.model, self.hf_tokenizer, [prompt], options, self.warm_up)
         engine.restart()
         for request in requests:
             prompt, options = request.args
@@ -155,7 +159,7 @@ def record(cell: Cell, loaded: Loaded) -> Record:
     generation, engine, strategy = cell.generation, loaded.model.mobile, resolve(cell.strategy, cell.gamma)
     lm = TimedLM(loaded.model, loaded.tokenizer)
     with watched(cuda_uuid() if cell.link == "cuda" else None) as telemetry:
-        answers = evaluate(lm, generation.task, generation.docs[: cell.timed], generation.folder)
+        answers = evaluate(lm, generation.task, cell.docs, generation.folder)
     items = []
     for answer in answers:
         clock, taken = lm.clocks[answer.prompt_sha256], lm.taken[answer.prompt_sha256]
@@ -174,6 +178,9 @@ def record(cell: Cell, loaded: Loaded) -> Record:
         items=tuple(items),
         config={
             "generation": None, "control": None, "batch_of_generation": 1, "confidence_histogram": None,
+            "timing": "live, each strategy on its own answers", "processes": 1,
+            "warmup": {"tokens": len(lm.warm_up.times), "ns": lm.warm_up.times[-1] - lm.warm_up.begun},
+            "link_measured_gb_per_s": loaded.link_gb_per_s if cell.link == "cuda" else None,
             "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
             "profile_sources": [] if cell.link == "cuda" else list(engine.hardware.sources),
             "hub": generation.model.hub, "revision": loaded.found if generation.model.hub is not None else None,

@@ -81,6 +81,16 @@ class Cell:
         return digest(self.generation.id, self.strategy, self.gamma, card, self.budget, self.timed, self.link)
 
     @property
+    def docs(self) -> list[int]:
+        """The items that are timed, ascending: those that a live run of so few would have been asked.
+
+        A seeded random part, since a file's first items need not be like its others (real tasks are in no random
+        order), and one that other small cells of the same seed share, so that more pairs can be formed.
+        """
+        few = self.generation.items if self.timed is None else min(self.timed, self.generation.items)
+        return replace(self.generation, items=few).docs
+
+    @property
     def scope(self) -> str:
         """Whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
         return SCOPES[self.link]

@@ -22,6 +22,10 @@ from uuid import uuid4
 SCHEMA = 5
 FIRST = b'{\n "sha256": "%s",\n'  # of the bytes after it; how every JSON file of a run begins
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
+LATEST_TRIAL = Path("runs/latest-trial")  # and that of the last comparison of two sides
+TRIAL = "trial.json"
+TRIAL_FORMAT = 1
+FEWEST_PROCESSES = 3  # a side; an interval of two is none
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_machine import (  # noqa: F401
+    pytest_benchmark_compare_machine_info,
+    pytest_benchmark_update_machine_info,
+)
 from tiny_run import answered, tiny_preset, undisturbed  # noqa: F401
 from transformers import (
     AutoModelForCausalLM,

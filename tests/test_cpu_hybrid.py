@@ -18,20 +18,14 @@ from baselines.lru import LRU
 from mobile import trace
 from mobile.cli.plan import bound
 from mobile.cost import CostModel
-from mobile.geometry import GEOMETRIES, Geometry
+from mobile.geometry import GEOMETRIES
 from mobile.hardware import profile
 from mobile.refusal import Refused
 from mobile.replaying import Bench, time_requests
 from mobile.residency import HOST
 from mobile.trace import Request, Step
+from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
 
-CARD = profile("auto")
-LAYERS, EXPERTS, TOP_K = 3, 12, 4
-TOY = Geometry(
-    name="toy", moe_layers=LAYERS, experts=EXPERTS, top_k=TOP_K, expert_nbytes=10_000_000, dense_nbytes=20_000_000,
-    router_nbytes=50_000, head_nbytes=1_000_000, embedding_nbytes=1_000_000, width=2,
-)  # fmt: skip
-STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
 NEVER, ENDLESS = replace(CARD, cpu_gb_per_s=1e-6), replace(CARD, cpu_gb_per_s=float("inf"), cpu_tflops=float("inf"))
 ALWAYS = replace(ENDLESS, link_gb_per_s=1e-3)
 
@@ -166,16 +160,14 @@ def test_a_set_with_too_many_plans_is_parted_in_order():
 
 # --- on the clock ---------------------------------------------------------------------------------
 
-chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))
 step = st.builds(Step, kind=st.just("full"), tokens=st.just(1), experts=st.tuples(*[chosen] * LAYERS))
-prefill = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
 requests_of = st.lists(
-    st.lists(step, min_size=1, max_size=6).map(lambda steps: [prefill, *steps]), min_size=1, max_size=3
+    st.lists(step, min_size=1, max_size=6).map(lambda steps: [PREFILL, *steps]), min_size=1, max_size=3
 )
 
 
 def clock(strategy, requests: list[Request], slots: int, card=CARD, events: int = 0):
-    bench = Bench(strategy, TOY, STANDS_FOR, card, slots)
+    bench = Bench(strategy, GEOMETRY, STANDS_FOR, card, slots)
     if not events:
         return time_requests(bench, requests)[1]
     residency = bench.residency(events=events)
@@ -201,7 +193,7 @@ def test_its_books_balance(requests, slots):
     counters = ledger.counters
     assert counters.touches == clock(LRU, requests, slots).counters.touches
     assert counters.loads == counters.demand_loads + counters.streamed_loads
-    assert counters.bytes_loaded == counters.loads * TOY.expert_nbytes
+    assert counters.bytes_loaded == counters.loads * GEOMETRY.expert_nbytes
     spans = [event for event in ledger.events if event.what == "cpu"]
     assert len(spans) == counters.cpu_experts + counters.streamed_on_cpu
     assert all(a.end_ns <= b.start_ns for a, b in pairwise(spans)), "one CPU"
@@ -219,7 +211,7 @@ def test_one_token_on_cold_slots_is_never_slower_than_loading_all(steps):
 def test_the_cpu_and_the_link_share_a_layer():
     """Four missing, 264 us each on the CPU, 440 us each loaded: three there end before two here would."""
     ledger = clock(CPU_HYBRID, [[Step("full", 1, ((0, 1, 2, 3),) * LAYERS)]], TOP_K, events=1000)
-    cost = CostModel(CARD, TOY)
+    cost = CostModel(CARD, GEOMETRY)
     assert (cost.cpu_expert_ns(1), cost.load_ns, cost.expert_ns(1)) == (263_902, 410_000, 29_951)
     assert ledger.counters.cpu_experts == 3 * LAYERS
     assert ledger.counters.loads == LAYERS
@@ -228,7 +220,7 @@ def test_the_cpu_and_the_link_share_a_layer():
 
 def test_compute_waits_for_a_slow_cpu_and_the_wait_is_a_stall():
     ledger = clock(CPU_HYBRID, [[Step("full", 1, ((5,),) * LAYERS)]], TOP_K, events=1000)
-    waited = LAYERS * CostModel(CARD, TOY).cpu_expert_ns(1)
+    waited = LAYERS * CostModel(CARD, GEOMETRY).cpu_expert_ns(1)
     assert ledger.counters.stall_ns == ledger.counters.decode_cpu_stall_ns == waited
     assert ledger.stats()["decode_cpu_stall_seconds"] == waited / 1e9
     assert ledger.stats()["decode_expert_seconds"] == 0

@@ -228,6 +228,10 @@ def test_the_paced_link_takes_real_time(preset, tmp_path):
     least = item.decode_tokens * 4 * 8 * record.config["expert_nbytes"] / 25e9
     assert least < item.decode_ns / 1e9 < record.wall_seconds
     assert 0 < item.ttft_ns / 1e9 < record.wall_seconds
+    assert record.config["timing"].startswith("live")
+    assert record.config["warmup"]["tokens"] > 5
+    assert 0 < record.config["warmup"]["ns"] / 1e9 < record.wall_seconds
+    assert (record.config["task_items"], record.config["link_measured_gb_per_s"]) == (250, None)
     assert record.counters["decode_dense_seconds"] is record.counters["decode_expert_seconds"] is None
 
 

@@ -206,6 +206,7 @@ def test_the_checklist_has_32_lines_and_a_sound_run_lacks_only_what_it_lacks(run
         (16, lambda seen: _records(seen, lambda r: {"scope": "gpu+pcie"})),
         (17, lambda seen: _records(seen, lambda r: {"counters": {**r.counters, "decode_bytes": 10**15}})),
         (20, lambda seen: _records(seen, lambda r: {"config": {**r.config, "task_items": 999}})),
+        (21, lambda seen: _records(seen, lambda r: {"config": {**r.config, "generation": None}})),
         (21, lambda seen: _records(seen, lambda r: {"environment": {**r.environment, "git_dirty": True}})),
         (22, lambda seen: replace(seen, run=seen.run / "figures")),
         (23, lambda seen: _records(seen, lambda r: {"checks": {"a check": False}})),
@@ -218,6 +219,29 @@ def test_the_checklist_has_32_lines_and_a_sound_run_lacks_only_what_it_lacks(run
 def test_each_line_can_fail(run, number, spoil):
     answers = {n: result for n, _, result, _ in lines.answered(spoil(evidence.gather(run)))}
     assert answers[number] == lines.MISSING
+
+
+WARM = {"warmup": {"tokens": 20, "ns": 1}, "processes": 3, "link_measured_gb_per_s": 24.0}
+
+
+@pytest.mark.parametrize(
+    ("number", "lacking"), [(12, {"warmup": None}), (13, {"processes": 1}), (17, {"link_measured_gb_per_s": None}),
+                            (17, {"link_measured_gb_per_s": 1e-6})],
+)  # fmt: skip
+def test_what_is_measured_says_how(run, number, lacking):
+    """A run that calls itself measured holds lines 12, 13, 16 and 17 only with what live cells write down."""
+    seen = _records(
+        evidence.gather(run),
+        lambda r: {
+            "scope": "gpu+pcie",
+            "config": {**r.config, **WARM},
+            "environment": {**r.environment, "telemetry": {1}},
+        },
+    )
+    found = {n: result for n, _, result, _ in lines.answered(seen)}
+    assert [found[n] for n in (12, 13, 16, 17)] == [lines.HELD] * 4
+    spoiled = _records(seen, lambda r: {"config": {**r.config, **lacking}})
+    assert {n: result for n, _, result, _ in lines.answered(spoiled)}[number] == lines.MISSING
 
 
 def _records(seen, change):

@@ -65,7 +65,7 @@ def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
             record = next((r for r in records if _shown(r, model, task, strategy)), None)
             if record is None:
                 continue
-            right = sum(item.correct for item in record.items)
+            right = sum(item.correct is True for item in record.items)
             whole = sum(item.output.strip() == worked[item.doc] for item in record.items)
             interval = binomtest(right, len(record.items)).proportion_ci(method="wilson")
             yield {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from random import Random
@@ -12,8 +13,19 @@ from suites.tasks.item import Item, held_out
 SEED, ITEMS = 20251014, 250
 
 
+def parser() -> argparse.ArgumentParser:
+    says = (
+        f"Write the {ITEMS} shipped test items of each task ({', '.join(TESTED)}) to NAME.jsonl. They follow from one "
+        "seed: what is written is, byte for byte, what is shipped, unless a generator was changed."
+    )
+    top = argparse.ArgumentParser(prog="python -m suites.tasks", description=says)
+    top.add_argument("--out", type=Path, default=DATA, metavar="FOLDER", help="where to (default: %(default)s)")
+    return top
+
+
 def main() -> None:
-    DATA.mkdir(exist_ok=True)
+    out = parser().parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
     for name, generate in TESTED.items():
         rng = Random(f"{SEED}:{name}")
         items: dict[str, Item] = {}
@@ -25,7 +37,7 @@ def main() -> None:
             json.dumps({"prompt": item.prompt, "worked": item.worked, "answer": item.answer, "key": item.key}) + "\n"
             for item in items.values()
         ]
-        (Path(DATA) / f"{name}.jsonl").write_text("".join(lines))
+        (out / f"{name}.jsonl").write_text("".join(lines))
         print(f"{name}: {len(lines)} items")
 
 

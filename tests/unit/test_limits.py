@@ -27,16 +27,10 @@ from mobile.pool import SlotPool
 from mobile.replaying import Bench, time_requests
 from mobile.strategy import FullK, Strategy
 from mobile.trace import Request, Step
+from tests.toy import EXPERTS, GEOMETRY, LAYERS, PREFILL, TOP_K, chosen
 
-LAYERS, EXPERTS, TOP_K = 3, 12, 4
-GEOMETRY = Geometry(
-    name="toy", moe_layers=LAYERS, experts=EXPERTS, top_k=TOP_K, expert_nbytes=10_000_000, dense_nbytes=20_000_000,
-    router_nbytes=50_000, head_nbytes=1_000_000, embedding_nbytes=1_000_000, width=2,
-)  # fmt: skip
 SHARES = replace(ADAPMOE, name="adapmoe's caches", lossless=True, gating=FullK(), lookahead=None)
-PREFILL = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
 
-chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))
 tokens = st.lists(st.tuples(*[chosen] * LAYERS), min_size=1, max_size=10)
 prompts = st.lists(st.tuples(st.booleans(), tokens), min_size=1, max_size=3)
 pools = st.integers(TOP_K, LAYERS * EXPERTS)

@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from mobile.refusal import Refused
 from suites.accuracy import LM_EVAL_TASKS, score, task_config
-from suites.matrix import Generation, Model, task_hash
+from suites.matrix import Cell, Generation, Model, task_hash
 from suites.real_tasks import BBH, GROUPS, REAL, expand, items_of, locate, read, remarks, sources
 
 FOLDER = Path(os.environ.get("MOBILE_TASK_DATA", "/nowhere"))
@@ -225,6 +226,20 @@ def test_what_a_result_depends_on_is_what_is_in_the_files_and_not_where_they_lie
     task_hash.cache_clear()
     assert task_hash(task, copied) != before
     assert sources(task, None) == {"hub": "SaylorTwift/bbh"}
+
+
+def test_a_part_that_is_timed_is_drawn_and_is_what_other_small_cells_were_asked():
+    model = Model(name="olmoe-tiny", path="models/olmoe-tiny", geometry="olmoe-1b-7b", weights="shipped-tiny")
+    asked = Generation(model, "arithmetic", "resident", None, 200, 0)
+    timed = Cell(asked, "lru", None, "rtx4080-pcie4", "smallest", timed=40).docs
+    assert len(timed) == 40
+    assert timed == sorted(timed) != asked.docs[:40]
+    assert set(timed) < set(replace(asked, items=80).docs) < set(asked.docs)
+    assert set(replace(asked, items=32).docs) < set(timed)
+    assert timed != Cell(replace(asked, seed=1), "lru", None, "rtx4080-pcie4", "smallest", timed=40).docs
+    few = replace(asked, items=10)
+    assert Cell(few, "lru", None, "rtx4080-pcie4", "smallest", timed=40).docs == few.docs
+    assert Cell(few, "lru", None, "rtx4080-pcie4", "smallest").docs == few.docs
 
 
 def test_other_shots_than_the_hubs_are_said(tmp_path):

@@ -11,20 +11,11 @@ from hypothesis import strategies as st
 
 from mobile.biglittle import MOBILE
 from mobile.cost import CostModel
-from mobile.geometry import Geometry
-from mobile.hardware import profile
 from mobile.policy import Recent
 from mobile.replaying import Bench, time_requests
 from mobile.strategy import strategies
 from mobile.trace import Request, Step, replay, visits
-
-LAYERS, EXPERTS, TOP_K = 3, 12, 4
-GEOMETRY = Geometry(
-    name="toy", moe_layers=LAYERS, experts=EXPERTS, top_k=TOP_K, expert_nbytes=10_000_000, dense_nbytes=20_000_000,
-    router_nbytes=50_000, head_nbytes=1_000_000, embedding_nbytes=1_000_000, width=2,
-)  # fmt: skip
-STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
-CARD = profile("auto")
+from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
 
 
 def clock(strategy, requests: list[Request], slots: int):
@@ -33,19 +24,17 @@ def clock(strategy, requests: list[Request], slots: int):
     return time_requests(bench, requests)[1].counters
 
 
-chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))
 layers = st.tuples(*[chosen] * LAYERS)
 full_step = st.builds(Step, kind=st.just("full"), tokens=st.just(1), experts=layers)
-prefill = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
 full_requests = st.lists(
-    st.lists(full_step, min_size=1, max_size=6).map(lambda s: [prefill, *s]), min_size=1, max_size=3
+    st.lists(full_step, min_size=1, max_size=6).map(lambda s: [PREFILL, *s]), min_size=1, max_size=3
 )
 
 
 @st.composite
 def two_pass_request(draw) -> Request:
     """Tokens with a little set inside the big one, some of them falling back on a partly wrong prediction."""
-    steps = [prefill]
+    steps = [PREFILL]
     for _ in range(draw(st.integers(1, 6))):
         big, predicted = draw(layers), draw(layers)
         little = tuple(experts[: TOP_K // 2] for experts in big)
@@ -130,7 +119,7 @@ def test_a_fallback_costs_only_the_missing_half():
 
 
 def test_the_same_calls_give_the_same_events():
-    requests = [[prefill, *[Step("full", 1, ((0, 1, 2, 3), (4, 5, 6, 7), (0, 5, 10, 11)))] * 3]]
+    requests = [[PREFILL, *[Step("full", 1, ((0, 1, 2, 3), (4, 5, 6, 7), (0, 5, 10, 11)))] * 3]]
     runs = []
     for _ in range(2):
         bench = Bench(strategies()["lru"], GEOMETRY, STANDS_FOR, CARD, 8)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -15,17 +18,31 @@ from suites.tasks import DATA, GENERATORS
 from suites.tasks.item import held_out
 from suites.tasks.object_counting import CATEGORIES, PLURALS, WORDS
 
+ROOT = Path(__file__).parent.parent.parent
 TASKS = sorted(GENERATORS)
 SHORT = [task for task in TASKS if task != "python_functions"]  # scored by the answer found in the text
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_shipped_items_are_what_the_generator_makes(task, tmp_path, monkeypatch):
-    from suites.tasks import __main__ as writer
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """What the command writes elsewhere."""
+    out = tmp_path_factory.mktemp("tasks") / "data"
+    subprocess.run([sys.executable, "-m", "suites.tasks", "--out", str(out)], check=True, cwd=ROOT)
+    return out
 
-    monkeypatch.setattr(writer, "DATA", tmp_path)
-    writer.main()
-    assert (tmp_path / f"{task}.jsonl").read_bytes() == (DATA / f"{task}.jsonl").read_bytes()
+
+def test_asking_for_help_writes_nothing():
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(DATA.iterdir())]
+    said = subprocess.run(
+        [sys.executable, "-m", "suites.tasks", "--help"], check=True, cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert "test items of each task" in said
+    assert [(path, path.stat().st_mtime_ns) for path in sorted(DATA.iterdir())] == before
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_shipped_items_are_what_the_generator_makes(task, written):
+    assert (written / f"{task}.jsonl").read_bytes() == (DATA / f"{task}.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("task", SHORT)

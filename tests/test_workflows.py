@@ -1,0 +1,100 @@
+"""The workflows call sessions that exist, run no stranger's words, and lint finds where they would."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / ".github" / "workflows"
+NAMES = ("ci.yml", "gpu.yml")
+
+
+def workflow(name: str) -> dict:
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
+def steps(name: str) -> list[dict]:
+    return [step for job in workflow(name)["jobs"].values() for step in job["steps"]]
+
+
+def sessions_called(text: str) -> set[str]:
+    """Of every nox command in a script, the words between -s and the next option."""
+    called = re.findall(r"\bnox\b[^\n]*? -s((?: +\w+)+)", text)
+    return {word for words in called for word in words.split()}
+
+
+def test_the_sessions_they_call_exist():
+    listed = subprocess.run(
+        [sys.executable, "-m", "nox", "-l", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    known = {session["session"] for session in json.loads(listed)}
+    called = {name: sessions_called("\n".join(step.get("run", "") for step in steps(name))) for name in NAMES}
+    assert called["ci.yml"] == {"lint", "tests", "reproduce", "gate"}
+    assert called["gpu.yml"] == {"regression", "bench", "tests"}
+    assert (called["ci.yml"] | called["gpu.yml"] | sessions_called((ROOT / ".ci/run").read_text())) <= known
+
+
+def test_no_workflow_is_forgotten():
+    assert {path.name for path in FOLDER.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_may_read_and_nothing_else_and_use_pinned_actions(name):
+    whole = workflow(name)
+    assert whole["permissions"] == {}
+    assert all(job["permissions"] == {"contents": "read"} for job in whole["jobs"].values())
+    used = [step["uses"] for step in steps(name) if "uses" in step]
+    assert used
+    assert all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", action) for action in used)
+    assert "pull_request_target" not in whole[True]  # YAML 1.1 reads the key `on` as true
+    assert not any("${{" in step.get("run", "") for step in steps(name))  # expressions reach scripts as variables
+
+
+def test_the_gpu_is_used_by_one_run_at_a_time_on_request_and_what_it_gave_is_always_kept():
+    whole = workflow("gpu.yml")
+    [job] = whole["jobs"].values()
+    assert whole[True].keys() == {"pull_request", "workflow_dispatch"}
+    assert whole[True]["pull_request"] == {"types": ["labeled"]}
+    assert "github.event.label.name == 'gpu'" in job["if"]
+    assert whole["concurrency"] == {"group": "gpu-card-0", "cancel-in-progress": False}
+    assert job["steps"][-1]["if"] == "always()"
+    assert "upload-artifact" in job["steps"][-1]["uses"]
+
+
+def zizmor(path: Path) -> int:
+    program = Path(sys.executable).parent / "zizmor"
+    return subprocess.run([program, "--offline", "--quiet", "--pedantic", path], capture_output=True).returncode
+
+
+def schema(path: Path) -> int:
+    words = ("check_jsonschema", "--builtin-schema", "vendor.github-workflows", path)
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True).returncode
+
+
+@pytest.mark.parametrize(
+    ("check", "old", "new"),
+    [
+        (zizmor, 'base="${ASKED:-', 'echo "${{ github.event.pull_request.title }}"; base="${ASKED:-'),
+        (zizmor, "      contents: read", "      contents: write"),
+        (zizmor, "@de0fac2e4500dabe0009e67214ff5f5447ce83dd # v6.0.2", "@main"),
+        (zizmor, "          persist-credentials: false\n", ""),
+        (schema, "timeout-minutes: 120", "timeout-minute: 120"),
+        (schema, "runs-on:", "run-on:"),
+    ],
+)
+def test_lint_finds_what_is_wrong(tmp_path, check, old, new):
+    sound = (FOLDER / "gpu.yml").read_text()
+    path = tmp_path / ".github" / "workflows" / "gpu.yml"
+    path.parent.mkdir(parents=True)
+    path.write_text(sound)
+    assert check(path) == 0
+    assert old in sound
+    path.write_text(sound.replace(old, new))
+    assert check(path) != 0

@@ -1,0 +1,19 @@
+"""A model of three small MoE layers on the default card: the least that caches, links and clocks are told apart on."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from mobile.geometry import Geometry
+from mobile.hardware import profile
+from mobile.trace import Step
+
+LAYERS, EXPERTS, TOP_K = 3, 12, 4
+GEOMETRY = Geometry(
+    name="toy", moe_layers=LAYERS, experts=EXPERTS, top_k=TOP_K, expert_nbytes=10_000_000, dense_nbytes=20_000_000,
+    router_nbytes=50_000, head_nbytes=1_000_000, embedding_nbytes=1_000_000, width=2,
+)  # fmt: skip
+STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
+CARD = profile("auto")
+PREFILL = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
+chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))
