@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from reports import clock, controls, shapes, wording
+from reports import beside, clock, controls, shapes, wording
 from reports.chapter import chapter
 from reports.page import Report, Section, Table
 from reports.plots import forest
@@ -27,6 +27,7 @@ def build(results: Results) -> Report:
         *(section for model in results.models for section in chapter(results, model, paper)),
         *shapes.chapters(results, paper, trusted=not broken),
         *clock.sections(results),
+        *beside.sections(results),
         *_seeds(results, paper["accuracy"]["margin_points"]),
         _controls(results),
         _watched(results),
@@ -146,7 +147,7 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     """What a reader needs to repeat the run; nothing that changes when it is repeated."""
     record = results.everything[0]
     packages = record.environment["packages"]
-    made = (*results.records, *results.shapes)
+    made = (*results.records, *results.shapes, *results.besides)
     machines = {likeness(r) for r in made}
     dirty = any(r.environment["git_dirty"] for r in made)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)

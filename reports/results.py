@@ -15,9 +15,9 @@ from suites.record import LATEST, Record, RunFolder, load, read_json
 class Results:
     """Records in the order of the plan; `absent` are planned cells without one, with the reason if there is one.
 
-    `controls` are cells run to fail (a scrambled router), `shapes` those that played a script on synthetic weights; no
-    table but their own may hold either. `logs` are how the logs
-    of failed cells ended, by the cells' labels.
+    `controls` are cells run to fail (a scrambled router), `shapes` those that played a script on synthetic weights,
+    `besides` what was measured beside these; no table but their own may hold any of them. `logs` are how the logs of
+    failed cells ended, by the cells' labels.
     """
 
     preset: str
@@ -26,11 +26,12 @@ class Results:
     controls: tuple[Record, ...] = ()
     logs: tuple[tuple[str, str], ...] = ()
     shapes: tuple[Record, ...] = ()
+    besides: tuple[Record, ...] = ()
 
     @property
     def everything(self) -> tuple[Record, ...]:
         """Every record of the run."""
-        return (*self.records, *self.controls, *self.shapes)
+        return (*self.records, *self.controls, *self.shapes, *self.besides)
 
     def pick(self, **wanted: Any) -> list[Record]:
         """Records whose fields all equal what is wanted, in order."""
@@ -125,10 +126,12 @@ def read(run: Path) -> Results:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
     shapes = tuple(record for record in records if record.config.get("kind") == "shape")
+    besides = tuple(record for record in records if record.config.get("kind") == "beside")
+    apart = {record.id for record in (*controls, *shapes, *besides)}
     return Results(
-        planned["preset"], tuple(r for r in records if r not in controls and r not in shapes),
+        planned["preset"], tuple(record for record in records if record.id not in apart),
         tuple((label, why.text) for label, why in absent), controls,
-        tuple((label, why.log_tail) for label, why in absent if why.log_tail), shapes,
+        tuple((label, why.log_tail) for label, why in absent if why.log_tail), shapes, besides,
     )  # fmt: skip
 
 

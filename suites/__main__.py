@@ -1,4 +1,4 @@
-"""Run the suites: `python -m suites plan|run|resume [--preset NAME] [--out FOLDER] [--dask ADDRESS]`."""
+"""Run the suites: `python -m suites plan|run|resume|profile [--preset NAME] [--out FOLDER] [--dask ADDRESS]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mobile.refusal import Refused
-from suites import shape_plan
+from suites import profiling, shape_plan
 from suites.executors import cluster, here
 from suites.matrix import VIRTUAL, presets, read_preset
 from suites.preflight import check
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
                 "models. A cell timed on the wall clock has its machine to itself: it goes to workers started with "
                 "--resources GPU=1, of which there should be one on each machine",
             )  # fmt: skip
+    profiling.declare(verbs)
     return top
 
 
@@ -76,6 +77,8 @@ def main() -> int:
     options = parser().parse_args()
     console = Console(soft_wrap=True)
     try:
+        if options.verb == "profile":
+            return profiling.run(options)
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)
         chosen = preset.only(options.only)
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())

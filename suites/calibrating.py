@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mobile.calibration import Measurements, fit, measurements_from
 from mobile.hardware import HardwareProfile, profile
+from mobile.link import VirtualLink
 from mobile.measuring import NARROW, Pace, measure, relinked, sizes_for
 from mobile.strategy import Strategy
 from suites.environment import environment
@@ -69,7 +70,7 @@ def predicted(
     The same model and engine decide; only bytes are left where they are, since time is all that is asked for.
     """
     with made.attached(strategy, slots=slots, hardware=card, link="virtual") as engine:
-        engine.link.arrived = engine.arrived
+        cast(VirtualLink, engine.link).arrived = engine.arrived
         return [play(made, script) for script in scripts]
 
 

@@ -23,6 +23,7 @@ from threading import Thread
 from typing import Any
 
 from mobile import trace
+from suites.beside import Beside, beside_from
 from suites.cell import Trace, cell_from, generation_from, time_cell
 from suites.environment import environment
 from suites.matrix import Cell, Generation
@@ -117,7 +118,7 @@ def main() -> None:
     def say(done: Finished) -> None:
         print(json.dumps(asdict(done)), file=answers, flush=True)
 
-    def undone(name: str, one: Generation | Cell | Shape, left_behind: Path) -> bool:
+    def undone(name: str, one: Generation | Cell | Shape | Beside, left_behind: Path) -> bool:
         """Whether it is to be done here; otherwise says why not."""
         if one.id != name:
             say(Finished(name, one.label, 0.0, UNLIKE))
@@ -139,6 +140,15 @@ def main() -> None:
             return attempt(one.id, one.label, partial(live.run, one, run, job["hardware"]))
 
         do = answered
+    elif "besides" in job:
+        from suites import stock
+
+        things, left_behind = list(map(beside_from, job["besides"])), run.record
+
+        def measured(beside: Beside) -> Finished:
+            return attempt(beside.id, beside.label, partial(stock.save, beside, run))
+
+        do = measured
     elif "shapes" in job:
         from suites import shape_timing
 

@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from suites.beside import Beside
 from suites.child import TAIL, ending
 from suites.matrix import VIRTUAL, Cell, Generation, Preset
 from suites.real_tasks import locate
@@ -113,10 +114,16 @@ def shape_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     return [_timing(shapes, "shapes", run, alone=shapes[0].scope != VIRTUAL) for shapes in together]
 
 
-def _timing(cells: Sequence[Cell | Shape], kind: str, run: RunFolder, **options: Any) -> Job:
+def beside_jobs(preset: Preset, run: RunFolder) -> list[Job]:
+    """What is measured beside shapes and not done yet, each in a process of its own: each makes a model of its own."""
+    missing = [beside for beside in preset.besides if not run.record(beside.id).is_file()]
+    return [_timing([beside], "beside", run, alone=True) for beside in missing]
+
+
+def _timing(cells: Sequence[Cell | Shape | Beside], kind: str, run: RunFolder, **options: Any) -> Job:
     """The job that times these cells."""
     labels = {cell.id: cell.label for cell in cells}
-    named = "shapes" if isinstance(cells[0], Shape) else "cells"
+    named = {Shape: "shapes", Beside: "besides"}.get(type(cells[0]), "cells")
     return Job(
         spec={"run": str(run.path), "ids": list(labels), named: list(map(asdict, cells))},
         labels=labels, log=run.log(f"{kind}-{next(iter(labels))}"), **options,

@@ -17,6 +17,7 @@ from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.strategy import BigLittle, Strategy, resolve
+from suites.beside import Beside
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
 from suites.real_tasks import REAL, SHIPPED, expand, items_of
 from suites.shapes import Shape, shapes_of
@@ -110,7 +111,7 @@ class Preset:
 
     name: str
     minutes: int
-    cells: tuple[Cell | Shape, ...]
+    cells: tuple[Cell | Shape | Beside, ...]
 
     @property
     def scored(self) -> list[Cell]:
@@ -136,6 +137,11 @@ class Preset:
     def shapes(self) -> list[Shape]:
         """The cells that are timed live on a script."""
         return [cell for cell in self.cells if isinstance(cell, Shape)]
+
+    @property
+    def besides(self) -> list[Beside]:
+        """What is measured beside them."""
+        return [cell for cell in self.cells if isinstance(cell, Beside)]
 
     def only(self, pattern: str | None) -> Preset:
         """The cells whose label holds the pattern (with * and ? as in file names). Raises Refused where none does."""

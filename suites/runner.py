@@ -26,8 +26,9 @@ from rich.text import Text
 
 from mobile.refusal import Refused
 from suites import preflight, shape_plan
+from suites.beside import Beside
 from suites.executors import Workers
-from suites.jobs import Job, cell_jobs, generation_jobs, live_jobs, put_damaged_aside, shape_jobs, work
+from suites.jobs import Job, beside_jobs, cell_jobs, generation_jobs, live_jobs, put_damaged_aside, shape_jobs, work
 from suites.matrix import Cell, Preset
 from suites.record import Finished, RunFolder, sound, write_json
 from suites.shapes import Shape
@@ -62,6 +63,8 @@ def describe(preset: Preset, run: RunFolder) -> str:
     megabytes = 0.2 * len(generations) + 0.15 * len(cells)
     if preset.shapes:
         told = shape_plan.describe([(shape, sound(run.record(shape.id))) for shape in preset.shapes])
+        if preset.besides:
+            told.append(f"{len(preset.besides)} of the cells are plain Transformers, and what the engine costs a layer")
         return "\n".join([f"{preset.name}: {len(cells)} cells, {timed} done", *told, f"folder: {run.path}"])
     lines = [
         f"{preset.name}: {len(cells)} cells, {timed} done; "
@@ -116,6 +119,7 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     ) as progress:
         _phase("live runs", generation_jobs(preset, run), workers.many, run, progress)
         cells = [*cell_jobs(preset, run), *live_jobs(preset, run), *shape_jobs(preset, run)]
+        cells += beside_jobs(preset, run)
         _phase("cells", [job for job in cells if not job.alone], workers.many, run, progress)
         _phase("cells timed alone", [job for job in cells if job.alone], workers.alone, run, progress)
     recorded = _recorded(preset, run)
@@ -183,8 +187,8 @@ def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
 
 
 def _expected(preset: Preset) -> list[dict[str, Any]]:
-    def named(cell: Cell | Shape) -> dict[str, Any]:
-        of = cell if isinstance(cell, Shape) else cell.generation
+    def named(cell: Cell | Shape | Beside) -> dict[str, Any]:
+        of = cell if isinstance(cell, Shape | Beside) else cell.generation
         return {"id": cell.id, "label": cell.label, "model": of.model.name, "task": of.task,
                 "strategy": cell.strategy, "gamma": cell.gamma, "budget": cell.budget}  # fmt: skip
 

@@ -12,6 +12,7 @@ from mobile.geometry import GEOMETRIES
 from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
 from mobile.strategy import BigLittle, Strategy, resolve
+from suites.beside import Beside, besides_of
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
 
 LINKS = ("cuda", "paced", "virtual")
@@ -79,10 +80,10 @@ def shape_from(data: dict[str, Any]) -> Shape:
     return Shape(**{**data, "model": Model(**data["model"])})
 
 
-def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape]:
+def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape | Beside]:
     """The cells of a preset with [[runs]]; `link` stands in for the preset's own. Raises Refused, KeyError, TypeError.
 
-    A model's own `budgets`, `layers` and `shrink` go before the preset's.
+    Last come those of `beside`. A model's own `budgets`, `layers` and `shrink` go before the preset's.
     """
     chosen = link or data["link"]
     if chosen not in LINKS:
@@ -91,6 +92,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape]:
     if min(counts.values()) < 1:
         raise Refused(f"A preset with runs needs at least one of each of: {', '.join(counts)}.")
     known = {field.name for field in fields(Model)}
+    models: dict[str, Model] = {}
     for told in data["models"]:
         model = Model(**{name: value for name, value in told.items() if name in known}, weights="synthetic")
         if strangers := set(told) - known - {"budgets", "layers", "shrink"}:
@@ -98,6 +100,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape]:
         if model.geometry not in GEOMETRIES:
             raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
         model_hash(model)
+        models[model.name] = model
         given = {**data, **told}
         made = {"layers": given.get("layers"), "shrink": given.get("shrink", 1)}
         cards = [str(Path(name).absolute()) if name.endswith(".json") else name for name in data["hardware"]]
@@ -105,6 +108,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape]:
             profile(card)
             shared = {**counts, **made, "seed": seed, "hardware": card, "link": chosen}
             yield from _run(model, run, run.get("budgets", given["budgets"]), shared)
+    yield from besides_of(data, models, chosen)
 
 
 def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str, Any]) -> Iterator[Shape]:

@@ -1,0 +1,111 @@
+"""Beside the strategies: plain Transformers on the same weights, and what the engine costs a layer, on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reports import content
+from reports.results import read
+from reports.write import markdown
+from suites import stock, synthetic
+from suites.beside import DEVICE_MAP, ENGINE_COST, RESIDENT, Beside, beside_from
+from suites.matrix import read_preset
+from suites.shapes import LINKS
+from tests import shapes as narrow
+
+PRESET = narrow.PRESET.replace('link = "cuda"', 'link = "paced"\nbeside = ["engine", "resident", "device_map"]\n'
+                               "beside_tokens = 3").replace("repeats = 2", "repeats = 1")  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("beside") / "besides.toml"
+    path.write_text(PRESET)
+    return path
+
+
+@pytest.fixture(scope="module")
+def besides(preset) -> dict[str, Beside]:
+    return {beside.what: beside for beside in read_preset(str(preset)).besides}
+
+
+def made(layers: int = 2):
+    return synthetic.make("olmoe-1b-7b", layers=layers, shrink=16, device="cpu", dtype=torch.float32)
+
+
+def test_a_preset_asks_for_them_and_in_virtual_time_there_are_none(preset, besides):
+    assert list(besides) == [ENGINE_COST, RESIDENT, DEVICE_MAP]
+    assert {b.decode_tokens for b in besides.values()} == {3}
+    assert not read_preset(str(preset), link="virtual").besides
+    assert len(read_preset("shapes").besides) == 3 * 4
+    assert all(beside_from({**vars(b), "model": vars(b.model)}) == b for b in besides.values())
+    assert LINKS
+
+
+def test_the_stock_model_has_the_stores_experts_and_the_store_is_empty():
+    one = made()
+    rows = [layer.clone() for layer in one.store.rows]
+    layout, name = one.layout, one.layout.fields[0].name
+    model = stock.plain(one)
+    assert not any(layer.numel() for layer in one.store.rows)
+    for number, layer in enumerate(one.layers):
+        assert torch.equal(getattr(layer.experts, name), layout.views(rows[number])[name])
+    assert sum(p.numel() for p in model.parameters()) > sum(layer.numel() for layer in rows)
+
+
+def test_device_map_offload_moves_weights_through_accelerates_hooks_and_computes_the_same():
+    pytest.importorskip("accelerate")
+    model = stock.plain(made())
+    other, ids = copy.deepcopy(model), torch.arange(5)[None]
+    assert "whole layers move" in stock.offloaded(other, CPU, "1GiB")
+    assert all(weight.device.type == "meta" for weight in other.model.layers[0].parameters())
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("implementation", stock.STOCK)
+def test_the_engine_is_timed_against_the_stock_model_that_computes_the_same(implementation):
+    one = made()
+    cost = stock.engine_cost(one, implementation, blocks=4)
+    assert (cost.stock, cost.layers, cost.blocks) == (implementation, 2, 4)
+    assert cost.low_seconds <= cost.layer_seconds <= cost.high_seconds
+    assert min(cost.stock_seconds, cost.ours_seconds) > 0
+    assert not hasattr(one.model, "mobile")
+
+
+def test_without_accelerate_the_record_says_so_and_is_no_failure(besides, monkeypatch):
+    monkeypatch.setattr(stock, "find_spec", lambda name: None)
+    record = stock.record(besides[DEVICE_MAP])
+    assert record.items == ()
+    assert record.config["refused"].startswith("accelerate is not installed")
+
+
+def test_each_is_recorded_with_its_times(besides):
+    resident = stock.record(replace(besides[RESIDENT], repeats=2))
+    assert [item.decode_tokens for item in resident.items] == [3, 3]
+    assert all(item.ttft_ns > 0 and item.decode_ns > 0 for item in resident.items)
+    assert resident.config["stock"] == "every weight on cpu"
+
+
+def test_a_run_on_a_bare_machine_has_their_chapters(preset, tmp_path):
+    """accelerate is not there: its row says so, and the run is whole."""
+    ran = narrow.suites(
+        "run", "--preset", str(preset), "--out", str(tmp_path / "run"), "--only", "native [se]*",
+        environment=narrow.bare(tmp_path / "bare"),
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    results = read(tmp_path / "run")
+    assert len(results.besides) == 3
+    assert not results.shapes
+    page = markdown(content.build(results))
+    assert "## Beside plain Transformers" in page
+    assert "accelerate is not installed" in page
+    assert "| stock, everything resident |" in page
+    assert "## What the engine costs a layer" in page
+    assert page.count("| grouped_mm |") == 1
