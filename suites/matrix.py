@@ -261,7 +261,7 @@ def _cells_of(
 
 
 def _card(name: str, link: str | None) -> str:
-    """A profile's name, or its file, found from anywhere. Over a real link "auto" stays: it is the card that is there."""
+    """A profile's name, or its file, found from anywhere. Over a real link "auto" stays: the card that is there."""
     if name.endswith(".json"):
         return str(Path(name).absolute())
     return name if name == "auto" and link == "cuda" else profile(name).name
