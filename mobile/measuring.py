@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from mobile import compat
 from mobile.attachment import attach
-from mobile.calibration import Depth, Measurements, Timing
+from mobile.calibration import SIZES, Depth, Measurements, Timing
 from mobile.cost import EXPERT_LAUNCHES
 from mobile.geometry import Geometry
 from mobile.gpu import gpus
@@ -30,6 +30,7 @@ from mobile.host import host, software
 from mobile.kernels import kernel_named
 from mobile.kernels.loop import Groups, expert_output
 from mobile.layout import layout_of
+from mobile.refusal import Refused
 from mobile.store import HostStore
 from mobile.strategy import Strategy
 from mobile.stream import Channel, PacedChannel
@@ -186,6 +187,7 @@ def copies(
     pace: Pace | None = None,
 ) -> tuple[Timing, ...]:  # fmt: skip
     """Runs of row copies by the engine's own channel, each size's time a row by the channel's own clock."""
+    unreached: Refused | None = None
     with ExitStack() as open_ones:
         timed = []
         for width in sizes.widths:
@@ -194,9 +196,17 @@ def copies(
             store = HostStore(layout, 1, rows)
             store.rows[0].fill_(1)
             slots = torch.zeros(rows, layout.numel, dtype=dtype, device=device)
-            channel = _channel(device, store, slots, link_gb_per_s, pace)
+            try:
+                channel = _channel(device, store, slots, link_gb_per_s, pace)
+            except Refused as refused:
+                if link_gb_per_s is None:
+                    raise
+                unreached = refused  # small rows do not reach what is asked for, and larger ones may
+                continue
             open_ones.callback(channel.close)
             timed.append((layout.nbytes, rows, channel))
+        if unreached is not None and len(timed) < SIZES:
+            raise unreached
         rounds = [[_run_of(rows, channel) for _, rows, channel in timed] for _ in range(sizes.repeats + 1)]
     fastest = [min(each) for each in zip(*rounds[1:], strict=True)]  # the first warms the link up
     return tuple(Timing(nbytes, 1, ns / 1e9) for (nbytes, _, _), ns in zip(timed, fastest, strict=True))

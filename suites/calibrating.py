@@ -27,11 +27,11 @@ from suites.synthetic import Synthetic
 
 
 def calibrated(shape: Shape, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
-    """The profile of this machine with the shape's link; None for a virtual one, which is charged and not timed.
+    """The profile of this machine with the shape's link; None for a shape that the clock is not asked about.
 
     Raises Refused for measurements that no profile fits.
     """
-    if shape.link == "virtual":
+    if not shape.foretold:
         return None
     device = torch.device("cuda" if shape.link == "cuda" else "cpu")
     sizes = NARROW if shape.shrink > 1 else sizes_for(device)
@@ -39,6 +39,8 @@ def calibrated(shape: Shape, dtype: torch.dtype, run: RunFolder) -> HardwareProf
     if shape.link == "paced":
         link = {"pace": pace_of(shape)}
     base = _kept(run, [shape.link, str(dtype), asdict(sizes)], lambda: measure(device, dtype, sizes))
+    if shape.link == "cuda" and shape.link_gb_per_s is None:
+        return fit(base)
     told = [shape.link, str(dtype), asdict(sizes), shape.link_gb_per_s, asdict(profile(shape.hardware))]
     return fit(_kept(run, told, lambda: relinked(base, device, dtype, sizes, **link)))
 
@@ -75,7 +77,7 @@ def predicted(
 
 
 def told(card: HardwareProfile, played: list[Played]) -> dict[str, Any]:
-    """A prediction for a record: the profile, and by repeat what `Item` has of the measurement."""
+    """A prediction for a record: the profile, and of the first repeats what `Item` has of the measurement."""
     return {
         "profile": asdict(card),
         "ttft_ns": [one.prefill_ns for one in played],

@@ -64,7 +64,11 @@ def describe(preset: Preset, run: RunFolder) -> str:
     if preset.shapes:
         told = shape_plan.describe([(shape, sound(run.record(shape.id))) for shape in preset.shapes])
         if preset.besides:
-            told.append(f"{len(preset.besides)} of the cells are plain Transformers, and what the engine costs a layer")
+            left = [beside for beside in preset.besides if not sound(run.record(beside.id))]
+            told.append(
+                f"{len(preset.besides)} of the cells are plain Transformers, and what the engine costs a layer: about "
+                f"{shape_plan.beside_seconds(left) / 60:.0f} minutes more"
+            )
         return "\n".join([f"{preset.name}: {len(cells)} cells, {timed} done", *told, f"folder: {run.path}"])
     lines = [
         f"{preset.name}: {len(cells)} cells, {timed} done; "

@@ -12,6 +12,7 @@ from mobile.hardware import parse_nbytes, profile
 from mobile.host import host
 from mobile.refusal import Refused
 from mobile.strategy import BigLittle, HalfK, resolve
+from suites.beside import DEVICE_MAP, Beside
 from suites.shapes import Shape
 from suites.timing import is_memory
 
@@ -19,6 +20,8 @@ GB, GIB = 1e9, 2**30
 ATTACH_SECONDS = 5  # an assumption: self-tests, and the link's own measurement
 MAKE_GB_PER_S = 3  # an assumption: filling and page-locking the host store
 START_SECONDS = 40  # an assumption: a process, its imports, and the recording of the shipped model's routing
+CALIBRATION_SECONDS = 40  # an assumption: the machine, and the link at its speeds; once a geometry at most
+PAGEABLE_GB_PER_S = 6  # an assumption: what whole layers move at
 RESIDENT_TOKEN_SECONDS = 0.03  # an assumption: launches of an eager step
 
 
@@ -61,13 +64,33 @@ def seconds_of(shapes: Sequence[Shape]) -> float:
     geometry = GEOMETRIES[shapes[0].model.geometry]
     narrow = 1 / shapes[0].shrink ** 2
     making = geometry.keys * geometry.expert_nbytes * narrow / (MAKE_GB_PER_S * GB)
-    return START_SECONDS + making + sum(ATTACH_SECONDS + _playing(shape) for shape in shapes)
+    foretold = [shape for shape in shapes if shape.foretold]
+    clock = sum(ATTACH_SECONDS / 2 + 2 * _steps(shape) / shape.repeats * RESIDENT_TOKEN_SECONDS for shape in foretold)
+    clock += CALIBRATION_SECONDS if foretold else 0
+    return START_SECONDS + making + clock + sum(ATTACH_SECONDS + _playing(shape) for shape in shapes)
+
+
+def beside_seconds(besides: Sequence[Beside]) -> float:
+    """An estimate for what is measured beside shapes."""
+    total = 0.0
+    for beside in besides:
+        geometry = GEOMETRIES[beside.model.geometry]
+        gigabytes = geometry.keys * geometry.expert_nbytes / beside.shrink**2 / GB
+        total += START_SECONDS + gigabytes / MAKE_GB_PER_S
+        if beside.what == DEVICE_MAP:
+            total += beside.repeats * (beside.decode_tokens + 2) * gigabytes / PAGEABLE_GB_PER_S
+    return total
+
+
+def _steps(shape: Shape) -> int:
+    """Decode steps of every repeat, and of the warm-up before them."""
+    return shape.repeats * (shape.warmup_tokens + shape.decode_tokens) + shape.warmup_tokens + 1
 
 
 def _playing(shape: Shape) -> float:
     """Prefills and decode steps of every repeat, and of the warm-up before them."""
     geometry, strategy = GEOMETRIES[shape.model.geometry], resolve(shape.strategy, shape.gamma)
-    steps = shape.repeats * (shape.warmup_tokens + shape.decode_tokens) + shape.warmup_tokens + 1
+    steps = _steps(shape)
     if strategy.retain == "everything":
         return steps * RESIDENT_TOKEN_SECONDS
     rate = shape.link_gb_per_s or profile(shape.hardware).link_gb_per_s

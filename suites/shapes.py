@@ -64,6 +64,11 @@ class Shape:
         return f"cpu+{self.link}"
 
     @property
+    def foretold(self) -> bool:
+        """Whether the virtual clock is asked too: not where it would be asked about itself, nor at each swept rate."""
+        return self.link != "virtual" and not self.swept
+
+    @property
     def label(self) -> str:
         rate = () if self.rate is None else (f"fallback {self.rate:g}",)
         return " ".join(

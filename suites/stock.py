@@ -80,7 +80,8 @@ def record(beside: Beside) -> Record:
                 layers = made.geometry.moe_layers
                 model = plain(made)
                 place = offloaded if beside.what == DEVICE_MAP else resident
-                found["stock"] = place(model, device, beside.memory)
+                kind = model.config._experts_implementation
+                found["stock"] = f"{place(model, device, beside.memory)}; experts by {kind}"
                 items = tuple(_item(number, beside, *timed(model, device, beside)) for number in range(beside.repeats))
         except Refused as refused:
             found["refused"] = str(refused)
@@ -107,7 +108,8 @@ def plain(made: Synthetic) -> Any:
     """The stock model in host memory, its experts its own; the store is emptied layer by layer on the way."""
     for number, layer in enumerate(made.layers):
         for name, view in made.store.views(number).items():
-            setattr(layer.experts, name, nn.Parameter(view.contiguous().clone(), requires_grad=False))
+            own = view.clone(memory_format=torch.contiguous_format)
+            setattr(layer.experts, name, nn.Parameter(own, requires_grad=False))
         made.store.rows[number] = made.store.rows[number].new_empty(0)
         made.store.views(number).clear()
     return made.model
@@ -135,9 +137,9 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
     if device.type == "cpu":
         accelerate.cpu_offload(model, execution_device=device)
         return "every module offloaded; whole layers move"
-    most = {0: parse_nbytes(memory), "cpu": sum(weight.nbytes for weight in model.parameters())}
+    most = {0: parse_nbytes(memory), "cpu": 2 * sum(weight.nbytes for weight in model.parameters())}
     where = accelerate.infer_auto_device_map(model, max_memory=most, no_split_module_classes=model._no_split_modules)
-    accelerate.dispatch_model(model, device_map=where)
+    accelerate.dispatch_model(model, device_map=where, skip_keys=model._skip_keys_device_placement)
     off = sum(place == "cpu" for place in where.values())
     return f"{off} of {len(where)} modules offloaded; whole layers move"
 

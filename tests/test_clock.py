@@ -29,7 +29,7 @@ seeds = [0]
 prompt_tokens = 4
 warmup_tokens = 1
 decode_tokens = 4
-repeats = 1
+repeats = 2
 budgets = ["smallest"]
 layers = 2
 shrink = 16
@@ -77,11 +77,11 @@ def test_a_run_is_calibrated_once_for_the_machine_and_once_a_link(done):
 def test_every_cell_holds_what_was_predicted_of_it_and_by_which_profile(done):
     for record in read(done).shapes:
         said = record.config["predicted"]
-        assert len(said["decode_ns"]) == len(said["ttft_ns"]) == len(record.items)
+        assert len(said["decode_ns"]) == len(said["ttft_ns"]) == 1
         assert said["profile"]["name"].endswith("calibrated")
         assert min(said["decode_ns"]) > 0
         if record.strategy != "mobile":  # whose bytes follow from the script alone
-            assert sum(said["decode_bytes"]) == sum(item.decode_bytes for item in record.items)
+            assert said["decode_bytes"] == [record.items[0].decode_bytes]
 
 
 def test_the_page_has_both_clocks_and_says_that_a_paced_link_measures_nothing(done):
@@ -89,7 +89,7 @@ def test_the_page_has_both_clocks_and_says_that_a_paced_link_measures_nothing(do
     assert "## Virtual clock against wall clock" in page
     assert "TPOT of 3 cells: the median error is" in page
     assert "a thread that sleeps" in page
-    assert "2 fallbacks" in page
+    assert "4 fallbacks" in page
     assert "The calibrated machine" in page
     assert "least squares over" in page
 
@@ -103,7 +103,7 @@ def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded,
         sum(each.decode_ns for each in calibrating.predicted(loaded.made, strategy, scripts, 8, use))
         for use in (card, fast)
     )
-    rows = 2 * 8 * 4 * loaded.made.geometry.expert_nbytes
+    rows = len(scripts) * 2 * 8 * 4 * loaded.made.geometry.expert_nbytes
     assert one - two == pytest.approx(rows / card.link_gb_per_s / 2, rel=1e-3)
 
 
@@ -117,7 +117,7 @@ def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, l
         if shape.strategy == "mobile":
             use = record.config["fallback_use"]
             assert 0 < use["ns"] < sum(item.decode_ns for item in record.items)
-            assert use["passes"] == 2
+            assert use["passes"] == 4
             assert use["nbytes"] % record.config["expert_nbytes"] == 0
         else:
             assert record.config["fallback_use"] is None

@@ -26,7 +26,7 @@ examples:
 Unknown is null in the JSON. Measuring takes about a second, and 0.5 GiB of host memory.
 
 --calibrate times copies, kernels and decode steps of this machine the way the engine does them, and fits the numbers
-that virtual time is computed with. It takes about a minute, with nothing else running. On a GPU it takes 6 GiB of
+that virtual time is computed with. It takes about a minute, with nothing else running. On a GPU it takes 8 GiB of
 device memory and 4 GiB of host memory. Without a GPU the link is a copy within host memory, and the profile describes
 this processor.
 """
