@@ -224,7 +224,7 @@ def test_the_plan_for_people_states_its_assumptions(cli):
     ran = cli("plan", "olmoe-1b-7b", "--memory", "8GiB")
     assert ran.code == 0
     for words in (
-        "Computed from sizes; nothing was measured",
+        "Computed from sizes; nothing was run",
         "projected",
         "without any cache",
         "2 / (1 + r)",

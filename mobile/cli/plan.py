@@ -215,7 +215,7 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     out, geometry = show.console(), made.geometry
     out.print(
         f"{made.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was measured.\n"
+        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was run.\n"
     )
     device = show.table("Device memory", "part", "size", "")
     device.add_row("dense weights", show.memory(made.resident_nbytes), "with embedding and head")
