@@ -88,6 +88,9 @@ def judge(trial: dict[str, Any]) -> Judgement:
             raise Unjudgeable(
                 f"Not one {says} in all processes ({' and '.join(seen)}), so their times are not compared."
             )
+    for side, processes in zip(trial["sides"], (first, second), strict=True):
+        if len({(process["git_commit"], process["git_dirty"]) for process in processes}) > 1:
+            raise Unjudgeable(f"The code of {side['name']} changed while it was timed; leave it alone, and run again.")
     gate = trial["kind"] == "regression"
     lines = tuple(
         _line(gate, [p["strategies"][at] for p in first], [p["strategies"][at] for p in second], first[0]["steps"])

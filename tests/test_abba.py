@@ -211,6 +211,8 @@ def spoiled(trial: dict, **facts: object) -> dict:
         ({"cpu": "another"}, "Not one processor"),
         ({"torch": "0"}, "Not one PyTorch"),
         ({"steps": 4}, "Not one number of steps"),
+        ({"git_commit": "0"}, "The code of head changed while it was timed"),
+        ({"git_dirty": True}, "The code of head changed while it was timed"),
     ],
 )
 def test_unlike_processes_are_not_compared(slow, facts, says):
@@ -232,7 +234,10 @@ def test_other_tokens_to_decode_are_not_compared_and_other_tokens_written_are_to
 
 
 def test_a_dirty_head_is_told_and_too_few_processes_are_refused(slow):
-    [warning] = judge(spoiled(slow, git_dirty=True)).warnings
+    changed = copy.deepcopy(slow)
+    for process in changed["processes"][1]:
+        process["git_dirty"] = True
+    [warning] = judge(changed).warnings
     assert warning.startswith("head has changes that are not committed")
     with pytest.raises(Unjudgeable, match="3 a side at least"):
         judge({**slow, "processes": [side[:2] for side in slow["processes"]]})
