@@ -62,12 +62,11 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         axes.set_xlabel("speedup over on-demand-overlap (decode)")
         axes.set_ylabel("accuracy less full K's (points)")
         legend_above(axes, 2)
-        lossless = [point for point in points if point[1] == "lossless"]
-        best = max(lossless, key=lambda point: point[2].value)[0] if lossless else None
+        _, fastest = max(((x.value, shown) for shown, kind, x, _ in points if kind == "lossless"), default=(0, ""))
         named(
             axes,
             [(shown.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value) for shown, kind, x, y in points
-             if kind != "lossless" or shown == best],
+             if kind != "lossless" or shown == fastest],
         )  # fmt: skip
         rows = tuple(
             (shown, *(f"{n:.4f}" for n in (x.value, x.low, x.high, y.value, y.low, y.high)),
