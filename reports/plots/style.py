@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox
 
 from reports.page import Figure, Table
 
@@ -45,12 +46,13 @@ def legend_above(axes: Any, columns: int) -> None:
 
 
 def named(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
-    """Write each (text, x, y) beside its point, where it covers none that was written before.
+    """Write each (text, x, y) beside its point, where it covers no other and none that was written before.
 
     Right of the point and above it if that is free, else below, left, or farther off. Nothing more may be drawn after.
     """
     axes.autoscale_view()  # is put off until something is drawn, and then moves what was measured before
-    taken: list[Any] = []
+    at = axes.transData.transform([(x, y) for _, x, y in labels])
+    taken: list[Any] = [Bbox.from_bounds(left - 4, below - 4, 8, 8) for left, below in at]
     for text, x, y in labels:
         for away, (right, up) in product((0, 14, 28), ((6, 5), (6, -13), (-6, 5), (-6, -13))):
             spot = {"xytext": (right, up + (away if up > 0 else -away)), "ha": "left" if right > 0 else "right"}
@@ -85,4 +87,4 @@ def curves(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         rows = tuple((label, f"{a:g}", f"{b:.4g}") for label, line in points.items() for a, b in sorted(line))
-        return figure(name, caption, drawn, Table(caption, ("line", x, y), rows))
+        return figure(name, caption, drawn, Table(f"{y.capitalize()}, by {x}", ("line", x, y), rows))
