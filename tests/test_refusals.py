@@ -104,7 +104,10 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 
 def test_the_commands_refuse_in_one_line(tmp_path):
     for arguments, says in (
-        (("suites", "run", "--preset", "nonsense"), "Unknown preset 'nonsense'; choose one of: cpu, paper, shapes, smoke"),
+        (
+            ("suites", "run", "--preset", "nonsense"),
+            "Unknown preset 'nonsense'; choose one of: cpu, paper, shapes, smoke",
+        ),
         (("reports", "build", str(tmp_path)), "is not a run folder"),
         (("reports", "build", str(tmp_path / "absent")), "is not a run folder"),
     ):
