@@ -36,8 +36,8 @@ class CudaChannel:
         self._store, self._slots, self._row_of = store, slots, row_of
         self._device = slots.device
         self._registered: list[int] = []
-        self._unregister = weakref.finalize(self, _unregister, self._registered)
-        self._register()
+        self._unregister = weakref.finalize(self, unlock, self._registered)
+        page_lock(store, self._registered)
         self._stream = torch.cuda.Stream(self._device)
         self._start, self._ready, self._done = (
             [torch.cuda.Event(enable_timing=timed) for _ in range(len(slots))] for timed in (True, True, False)
@@ -57,20 +57,6 @@ class CudaChannel:
         self.native_gb_per_s = self._measure()
         if link_gb_per_s is not None:
             self._throttle(link_gb_per_s)
-
-    def _register(self) -> None:
-        runtime = torch.cuda.cudart()
-        for rows in self._store.rows:
-            if rows.is_pinned():  # by whoever keeps the store for several engines
-                continue
-            failed = int(runtime.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
-            if failed:
-                self._unregister()
-                raise Refused(
-                    f"CUDA cannot register {self._store.nbytes / 2**30:.1f} GiB of host memory (error {failed}); "
-                    "raise the locked-memory limit (ulimit -l unlimited), or free host memory."
-                )
-            self._registered.append(rows.data_ptr())
 
     def _measure(self) -> float:
         """Decimal gigabytes per second of a run of row copies."""
@@ -156,6 +142,27 @@ class CudaChannel:
         self._unregister()
 
 
-def _unregister(pointers: list[int]) -> None:
-    while pointers:
-        torch.cuda.cudart().cudaHostUnregister(pointers.pop())
+def page_lock(store: HostStore, locked: list[int], otherwise: str = "free host memory") -> None:
+    """Register the store's rows with CUDA where they lie and add their addresses to `locked`, for `unlock`.
+
+    Rows that are registered already, by whoever keeps the store for several engines, are left alone. Raises Refused,
+    with nothing left in `locked`; `otherwise` is what else than raising the limit would help.
+    """
+    runtime = torch.cuda.cudart()
+    for rows in store.rows:
+        if rows.is_pinned():
+            continue
+        failed = int(runtime.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
+        if failed:
+            unlock(locked)
+            raise Refused(
+                f"CUDA cannot register {store.nbytes / 2**30:.1f} GiB of host memory (error {failed}); "
+                f"raise the locked-memory limit (ulimit -l unlimited), or {otherwise}."
+            )
+        locked.append(rows.data_ptr())
+
+
+def unlock(locked: list[int]) -> None:
+    """Undo `page_lock`."""
+    while locked:
+        torch.cuda.cudart().cudaHostUnregister(locked.pop())

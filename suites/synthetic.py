@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, Qw
 
 from mobile import compat
 from mobile.attachment import Settled, serve, settle
+from mobile.cuda import page_lock, unlock
 from mobile.engine import Engine
 from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import HardwareProfile
@@ -232,22 +233,14 @@ def _fill(store: HostStore) -> None:
 
 def _page_lock(store: HostStore) -> None:
     """Register the rows with CUDA once, for every engine that is to serve them; undone when the store goes."""
-    runtime: Any = torch.cuda.cudart()
     locked: list[int] = []
     weakref.finalize(store, _unlock, locked, store.rows)
-    for rows in store.rows:
-        failed = int(runtime.cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
-        if failed:
-            raise Refused(
-                f"CUDA cannot register {store.nbytes / GIB:.1f} GiB of host memory (error {failed}); raise the "
-                "locked-memory limit (ulimit -l unlimited), or ask for fewer layers."
-            )
-        locked.append(rows.data_ptr())
+    page_lock(store, locked, "ask for fewer layers")
 
 
 def _unlock(locked: list[int], _rows: list[torch.Tensor]) -> None:
-    while locked:
-        torch.cuda.cudart().cudaHostUnregister(locked.pop())
+    """The rows are kept until they are unlocked."""
+    unlock(locked)
 
 
 def _let_go(device: torch.device) -> None:
