@@ -13,7 +13,7 @@ from mobile.biglittle import MOBILE
 from mobile.cost import CostModel
 from mobile.policy import Recent
 from mobile.replaying import Bench, time_requests
-from mobile.strategy import strategies
+from mobile.strategy import Strategy, strategies
 from mobile.trace import Request, Step, replay, visits
 from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
 
@@ -130,6 +130,20 @@ def test_the_same_calls_give_the_same_events():
     assert len(runs[0]) > 50
 
 
+def with_signals(requests: list[Request], seed: int) -> list[Request]:
+    """The same steps with made-up logits for lookaheads to read."""
+    rng = np.random.default_rng(seed)
+    return [
+        [replace(step, ahead=rng.normal(size=(LAYERS - 1, EXPERTS)).astype(np.float16)) for step in request]
+        for request in requests
+    ]
+
+
+def slots_of(strategy: Strategy, slots: int) -> int:
+    """As many, or as many more as the strategy cannot do without."""
+    return GEOMETRY.keys if strategy.retain == "everything" else max(slots, TOP_K + strategy.staging)
+
+
 class OneByOne:
     """Least recently used, asked for one victim at a time."""
 
@@ -148,21 +162,17 @@ class OneByOne:
 def test_many_victims_at_once_are_those_that_would_be_named_one_by_one(requests, slots):
     for name in ("lru", "next-gate", "mobile"):
         strategy = strategies()[name]
-        slots_of = max(slots, TOP_K + strategy.staging)
-        assert clock(strategy, requests, slots_of) == clock(replace(strategy, evict=OneByOne), requests, slots_of)
+        size = slots_of(strategy, slots)
+        assert clock(strategy, requests, size) == clock(replace(strategy, evict=OneByOne), requests, size)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS), st.integers(0, 99))
 def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests, slots, seed):
     """What nobody looks at is charged at once, and decided no differently."""
-    rng = np.random.default_rng(seed)
-    told = [
-        [replace(step, ahead=rng.normal(size=(LAYERS - 1, EXPERTS)).astype(np.float16)) for step in request]
-        for request in requests
-    ]
+    told = with_signals(requests, seed)
     for strategy in strategies().values():
-        size = GEOMETRY.keys if strategy.retain == "everything" else max(slots, TOP_K + strategy.staging)
+        size = slots_of(strategy, slots)
         on = Bench(strategy, GEOMETRY, STANDS_FOR, CARD, size)
         future = visits(told, STANDS_FOR) if strategy.foresight else None
         ledgers = []
@@ -180,13 +190,9 @@ def test_decode_is_dense_layers_experts_and_waiting_and_nothing_else(requests, s
     cost = CostModel(CARD, GEOMETRY)
     steps = [step for request in requests for step in request if step.kind != "prefill"]
     falls = sum(step.kind == "big" for step in steps)
-    rng = np.random.default_rng(seed)
-    told = [
-        [replace(step, ahead=rng.normal(size=(LAYERS - 1, EXPERTS)).astype(np.float16)) for step in request]
-        for request in requests
-    ]
+    told = with_signals(requests, seed)
     for strategy in strategies().values():
-        size = GEOMETRY.keys if strategy.retain == "everything" else max(slots, TOP_K + strategy.staging)
+        size = slots_of(strategy, slots)
         counters = clock(strategy, told, size)
         dense = len(steps) * (LAYERS * cost.dense_ns(1) + cost.head_ns(1))
         dense += falls * cost.router_replay_ns if strategy.prefetch else 0
