@@ -86,17 +86,16 @@ def sizes_for(device: torch.device) -> Sizes:
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None, *, link_gb_per_s: float | None = None,
-    pace: Pace | None = None, say: Say = lambda what: None,
-) -> Measurements:  # fmt: skip
+    device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None, *, say: Say = lambda what: None
+) -> Measurements:
     """Time everything that a profile holds; `say` is told what is being timed.
 
-    `link_gb_per_s` throttles a real link, `pace` a paced one, as they do in `attach`. Raises Refused as the link does.
+    The link is as it is; `relinked` times another. Raises Refused as the link does.
     """
     sizes = sizes or sizes_for(device)
     about, taken, total = _machine(device)
     say("copies over the link")
-    copied = copies(device, dtype, sizes, link_gb_per_s=link_gb_per_s, pace=pace)
+    copied = copies(device, dtype, sizes)
     say("kernels")
     matrices, experts = kernels(device, dtype, sizes)
     rate = tflops(device, dtype, sizes)
@@ -118,7 +117,10 @@ def relinked(
     measured: Measurements, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None, *,
     link_gb_per_s: float | None = None, pace: Pace | None = None,
 ) -> Measurements:  # fmt: skip
-    """The same machine with another link: only the copies are timed again."""
+    """The same machine with another link: only the copies are timed again.
+
+    `link_gb_per_s` throttles a real link, `pace` a paced one, as they do in `attach`. Raises Refused as the link does.
+    """
     found = copies(device, dtype, sizes or sizes_for(device), link_gb_per_s=link_gb_per_s, pace=pace)
     return replace(measured, copies=found)
 
@@ -149,7 +151,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _wait(device: torch.device) -> None:
+def idle(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -162,12 +165,12 @@ def _seconds(device: torch.device, jobs: Sequence[Callable[[int], Any]], sizes: 
     runs, numbers = [1] * len(jobs), [0] * len(jobs)
 
     def some(which: int) -> float:
-        _wait(device)
+        idle(device)
         begun = time.perf_counter()
         for _ in range(runs[which]):
             jobs[which](numbers[which])
             numbers[which] += 1
-        _wait(device)
+        idle(device)
         return time.perf_counter() - begun
 
     for which in range(len(jobs)):
@@ -348,10 +351,10 @@ def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geome
 
 def _step(model: Any, token: torch.Tensor, cache: Any) -> float:
     """Seconds from an idle device to an idle device."""
-    _wait(token.device)
+    idle(token.device)
     begun = time.perf_counter()
     model(token, past_key_values=cache)
-    _wait(token.device)
+    idle(token.device)
     return time.perf_counter() - begun
 
 

@@ -89,6 +89,11 @@ class Strategy:
     needs: Callable[[Geometry], int] = _top_k
 
     @property
+    def gamma(self) -> float | None:
+        """Below which confidence a token falls back; None where none does."""
+        return self.gating.gamma if isinstance(self.gating, BigLittle) else None
+
+    @property
     def routes_as_full_k(self) -> bool:
         """Whether its routing is the full-K run's, so that one trace serves it and all others like it.
 

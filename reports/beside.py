@@ -5,7 +5,7 @@ from __future__ import annotations
 from reports.compare import name, tokens_per_s, total
 from reports.page import Section, Table
 from reports.results import Results
-from reports.tables.shapes import MAIN, rate_of
+from reports.tables.shapes import main, rate_of
 from suites.record import Record
 
 AIM_SECONDS = 60e-6  # of the engine's own time a MoE layer
@@ -42,14 +42,13 @@ def plain(results: Results) -> Table:
     rows = []
     for model in dict.fromkeys(record.model for record in results.besides):
         rows += [_stock(r) for r in results.besides if r.model == model and r.strategy != COST]  # fmt: skip
-        rows += [_ours(r) for r in results.shapes if r.model == model and _comparable(r)]
+        rows += [_ours(r) for r in main(results.shapes) if r.model == model and _comparable(r)]
     head = ("geometry", "MoE layers", "what", "device memory", "fallbacks", "TPOT ms", "tokens/s", "TTFT ms", "how")
     return Table("The same sizes with plain Transformers, and here", head, tuple(rows))
 
 
 def _comparable(record: Record) -> bool:
-    whole = record.config["link_gb_per_s"] is None and record.task == MAIN and not record.config["swept"]
-    return whole and record.strategy in OURS
+    return record.config["link_gb_per_s"] is None and record.strategy in OURS
 
 
 def _layers(record: Record) -> str:

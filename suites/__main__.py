@@ -12,9 +12,9 @@ from rich.console import Console
 from mobile.refusal import Refused
 from suites import profiling, shape_plan
 from suites.executors import cluster, here
-from suites.matrix import VIRTUAL, presets, read_preset
+from suites.matrix import presets, read_preset
 from suites.preflight import check
-from suites.record import LATEST, RunFolder
+from suites.record import LATEST, VIRTUAL, RunFolder
 from suites.runner import DiskFull, describe, execute, locked
 from suites.shapes import LINKS
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mobile.refusal import Refused
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
+from suites.record import SCOPES
 
 ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
 KINDS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
@@ -53,7 +54,7 @@ class Beside:
 
     @property
     def scope(self) -> str:
-        return "gpu+pcie" if self.link == "cuda" else f"cpu+{self.link}"
+        return SCOPES[self.link]
 
     @property
     def label(self) -> str:

@@ -19,9 +19,9 @@ from typing import Any
 
 from suites.beside import Beside
 from suites.child import TAIL, ending
-from suites.matrix import VIRTUAL, Cell, Generation, Preset
+from suites.matrix import Cell, Generation, Preset
 from suites.real_tasks import locate
-from suites.record import Finished, RunFolder, sound
+from suites.record import VIRTUAL, Finished, RunFolder, sound
 from suites.shapes import Shape
 
 CELLS_A_JOB = 12  # of one live run, timed by one child that reads the trace once

@@ -16,17 +16,16 @@ from mobile.geometry import GEOMETRIES, slots_for
 from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
 from mobile.residency import STAGING
-from mobile.strategy import BigLittle, Strategy, resolve
+from mobile.strategy import Strategy, resolve
 from suites.beside import Beside
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
 from suites.real_tasks import REAL, SHIPPED, expand, items_of
+from suites.record import SCOPES
 from suites.shapes import Shape, shapes_of
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 OVERRIDDEN = ("strategies", "budgets", "gammas", "caches", "shares", "canaries", "items")  # a model's own, if it likes
-VIRTUAL = "cpu+virtual"
-SCOPES = {None: VIRTUAL, "virtual": VIRTUAL, "paced": "cpu+paced", "cuda": "gpu+pcie"}  # by the link of a cell
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def _cells_of(
     model_hash(model)
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
-    own = [_gamma(strategy) for strategy in chosen]
+    own = [strategy.gamma for strategy in chosen]
     runs = [(strategy, budget, False, items) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
     runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
@@ -251,10 +250,10 @@ def _cells_of(
     for seed, task, card in product(data["seeds"], at_most, cards):
         for strategy, budget, swept, count in runs:
             name = ORACLE if strategy.routes_as_full_k else strategy.name
-            live = generation(task, name, _gamma(strategy), count, seed, False)
+            live = generation(task, name, strategy.gamma, count, seed, False)
             # What full K answered is timed on a part of the items, what answers otherwise on all that it answered.
             part = timed if strategy.routes_as_full_k and strategy.name != ORACLE else None
-            yield Cell(live, strategy.name, _gamma(strategy), card, budget, swept, part, link)
+            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, part, link)
         if task in data.get("canaries", []):
             scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
@@ -269,7 +268,3 @@ def _card(name: str, link: str | None) -> str:
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
     return ["all"] if strategy.retain == "everything" else budgets
-
-
-def _gamma(strategy: Strategy) -> float | None:
-    return strategy.gating.gamma if isinstance(strategy.gating, BigLittle) else None

@@ -139,7 +139,7 @@ def _record(
         task=shape.task, strategy=strategy.name, gamma=shape.gamma, lossless=strategy.lossless,
         hardware=engine.hardware.name, budget=shape.budget, slots=engine.slots, seed=shape.seed,
         config={
-            "kind": "shape", "timing": "live, teacher-forced on a script", "warmup": shape.warmup_tokens,
+            "kind": "shape", "timing": "live, teacher-forced on a script",
             "swept": shape.swept, "control": None, "family": shape.model.family,
             "training_seed": None, "generation": None, "confidence_histogram": None, "data": [],
             "routing": scripts[0].source, "fallback_asked": shape.rate,

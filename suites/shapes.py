@@ -11,9 +11,10 @@ from typing import Any
 from mobile.geometry import GEOMETRIES
 from mobile.hardware import parse_nbytes, profile
 from mobile.refusal import Refused
-from mobile.strategy import BigLittle, Strategy, resolve
+from mobile.strategy import Strategy, resolve
 from suites.beside import Beside, besides_of
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
+from suites.record import SCOPES
 
 LINKS = ("cuda", "paced", "virtual")
 RECORDED = "recorded"  # routing and fallbacks of the shipped model in the model's folder
@@ -59,9 +60,7 @@ class Shape:
     @property
     def scope(self) -> str:
         """Whose time it takes: this machine's GPU over its own link or a slowed one, or a stand-in's."""
-        if self.link == "cuda":
-            return "gpu+pcie" if self.link_gb_per_s is None else "gpu+throttled"
-        return f"cpu+{self.link}"
+        return "gpu+throttled" if self.link == "cuda" and self.link_gb_per_s is not None else SCOPES[self.link]
 
     @property
     def foretold(self) -> bool:
@@ -120,15 +119,14 @@ def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str
     rates = run.get("rates", [None])
     for number, name in product(run["links"], run["strategies"]):
         strategy = resolve(name)
-        falls_back = isinstance(strategy.gating, BigLittle)
+        falls_back = strategy.gamma is not None
         if falls_back and None in rates and run["routing"] != RECORDED:
             raise Refused(
                 f"Routing {run['routing']} says nothing of fallbacks; give its run rates, like rates = [0.1]."
             )
         for budget, rate in product(_budgets(strategy, budgets), rates if falls_back else [None]):
             yield Shape(
-                model=model, routing=run["routing"], rate=rate, strategy=name,
-                gamma=strategy.gating.gamma if isinstance(strategy.gating, BigLittle) else None, budget=budget,
+                model=model, routing=run["routing"], rate=rate, strategy=name, gamma=strategy.gamma, budget=budget,
                 link_gb_per_s=None if number == "native" else float(number),
                 swept="rates" in run and run["routing"] == RECORDED, **shared,
             )  # fmt: skip

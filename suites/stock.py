@@ -19,7 +19,7 @@ from mobile import compat
 from mobile.geometry import GEOMETRIES
 from mobile.gpu import cuda_uuid
 from mobile.hardware import parse_nbytes
-from mobile.measuring import EVERYTHING
+from mobile.measuring import EVERYTHING, idle
 from mobile.refusal import Refused
 from suites import synthetic
 from suites.beside import DEVICE_MAP, ENGINE_COST, FEW_LAYERS, Beside
@@ -144,27 +144,22 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
     return f"{off} of {len(where)} modules offloaded; whole layers move"
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @torch.no_grad()
 def timed(model: Any, device: torch.device, beside: Beside) -> tuple[int, int]:
     """Nanoseconds of prefill and of the decode steps, after one step that is not counted."""
     vocabulary = model.config.vocab_size
     tokens = (torch.arange(beside.prompt_tokens + beside.decode_tokens + 1) % vocabulary).to(device)[None]
-    _wait(device)
+    idle(device)
     begun = time.perf_counter_ns()
     cache = model(tokens[:, : beside.prompt_tokens], use_cache=True, logits_to_keep=1).past_key_values
-    _wait(device)
+    idle(device)
     prefilled = started = time.perf_counter_ns()
     for step in range(beside.prompt_tokens, tokens.shape[1]):
         if step == beside.prompt_tokens + 1:
-            _wait(device)
+            idle(device)
             started = time.perf_counter_ns()
         model(tokens[:, step : step + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    _wait(device)
+    idle(device)
     return prefilled - begun, time.perf_counter_ns() - started
 
 
@@ -216,10 +211,10 @@ class _Steps:
 
     @torch.no_grad()
     def seconds(self) -> float:
-        _wait(self.device)
+        idle(self.device)
         begun = time.perf_counter()
         self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
-        _wait(self.device)
+        idle(self.device)
         taken = time.perf_counter() - begun
         self.cache.crop(-1)
         return taken

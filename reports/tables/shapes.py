@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from reports import verdict
-from reports.compare import hit_rate, name, seconds_per_token, speedup, tokens_per_s, total
+from reports.compare import hit_rate, name, speedup, tokens_per_s, total
 from reports.format import percent, ratio
 from reports.groups import FLAVOURS
 from reports.page import Table
@@ -19,6 +20,11 @@ def link_of(record: Record) -> str:
     """The link a cell was timed over, for a heading."""
     asked = record.config["link_gb_per_s"]
     return "link as it is" if asked is None else f"link at {asked:g} GB/s"
+
+
+def main(records: Sequence[Record]) -> list[Record]:
+    """Of cells, those on the shipped models' routing and their own fallbacks: no point of a sweep."""
+    return [record for record in records if record.task == MAIN and not record.config["swept"]]
 
 
 def links(records: list[Record]) -> list[str]:
@@ -39,7 +45,7 @@ def over(records: list[Record], record: Record, flavour: str) -> Interval | None
 
 def by_link(records: list[Record], link: str) -> Table:
     """Every strategy over one link, on the shipped models' routing and their own fallbacks."""
-    chosen = [r for r in records if link_of(r) == link and r.task == MAIN and not r.config["swept"]]
+    chosen = [r for r in main(records) if link_of(r) == link]
     head = ("strategy", "budget", "slots", "fallbacks", "TPOT ms", "tokens/s", *(f"over {b}" for b in FLAVOURS),
             "MB/token", "hits", "ceiling tokens/s", "of the ceiling", "copies GB/s", "TTFT ms")  # fmt: skip
     return Table(f"Decode speed, {link}", head, tuple(_row(records, record) for record in chosen))
@@ -109,7 +115,7 @@ def by_rate(records: list[Record]) -> Table:
 def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Table:
     """The published band beside what was measured, through the door that every verdict leaves by."""
     rows = []
-    for record in [r for r in records if r.gamma is not None and r.task == MAIN and not r.config["swept"]]:
+    for record in [r for r in main(records) if r.gamma is not None]:
         for flavour in FLAVOURS:
             measured, of = over(records, record, flavour), verdict.stamp([record], base(records, record, flavour))
             says = verdict.of_band(measured, claim["low"], claim["high"], of, trusted)
@@ -123,9 +129,9 @@ def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Tab
 def families(records: list[Record]) -> Table:
     """Each geometry and link in one row: MoBiLE at its fewest slots, by the shipped model's own fallbacks."""
     rows = []
-    for record in [r for r in records if r.gamma is not None and r.task == MAIN and not r.config["swept"]]:
+    for record in [r for r in main(records) if r.gamma is not None]:
         if record.budget == "smallest":
-            rate = seconds_of(record)
+            rate = tokens_per_s([record])
             rows.append(
                 (
                     record.model,
@@ -133,16 +139,10 @@ def families(records: list[Record]) -> Table:
                     link_of(record),
                     record.scope,
                     percent(rate_of(record)),
-                    "-" if rate is None else f"{1000 * rate:.2f}",
+                    "-" if rate is None else f"{1000 / rate:.2f}",
                     *(ratio(over([r for r in records if r.model == record.model], record, b)) for b in FLAVOURS),
                 )
             )
     head = ("geometry", "MoE layers made", "link", "scope", "fallbacks", "MoBiLE's TPOT ms",
             *(f"over {b}" for b in FLAVOURS))  # fmt: skip
     return Table("Geometries and links at a glance", head, tuple(rows))
-
-
-def seconds_of(record: Record) -> float | None:
-    """Mean time per token over all repeats."""
-    rate = tokens_per_s([record]) if any(map(seconds_per_token, record.items)) else None
-    return None if rate is None else 1 / rate
