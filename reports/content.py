@@ -87,8 +87,8 @@ def _seeds(results: Results, margin_points: float) -> list[Section]:
 
 def _controls(results: Results) -> Section:
     text = (
-        "Each live run repeats its first items alone, at batch 1, under every strategy it stands for: the "
-        "text must equal the batch's, and every counter of the live ledger, times included, the replayed one's. "
+        "Each live run begins its first item again, alone, at batch 1, under every strategy it stands for: the "
+        "tokens must equal the batch's, and every counter of the live ledger, times included, the replayed one's. "
         "Offloaded full K must equal the resident model, token for token."
     )
     if not results.records:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lm_eval.tasks
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluate as lm_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
@@ -23,6 +23,7 @@ from suites.sandbox import PASSED
 from suites.tasks import FOLDER
 
 DEFAULT_TOKENS = 256  # what lm-eval's own model class writes at most where a task sets no limit
+FEWSHOT_SEED = 1234  # lm-eval's default
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 
 
@@ -175,13 +176,17 @@ def evaluate(lm: EngineLM, task: str, docs: list[int], folder: Path | None = Non
 
 def score(lm: EngineLM, config: dict[str, Any], docs: list[int]) -> list[Answer]:
     """Score the given items of a configured task by the first of its filters; in the order of `docs`."""
-    task, first = config["task"], config["filter_list"][0]["name"]
-    result = simple_evaluate(
-        lm, tasks=[config], task_manager=TaskManager(include_defaults=False, include_path=str(FOLDER)),
-        samples={task: docs}, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
-    )  # fmt: skip
+    name, first = config["task"], config["filter_list"][0]["name"]
+    loaded = TaskManager(include_defaults=False, include_path=str(FOLDER)).load([config])
+    for task in loaded[
+        "tasks"
+    ].values():  # as simple_evaluate does, which also spends 0.6 s on asking about the machine
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    result = lm_evaluate(lm, loaded, samples={name: docs}, bootstrap_iters=0, log_samples=True)
     answers = {}
-    for sample in result["samples"][task]:
+    for sample in result["samples"][name]:
         if sample["filter"] != first:
             continue
         found = sample["filtered_resps"][0]

@@ -17,14 +17,14 @@ from mobile.geometry import Geometry
 from mobile.hardware import profile
 from mobile.replaying import time_requests
 from mobile.strategy import Strategy, resolve, strategies
-from suites.accuracy import EngineLM, evaluate, generate, task_config
+from suites.accuracy import EngineLM, evaluate, first_tokens, generate, task_config
 from suites.matrix import Generation
 from suites.real_tasks import REAL
 from suites.record import RunFolder, write_json
 from suites.timing import bench
 
 BATCH = 100
-CHECKED = 1  # items of each task run again, live and alone, under every strategy the generation stands for
+CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy it stands for
 
 
 def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
@@ -45,13 +45,13 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     answers = evaluate(lm, generation.task, generation.docs, generation.folder)
     mobile.detach(model)
     requests = [lm.traces[answer.prompt_sha256] for answer in answers]
-    outputs = [answer.output for answer in answers]
     prompts = [lm.prompts[answer.prompt_sha256] for answer in answers]
     spans = [
         fallback_spans(request, lm.written[answer.prompt_sha256], tokenizer, answer.output)
         for request, answer in zip(requests, answers, strict=True)
     ]
-    checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, prompts, requests, outputs))
+    written = lm.written[answers[0].prompt_sha256]
+    checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, prompts[0], requests[0], written))
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
@@ -112,23 +112,25 @@ def spans_of(
 
 def _checks(
     generation: Generation, strategy: Strategy, own: Geometry, hardware: str, model: Any, tokenizer: Any,
-    prompts: list[str], requests: list[trace.Request], outputs: list[str],
+    prompt: str, request: trace.Request, written: list[int],
 ) -> Iterator[tuple[str, bool]]:  # fmt: skip
-    """Run the first items alone under each strategy this generation stands for: same text, same ledger as replay.
+    """Begin one item again, alone, under each strategy this generation stands for: same tokens, same ledger as replay.
 
     The batch's numbers may differ from a single row's in their last bits, so this is looked at, not assumed.
     """
     same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.foresight]
     stands_for = same_routing if strategy.routes_as_full_k else [strategy]
     options = task_config(generation.task, generation.folder)["generation_kwargs"]
+    options = {**options, "max_gen_toks": min(options["max_gen_toks"], CHECKED_TOKENS)}
+    begun = first_tokens(request, CHECKED_TOKENS)
     for one in stands_for:
         on = bench(one, own, generation.model.geometry, profile(hardware), "smallest")
         mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
-        texts = [generate(model, tokenizer, [prompt], options)[0][0] for prompt in prompts[:CHECKED]]
+        [(_, ids)] = generate(model, tokenizer, [prompt], options)
         model.mobile.residency.end_token()
         live = model.mobile.ledger
         mobile.detach(model)
-        _, replayed = time_requests(on, requests[:CHECKED])
-        yield f"{one.name}: text alone equals text in the batch", texts == outputs[:CHECKED]
+        _, replayed = time_requests(on, [begun])
+        yield f"{one.name}: tokens alone equal tokens in the batch", ids == written[:CHECKED_TOKENS]
         equal = (live.counters, live.guesses) == (replayed.counters, replayed.guesses)
         yield f"{one.name}: live ledger equals replay", equal

@@ -14,16 +14,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from suites.beside import Beside
 from suites.child import TAIL, ending
-from suites.matrix import Cell, Generation, Preset
+from suites.matrix import Cell, Preset
 from suites.real_tasks import locate
 from suites.record import VIRTUAL, Finished, RunFolder, sound
 from suites.shapes import Shape
 
+RUNS_A_JOB = 15  # live runs in one child, which takes seconds to import what answers and scores
+FEWEST_JOBS = 8  # that live runs are cut into if there are so many, for machines with some processors
 CELLS_A_JOB = 12  # of one live run, timed by one child that reads the trace once
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -51,27 +54,23 @@ class Job:
 
 
 def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
-    """The live runs not done yet, all tasks of one model and gating in one process, since starting one is slow."""
+    """The live runs not done yet, several in one process, since starting one is slow; few are spread over several."""
     hardware = preset.cells[0].hardware
-
-    def gating(generation: Generation) -> tuple:
-        return generation.model.name, generation.scrambled, generation.strategy, generation.gamma or 0, generation.seed
-
+    missing = [generation for generation in preset.generations if not run.answers(generation.id).is_file()]
     jobs = []
-    for _, members in groupby(sorted(preset.generations, key=gating), gating):
-        labels = {g.id: g for g in members if not run.answers(g.id).is_file()}
-        if labels:
-            jobs.append(
-                Job(
-                    spec={
-                        "run": str(run.path), "ids": list(labels), "generations": list(map(asdict, labels.values())),
-                        "hardware": hardware,
-                    },
-                    labels={name: one.label for name, one in labels.items()},
-                    log=run.log(f"generate-{next(iter(labels))}"),
-                    online=any(not locate(one.task, one.folder) for one in labels.values()),
-                )
-            )  # fmt: skip
+    for some in _pieces(missing, min(RUNS_A_JOB, ceil(len(missing) / FEWEST_JOBS))):
+        labels = {generation.id: generation.label for generation in some}
+        jobs.append(
+            Job(
+                spec={
+                    "run": str(run.path), "ids": list(labels), "generations": list(map(asdict, some)),
+                    "hardware": hardware,
+                },
+                labels=labels,
+                log=run.log(f"generate-{some[0].id}"),
+                online=any(not locate(one.task, one.folder) for one in some),
+            )
+        )  # fmt: skip
     return jobs
 
 
@@ -84,9 +83,7 @@ def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     jobs = []
     missing = [cell for cell in preset.replayed if not run.record(cell.id).is_file()]
     for generation, members in groupby(sorted(missing, key=shared), shared):
-        left = list(members)
-        while left:
-            some, left = left[:CELLS_A_JOB], left[CELLS_A_JOB:]
+        for some in _pieces(list(members), CELLS_A_JOB):
             jobs.append(_timing(some, "time", run, needs=run.answers(generation)))
     return jobs
 
@@ -118,6 +115,10 @@ def beside_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     """What is measured beside shapes and not done yet, each in a process of its own: each makes a model of its own."""
     missing = [beside for beside in preset.besides if not run.record(beside.id).is_file()]
     return [_timing([beside], "beside", run, alone=True) for beside in missing]
+
+
+def _pieces(things: list[Any], size: int) -> list[list[Any]]:
+    return [things[begin : begin + size] for begin in range(0, len(things), max(size, 1))]
 
 
 def _timing(cells: Sequence[Cell | Shape | Beside], kind: str, run: RunFolder, **options: Any) -> Job:

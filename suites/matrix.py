@@ -25,7 +25,9 @@ from suites.shapes import Shape, shapes_of
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
-OVERRIDDEN = ("strategies", "budgets", "gammas", "caches", "shares", "canaries", "items")  # a model's own, if it likes
+OVERRIDDEN = (  # a model's own, if it likes
+    "strategies", "budgets", "gammas", "caches", "shares", "canaries", "items", "fewer_items",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,15 @@ def _cells_of(
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
     own = [strategy.gamma for strategy in chosen]
-    runs = [(strategy, budget, False, items) for strategy in chosen for budget in _budgets(strategy, data["budgets"])]
+    fewer = data.get("fewer_items", {})
+    if strangers := set(fewer) - {strategy.name for strategy in chosen}:
+        raise Refused(f"fewer_items names {sorted(strangers)[0]!r}, which is not among the strategies of {model.name}.")
+    if min((items, *fewer.values())) < 1:
+        raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
+    runs = [
+        (strategy, budget, False, min(items, fewer.get(strategy.name, items)))
+        for strategy in chosen for budget in _budgets(strategy, data["budgets"])
+    ]  # fmt: skip
     runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
@@ -249,11 +259,13 @@ def _cells_of(
 
     for seed, task, card in product(data["seeds"], at_most, cards):
         for strategy, budget, swept, count in runs:
+            # All that was answered is timed once for each way to answer; else, and where full K's answers are given
+            # again, a part of it. What needs a live run of its own to give them again is asked no more than that part.
             name = ORACLE if strategy.routes_as_full_k else strategy.name
-            live = generation(task, name, strategy.gamma, count, seed, False)
-            # What full K answered is timed on a part of the items, what answers otherwise on all that it answered.
-            part = timed if strategy.routes_as_full_k and strategy.name != ORACLE else None
-            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, part, link)
+            whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
+            asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
+            live = generation(task, name, strategy.gamma, asked, seed, False)
+            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
         if task in data.get("canaries", []):
             scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)

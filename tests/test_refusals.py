@@ -127,6 +127,8 @@ def test_the_commands_refuse_in_one_line(tmp_path):
         (("items = 32", "items = 0"), "items must be between"),
         (("hardware = [", 'hardware = ["abacus", '), "Unknown hardware"),
         (("items = 32", ""), "lacks 'items'"),
+        (("items = 32", "items = 32\nfewer_items = { lfu = 1 }"), "'lfu', which is not among the strategies"),
+        (("items = 32", "items = 32\nfewer_items = { lru = 0 }"), "asked at least one item"),
         (("items = 32", "items = "), "cannot be read"),
         (('"8GiB"]', '"8GiB", "2GiB"]'), "cannot hold olmoe-1b-7b"),
         (("seeds = [0]", "seeds = []"), "asks for no cell"),

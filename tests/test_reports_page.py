@@ -133,7 +133,7 @@ def test_marking_loses_no_character(text, spans):
         (Rule(canary_correct=ITEMS), "accuracy did not collapse"),
         (Rule(canary_slowdown=1.2), "time changed"),
         (Rule(canary_slowdown=1.03), None),
-        (Rule(overrides={"checks": {"mobile: text alone equals text in the batch": False}}), "mobile: text alone"),
+        (Rule(overrides={"checks": {"mobile: tokens alone equal tokens in the batch": False}}), "mobile: tokens alone"),
         (Rule(overrides={"ceiling_tokens_per_s": 3.0}), "passed its bandwidth ceiling"),
     ],
 )

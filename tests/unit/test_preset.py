@@ -1,0 +1,35 @@
+"""What the shipped presets ask for: how much of a live run is timed, and how live runs are cut into jobs."""
+
+from collections import Counter
+
+import pytest
+
+from mobile.strategy import resolve
+from suites.jobs import RUNS_A_JOB, generation_jobs
+from suites.matrix import read_preset
+from suites.record import RunFolder
+
+
+def test_every_way_to_answer_is_timed_whole_once_and_a_fixed_part_of_it_elsewhere():
+    preset = read_preset("cpu")
+    [part] = {cell.timed for cell in preset.scored if cell.timed}
+    whole = Counter(cell.generation for cell in preset.scored if cell.timed is None)
+    for generation in preset.generations:
+        strategy = resolve(generation.strategy, generation.gamma)
+        if generation.scrambled or not strategy.lossless or strategy.routes_as_full_k:
+            assert whole[generation] == 1
+        else:  # its answers are full K's: it is asked for its times alone
+            assert whole[generation] == 0
+            assert generation.items == part
+    for cell in preset.scored:
+        assert len(cell.docs) == (cell.generation.items if cell.timed is None else part)
+        assert cell.strategy not in ("resident", "mobile", "ser") or cell.timed is None or cell.budget != "smallest"
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu"])
+def test_live_runs_are_cut_into_jobs_once_each_and_few_are_spread(name, tmp_path):
+    preset = read_preset(name)
+    jobs = generation_jobs(preset, RunFolder(tmp_path))
+    assert [each for job in jobs for each in job.labels] == [generation.id for generation in preset.generations]
+    sizes = [len(job.labels) for job in jobs]
+    assert sizes == [1] * 4 if name == "smoke" else max(sizes) == RUNS_A_JOB
