@@ -175,12 +175,13 @@ def evaluate(lm: EngineLM, task: str, docs: list[int], folder: Path | None = Non
 
 
 def score(lm: EngineLM, config: dict[str, Any], docs: list[int]) -> list[Answer]:
-    """Score the given items of a configured task by the first of its filters; in the order of `docs`."""
+    """Score the given items of a configured task by the first of its filters; in the order of `docs`.
+
+    What lm-eval's simple_evaluate does, without the 0.6 s in which it asks the machine about itself.
+    """
     name, first = config["task"], config["filter_list"][0]["name"]
     loaded = TaskManager(include_defaults=False, include_path=str(FOLDER)).load([config])
-    for task in loaded[
-        "tasks"
-    ].values():  # as simple_evaluate does, which also spends 0.6 s on asking about the machine
+    for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
