@@ -20,7 +20,7 @@ from typing import Any
 
 from suites.beside import Beside
 from suites.child import TAIL, ending
-from suites.matrix import Cell, Preset
+from suites.matrix import Cell, Generation, Preset
 from suites.real_tasks import locate
 from suites.record import VIRTUAL, Finished, RunFolder, sound
 from suites.shapes import Shape
@@ -55,23 +55,14 @@ class Job:
 
 def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     """The live runs not done yet, several in one process, since starting one is slow; few are spread over several."""
-    hardware = preset.cells[0].hardware
     missing = [generation for generation in preset.generations if not run.answers(generation.id).is_file()]
-    jobs = []
-    for some in _pieces(missing, min(RUNS_A_JOB, ceil(len(missing) / FEWEST_JOBS))):
-        labels = {generation.id: generation.label for generation in some}
-        jobs.append(
-            Job(
-                spec={
-                    "run": str(run.path), "ids": list(labels), "generations": list(map(asdict, some)),
-                    "hardware": hardware,
-                },
-                labels=labels,
-                log=run.log(f"generate-{some[0].id}"),
-                online=any(not locate(one.task, one.folder) for one in some),
-            )
-        )  # fmt: skip
-    return jobs
+    return [
+        _job(
+            some, "generate", run, {"hardware": preset.cells[0].hardware},
+            online=any(not locate(one.task, one.folder) for one in some),
+        )
+        for some in _pieces(missing, min(RUNS_A_JOB, ceil(len(missing) / FEWEST_JOBS)))
+    ]  # fmt: skip
 
 
 def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
@@ -84,7 +75,7 @@ def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     missing = [cell for cell in preset.replayed if not run.record(cell.id).is_file()]
     for generation, members in groupby(sorted(missing, key=shared), shared):
         for some in _pieces(list(members), CELLS_A_JOB):
-            jobs.append(_timing(some, "time", run, needs=run.answers(generation)))
+            jobs.append(_job(some, "time", run, needs=run.answers(generation)))
     return jobs
 
 
@@ -97,7 +88,7 @@ def live_jobs(preset: Preset, run: RunFolder) -> list[Job]:
 
     missing = [cell for cell in preset.live if not run.record(cell.id).is_file()]
     together = [list(members) for _, members in groupby(sorted(missing, key=attached), attached)]
-    return [_timing(cells, "live", run, alone=cells[0].scope != VIRTUAL, online=True) for cells in together]
+    return [_job(cells, "live", run, alone=cells[0].scope != VIRTUAL, online=True) for cells in together]
 
 
 def shape_jobs(preset: Preset, run: RunFolder) -> list[Job]:
@@ -108,25 +99,28 @@ def shape_jobs(preset: Preset, run: RunFolder) -> list[Job]:
 
     missing = [shape for shape in preset.shapes if not run.record(shape.id).is_file()]
     together = [list(members) for _, members in groupby(sorted(missing, key=made), made)]
-    return [_timing(shapes, "shapes", run, alone=shapes[0].scope != VIRTUAL) for shapes in together]
+    return [_job(shapes, "shapes", run, alone=shapes[0].scope != VIRTUAL) for shapes in together]
 
 
 def beside_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     """What is measured beside shapes and not done yet, each in a process of its own: each makes a model of its own."""
     missing = [beside for beside in preset.besides if not run.record(beside.id).is_file()]
-    return [_timing([beside], "beside", run, alone=True) for beside in missing]
+    return [_job([beside], "beside", run, alone=True) for beside in missing]
 
 
 def _pieces(things: list[Any], size: int) -> list[list[Any]]:
     return [things[begin : begin + size] for begin in range(0, len(things), max(size, 1))]
 
 
-def _timing(cells: Sequence[Cell | Shape | Beside], kind: str, run: RunFolder, **options: Any) -> Job:
-    """The job that times these cells."""
-    labels = {cell.id: cell.label for cell in cells}
-    named = {Shape: "shapes", Beside: "besides"}.get(type(cells[0]), "cells")
+def _job(
+    things: Sequence[Generation | Cell | Shape | Beside], kind: str, run: RunFolder,
+    about: dict[str, Any] | None = None, **options: Any,
+) -> Job:  # fmt: skip
+    """The job that does these, of one type; `about` is what else its child is told."""
+    labels = {one.id: one.label for one in things}
+    named = {Generation: "generations", Shape: "shapes", Beside: "besides"}.get(type(things[0]), "cells")
     return Job(
-        spec={"run": str(run.path), "ids": list(labels), named: list(map(asdict, cells))},
+        spec={"run": str(run.path), "ids": list(labels), named: list(map(asdict, things)), **(about or {})},
         labels=labels, log=run.log(f"{kind}-{next(iter(labels))}"), **options,
     )  # fmt: skip
 
