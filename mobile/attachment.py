@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -12,19 +13,36 @@ from mobile import compat, quasi, selftest
 from mobile.cost import CostModel
 from mobile.decoding import Decoder
 from mobile.engine import Engine
-from mobile.experts import bind, unbind
+from mobile.experts import bind
 from mobile.geometry import Geometry, dress, slots_for
+from mobile.guards import guard
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.kernels import Kernel, kernel_named, loop
 from mobile.layout import ExpertLayout
 from mobile.link import Link, VirtualLink
+from mobile.overrides import Overrides
 from mobile.passes import Pass
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.store import HostStore
 from mobile.strategy import BigLittle, HalfK, Strategy, resolve
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def in_plain_modes(function: Callable[P, T]) -> Callable[P, T]:
+    """Make the tensors of this function as if the caller had set no default device and no inference mode."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **named: P.kwargs) -> T:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            return function(*arguments, **named)
+
+    return run
+
+
+@in_plain_modes
 def attach(
     model: Any,
     strategy: str | Strategy = "mobile",
@@ -42,7 +60,8 @@ def attach(
     """Offload a live Transformers MoE: its experts move to the host store, a few slots serve them.
 
     Returns the same object; `generate()` and everything around it work as before, and `model.mobile` has the
-    stats. Slots lie on the device where the model is.
+    stats. Slots lie on the device where the model is. `model` may also be what an adapter, a compiler or a class of
+    the caller's puts around a Transformers model.
 
     - `memory` (bytes or "8GiB", dense weights and reserve included) or `slots`; with neither, the memory of the card,
       or of the profile where time is virtual. On a GPU `memory` also caps what this process may allocate there.
@@ -54,20 +73,22 @@ def attach(
     - `kernel`: "loop" (the reference, and "auto"), "grouped" or "triton", see `mobile.kernels` and `mobile.gemv`.
     - `poison` fills empty slots with NaN, for tests.
 
-    Raises Refused, with nothing changed, for whatever cannot work.
+    Raises Refused, with nothing changed, for whatever cannot work. Whatever else breaks it off (Ctrl-C, memory) leaves
+    the model as it was; a second interrupt, while that is undone, leaves one that `detach` puts right.
     """
     compat.check_version()
-    if hasattr(model, "mobile"):
+    inner = compat.model_inside(model)
+    if hasattr(inner, "mobile") or hasattr(model, "mobile"):
         raise Refused("This model is already attached; call mobile.detach(model) first.")
-    if any(not p.is_floating_point() or p.device.type == "meta" for p in model.parameters()):
-        raise Refused("The model's weights are quantised or not loaded; load them in a floating-point dtype first.")
-    layers = compat.moe_layers(model)
+    compat.check_weights(inner)
+    layers = compat.moe_layers(inner)
     layout = compat.common_layout(layers)
     settled = settle(
-        model, layers, layout, compat.device_of(layers), strategy, memory=memory, slots=slots, hardware=hardware,
+        inner, layers, layout, compat.device_of(layers), strategy, memory=memory, slots=slots, hardware=hardware,
         link=link, link_gb_per_s=link_gb_per_s, gamma=gamma, geometry=geometry, kernel=kernel,
     )  # fmt: skip
-    return serve(model, layers, HostStore(layout, len(layers), layers[0].count), settled, poison=poison)
+    serve(inner, layers, HostStore(layout, len(layers), layers[0].count), settled, poison=poison, around=model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -120,68 +141,79 @@ def settle(
     )  # fmt: skip
 
 
+@in_plain_modes
 def serve(
-    model: Any, layers: Sequence[compat.MoeLayer], store: HostStore, settled: Settled, *, poison: bool = False
-) -> Any:
-    """Attach as settled. The store is empty, or holds the experts where the modules have none any more."""
-    gating, device = settled.strategy.gating, compat.device_of(layers)
-    modules = [layer.experts for layer in layers]
+    model: Any, layers: Sequence[compat.MoeLayer], store: HostStore, settled: Settled, *, poison: bool = False,
+    around: Any = None,
+) -> Any:  # fmt: skip
+    """Attach as settled. The store is empty, or holds the experts where the modules have none any more.
+
+    `around` is what the caller holds, if that is something around the model.
+    """
+    around = model if around is None else around
+    modules, device = [layer.experts for layer in layers], compat.device_of(layers)
     held = all(weight.numel() for module in modules for weight in module.parameters())
-    if device.type == "cuda" and settled.budget_nbytes is not None:
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, settled.budget_nbytes / total), device)
     engine = Engine(
         settled.strategy, layers, settled.own.little_k, settled.worn, settled.stands_for, settled.slots, settled.card,
         store, settled.kernel, poison,
     )  # fmt: skip
-    decoder = Decoder(model, engine)
+    overrides, decoder = Overrides(), Decoder(model, engine)
+    engine.leave = partial(_leave, engine, overrides)
+    try:
+        for holder in dict.fromkeys((around, model)):  # first of all: whatever breaks off the rest, detach can undo it
+            overrides.put(holder, "mobile", engine)
+        guard(model, around, modules, overrides)
+        decoder.install(overrides)
+        for number, module in enumerate(modules):
+            bind(module, engine, number, overrides)
+        store.take(modules)
+        if device.type == "cuda" and settled.budget_nbytes is not None:
+            total = torch.cuda.mem_get_info(device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, settled.budget_nbytes / total), device)
+        engine.allocate()
+        engine.connect(lambda engine, cost: _link(settled, engine, cost))
+        _prove(engine, decoder)
+    except BaseException:
+        _end(engine, give_back=held)
+        raise
+    return model
 
-    def leave() -> None:
-        engine.close()
-        decoder.remove()
-        for module in modules:
-            unbind(module)
-        if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+def _prove(engine: Engine, decoder: Decoder) -> None:
+    """Run what shows that the strategy works on this model, or that learns what it needs; then start anew.
+
+    Raises Refused if it does not work.
+    """
+    strategy, device = engine.strategy, engine.device
 
     def prefill(ids: torch.Tensor) -> None:
         ids = ids.to(device)
         with engine.passing(Pass("prefill", torch.ones_like(ids, dtype=torch.bool))):
             decoder.stock(input_ids=ids, use_cache=False)
 
-    store.take(modules)
-    for number, module in enumerate(modules):
-        bind(module, engine, number)
-    decoder.install()
-    engine.leave, model.mobile = leave, engine
-    try:
-        engine.connect(lambda engine, cost: _link(settled, engine, cost))
-        if isinstance(gating, HalfK | BigLittle):
+    with selftest.undisturbed(decoder.model):
+        if isinstance(strategy.gating, BigLittle):
+            selftest.check_confidence(decoder.model)
+        if isinstance(strategy.gating, HalfK | BigLittle):
             selftest.check_routers(decoder.stock, engine)
-            if isinstance(gating, BigLittle):
-                engine.undoable = selftest.rolls_back(decoder.stock, engine)
-            engine.restart()
-        if settled.strategy.quasi:
-            engine.quasi = quasi.learn(model, layers, store, prefill, lambda: engine.running)
-            engine.restart()
-    except BaseException:
-        leave()
-        del model.mobile
-        if held:
-            store.give_back(modules)
-        raise
-    return model
+        if isinstance(strategy.gating, BigLittle):
+            engine.undoable = selftest.rolls_back(decoder.stock, engine)
+        if strategy.quasi:
+            engine.quasi = quasi.learn(decoder.model, engine.layers, engine.store, prefill, lambda: engine.running)
+    engine.restart()
 
 
+@in_plain_modes
 def detach(model: Any) -> Any:
     """The stock model again, bit for bit; returns it.
 
-    Raises Refused if it is not attached, or if its device has no room for all experts; it stays attached then.
+    Raises Refused if it is not attached, or if its device has no room for all experts; it stays attached then. If
+    something breaks it off, the model refuses to run until it is called again, which goes on where it stopped.
     """
     engine = getattr(model, "mobile", None)
     if not isinstance(engine, Engine):
         raise Refused("This model is not attached, so there is nothing to detach.")
-    if engine.device.type == "cuda":
+    if engine.device.type == "cuda" and not engine.leaving:
         unused = torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
         room = torch.cuda.mem_get_info(engine.device)[0] + unused + engine.slot_rows.nbytes
         if engine.store.nbytes > room:
@@ -189,10 +221,26 @@ def detach(model: Any) -> Any:
                 f"Detaching puts {engine.store.nbytes / 2**30:.1f} GiB of experts on {engine.device}, which has "
                 f"{room / 2**30:.1f} GiB free; delete the model instead."
             )
-    engine.leave()
-    del model.mobile
-    engine.store.give_back([layer.experts for layer in engine.layers])
+    with engine.lock:
+        _end(engine, give_back=True)
     return model
+
+
+def _end(engine: Engine, *, give_back: bool) -> None:
+    """Make the model the stock one again. Broken off anywhere, it can be called again, and goes on."""
+    engine.leaving = True
+    engine.close()
+    if give_back:
+        engine.store.give_back([layer.experts for layer in engine.layers])
+    engine.leave()
+
+
+def _leave(engine: Engine, overrides: Overrides) -> None:
+    """Let go of the model, whose experts stay where they are; may be called again. `model.mobile` is the last to go."""
+    engine.close()
+    overrides.undo()
+    if engine.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, engine.device)
 
 
 def _link_and_card(

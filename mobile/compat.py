@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers import PreTrainedModel
 
 from mobile.geometry import Geometry
 from mobile.layout import ExpertLayout, layout_of
@@ -81,6 +82,58 @@ def check_version() -> None:
         )
 
 
+def model_inside(model: Any) -> PreTrainedModel:
+    """Return the Transformers model that `model` is, or that an adapter, a compiler or a class of the caller's wraps.
+
+    Raises Refused if there is none, or several that hold experts.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel):
+        raise Refused("DataParallel makes copies of the model, and an offloaded one has no copy; attach its .module.")
+    if not isinstance(model, nn.Module):
+        raise Refused(f"A {kind} is no Transformers model; give what from_pretrained returns.")
+    found = [inner for inner in _outermost(model) if any(map(is_experts, inner.modules()))]
+    if len(found) != 1:
+        raise Refused(
+            f"{kind} holds {len(found) or 'no'} Transformers model{'s' * (len(found) > 1)} with Mixture-of-Experts "
+            "layers; give the one to offload, as from_pretrained returns it."
+        )
+    return found[0]
+
+
+def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the Transformers models inside, but none that lies in another."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield child
+        else:
+            yield from _outermost(child)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether it is one of the stacked experts modules that Transformers decorates."""
+    return all(hasattr(module, flag) for flag in FLAGS)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise Refused unless all weights are loaded floating-point tensors on one device, and no part is compiled."""
+    weights = list(model.parameters())
+    if any(not w.is_floating_point() or w.is_meta or type(w.data) is not torch.Tensor for w in weights):
+        raise Refused("The model's weights are quantised or not loaded; load them in a floating-point dtype first.")
+    places = sorted({str(w.device) for w in weights if w.numel()})
+    if len(places) > 1:
+        raise Refused(
+            f"The model's weights lie on {' and '.join(places)}; load it on one device, without a device_map."
+        )
+    for name, part in model.named_modules():
+        if name and getattr(part, "_compiled_call_impl", None) is not None:
+            raise Refused(
+                f"{name} was compiled by itself, so nothing in it can be replaced; attach first, then compile."
+            )
+
+
 def weight_names(experts: Any) -> tuple[str, ...]:
     """The stacked weights of an experts module, each (experts, ...), in the order they lie in a row."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
@@ -92,8 +145,9 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     kind = type(model).__name__
     layers = []
     for name, experts in model.named_modules():
-        if not all(hasattr(experts, flag) for flag in FLAGS):
+        if not is_experts(experts):
             continue
+        _refuse_adapters(model, name, experts)
         weights = {label for label, _ in experts.named_parameters()}
         if weights != set(weight_names(experts)) or getattr(experts, "post_expert_norm", None) is not None:
             raise Refused(f"{kind} keeps {', '.join(sorted(weights))} in {name}, a layout this version cannot offload.")
@@ -101,6 +155,17 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     if not layers:
         raise Refused(f"{kind} has no Mixture-of-Experts layers, so there is nothing to offload; use it as it is.")
     return layers
+
+
+def _refuse_adapters(model: nn.Module, name: str, experts: nn.Module) -> None:
+    """Raise Refused if the experts' weights go through something else before they are used, as an adapter's do."""
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    if any(type(part).__name__ == "ParamWrapper" for part in around) or hasattr(experts, "parametrizations"):
+        raise Refused(
+            f"An adapter (LoRA) or a parametrization lies on the experts {name}, which are computed without it here; "
+            "merge it into them first, as merge_and_unload() does, or leave the experts out of its targets."
+        )
 
 
 def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:

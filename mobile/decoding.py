@@ -5,62 +5,84 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from mobile import rollback
+from mobile import calls, rollback
 from mobile.engine import Engine
+from mobile.overrides import Overrides
 from mobile.passes import Pass
 from mobile.refusal import Refused
-from mobile.strategy import BigLittle, FullK, Rerouted
+from mobile.strategy import BigLittle, FullK, HalfK, Rerouted
+
+BROKEN_OFF = "Attaching or detaching this model was broken off; call mobile.detach(model), which finishes it."
+AS_A_PROMPT = "runs as a prompt's does, with all experts and none kept: the strategy {} does not act on it."
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """A model through which a forward pass may begin: the attached one, or a base model inside it."""
+
+    module: PreTrainedModel
+    stock: Callable[..., Any]
+    signature: inspect.Signature
+    outermost: bool
+
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by name."""
+        arguments = dict(self.signature.bind(self.module, *args, **kwargs).arguments)
+        for parameter in self.signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+        return arguments
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass as its caller asks for it."""
+
+    entrance: Entrance
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def run(self, **changed: Any) -> Any:
+        """Run the model's own forward."""
+        return self.entrance.stock(*self.args, **{**self.kwargs, **changed})
 
 
 class Decoder:
     """Stands in for the model's forward: prefill runs as it is, a decode step under the strategy's gating."""
 
-    def __init__(self, model: Any, engine: Engine) -> None:
+    def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
         self.model, self.engine = model, engine
         self.gating = engine.strategy.gating
         self.stock = model.forward
-        self._signature = inspect.signature(type(model).forward)
-        self._warned = False
-        self._hooks: list[Any] = []
-        self._stood_for: dict[str, Any] = {}
+        self._warned: set[str] = set()
 
-    def install(self) -> None:
+    def install(self, overrides: Overrides) -> None:
         """Put the two-pass forward in the model's place, and listen to what its routers are given."""
-
-        @functools.wraps(type(self.model).forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self(*args, **kwargs)
-
-        for name, instead in (("forward", forward), ("save_pretrained", refuse_to_save)):
-            if name in vars(self.model):
-                self._stood_for[name] = vars(self.model)[name]
-            setattr(self.model, name, instead)
-        self._settings = self._generation_config
-        self._compiles = getattr(self._settings, "disable_compile", False)
-        self._settings.disable_compile = True  # generate() would compile this forward for a static cache
+        settings = getattr(self.model, "generation_config", None) or self.model.config
+        overrides.put(settings, "disable_compile", True)  # generate() would compile this forward for a static cache
         for number, layer in enumerate(self.engine.layers):
-            hook = functools.partial(self._heard, number)
-            self._hooks.append(layer.router.register_forward_hook(hook, with_kwargs=True))
+            heard = torch.compiler.disable(functools.partial(self._heard, number))
+            overrides.hook(layer.router.register_forward_hook, heard, with_kwargs=True)
+        calls.watch(self.model, overrides)
+        for module in entrances(self.model, [layer.experts for layer in self.engine.layers]):
+            overrides.put(module, "forward", self._forward(module))
 
-    def remove(self) -> None:
-        """Undo `install`."""
-        for name in ("forward", "save_pretrained"):
-            if name in self._stood_for:
-                setattr(self.model, name, self._stood_for[name])
-            else:
-                delattr(self.model, name)
-        self._settings.disable_compile = self._compiles
-        for hook in self._hooks:
-            hook.remove()
+    def _forward(self, module: PreTrainedModel) -> Callable[..., Any]:
+        entrance = Entrance(module, module.forward, inspect.signature(type(module).forward), module is self.model)
 
-    @property
-    def _generation_config(self) -> Any:
-        return getattr(self.model, "generation_config", None) or self.model.config
+        @functools.wraps(type(module).forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._enter(Forward(entrance, args, kwargs))
+
+        return torch.compiler.disable(forward)  # the engine decides in Python, for every layer anew
 
     def _heard(self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
         running = self.engine.running
@@ -69,107 +91,139 @@ class Decoder:
         if self.engine.foresees:
             self.engine.heard[number] = (args, kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.engine.step(self._step, args, kwargs)
+    # --- one forward pass ---------------------------------------------------------------------------
 
-    def _step(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        given = self._signature.bind(self.model, *args, **kwargs).arguments
-        inputs = given.get("input_ids")
-        embeds = given.get("inputs_embeds")
-        source = inputs if inputs is not None else embeds
-        if source is None:
-            return self.stock(*args, **kwargs)
+    def _enter(self, asked: Forward) -> Any:
+        if self.engine.leaving:
+            raise Refused(BROKEN_OFF)
+        given = asked.entrance.given(asked.args, asked.kwargs)
+        source = given.get("input_ids")
+        source = given.get("inputs_embeds") if source is None else source
+        if source is None or source.ndim < 2:  # a model inside may be given what this one makes of its arguments
+            return asked.run()
+        return self.engine.step(self._step, asked, given, source)
+
+    def _step(self, asked: Forward, given: dict[str, Any], source: torch.Tensor) -> Any:
+        engine = self.engine
+        if engine.running is not None:  # a base model inside the one whose pass this is
+            return asked.run()
         rows, length = source.shape[:2]
-        cache = given.get("past_key_values")
-        begun = _holds_tokens(cache)
-        mask = given.get("attention_mask")
-        valid = torch.ones(rows, length, dtype=torch.bool, device=source.device)
-        if length != 1 or not begun:
+        call, cache = calls.current(self.model), given.get("past_key_values")
+        begun = holds_tokens(cache)
+        if length != 1 or not begun or (call is not None and call.prompting):
+            self._warn_if_inert(given, call, begun)
+            mask = given.get("attention_mask")
+            valid = torch.ones(rows, length, dtype=torch.bool, device=source.device)
             if isinstance(mask, torch.Tensor) and mask.ndim == 2:
                 valid = mask[:, -length:].to(torch.bool)
-            return self._one(Pass("prefill", valid), args, kwargs, fresh=not begun)
-        live = self._live(inputs, rows, source.device)
+            output = self._one(Pass("prefill", valid), asked, fresh=not begun)
+            if call is not None:
+                call.read()
+            return output
+        valid = torch.ones(rows, 1, dtype=torch.bool, device=source.device)
+        live = None if call is None else call.live(rows)
         if isinstance(self.gating, FullK | Rerouted):
-            return self._one(Pass("full", valid), args, kwargs, live)
-        if not isinstance(self.gating, BigLittle):
-            with self.engine.little_k():
-                return self._one(Pass("little", valid), args, kwargs, live)
-        if not self.engine.undoable or not rollback.supported(cache, self.engine.undoable):
-            self._warn(cache)
-            return self._one(Pass("full", valid), args, kwargs, live)
-        return self._two(valid, args, kwargs, live, cache, self.gating.gamma)
+            return self._one(Pass("full", valid, live), asked)
+        if isinstance(self.gating, HalfK):
+            with engine.little_k():
+                return self._one(Pass("little", valid, live), asked)
+        return self._two(Pass("little", valid, live), asked, given, self.gating)
 
-    def _one(
-        self, running: Pass, args: tuple, kwargs: dict[str, Any], live: torch.Tensor | None = None, fresh: bool = False
-    ) -> Any:
+    def _one(self, running: Pass, asked: Forward, fresh: bool = False) -> Any:
         with self.engine.passing(running):
-            output = self.stock(*args, **kwargs)
-        self.engine.remember(running, live, fresh=fresh)
+            output = asked.run()
+        self.engine.remember(running, running.live, fresh=fresh)
         return output
 
-    def _two(
-        self, valid: torch.Tensor, args: tuple, kwargs: dict[str, Any], live: torch.Tensor, cache: Any, gamma: float
-    ) -> Any:
-        """Little pass, confidence, and for the rows that were unsure: roll back and run the big pass."""
-        engine = self.engine
+    def _two(self, little: Pass, asked: Forward, given: dict[str, Any], gating: BigLittle) -> Any:
+        """Little pass, confidence, and for the rows that were unsure: roll back and run the big pass.
+
+        A row that has ended decides nothing: it makes no pass happen, and goes along with one that does.
+        """
+        engine, cache = self.engine, given["past_key_values"]
+        if not asked.entrance.outermost:
+            return self._all_experts(little, asked, "was called without its head, so no confidence is known")
+        if not engine.undoable or not rollback.supported(cache, engine.undoable):
+            return self._all_experts(little, asked, f"writes into a {type(cache).__name__} that cannot be rolled back")
         undo = rollback.before_step(cache)
-        little = Pass("little", valid)
+        again = rollback.random_numbers(engine.device) if self.model.training else None
         with engine.little_k(), engine.passing(little):
-            output = self.stock(*args, **kwargs)
+            output = asked.run(return_dict=True)
         confidence = output.logits[:, -1].float().softmax(-1).amax(-1)
-        unsure = (confidence < gamma) & live
-        if not bool(unsure.any()):
-            engine.remember(little, live, confidence)
-            return output
+        unsure = confidence < gating.gamma
+        falls = unsure if little.live is None else unsure & little.live
+        if not bool(falls.any()):
+            engine.remember(little, little.live, confidence)
+            return _as_asked(output, self.model, given)
         predicted = engine.predict(little)
         undo()
+        if again is not None:
+            again()
         confident = None if bool(unsure.all()) else ~unsure
-        big = Pass("big", valid, confident=confident, settled=little.selections)
-        engine.fall_back(predicted, unsure)
+        big = Pass("big", little.valid, little.live, confident=confident, settled=little.selections)
+        engine.fall_back(predicted, falls)
         with engine.passing(big):
-            result = self.stock(*args, **kwargs)
+            result = asked.run(return_dict=True)
         if confident is not None:
             result.logits[confident] = output.logits[confident]
-        engine.remember(little, live, confidence)
-        engine.remember(big, unsure, confidence, predicted)
-        return result
+        engine.remember(little, little.live, confidence)
+        engine.remember(big, falls, confidence, predicted)
+        return _as_asked(result, self.model, given)
 
-    def _live(self, inputs: torch.Tensor | None, rows: int, device: torch.device) -> torch.Tensor:
-        """Rows (rows,) still being written: a finished row of a batch is fed its end token, then padding.
+    def _all_experts(self, little: Pass, asked: Forward, because: str) -> Any:
+        self._warn(
+            f"The model {because}, so every token runs with all experts, and {self.engine.strategy.name} does not act."
+        )
+        return self._one(Pass("full", little.valid, little.live), asked)
 
-        It must decide nothing. A row stopped by anything else than an end token is seen one step late, which costs
-        a needless fallback at most.
-        """
-        if rows == 1 or inputs is None or not self._ends:
-            return torch.ones(rows, dtype=torch.bool, device=device)
-        return ~torch.isin(inputs[:, -1], torch.tensor(self._ends, device=device))
+    # --- what does not act says so ------------------------------------------------------------------
 
-    @functools.cached_property
-    def _ends(self) -> list[int]:
-        """Token ids that a finished row is fed: padding and every end of sequence."""
-        settings = self._generation_config
-        ids = [getattr(settings, "pad_token_id", None), *_several(getattr(settings, "eos_token_id", None))]
-        return sorted({token for token in ids if token is not None})
+    def _warn_if_inert(self, given: dict[str, Any], call: calls.Call | None, begun: bool | None) -> None:
+        """Warn, once for each reason, of forward passes that write text and yet can only be run as a prompt's."""
+        if not self.engine.strategy.acts_on_decode:
+            return
+        cache = given.get("past_key_values")
+        if "cu_seq_lens_q" in given or "block_table" in given:
+            reason = "Continuous batching packs many sequences into one forward pass, which"
+        elif call is not None and call.decoding and not begun:
+            reason = "Without a cache of keys and values each token means the whole text again, a forward pass that"
+        elif call is not None and call.decoding:
+            reason = "Assisted generation checks several tokens in one forward pass, which"
+        elif cache is not None and begun is None:
+            reason = f"A {type(cache).__name__} does not tell whether it holds tokens, so every forward pass with it"
+        else:
+            return
+        self._warn(f"{reason} {AS_A_PROMPT.format(self.engine.strategy.name)}")
 
-    def _warn(self, cache: Any) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(cache).__name__} cannot be rolled back safely here, so every token runs with all experts.",
-                stacklevel=4,
-            )
-
-
-def _holds_tokens(cache: Any) -> bool:
-    """Whether a step on this cache goes on with a sequence. A hybrid's first layers may hold no length at all."""
-    lengths = (layer.get_seq_length() for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length"))
-    return any(length > 0 for length in lengths)
-
-
-def _several(value: int | list[int] | None) -> list[int | None]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            warnings.warn(sentence, stacklevel=2)
 
 
-def refuse_to_save(*_: Any, **__: Any) -> NoReturn:
-    """Stands in for `save_pretrained`, which would write empty experts, for some families without a word."""
-    raise Refused("The experts are in the host store, so saving would lose them; call mobile.detach(model) first.")
+def entrances(model: PreTrainedModel, experts: list[nn.Module]) -> list[PreTrainedModel]:
+    """Return the models inside `model`, itself included, that hold all of these modules."""
+    wanted = set(experts)
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted.issubset(m.modules())]
+
+
+def holds_tokens(cache: Any) -> bool | None:
+    """Return whether a step on this cache goes on with a sequence; None if it does not tell.
+
+    A hybrid's first layers may hold no length at all, so every layer is asked.
+    """
+    if cache is None:
+        return False
+    holders = getattr(cache, "layers", None)
+    holders = [cache] if holders is None else holders
+    asked = [holder.get_seq_length for holder in holders if hasattr(holder, "get_seq_length")]
+    if holders and not asked:
+        return None
+    return any(length() > 0 for length in asked)
+
+
+def _as_asked(output: Any, model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    """Return the output as the tuple that `return_dict=False`, or the model's configuration, asks for."""
+    asked = given.get("return_dict")
+    as_object = getattr(model.config, "return_dict", True) if asked is None else asked
+    return output if as_object else output.to_tuple()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar, copy_context
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,12 +22,15 @@ from mobile.link import Link
 from mobile.passes import Pass, RouterInput, Selection
 from mobile.pool import SlotPool
 from mobile.quasi import Quasi
+from mobile.refusal import Refused
 from mobile.residency import STAGING, Residency
 from mobile.store import HostStore
 from mobile.strategy import Rerouted, Strategy
 from mobile.trace import Request, foreseen_from
 
 MakeLink = Callable[["Engine", CostModel], Link]
+COPYING = "An attached model cannot be copied or pickled: its experts are in the host store; call mobile.detach first."
+_stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
 class Engine:
@@ -58,19 +63,37 @@ class Engine:
         self._batch: list[Request] = []
         self._broken = False  # a step was broken off and the slots hold nobody knows what
         self.leave: Callable[[], None] = lambda: None  # set by attach: how to undo it
+        self.leaving = False  # a detach has begun, and experts may be anywhere
         self.device = compat.device_of(layers)
-        self.slot_rows = torch.zeros(slots + STAGING, store.layout.numel, dtype=store.layout.dtype, device=self.device)
+        self.slot_rows = torch.empty(0, store.layout.numel, dtype=store.layout.dtype, device=self.device)
         self._views = store.layout.views(self.slot_rows)
+        self._told_alone = False
 
     @property
     def experts(self) -> int:
         return self.layers[0].count
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        """Raise Refused: a copy of any part of an attached model would be without its experts."""
+        raise Refused(COPYING)
 
     def stats(self) -> dict[str, Any]:
         """What happened since attach, as plain numbers (see `mobile.ledger.Counters` for their meaning)."""
         return self.ledger.stats()
 
     # --- coming and going ---------------------------------------------------------------------------
+
+    def allocate(self) -> None:
+        """Take the slots' memory. Raises Refused, with nothing taken, if the device has too little."""
+        rows, layout = self.slots + STAGING, self.store.layout
+        try:
+            taken = torch.zeros(rows, layout.numel, dtype=layout.dtype, device=self.device)
+        except RuntimeError as error:  # out of memory, on any device
+            raise Refused(
+                f"{rows * layout.nbytes / 2**30:.1f} GiB for {self.slots} slots could not be taken on {self.device}; "
+                "give fewer slots or less memory."
+            ) from error
+        self.slot_rows, self._views = taken, layout.views(taken)
 
     def connect(self, make: MakeLink) -> None:
         """Make the link and start with cold slots."""
@@ -140,16 +163,29 @@ class Engine:
             setattr(*layer.knob, top_k)
 
     def step(self, run: Callable[..., Any], *arguments: Any) -> Any:
-        """All that one call of the model does, alone on the engine.
+        """Run all that one call of the model does, alone on the engine, and without gradients.
 
-        Whatever breaks it off anywhere (a failing copy, Ctrl-C) leaves slots that are not trusted: the next one starts
-        cold. What it had opened is closed here alone: Ctrl-C may come between a context and the knowledge of it.
+        What is called inside is part of it. (That it is inside is known by its context, which ends with the call
+        whatever ends that.)
         """
+        if self in _stepping.get():
+            return run(*arguments)
+        return copy_context().run(self._step_alone, run, arguments)
+
+    def _step_alone(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Do that. Whatever breaks it off anywhere (a failing copy, Ctrl-C) leaves slots that nobody trusts.
+
+        The next step starts cold. What it had opened is closed here alone: Ctrl-C may come between a context and the
+        knowledge of it.
+        """
+        _stepping.set((*_stepping.get(), self))
         with self.lock:
             if self._broken:
                 self._cold()
             self._broken = True
+            gradients = torch.is_grad_enabled()
             try:
+                torch.set_grad_enabled(False)  # slots are written to again and again, so none could be computed
                 result = run(*arguments)
             except BaseException:
                 broken_off, self.running = self.running, None
@@ -157,6 +193,8 @@ class Engine:
                 if broken_off is not None:
                     self.residency.abandon()
                 raise
+            finally:
+                torch.set_grad_enabled(gradients)
             self._broken = False
             return result
 
@@ -164,18 +202,20 @@ class Engine:
     def passing(self, running: Pass) -> Iterator[None]:
         """One forward pass: opens and closes it on the clock."""
         self.running = running
-        self.residency.begin(running.kind, running.tokens)
+        self.residency.begin(running.kind, running.tokens, running.counted)
         yield
         self.residency.finish()
         self.running = None
 
     def run_experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
-        with self.lock:
-            if self.running is not None:
-                chosen = self._reroute(layer, index, weights) if self.running.kind == "full" else (index, weights)
-                return self._run_experts(layer, hidden, *self.running.select(layer, *chosen, self.experts))
-            return self.step(self._run_alone, layer, hidden, index, weights)
+        return self.step(self._run_routed, layer, hidden, index, weights)
+
+    def _run_routed(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.running is None:
+            return self._run_alone(layer, hidden, index, weights)
+        chosen = self._reroute(layer, index, weights) if self.running.kind == "full" else (index, weights)
+        return self._run_experts(layer, hidden, *self.running.select(layer, *chosen, self.experts))
 
     def _reroute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> Selection:
         """What the gating makes of the router's choice; an expert of weight 0 becomes nobody's."""
@@ -186,7 +226,14 @@ class Engine:
         return index.masked_fill(weights == 0, self.experts), weights
 
     def _run_alone(self, layer: int, hidden: torch.Tensor, *selection: torch.Tensor) -> torch.Tensor:
-        """The base model was called without its head: prefill, if anything."""
+        """A layer was called by itself, outside of any model's forward: prefill, if anything."""
+        if self.strategy.acts_on_decode and not self._told_alone:
+            self._told_alone = True
+            warnings.warn(
+                "Layers of the attached model are called without its forward, so every call runs as a prompt does, "
+                f"with all experts and no cache of them: the strategy {self.strategy.name} does not act.",
+                stacklevel=2,
+            )
         if layer == 0:
             self.residency.begin("prefill", hidden.shape[0])
         return self._run_experts(layer, hidden, *selection)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mobile.overrides import Overrides
+
 NAME = "mobile"
 
 
@@ -19,6 +21,7 @@ class RunsExperts(Protocol):
     ) -> torch.Tensor: ...
 
 
+@torch.compiler.disable  # what is decided for each layer anew cannot be traced
 def offloaded_experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """hidden (tokens, H), index and weights (tokens, K) -> (tokens, H), through the engine bound to the module."""
     engine, layer = module._mobile_binding
@@ -28,18 +31,12 @@ def offloaded_experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, we
 ALL_EXPERTS_FUNCTIONS.register(NAME, offloaded_experts)
 
 
-def bind(module: Any, engine: RunsExperts, layer: int) -> None:
+def bind(module: Any, engine: RunsExperts, layer: int, overrides: Overrides) -> None:
     """Route the module's forward through the engine.
 
     The module gets a configuration object of its own, since models built from one share it.
     """
-    module._mobile_binding = (engine, layer)
-    module._mobile_config = module.config
-    module.config = copy.copy(module.config)
-    module.config._experts_implementation = NAME
-
-
-def unbind(module: Any) -> None:
-    """Undo `bind`."""
-    module.config = module._mobile_config
-    del module._mobile_config, module._mobile_binding
+    config = copy.copy(module.config)
+    config._experts_implementation = NAME
+    overrides.put(module, "_mobile_binding", (engine, layer))
+    overrides.put(module, "config", config)

@@ -73,8 +73,11 @@ class Residency:
 
     # --- one forward pass ---------------------------------------------------------------------------
 
-    def begin(self, kind: str, tokens: int) -> None:
-        """A forward pass of `tokens` tokens begins: "prefill", "full", "little" or "big"."""
+    def begin(self, kind: str, tokens: int, counted: int | None = None) -> None:
+        """A forward pass of `tokens` tokens begins: "prefill", "full", "little" or "big".
+
+        Of a batch only `counted` of them are read or written, the others padding (None: all are).
+        """
         if kind != "big":
             self.end_token()
         for follower in self._followers:
@@ -85,9 +88,9 @@ class Residency:
         self._begun = self._clock()
         self._mark(kind)
         if kind == "prefill":
-            counters.prompt_tokens += tokens
+            counters.prompt_tokens += tokens if counted is None else counted
         elif kind != "big":
-            counters.tokens += tokens
+            counters.tokens += tokens if counted is None else counted
         self._foresight.plan()
 
     def finish(self) -> None:

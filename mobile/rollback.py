@@ -47,6 +47,19 @@ def before_step(cache: Any) -> Undo:
     return undo
 
 
+def random_numbers(device: torch.device) -> Undo:
+    """Call before a step that draws random numbers (dropout, in training mode); the result has them drawn again."""
+    host = torch.get_rng_state()
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def undo() -> None:
+        torch.set_rng_state(host)
+        if own is not None:
+            torch.cuda.set_rng_state(own, device)
+
+    return undo
+
+
 def _before_step(layer: Any) -> Undo:
     if type(layer) is DynamicLayer and layer.is_initialized:
         return lambda: layer.crop(-1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,23 @@ def _run(stock: Forward, engine: Engine, kind: Kind, *ids: int, **extra: Any) ->
     running = Pass(kind, torch.ones_like(tokens, dtype=torch.bool))
     with engine.passing(running):
         return stock(input_ids=tokens, **extra), running
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Inside the block the caller's random numbers are not used up, which dropout in training mode would do."""
+    place = next(model.parameters()).device
+    with torch.random.fork_rng([place] if place.type == "cuda" else [], enabled=model.training):
+        yield
+
+
+def check_confidence(model: Any) -> None:
+    """Raise Refused for a model that writes no text: a base model without its head, or one with another head."""
+    if not model.can_generate():
+        raise Refused(
+            f"{type(model).__name__} has no next-token logits to be confident of; use a lossless strategy, or load the "
+            "model for text generation."
+        )
 
 
 def check_routers(stock: Forward, engine: Engine) -> None:
@@ -53,6 +71,8 @@ def rolls_back(stock: Forward, engine: Engine) -> frozenset[type]:
     with engine.little_k():
         _run(stock, engine, "little", 1, past_key_values=cache, use_cache=True)
     undo()
+    redraw = rollback.random_numbers(engine.device)
     again = _run(stock, engine, "full", 1, past_key_values=cache, use_cache=True)[0]
+    redraw()
     expected = _run(stock, engine, "full", 1, past_key_values=untouched, use_cache=True)[0]
     return rollback.types_of(cache) if torch.equal(again.logits, expected.logits) else frozenset()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mobile.layout import ExpertLayout
+from mobile.placeholder import Placeholder
 
 
 class HostStore:
@@ -15,7 +16,7 @@ class HostStore:
 
     def __init__(self, layout: ExpertLayout, layers: int, experts: int) -> None:
         self.layout = layout
-        self.rows = [torch.empty(experts, layout.numel, dtype=layout.dtype) for _ in range(layers)]
+        self.rows = [torch.empty(experts, layout.numel, dtype=layout.dtype, device="cpu") for _ in range(layers)]
         self._views = [layout.views(rows) for rows in self.rows]
 
     @property
@@ -38,7 +39,8 @@ class HostStore:
     def take(self, modules: Sequence[nn.Module]) -> None:
         """Move every module's experts into its rows; the parameters stay as empty placeholders.
 
-        Modules move one at a time, so the peak is the model plus one layer.
+        Modules move one at a time, so the peak is the model plus one layer. Broken off anywhere, every expert is in
+        its row or in its parameter, and `give_back` makes the modules whole.
         """
         for layer, module in enumerate(modules):
             for name, view in self._views[layer].items():
@@ -46,14 +48,19 @@ class HostStore:
                 if weight.numel():
                     view.copy_(weight.data)
                     weight.data = weight.data.new_empty(0)
+                weight.__class__ = Placeholder
 
     def give_back(self, modules: Sequence[nn.Module]) -> None:
         """Put every expert back into its module's own parameters, bit for bit, on their own device.
 
-        Each layer's rows are let go of before the next: the peak is again the model plus one layer.
+        Each layer's rows are let go of before the next: the peak is again the model plus one layer. Broken off
+        anywhere, it can be called again, and goes on.
         """
         for layer, module in enumerate(modules):
             for name, view in self._views[layer].items():
                 weight = getattr(module, name)
-                weight.data = view.to(weight.device, copy=True).contiguous()
-            self.rows[layer], self._views[layer] = self.rows[layer].new_empty(0), {}
+                if not weight.numel():
+                    weight.data = view.to(weight.device, copy=True).contiguous()
+                weight.__class__ = nn.Parameter
+            self._views[layer] = {}
+            self.rows[layer] = self.rows[layer].new_empty(0)

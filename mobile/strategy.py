@@ -94,6 +94,11 @@ class Strategy:
         return self.gating.gamma if isinstance(self.gating, BigLittle) else None
 
     @property
+    def acts_on_decode(self) -> bool:
+        """Whether a token that is written runs, or finds its experts, otherwise than a prompt's tokens do."""
+        return self.retain == "some" or not isinstance(self.gating, FullK)
+
+    @property
     def routes_as_full_k(self) -> bool:
         """Whether its routing is the full-K run's, so that one trace serves it and all others like it.
 

@@ -151,7 +151,6 @@ class Synthetic:
             yield engine
         finally:
             engine.leave()
-            del self.model.mobile
             engine.slot_rows = engine.slot_rows.new_empty(0)  # whoever keeps the engine keeps no slots
             _let_go(self.device)
 

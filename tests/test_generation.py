@@ -111,6 +111,7 @@ def test_a_batch_with_padding_on_the_left(family):
     assert counted[0]["tokens"] == 3 * 11
 
 
+@pytest.mark.filterwarnings("ignore:Assisted generation")
 def test_prompt_lookup(family):
     """Candidates are checked many at a time, which is no decode step; the crops after it must not hurt."""
     ids = prompt(length=4).repeat(1, 3)
@@ -164,7 +165,8 @@ def test_a_static_cache_under_a_gamma_in_the_middle(family):
 
 def test_without_a_cache(family):
     """Every step is a prefill of all that was written: nothing to roll back and no token that could fall back."""
-    lru, full = unchanged(tiny(family), written(prompt(), use_cache=False))
+    with pytest.warns(UserWarning, match="Without a cache .* the strategy lru does not act"):
+        lru, full = unchanged(tiny(family), written(prompt(), use_cache=False))
     assert lru["tokens"] == full["tokens"] == 0
     assert lru["prompt_tokens"] == sum(range(9, 9 + 12))
 

@@ -26,19 +26,34 @@ class Groups(NamedTuple):
     ranks: torch.Tensor
 
 
+NO_SUCH_EXPERT = "A router chose expert {} of {}, which there is not."
 Kernel = Callable[..., torch.Tensor]  # of module, hidden, weights, groups, waves, views, and host where the CPU helps
 
 
 def group(index: torch.Tensor, experts: int) -> Groups:
-    """Group index (tokens, K); entries equal to `experts` are nobody's and are left out. Waits for the device once."""
+    """Group index (tokens, K); entries equal to `experts` are nobody's and are left out. Waits for the device once.
+
+    A token routed to one expert twice has two pairs with it, as in Transformers' eager experts. Raises IndexError for
+    an expert that there is not, which those refuse as well.
+    """
     if index.shape[0] == 1:
         ordered, ranks = index[0].sort(stable=True)
-        active = [expert for expert in ordered.tolist() if expert < experts]
-        ranks = ranks[: len(active)]
-        return Groups(active, [1] * len(active), list(range(len(active))), torch.zeros_like(ranks), ranks)
+        ids = ordered.tolist()
+        if ids and (ids[0] < 0 or ids[-1] > experts):
+            raise IndexError(NO_SUCH_EXPERT.format(ids[0] if ids[0] < 0 else ids[-1], experts))
+        chosen = [expert for expert in ids if expert < experts]
+        ranks = ranks[: len(chosen)]
+        active = list(dict.fromkeys(chosen))
+        if len(active) == len(chosen):
+            return Groups(active, [1] * len(active), list(range(len(active))), torch.zeros_like(ranks), ranks)
+        counts = [chosen.count(expert) for expert in active]
+        return Groups(active, counts, [chosen.index(expert) for expert in active], torch.zeros_like(ranks), ranks)
     by_rank = index.T.reshape(-1)
     order = torch.argsort(by_rank, stable=True)
-    totals = torch.bincount(by_rank, minlength=experts + 1)[:experts].tolist()
+    totals = torch.bincount(by_rank, minlength=experts + 1).tolist()
+    if len(totals) > experts + 1:
+        raise IndexError(NO_SUCH_EXPERT.format(len(totals) - 1, experts))
+    totals.pop()
     active = [expert for expert, count in enumerate(totals) if count]
     counts, starts, end = [totals[expert] for expert in active], [], 0
     for count in counts:

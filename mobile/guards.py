@@ -1,0 +1,74 @@
+"""What an attached model refuses: whatever would save, copy, convert or load it without its experts, and not say so.
+
+While a model is attached its experts' parameters are empty placeholders. Every door that reads or converts parameters
+from outside would pass them by in silence, so each says in one sentence what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from mobile.engine import COPYING
+from mobile.overrides import Overrides
+from mobile.refusal import Refused
+
+SAVING = "The experts are in the host store, so saving would lose them; call mobile.detach(model) first."
+LOADING = "The experts are in the host store, where load_state_dict does not reach; call mobile.detach(model) first."
+
+
+def guard(model: nn.Module, outermost: nn.Module, experts: Sequence[nn.Module], overrides: Overrides) -> None:
+    """Have `model`, what wraps it and every part that holds experts refuse what would lose or miss them."""
+    overrides.put(model, "save_pretrained", partial(_refuse, SAVING))
+    overrides.put(model, "__deepcopy__", partial(_refuse, COPYING))
+    overrides.put(model, "__reduce_ex__", partial(_refuse, COPYING))
+    for module in experts:
+        overrides.hook(module.register_state_dict_pre_hook, partial(_refuse, SAVING))
+    for module in holders(outermost, experts):
+        keys = [f"{name}." for name, part in module.named_modules() if part in experts]
+        overrides.hook(module.register_load_state_dict_pre_hook, partial(_refuse_to_load, keys))
+        overrides.put(module, "_apply", partial(_apply_unless_it_converts, module, module._apply))
+
+
+def holders(outermost: nn.Module, experts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return every module that holds one of `experts` or is one, the outermost first."""
+    inside = set(experts)
+    return [module for module in outermost.modules() if not inside.isdisjoint(module.modules())]
+
+
+def _refuse(sentence: str, *_: Any, **__: Any) -> NoReturn:
+    raise Refused(sentence)
+
+
+def _refuse_to_load(keys: Sequence[str], _module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raise Refused, with nothing loaded, if `state` has weights of experts, whose keys begin like one of `keys`."""
+    starts = tuple(f"{prefix}{key}" if key != "." else prefix for key in keys)
+    if any(key.startswith(starts) for key in state):
+        raise Refused(LOADING)
+
+
+def _apply_unless_it_converts(
+    module: nn.Module, apply: Callable[..., nn.Module], convert: Callable[[torch.Tensor], torch.Tensor], *more: Any,
+    **named: Any,
+) -> nn.Module:  # fmt: skip
+    """Stand in for Module._apply, through which go to(), half(), cuda() and all their like: they may change nothing.
+
+    Raises Refused, with nothing converted, if one of the module's tensors would get another dtype or device.
+    """
+    for dtype, device in _kinds(module.parameters()) | _kinds(module.buffers()):
+        probe = torch.empty(0, dtype=dtype, device=device)
+        became = convert(probe)
+        if (became.dtype, became.device) != (dtype, device):
+            raise Refused(
+                f"An attached model stays {str(dtype).removeprefix('torch.')} on {device}: its experts are in the host "
+                "store, which to(), half() and the like do not reach; call mobile.detach(model), convert, attach again."
+            )
+    return apply(convert, *more, **named)
+
+
+def _kinds(tensors: Iterable[torch.Tensor]) -> set[tuple[torch.dtype, torch.device]]:
+    return {(tensor.dtype, tensor.device) for tensor in tensors}
