@@ -13,7 +13,7 @@ from mobile import compat, quasi, selftest
 from mobile.cost import CostModel
 from mobile.decoding import Decoder
 from mobile.engine import Engine
-from mobile.experts import bind
+from mobile.experts import bind, bound
 from mobile.geometry import Geometry, dress, slots_for
 from mobile.guards import guard
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
@@ -82,6 +82,10 @@ def attach(
         raise Refused("This model is already attached; call mobile.detach(model) first.")
     compat.check_weights(inner)
     layers = compat.moe_layers(inner)
+    if any(bound(layer.experts) for layer in layers):
+        raise Refused(
+            "Experts of this model are attached with another that holds them; call mobile.detach on that one."
+        )
     layout = compat.common_layout(layers)
     settled = settle(
         inner, layers, layout, compat.device_of(layers), strategy, memory=memory, slots=slots, hardware=hardware,
@@ -162,7 +166,7 @@ def serve(
     try:
         for holder in dict.fromkeys((around, model)):  # first of all: whatever breaks off the rest, detach can undo it
             overrides.put(holder, "mobile", engine)
-        guard(model, around, modules, overrides)
+        guard(around, modules, overrides)
         decoder.install(overrides)
         for number, module in enumerate(modules):
             bind(module, engine, number, overrides)
@@ -172,14 +176,14 @@ def serve(
             torch.cuda.set_per_process_memory_fraction(min(1.0, settled.budget_nbytes / total), device)
         engine.allocate()
         engine.connect(lambda engine, cost: _link(settled, engine, cost))
-        _prove(engine, decoder)
+        _prove(engine, decoder, overrides)
     except BaseException:
         _end(engine, give_back=held)
         raise
     return model
 
 
-def _prove(engine: Engine, decoder: Decoder) -> None:
+def _prove(engine: Engine, decoder: Decoder, overrides: Overrides) -> None:
     """Run what shows that the strategy works on this model, or that learns what it needs; then start anew.
 
     Raises Refused if it does not work.
@@ -199,7 +203,9 @@ def _prove(engine: Engine, decoder: Decoder) -> None:
         if isinstance(strategy.gating, BigLittle):
             engine.undoable = selftest.rolls_back(decoder.stock, engine)
         if strategy.quasi:
-            engine.quasi = quasi.learn(decoder.model, engine.layers, engine.store, prefill, lambda: engine.running)
+            learnt = quasi.learn(decoder.model, engine.layers, engine.store, prefill, lambda: engine.running, overrides)
+            learnt.listen(overrides)
+            engine.quasi = learnt
     engine.restart()
 
 

@@ -108,10 +108,8 @@ class Engine:
         self.link.rewind()
 
     def close(self) -> None:
-        """Let go of the link, if it was made, and of the routers."""
+        """Let go of the link, if it was made, and of the routers; may be called again."""
         self._all_k()
-        if self.quasi is not None:
-            self.quasi.remove()
         if hasattr(self, "link"):
             self.link.close()
 

@@ -40,3 +40,8 @@ def bind(module: Any, engine: RunsExperts, layer: int, overrides: Overrides) -> 
     config._experts_implementation = NAME
     overrides.put(module, "_mobile_binding", (engine, layer))
     overrides.put(module, "config", config)
+
+
+def bound(module: Any) -> bool:
+    """Return whether an engine runs the module's experts."""
+    return "_mobile_binding" in vars(module)

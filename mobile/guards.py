@@ -6,12 +6,15 @@ from outside would pass them by in silence, so each says in one sentence what to
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mobile.engine import COPYING
 from mobile.overrides import Overrides
@@ -19,16 +22,18 @@ from mobile.refusal import Refused
 
 SAVING = "The experts are in the host store, so saving would lose them; call mobile.detach(model) first."
 LOADING = "The experts are in the host store, where load_state_dict does not reach; call mobile.detach(model) first."
+OF_ADAPTERS = ("peft.utils.save_and_load", "transformers.core_model_loading")  # look into state_dict() for keys
 
 
-def guard(model: nn.Module, outermost: nn.Module, experts: Sequence[nn.Module], overrides: Overrides) -> None:
-    """Have `model`, what wraps it and every part that holds experts refuse what would lose or miss them."""
-    overrides.put(model, "save_pretrained", partial(_refuse, SAVING))
-    overrides.put(model, "__deepcopy__", partial(_refuse, COPYING))
-    overrides.put(model, "__reduce_ex__", partial(_refuse, COPYING))
+def guard(outermost: nn.Module, experts: Sequence[nn.Module], overrides: Overrides) -> None:
+    """Have `outermost` and every part of it that holds experts refuse what would lose or miss them."""
     for module in experts:
-        overrides.hook(module.register_state_dict_pre_hook, partial(_refuse, SAVING))
+        overrides.hook(module.register_state_dict_pre_hook, _refuse_to_save)
     for module in holders(outermost, experts):
+        if isinstance(module, PreTrainedModel):
+            overrides.put(module, "save_pretrained", partial(_refuse, SAVING))
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            overrides.put(module, name, partial(_refuse, COPYING))
         keys = [f"{name}." for name, part in module.named_modules() if part in experts]
         overrides.hook(module.register_load_state_dict_pre_hook, partial(_refuse_to_load, keys))
         overrides.put(module, "_apply", partial(_apply_unless_it_converts, module, module._apply))
@@ -42,6 +47,16 @@ def holders(outermost: nn.Module, experts: Sequence[nn.Module]) -> list[nn.Modul
 
 def _refuse(sentence: str, *_: Any, **__: Any) -> NoReturn:
     raise Refused(sentence)
+
+
+def _refuse_to_save(*_: Any) -> None:
+    """Raise Refused, unless an adapter is read or written, which takes its own weights out of all that there are."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") in OF_ADAPTERS:
+            return
+        frame = frame.f_back
+    raise Refused(SAVING)
 
 
 def _refuse_to_load(keys: Sequence[str], _module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -30,9 +30,12 @@ class Overrides:
         self._undo.append(partial(_remove, handles))
         handles.append(register(*arguments, **named))
 
-    def undo(self) -> None:
-        """Take everything back, the newest first."""
-        while self._undo:
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def undo(self, down_to: int = 0) -> None:
+        """Take everything back, the newest first, until so many are left."""
+        while len(self._undo) > down_to:
             self._undo[-1]()
             self._undo.pop()
 

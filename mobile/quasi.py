@@ -18,6 +18,7 @@ from torch import nn
 
 from mobile.compat import MoeLayer
 from mobile.kernels.loop import Views, expert_output, group
+from mobile.overrides import Overrides
 from mobile.passes import Pass
 from mobile.refusal import Refused
 from mobile.store import HostStore
@@ -34,12 +35,11 @@ class Quasi:
     def __init__(self, norms: Sequence[nn.Module], vectors: torch.Tensor, running: Callable[[], Pass | None]) -> None:
         self.norms, self.vectors, self._running = norms, vectors, running
         self._residual: dict[int, torch.Tensor] = {}
-        self._hooks = [norm.register_forward_hook(partial(self._heard, layer)) for layer, norm in enumerate(norms)]
 
-    def remove(self) -> None:
-        """Stop listening."""
-        for hook in self._hooks:
-            hook.remove()
+    def listen(self, overrides: Overrides) -> None:
+        """Take note of what the norms are given from now on, until the overrides are undone."""
+        for layer, norm in enumerate(self.norms):
+            overrides.hook(norm.register_forward_hook, partial(self._heard, layer))
 
     def _heard(self, layer: int, _norm: nn.Module, args: tuple, _output: Any) -> None:
         running = self._running()
@@ -58,17 +58,18 @@ class Quasi:
 @torch.no_grad()
 def learn(
     model: nn.Module, layers: Sequence[MoeLayer], store: HostStore, prefill: Callable[[torch.Tensor], Any],
-    running: Callable[[], Pass | None],
+    running: Callable[[], Pass | None], overrides: Overrides,
 ) -> Quasi:  # fmt: skip
     """Find the norms and take the experts' mean outputs, from one `prefill` of random token ids (rows, length).
 
     `store` has the experts of `layers`, and `running` tells the pass under way from then on. Mean outputs are the same
     whatever is generated later, so no output depends on what came before it. They take a row of the hidden width per
-    expert on the device, beyond the budget. Raises Refused where no norm is found.
+    expert on the device, beyond the budget. Hooks are among `overrides`, until it is over. Raises Refused where no
+    norm is found.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator("cpu").manual_seed(SEED)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
+    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator, device="cpu")
     norms: list[nn.Module] = []
     means: list[torch.Tensor] = []
     before: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # modules run since the last router: in, out
@@ -86,15 +87,15 @@ def learn(
         means.append(_mean_outputs(module, hidden, index, layers[layer].count, store.views(layer)))
 
     inside = {id(module) for layer in layers for part in (layer.router, layer.experts) for module in part.modules()}
-    hooks = [module.register_forward_hook(ran) for module in model.modules() if id(module) not in inside]
+    before_it = len(overrides)
+    for module in model.modules():
+        if id(module) not in inside:
+            overrides.hook(module.register_forward_hook, ran)
     for number, layer in enumerate(layers):
-        hooks.append(layer.router.register_forward_pre_hook(asked, with_kwargs=True))
-        hooks.append(layer.experts.register_forward_pre_hook(partial(given, number), with_kwargs=True))
-    try:
-        prefill(ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        overrides.hook(layer.router.register_forward_pre_hook, asked, with_kwargs=True)
+        overrides.hook(layer.experts.register_forward_pre_hook, partial(given, number), with_kwargs=True)
+    prefill(ids)
+    overrides.undo(before_it)
     return Quasi(norms, torch.stack(means), running)
 
 
@@ -111,7 +112,7 @@ def _norm_of(router: nn.Module, asked: torch.Tensor, ran: Sequence[tuple]) -> nn
 def _mean_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor, experts: int, host: Views) -> torch.Tensor:
     """The mean output (experts + 1, H) of each expert over the tokens routed to it; zero where there were none."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    means = torch.zeros(experts + 1, hidden.shape[-1])
+    means = torch.zeros(experts + 1, hidden.shape[-1], dtype=torch.float32, device="cpu")
     groups = group(index, experts)
     for expert, start, count in zip(groups.experts, groups.starts, groups.counts, strict=True):
         x = hidden[groups.tokens[start : start + count]].cpu()

@@ -8,11 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import greedy, prompt, tiny
+from interrupts import Interrupt
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import mobile
@@ -197,51 +197,18 @@ def test_ctrl_c_at_a_random_moment_leaves_the_next_generation_whole(strategy, ga
     faulty.leave()
 
 
-ENGINE_FILES = str(Path(mobile.__file__).parent)
-
-
-class Interrupt:
-    """A trace function that presses Ctrl-C at the n-th line, call or return of the engine's own code.
-
-    Returns count as well, since a context manager entered and not yet known to be entered is where cleaning up fails.
-    """
-
-    def __init__(self, at: int = 0, only: tuple[str, ...] = (), events: tuple[str, ...] = ()) -> None:
-        self.at, self.only, self.events = at, only, events
-        self.seen, self.where = 0, ""
-
-    def __call__(self, frame, event: str, _argument: object):
-        name = frame.f_code.co_filename
-        if not (name.startswith(ENGINE_FILES) or name.endswith(("contextlib.py", "threading.py"))):
-            return None
-        if (self.only and frame.f_code.co_name not in self.only) or (self.events and event not in self.events):
-            return self
-        self.seen += 1
-        if self.seen == self.at:
-            self.where = f"{event} at {name}:{frame.f_lineno}"
-            raise KeyboardInterrupt
-        return self
-
-    def generate(self, faulty: Faulty) -> None:
-        sys.settrace(self)
-        try:
-            faulty.generate()
-        finally:
-            sys.settrace(None)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("link", ["virtual", "paced"])
 @pytest.mark.parametrize(("strategy", "gamma"), ATTACHED)
 def test_ctrl_c_at_a_line_of_the_engine_leaves_the_next_generation_whole(strategy, gamma, link):
     """Repeatable, unlike an alarm. The exception is kept for a while, as an interactive session does."""
     faulty, counting, dice = Faulty(strategy, gamma, link=link), Interrupt(), random.Random(11)
-    counting.generate(faulty)
+    counting.during(faulty.generate)
     assert counting.seen > 2000
     for at in sorted(dice.sample(range(1, counting.seen // 2), 20)):
         interrupt, kept = Interrupt(at), []
         try:
-            interrupt.generate(faulty)
+            interrupt.during(faulty.generate)
         except KeyboardInterrupt as pressed:
             kept.append(pressed)
         faulty.check(interrupt.where)
@@ -259,7 +226,7 @@ def test_ctrl_c_where_routers_are_told_their_top_k_leaves_none_halved(then):
         at += 1
         interrupt = Interrupt(at, only=("little_k", "top_k_of", "_all_k", "passing", "step", "__enter__", "__exit__"))
         try:
-            interrupt.generate(faulty)
+            interrupt.during(faulty.generate)
         except KeyboardInterrupt:
             getattr(faulty, then)(interrupt.where)
         if at == 70 or not interrupt.where:
@@ -279,7 +246,7 @@ def test_an_old_exception_let_go_of_in_the_middle_of_a_step_disturbs_nothing():
         at += 1
         interrupt, kept = Interrupt(at, only=("__enter__",), events=("return",)), []
         try:
-            interrupt.generate(faulty)
+            interrupt.during(faulty.generate)
         except KeyboardInterrupt as pressed:
             kept.append(pressed)
         if not interrupt.where:
