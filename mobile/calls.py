@@ -48,7 +48,6 @@ class Call:
         """Take note that the criteria are made."""
         self.mode = settings.get_generation_mode(self.assistant)
         self.prompting = not settings.is_assistant  # an assistant goes on with a text that was begun elsewhere
-        self.decoding = not self.prompting
 
     def asked(self, done: torch.Tensor) -> None:
         """Take note of the criteria's answer (rows,) bool: a row that ended stays ended."""

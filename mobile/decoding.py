@@ -185,9 +185,9 @@ class Decoder:
         cache = given.get("past_key_values")
         if "cu_seq_lens_q" in given or "block_table" in given:
             reason = "Continuous batching packs many sequences into one forward pass, which"
-        elif call is not None and call.decoding and not begun:
+        elif call is not None and call.decoding and cache is None:
             reason = "Without a cache of keys and values each token means the whole text again, a forward pass that"
-        elif call is not None and call.decoding:
+        elif call is not None and call.decoding and begun:
             reason = "Assisted generation checks several tokens in one forward pass, which"
         elif cache is not None and begun is None:
             reason = f"A {type(cache).__name__} does not tell whether it holds tokens, so every forward pass with it"

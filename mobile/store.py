@@ -47,7 +47,8 @@ class HostStore:
                 weight = getattr(module, name)
                 if weight.numel():
                     view.copy_(weight.data)
-                    weight.data = weight.data.new_empty(0)
+                    with torch.inference_mode(weight.is_inference()):  # as it was made, so that it stays what it was
+                        weight.data = weight.data.new_empty(0)
                 weight.__class__ = Placeholder
 
     def give_back(self, modules: Sequence[nn.Module]) -> None:
@@ -60,7 +61,8 @@ class HostStore:
             for name, view in self._views[layer].items():
                 weight = getattr(module, name)
                 if not weight.numel():
-                    weight.data = view.to(weight.device, copy=True).contiguous()
+                    with torch.inference_mode(weight.is_inference()):
+                        weight.data = view.to(weight.device, copy=True).contiguous()
                 weight.__class__ = nn.Parameter
             self._views[layer] = {}
             self.rows[layer] = self.rows[layer].new_empty(0)
