@@ -80,12 +80,10 @@ def attach(
     inner = compat.model_inside(model)
     if hasattr(inner, "mobile") or hasattr(model, "mobile"):
         raise Refused("This model is already attached; call mobile.detach(model) first.")
+    if any(map(bound, inner.modules())):
+        raise Refused("Experts in it are attached with another model that holds them; call mobile.detach on that one.")
     compat.check_weights(inner)
     layers = compat.moe_layers(inner)
-    if any(bound(layer.experts) for layer in layers):
-        raise Refused(
-            "Experts of this model are attached with another that holds them; call mobile.detach on that one."
-        )
     layout = compat.common_layout(layers)
     settled = settle(
         inner, layers, layout, compat.device_of(layers), strategy, memory=memory, slots=slots, hardware=hardware,
@@ -164,8 +162,9 @@ def serve(
     overrides, decoder = Overrides(), Decoder(model, engine)
     engine.leave = partial(_leave, engine, overrides)
     try:
-        for holder in dict.fromkeys((around, model)):  # first of all: whatever breaks off the rest, detach can undo it
-            overrides.put(holder, "mobile", engine)
+        overrides.put(model, "mobile", engine)  # first of all: whatever breaks off the rest, detach can undo it
+        if getattr(around, "mobile", None) is not engine:
+            overrides.put(around, "mobile", engine)
         guard(around, modules, overrides)
         decoder.install(overrides)
         for number, module in enumerate(modules):
@@ -216,7 +215,7 @@ def detach(model: Any) -> Any:
     Raises Refused if it is not attached, or if its device has no room for all experts; it stays attached then. If
     something breaks it off, the model refuses to run until it is called again, which goes on where it stopped.
     """
-    engine = getattr(model, "mobile", None)
+    engine = getattr(model, "mobile", None) or getattr(compat.model_inside(model), "mobile", None)
     if not isinstance(engine, Engine):
         raise Refused("This model is not attached, so there is nothing to detach.")
     if engine.device.type == "cuda" and not engine.leaving:

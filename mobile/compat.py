@@ -18,6 +18,7 @@ from mobile.refusal import Refused
 
 OLDEST, NEWEST_BELOW = "5.17", "5.24"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+PLAIN = {nn.Parameter, torch.Tensor}  # of what classes a weight and its data are, unless something quantised them
 KNOBS = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
 
 
@@ -120,7 +121,7 @@ def is_experts(module: nn.Module) -> bool:
 def check_weights(model: nn.Module) -> None:
     """Raise Refused unless all weights are loaded floating-point tensors on one device, and no part is compiled."""
     weights = list(model.parameters())
-    if any(not w.is_floating_point() or w.is_meta or type(w.data) is not torch.Tensor for w in weights):
+    if any(not w.is_floating_point() or w.is_meta or {type(w), type(w.data)} != PLAIN for w in weights):
         raise Refused("The model's weights are quantised or not loaded; load them in a floating-point dtype first.")
     places = sorted({str(w.device) for w in weights if w.numel()})
     if len(places) > 1:
@@ -130,7 +131,7 @@ def check_weights(model: nn.Module) -> None:
     for name, part in model.named_modules():
         if name and getattr(part, "_compiled_call_impl", None) is not None:
             raise Refused(
-                f"{name} was compiled by itself, so nothing in it can be replaced; attach first, then compile."
+                f"{name} is compiled by itself, so nothing in it can be replaced; attach first, then compile."
             )
 
 
@@ -152,6 +153,9 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         if weights != set(weight_names(experts)) or getattr(experts, "post_expert_norm", None) is not None:
             raise Refused(f"{kind} keeps {', '.join(sorted(weights))} in {name}, a layout this version cannot offload.")
         layers.append(_layer(kind, model, name, experts))
+    owned = [weight for layer in layers for weight in layer.experts.parameters()]
+    if len({id(weight) for weight in owned}) != len(owned):
+        raise Refused(f"{kind} has experts that several layers share, and a row of the store is of one layer.")
     if not layers:
         raise Refused(f"{kind} has no Mixture-of-Experts layers, so there is nothing to offload; use it as it is.")
     return layers

@@ -31,7 +31,8 @@ def guard(outermost: nn.Module, experts: Sequence[nn.Module], overrides: Overrid
         overrides.hook(module.register_state_dict_pre_hook, _refuse_to_save)
     for module in holders(outermost, experts):
         if isinstance(module, PreTrainedModel):
-            overrides.put(module, "save_pretrained", partial(_refuse, SAVING))
+            for name in ("save_pretrained", "push_to_hub"):
+                overrides.put(module, name, partial(_refuse, SAVING))
         for name in ("__deepcopy__", "__reduce_ex__"):
             overrides.put(module, name, partial(_refuse, COPYING))
         keys = [f"{name}." for name, part in module.named_modules() if part in experts]
