@@ -200,7 +200,7 @@ def _prove(engine: Engine, decoder: Decoder, overrides: Overrides) -> None:
         if isinstance(strategy.gating, HalfK | BigLittle):
             selftest.check_routers(decoder.stock, engine)
         if isinstance(strategy.gating, BigLittle):
-            engine.undoable = selftest.rolls_back(decoder.stock, engine)
+            engine.undoable = selftest.rolls_back(decoder.model, decoder.stock, engine)
         if strategy.quasi:
             learnt = quasi.learn(decoder.model, engine.layers, engine.store, prefill, lambda: engine.running, overrides)
             learnt.listen(overrides)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from mobile.geometry import Geometry
 from mobile.layout import ExpertLayout, layout_of
 from mobile.refusal import Refused
 
-OLDEST, NEWEST_BELOW = "5.17", "5.24"
+OLDEST, NEWEST_BELOW = "5.17", "5.25"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+CACHES = ("cache", "past_key_values", "cache_params")
 PLAIN = {nn.Parameter, torch.Tensor}  # of what classes a weight and its data are, unless something quantised them
 KNOBS = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
 
@@ -81,6 +83,20 @@ def check_version() -> None:
         raise Refused(
             f"Transformers {transformers.__version__} is not supported; install transformers>={OLDEST},<{NEWEST_BELOW}."
         )
+
+
+def cache_of(named: Mapping[str, Any]) -> Any:
+    """Return the cache of keys and values among arguments or outputs by name; None if there is none.
+
+    Transformers 5.24 calls it `cache`, and everything before `past_key_values`, or after the kind of model.
+    """
+    return next((named[name] for name in CACHES if named.get(name) is not None), None)
+
+
+def going_on(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument with which the model's forward goes on with this cache."""
+    known = inspect.signature(type(model).forward).parameters
+    return {next(name for name in CACHES if name in known): cache}
 
 
 def model_inside(model: Any) -> PreTrainedModel:

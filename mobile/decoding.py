@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mobile import calls, rollback
+from mobile import calls, compat, rollback
 from mobile.engine import Engine
 from mobile.overrides import Overrides
 from mobile.passes import Pass
@@ -108,7 +108,7 @@ class Decoder:
         if engine.running is not None:  # a base model inside the one whose pass this is
             return asked.run()
         rows, length = source.shape[:2]
-        call, cache = calls.current(self.model), given.get("past_key_values")
+        call, cache = calls.current(self.model), compat.cache_of(given)
         begun = holds_tokens(cache)
         if length != 1 or not begun or (call is not None and call.prompting):
             self._warn_if_inert(given, call, begun)
@@ -140,7 +140,7 @@ class Decoder:
 
         A row that has ended decides nothing: it makes no pass happen, and goes along with one that does.
         """
-        engine, cache = self.engine, given["past_key_values"]
+        engine, cache = self.engine, compat.cache_of(given)
         if not asked.entrance.outermost:
             return self._all_experts(little, asked, "was called without its head, so no confidence is known")
         if not engine.undoable or not rollback.supported(cache, engine.undoable):
@@ -182,7 +182,7 @@ class Decoder:
         """Warn, once for each reason, of forward passes that write text and yet can only be run as a prompt's."""
         if not self.engine.strategy.acts_on_decode:
             return
-        cache = given.get("past_key_values")
+        cache = compat.cache_of(given)
         if "cu_seq_lens_q" in given or "block_table" in given:
             reason = "Continuous batching packs many sequences into one forward pass, which"
         elif call is not None and call.decoding and cache is None:

@@ -341,19 +341,19 @@ def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geome
         for _ in range(sizes.repeats + 1):
             for depth in sizes.depths:  # in turn, so that a busy machine slows all
                 model.config.num_hidden_layers = depth
-                cache = model(prompt, use_cache=True).past_key_values
-                model(token, past_key_values=cache)
+                cache = compat.going_on(model, compat.cache_of(model(prompt, use_cache=True)))
+                model(token, **cache)
                 taken[depth].append(statistics.median(_step(model, token, cache) for _ in range(sizes.tokens)))
     finally:
         model.mobile.leave()
     return geometry, tuple(Depth(depth, min(found[1:])) for depth, found in taken.items())
 
 
-def _step(model: Any, token: torch.Tensor, cache: Any) -> float:
+def _step(model: Any, token: torch.Tensor, cache: dict[str, Any]) -> float:
     """Seconds from an idle device to an idle device."""
     idle(token.device)
     begun = time.perf_counter()
-    model(token, past_key_values=cache)
+    model(token, **cache)
     idle(token.device)
     return time.perf_counter() - begun
 

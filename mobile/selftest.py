@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mobile import rollback
+from mobile import compat, rollback
 from mobile.engine import Engine
 from mobile.passes import Pass
 from mobile.refusal import Refused
@@ -58,21 +58,21 @@ def check_routers(stock: Forward, engine: Engine) -> None:
             )
 
 
-def rolls_back(stock: Forward, engine: Engine) -> frozenset[type]:
+def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:
     """The types of the model's own cache and its layers, if a little step can be undone in them; else nothing.
 
     A little step undone and a big step taken must equal, bit for bit, the big step on an untouched cache.
     """
-    cache = _run(stock, engine, "prefill", 0, 1, 2, use_cache=True)[0].past_key_values
+    cache = compat.cache_of(_run(stock, engine, "prefill", 0, 1, 2, use_cache=True)[0])
     if not getattr(cache, "layers", None):
         return frozenset()
     untouched = copy.deepcopy(cache)
     undo = rollback.before_step(cache)
     with engine.little_k():
-        _run(stock, engine, "little", 1, past_key_values=cache, use_cache=True)
+        _run(stock, engine, "little", 1, use_cache=True, **compat.going_on(model, cache))
     undo()
     redraw = rollback.random_numbers(engine.device)
-    again = _run(stock, engine, "full", 1, past_key_values=cache, use_cache=True)[0]
+    again = _run(stock, engine, "full", 1, use_cache=True, **compat.going_on(model, cache))[0]
     redraw()
-    expected = _run(stock, engine, "full", 1, past_key_values=untouched, use_cache=True)[0]
+    expected = _run(stock, engine, "full", 1, use_cache=True, **compat.going_on(model, untouched))[0]
     return rollback.types_of(cache) if torch.equal(again.logits, expected.logits) else frozenset()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mobile import compat
 from mobile.engine import Engine
 from mobile.ledger import Counters
 from mobile.refusal import Refused
@@ -113,14 +114,14 @@ def play(made: Synthetic, script: Script, tokens: torch.Tensor | None = None) ->
     try:
         begun = _now(made)
         output = model(input_ids=tokens[:, :length], use_cache=True, logits_to_keep=1)
-        cache, prefilled = output.past_key_values, _now(made)
+        cache, prefilled = compat.going_on(model, compat.cache_of(output)), _now(made)
         started, before = prefilled, engine.ledger.counters.copy()
         for step in range(script.steps):
             if step == script.warmup:
                 started, before = _now(made), engine.ledger.counters.copy()
             prompter.at = step
             fed = tokens[:, length + step : length + step + 1]
-            model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=fed, use_cache=True, logits_to_keep=1, **cache)
         ended = _now(made)
         counters = engine.ledger.counters.since(before)
         engine.residency.end_token()

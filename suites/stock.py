@@ -151,14 +151,15 @@ def timed(model: Any, device: torch.device, beside: Beside) -> tuple[int, int]:
     tokens = (torch.arange(beside.prompt_tokens + beside.decode_tokens + 1) % vocabulary).to(device)[None]
     idle(device)
     begun = time.perf_counter_ns()
-    cache = model(tokens[:, : beside.prompt_tokens], use_cache=True, logits_to_keep=1).past_key_values
+    read = model(tokens[:, : beside.prompt_tokens], use_cache=True, logits_to_keep=1)
+    cache = compat.going_on(model, compat.cache_of(read))
     idle(device)
     prefilled = started = time.perf_counter_ns()
     for step in range(beside.prompt_tokens, tokens.shape[1]):
         if step == beside.prompt_tokens + 1:
             idle(device)
             started = time.perf_counter_ns()
-        model(tokens[:, step : step + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(tokens[:, step : step + 1], use_cache=True, logits_to_keep=1, **cache)
     idle(device)
     return prefilled - begun, time.perf_counter_ns() - started
 
@@ -207,13 +208,14 @@ class _Steps:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
         self.token = torch.tensor([[7]], device=device)
-        self.cache = model(torch.arange(3, 19, device=device)[None], use_cache=True).past_key_values
+        self.cache = compat.cache_of(model(torch.arange(3, 19, device=device)[None], use_cache=True))
+        self.going_on = compat.going_on(model, self.cache)
 
     @torch.no_grad()
     def seconds(self) -> float:
         idle(self.device)
         begun = time.perf_counter()
-        self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
+        self.model(self.token, logits_to_keep=1, **self.going_on)
         idle(self.device)
         taken = time.perf_counter() - begun
         self.cache.crop(-1)

@@ -26,9 +26,9 @@ import time
 _step = Decoder._step
 
 
-def _late(self, args, kwargs):
+def _late(self, *arguments):
     time.sleep(0.25)
-    return _step(self, args, kwargs)
+    return _step(self, *arguments)
 
 
 Decoder._step = _late
