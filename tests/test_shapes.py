@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,11 +46,23 @@ def done(preset, tmp_path_factory) -> Path:
 
 
 def test_the_bare_python_of_these_tests_lacks_what_it_says(tmp_path):
-    import subprocess
-
-    for absent in ("lm_eval", "scipy", "matplotlib", "datasets"):
-        run = subprocess.run([sys.executable, "-c", f"import {absent}"], env=shapes.bare(tmp_path), capture_output=True)
+    environment = shapes.bare(tmp_path)
+    for absent in ("lm_eval", "scipy", "matplotlib", "datasets", "psutil", "hypothesis"):
+        run = subprocess.run([sys.executable, "-c", f"import {absent}"], env=environment, capture_output=True)
         assert b"ModuleNotFoundError" in run.stderr, absent
+    listed = "from importlib.metadata import entry_points as e; print(len(e(group='mobile.strategies')), end='')"
+    run = subprocess.run([sys.executable, "-c", listed], env=environment, capture_output=True)
+    assert run.stdout == b"0", run.stderr
+
+
+def test_the_tests_that_need_a_gpu_start_on_a_bare_machine(tmp_path):
+    """They are read whole there; only what is timed with lm-eval is left out."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-p", "no:cacheprovider"]
+    found = subprocess.run(command, cwd=shapes.ROOT, env=shapes.bare(tmp_path), capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    collected = {line.partition("::")[0] for line in found.stdout.splitlines() if "::" in line}
+    files = {f"tests/gpu/{path.name}" for path in (shapes.ROOT / "tests/gpu").glob("test_*.py")}
+    assert collected == files - {"tests/gpu/test_live_timing.py"}
 
 
 def test_the_shipped_preset_is_whole_and_says_what_it_takes():
