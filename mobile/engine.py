@@ -85,12 +85,13 @@ class Engine:
         self.link.rewind()
 
     def close(self) -> None:
-        """Let go of the link, if it was made, and of the routers."""
+        """Let go of the link, if it was made, of the routers, and of the slots, whoever keeps the engine."""
         self._all_k()
         if self.quasi is not None:
             self.quasi.remove()
         if hasattr(self, "link"):
             self.link.close()
+        self.slot_rows, self._views = self.slot_rows.new_empty(0), {}
 
     def _cold(self) -> None:
         """Empty slots, whatever was in them or on its way; the clock and the counters go on."""
@@ -105,6 +106,7 @@ class Engine:
             self.slot_rows.fill_(float("nan"))
         for key, slot in self.residency.preload_all():
             self.fill(key, slot)
+        self.link.join()  # no copy overtakes what has just been written
         self._broken = False
 
     # --- bytes --------------------------------------------------------------------------------------
@@ -124,6 +126,7 @@ class Engine:
     def _emptied(self, slot: int) -> None:
         if self._poison:
             self.slot_rows[slot].fill_(float("nan"))
+            self.link.used([slot])  # the next copy into it comes after
 
     # --- one forward pass ---------------------------------------------------------------------------
 

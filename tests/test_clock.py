@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mobile.ledger import Event, Ledger
+from mobile.refusal import Refused
 from reports import clock, content
 from reports.results import read
 from reports.write import markdown
@@ -105,6 +106,22 @@ def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded,
     )
     rows = len(scripts) * 2 * 8 * 4 * loaded.made.geometry.expert_nbytes
     assert one - two == pytest.approx(rows / card.link_gb_per_s / 2, rel=1e-3)
+
+
+def test_a_measurement_stands_where_the_clock_cannot_be_asked(preset, loaded, done, monkeypatch):
+    def refused(*_: object) -> None:
+        raise Refused("24 slots take 58.0 GiB and cuda:0 has 20.0 GiB free; give fewer slots.")
+
+    monkeypatch.setattr(shape_timing, "predicted", refused)
+    shape = next(s for s in read_preset(str(preset)).shapes if s.strategy == "on-demand")
+    record = shape_timing.record(shape, loaded, shape_timing.profile(shape.hardware))
+    assert record.items[0].decode_ns > 0
+    assert record.config["predicted"] is None
+    results = read(done)
+    page = markdown(content.build(replace(results, shapes=(*results.shapes, record))))
+    assert "Measured and not predicted: olmoe-1b-7b, on-demand" in page
+    assert "(24 slots take 58.0 GiB" in page
+    assert "TPOT of 3 cells" in page
 
 
 def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, loaded):

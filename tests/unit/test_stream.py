@@ -39,6 +39,7 @@ class ByHand:
         self.failed: dict[int, Key] = {}
         self.over: set[int] = set()  # slots whose last copy has ended
         self.closed = False
+        self.followed = 0
 
     def begin(self, key: Key, slot: int) -> None:
         assert slot not in {other for _, other in self.running}, "a slot had two copies at once"
@@ -77,6 +78,8 @@ class ByHand:
 
     def used(self, slots: Sequence[int]) -> None: ...
     def join(self) -> None: ...
+    def follow(self) -> None:
+        self.followed += 1
 
     def stalled_ns(self) -> int:
         return 0
