@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ import mobile
 from baselines.lru import LRU
 from baselines.on_demand import ON_DEMAND, ON_DEMAND_OVERLAP
 from baselines.resident import RESIDENT
+from mobile import gpu
 from mobile.biglittle import MOBILE
 from mobile.cuda import CudaChannel
 from mobile.layout import layout_of
 from mobile.store import HostStore
 from mobile.stream import StreamLink
+from suites import environment
 
 EXPERTS, SLOTS = 6, 4
 TIMED = [(LRU, 6), (ON_DEMAND, 4), (ON_DEMAND_OVERLAP, 4), (RESIDENT, 24), (MOBILE, 7)]
@@ -319,3 +322,18 @@ def test_all_of_a_channel_is_of_the_device_where_its_slots_lie(card):  # noqa: F
     used = [stream for stream in card.made if stream.clock[stream] and stream is not card.current(0)]
     assert {stream.device for stream in used} == {1}
     channel.close()
+
+
+def test_the_driver_is_asked_about_the_card_that_torch_uses_and_a_record_names_it(monkeypatch):
+    """The driver lists cards in another order, and those too that CUDA_VISIBLE_DEVICES hides from torch."""
+    unknown = gpu.UNKNOWN_LINK
+    cards = [gpu.Gpu(f"card {n}", f"GPU-{n}", "600", None, None, None, unknown, unknown, None) for n in range(3)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=2 - index))
+    monkeypatch.setattr(environment, "gpus", lambda: cards)
+    assert gpu.cuda_uuid() == "GPU-1"
+    assert gpu.cuda_uuid(0) == "GPU-2"
+    assert environment._gpu()["name"] == "card 1"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert environment._gpu()["name"] == "card 2"
