@@ -44,7 +44,7 @@ def attached(card: Card, model: Any, strategy: Any, slots: int, **options: Any) 
     return engine
 
 
-@pytest.mark.parametrize("poison", [False, True], ids=["", "poison"])
+@pytest.mark.parametrize("poison", [False, True], ids=["plain", "poison"])
 @pytest.mark.parametrize(("strategy", "slots"), TIMED, ids=lambda value: getattr(value, "name", value))
 def test_no_copy_races_with_compute_whatever_the_strategy(card, strategy, slots, poison):  # noqa: F811
     model, ids = tiny("qwen3_moe"), prompt()
