@@ -142,8 +142,10 @@ class StreamLink:
         self._zero = time.perf_counter_ns()
 
     def close(self) -> None:
-        self.reset()
-        self.channel.close()
+        try:
+            self.reset()
+        finally:  # whatever broke that off, the channel must not hold rows that are about to be freed
+            self.channel.close()
 
     def _advance(self) -> None:
         """Note which copies have ended, and begin as many as may be."""

@@ -297,6 +297,23 @@ def test_compute_is_put_in_order_where_a_layer_begins_and_after_a_reset_and_at_n
     assert bench.channel.followed == 3
 
 
+def test_a_close_broken_off_closes_the_channel_all_the_same(monkeypatch):
+    """Ctrl-C while it waits for a copy: the rows are given back next, and must not stay registered."""
+    channel = PacedChannel(lambda key, slot: None, load_ns=0)
+    link = StreamLink(channel, 7, Ledger(), lambda key, slot: None)
+    link.submit((0, 0), 0, demand=True)
+
+    def interrupted(slot: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(channel, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            link.close()
+    assert not channel._thread.is_alive()
+    link.close()
+
+
 def test_close_waits_and_closes_the_channel():
     bench = Bench()
     bench.ask(0, 1, 2, demand=True)
