@@ -56,7 +56,16 @@ def load(shape: Shape) -> Loaded:
 
 
 def save(shape: Shape, loaded: Loaded, run: RunFolder) -> None:
-    record(shape, loaded, calibrated(shape, loaded.made.layout.dtype, run)).save(run.record(shape.id))
+    """Calibrate the machine if this run has not yet, and write the record; without a prediction where that fails."""
+    here, unpredicted = None, None
+    try:
+        here = calibrated(shape, loaded.made.layout.dtype, run)
+    except Refused as refused:
+        unpredicted = str(refused)
+    done = record(shape, loaded, here)
+    if unpredicted is not None:
+        done = replace(done, config={**done.config, "unpredicted": unpredicted})
+    done.save(run.record(shape.id))
 
 
 def scripts_for(shape: Shape, loaded: Loaded) -> list[Script]:

@@ -19,7 +19,7 @@ from reports.write import markdown
 from suites import calibrating, shape_timing
 from suites.link_use import LinkUse, fallback_use
 from suites.matrix import read_preset
-from suites.record import RunFolder
+from suites.record import RunFolder, load
 from tests import shapes as narrow
 
 PRESET = """
@@ -122,6 +122,19 @@ def test_a_measurement_stands_where_the_clock_cannot_be_asked(preset, loaded, do
     assert "Measured and not predicted: olmoe-1b-7b, on-demand" in page
     assert "(24 slots take 58.0 GiB" in page
     assert "TPOT of 3 cells" in page
+
+
+def test_a_cell_is_measured_on_a_machine_that_no_profile_fits(preset, loaded, monkeypatch, tmp_path):
+    def refused(*_: object) -> None:
+        raise Refused("More bytes did not take longer in copies; measure again with nothing else running.")
+
+    monkeypatch.setattr(shape_timing, "calibrated", refused)
+    shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
+    shape_timing.save(shape, loaded, run)
+    record = load(run.record(shape.id))
+    assert record.items[0].decode_ns > 0
+    assert record.config["predicted"] is None
+    assert record.config["unpredicted"].startswith("More bytes did not take longer")
 
 
 def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, loaded):
