@@ -183,6 +183,7 @@ def record(cell: Cell, loaded: Loaded) -> Record:
             "timing": "live, each strategy on its own answers", "processes": 1,
             "warmup": {"tokens": len(lm.warm_up.times), "ns": lm.warm_up.times[-1] - lm.warm_up.begun},
             "link_measured_gb_per_s": loaded.link_gb_per_s if cell.link == "cuda" else None,
+            "link_page_locked": getattr(getattr(engine.link, "channel", None), "page_locked", None),
             "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
             "profile_sources": [] if cell.link == "cuda" else list(engine.hardware.sources),
             "hub": generation.model.hub, "revision": loaded.found if generation.model.hub is not None else None,
