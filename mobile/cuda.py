@@ -75,7 +75,7 @@ class CudaChannel:
         self.native_gb_per_s = self._measure()
 
     def _measure(self) -> float:
-        """Decimal gigabytes per second of row copies, the best of some runs: a link that was idle takes time to wake.
+        """Return the decimal GB/s of row copies, the best of some runs: a link that was idle takes time to wake.
 
         It ends when three runs in a row have brought no more than 2 %.
         """
@@ -89,7 +89,7 @@ class CudaChannel:
         return best
 
     def _run(self) -> float:
-        """The rate of one run of copies of different rows."""
+        """Return the rate of one run of copies of different rows."""
         rows = self._store.rows[0]
         begun, ended = self._spare[0]
         with torch.cuda.stream(self._stream):
@@ -129,7 +129,7 @@ class CudaChannel:
         self._ready[slot].synchronize()
 
     def _compute(self) -> torch.cuda.Stream:
-        """The stream that compute is launched on; where it is another than before, it waits for that one first.
+        """Return the stream that compute is launched on; one that was not the last waits for what was launched there.
 
         So all compute comes in one order, and a copy that one stream was told to wait for, every stream waits for.
         """

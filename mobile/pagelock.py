@@ -49,7 +49,7 @@ def unlock(locks: list[Lock]) -> None:
 
 
 def register(block: torch.Tensor, device: torch.device) -> str | None:
-    """Page-lock one block where it lies; the driver's reason if it will not, as if it had not been asked."""
+    """Page-lock one block where it lies. Return the driver's reason if it will not; no error is left behind then."""
     runtime: Any = torch.cuda.cudart()
     failed = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
     if not int(failed):
@@ -59,13 +59,16 @@ def register(block: torch.Tensor, device: torch.device) -> str | None:
 
 
 def unregister(address: int, device: torch.device) -> None:
-    """Undo `register` of the block at this address."""
+    """Undo `register` of the block at this address, once no copy reads it any more."""
     runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostUnregister(address)):
-        _clear_error(device)
+    try:
+        torch.cuda.synchronize(device)
+    finally:
+        if int(runtime.cudaHostUnregister(address)):
+            _clear_error(device)
 
 
 def _clear_error(device: torch.device) -> None:
-    """A failed call stays behind as CUDA's last error, for the next kernel launch to raise: be that launch."""
+    """Launch a kernel, and drop what it raises: a failed call stays behind as CUDA's last error until one does."""
     with suppress(RuntimeError):
         torch.zeros(1, device=device)

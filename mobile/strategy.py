@@ -133,7 +133,11 @@ def _entry_points() -> list[EntryPoint]:
     own, installed = _entry_points_of_checkout(), list(entry_points(group=GROUP))
     if own is None:
         return installed
-    return own + [point for point in installed if point.dist is None or point.dist.name.replace("_", "-") != PROJECT]
+    return own + [point for point in installed if point.dist is None or not _is_this(point.dist.name)]
+
+
+def _is_this(package: str | None) -> bool:
+    return package is not None and package.replace("_", "-") == PROJECT
 
 
 def _entry_points_of_checkout() -> list[EntryPoint] | None:

@@ -86,6 +86,7 @@ def in_place(
 def _few(
     module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views
 ) -> torch.Tensor:
+    """Compute no more than FEW_TOKENS tokens, on the current device."""
     device = hidden.device
     hidden = hidden.contiguous()
     parts = torch.zeros(*weights.shape, hidden.shape[1], dtype=torch.float32, device=device)
