@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -171,6 +172,7 @@ def serve(
             bind(module, engine, number, overrides)
         store.take(modules)
         if device.type == "cuda" and settled.budget_nbytes is not None:
+            weakref.finalize(engine, _lift_cap, device)  # should the model be deleted without detach
             total = torch.cuda.mem_get_info(device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, settled.budget_nbytes / total), device)
         engine.allocate()
@@ -235,6 +237,7 @@ def _end(engine: Engine, *, give_back: bool) -> None:
     """Make the model the stock one again. Broken off anywhere, it can be called again, and goes on."""
     engine.leaving = True
     engine.close()
+    _lift_cap(engine.device)  # the experts may not fit below it
     if give_back:
         engine.store.give_back([layer.experts for layer in engine.layers])
     engine.leave()
@@ -243,9 +246,14 @@ def _end(engine: Engine, *, give_back: bool) -> None:
 def _leave(engine: Engine, overrides: Overrides) -> None:
     """Let go of the model, whose experts stay where they are; may be called again. `model.mobile` is the last to go."""
     engine.close()
+    _lift_cap(engine.device)
     overrides.undo()
-    if engine.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, engine.device)
+
+
+def _lift_cap(device: torch.device) -> None:
+    """Let this process allocate all of the device again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _link_and_card(

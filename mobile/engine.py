@@ -108,10 +108,11 @@ class Engine:
         self.link.rewind()
 
     def close(self) -> None:
-        """Let go of the link, if it was made, and of the routers; may be called again."""
+        """Let go of the link, if it was made, of the routers, and of the slots; may be called again."""
         self._all_k()
         if hasattr(self, "link"):
             self.link.close()
+        self.slot_rows, self._views = self.slot_rows.new_empty(0), {}
 
     def _cold(self) -> None:
         """Empty slots, whatever was in them or on its way; the clock and the counters go on."""
@@ -126,6 +127,7 @@ class Engine:
             self.slot_rows.fill_(float("nan"))
         for key, slot in self.residency.preload_all():
             self.fill(key, slot)
+        self.link.join()  # no copy overtakes what has just been written
         self._broken = False
 
     # --- bytes --------------------------------------------------------------------------------------
@@ -145,6 +147,7 @@ class Engine:
     def _emptied(self, slot: int) -> None:
         if self._poison:
             self.slot_rows[slot].fill_(float("nan"))
+            self.link.used([slot])  # the next copy into it comes after
 
     # --- one forward pass ---------------------------------------------------------------------------
 

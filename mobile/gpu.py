@@ -6,7 +6,7 @@ import statistics
 import time
 import timeit
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,15 +144,21 @@ def _uuid(properties: Any) -> str | None:
     return None if uuid is None else f"GPU-{uuid}"
 
 
-def cuda_uuid(index: int = 0) -> str | None:
-    """The driver's name for torch's CUDA device: the two count differently under CUDA_VISIBLE_DEVICES."""
+def cuda_uuid(index: int | None = None) -> str | None:
+    """The driver's name for torch's CUDA device `index` (None: the current one); None without CUDA.
+
+    The two count differently under CUDA_VISIBLE_DEVICES.
+    """
     import torch
 
-    return _uuid(torch.cuda.get_device_properties(index)) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return _uuid(torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index))
 
 
-def link_rates(index: int = 0, nbytes: int = 256 * MIB, copies: int = 20) -> LinkRates | None:
-    """Measure torch's CUDA device `index`: copies of `nbytes` from page-locked and from ordinary memory.
+def link_rates(index: int | None = None, nbytes: int = 256 * MIB, copies: int = 20) -> LinkRates | None:
+    """Measure torch's CUDA device `index` (None: the current one): copies of `nbytes` from page-locked and from
+    ordinary memory.
 
     The link is read between queueing the page-locked copies and waiting for them, since an idle card reports a
     slower link than it has. None without CUDA.
@@ -161,6 +167,7 @@ def link_rates(index: int = 0, nbytes: int = 256 * MIB, copies: int = 20) -> Lin
 
     if not torch.cuda.is_available():
         return None
+    index = torch.cuda.current_device() if index is None else index
     with torch.cuda.device(index):
         target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
         pageable = torch.ones(nbytes, dtype=torch.uint8)
@@ -184,18 +191,15 @@ def link_rates(index: int = 0, nbytes: int = 256 * MIB, copies: int = 20) -> Lin
         target.copy_(pageable)
         torch.cuda.synchronize()
         pageable_seconds = statistics.median(timeit.repeat(lambda: target.copy_(pageable), number=1, repeat=3))
-        registers = _registers(pageable)
+        registers = _registers(pageable, target.device)
     return LinkRates(pinned_rate, nbytes / pageable_seconds / 1e9, under_load, registers)
 
 
-def _registers(block: Any) -> bool:
+def _registers(block: Any, device: Any) -> bool:
     """Whether the driver page-locks this memory where it lies."""
-    import torch
+    from mobile.pagelock import register, unregister
 
-    runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) == 0:
-        runtime.cudaHostUnregister(block.data_ptr())
-        return True
-    with suppress(RuntimeError):  # the failure stays behind as CUDA's last error, and the next call would report it
-        torch.zeros(1, device="cuda")
-    return False
+    if register(block, device) is not None:
+        return False
+    unregister(block.data_ptr(), device)
+    return True

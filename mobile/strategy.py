@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 from mobile.cost import CostModel
@@ -14,6 +16,9 @@ from mobile.policy import Eviction, Lookahead, Placement, Recent, Setting
 from mobile.refusal import Refused
 
 Retain = Literal["nothing", "some", "everything"]
+GROUP = "mobile.strategies"  # of entry points
+PROJECT = "mobile-moe"
+CHECKOUT = Path(__file__).resolve().parent.parent / "pyproject.toml"  # there in a checkout, not in an installed wheel
 
 
 @dataclass(frozen=True)
@@ -109,13 +114,13 @@ class Strategy:
 
 @cache
 def strategies() -> Mapping[str, Strategy]:
-    """Every strategy by name: those of this package, and of each installed plug-in.
+    """Return every strategy by name: those of this package, and of each installed plug-in.
 
-    A plug-in is an entry point in the group "mobile.strategies" that is a Strategy. Raises Refused if two
-    share a name.
+    A plug-in is an entry point in the group "mobile.strategies" that is a Strategy. In a checkout, which need not be
+    installed, this package's own are those of its pyproject.toml. Raises Refused if two share a name.
     """
     found: dict[str, Strategy] = {}
-    for point in entry_points(group="mobile.strategies"):
+    for point in _entry_points():
         strategy = point.load()
         if not isinstance(strategy, Strategy):
             raise Refused(f"The plug-in {point.value} is not a mobile Strategy; uninstall it or fix its entry point.")
@@ -123,6 +128,32 @@ def strategies() -> Mapping[str, Strategy]:
             raise Refused(f"Two installed packages name a strategy {strategy.name!r}; uninstall one of them.")
         found[strategy.name] = strategy
     return dict(sorted(found.items()))
+
+
+def _entry_points() -> list[EntryPoint]:
+    """Return the group's entry points: those of the checkout, if this is one, and of the installed packages.
+
+    Metadata of this package itself is left out in a checkout: it may be of another one, or older than the code.
+    """
+    own, installed = _entry_points_of_checkout(), list(entry_points(group=GROUP))
+    if own is None:
+        return installed
+    return own + [point for point in installed if point.dist is None or not _is_this(point.dist.name)]
+
+
+def _is_this(package: str | None) -> bool:
+    return package is not None and package.replace("_", "-") == PROJECT
+
+
+def _entry_points_of_checkout() -> list[EntryPoint] | None:
+    """Return what the pyproject.toml beside this package lists; None where there is none, or another project has it."""
+    try:
+        project = tomllib.loads(CHECKOUT.read_text(encoding="utf-8")).get("project", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return None
+    if project.get("name") != PROJECT:
+        return None
+    return [EntryPoint(name, value, GROUP) for name, value in project["entry-points"][GROUP].items()]
 
 
 def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:

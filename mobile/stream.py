@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,10 +35,13 @@ class Channel(Protocol):
         """Have the device wait for it before whatever is launched next."""
 
     def used(self, slots: Sequence[int]) -> None:
-        """All that reads these slots has been launched."""
+        """All that reads or writes these slots has been launched; copies into them wait for it."""
 
     def join(self) -> None:
         """Copies begun from now on wait for the compute launched so far."""
+
+    def follow(self) -> None:
+        """Have what is launched from now on come after all that was launched before, be it on another stream."""
 
     def stalled_ns(self) -> int:
         """Nanoseconds that compute is known to have waited since this was last asked."""
@@ -108,6 +112,8 @@ class StreamLink:
         self._ledger.counters.stall_ns += self.channel.stalled_ns()
 
     def compute(self, ns: int, about: Key | str) -> int:
+        if isinstance(about, str):  # a layer or a head: here alone may the caller be on another stream than before
+            self.channel.follow()
         self._advance()
         return 0
 
@@ -130,13 +136,16 @@ class StreamLink:
                 self.channel.finish(self._begun[0].copy.slot)
             self._begun.popleft()
         self._failed.clear()
+        self.channel.follow()
 
     def rewind(self) -> None:
         self._zero = time.perf_counter_ns()
 
     def close(self) -> None:
-        self.reset()
-        self.channel.close()
+        try:
+            self.reset()
+        finally:  # whatever broke that off, the channel must not hold rows that are about to be freed
+            self.channel.close()
 
     def _advance(self) -> None:
         """Note which copies have ended, and begin as many as may be."""
@@ -177,14 +186,29 @@ def _locked() -> threading.Lock:
 
 @dataclass(eq=False)
 class Paced:
-    """A copy that a thread makes; `bell` is released once it is over, to wake who waits."""
+    """A copy that a thread makes by `fill`; `bell` is released once it is over, to wake who waits."""
 
     key: Key
     slot: int
+    fill: Callable[[Key, int], None]
     over: bool = False
     bell: threading.Lock = field(default_factory=_locked)
     error: Exception | None = None
     span: tuple[int, int] = (0, 0)
+
+    def make(self, load_ns: int) -> None:
+        """Copy, and take `load_ns` at least."""
+        begun = time.perf_counter_ns()
+        try:
+            self.fill(self.key, self.slot)
+        except Exception as error:
+            self.error = error
+        left = begun + load_ns - time.perf_counter_ns()
+        if left > 0:
+            time.sleep(left / 1e9)
+        self.span = begun, time.perf_counter_ns()
+        self.over = True
+        self.bell.release()
 
     def wait(self) -> None:
         """Of one thread at a time. Ctrl-C may break it off anywhere, which cannot be said of an Event's wait."""
@@ -192,33 +216,32 @@ class Paced:
             self.bell.acquire()
 
 
+def _make_in_turn(work: queue.SimpleQueue[Paced | None], load_ns: int) -> None:
+    """Make copies until None comes. Between two of them this holds nothing of an engine, so that one can be freed."""
+    while (copy := work.get()) is not None:
+        copy.make(load_ns)
+        del copy
+
+
 class PacedChannel:
-    """Copies on a thread of its own, each no faster than `load_ns`: a smoke test of the queue, not a measurement."""
+    """Copies on a thread of its own, each no faster than `load_ns`: a smoke test of the queue, not a measurement.
+
+    The thread ends when the channel is closed, or forgotten.
+    """
 
     def __init__(self, fill: Callable[[Key, int], None], load_ns: int) -> None:
-        self._fill, self._load_ns = fill, load_ns
+        self._fill = fill
         self._work: queue.SimpleQueue[Paced | None] = queue.SimpleQueue()
         self._last: dict[int, Paced] = {}  # by slot
         self._stalled = 0
-        self._thread = threading.Thread(target=self._copy, name="mobile-paced-link", daemon=True)
+        self._thread = threading.Thread(
+            target=_make_in_turn, args=(self._work, load_ns), name="mobile-paced-link", daemon=True
+        )
+        self._end = weakref.finalize(self, self._work.put, None)
         self._thread.start()
 
-    def _copy(self) -> None:
-        while (copy := self._work.get()) is not None:
-            begun = time.perf_counter_ns()
-            try:
-                self._fill(copy.key, copy.slot)
-            except Exception as error:
-                copy.error = error
-            left = begun + self._load_ns - time.perf_counter_ns()
-            if left > 0:
-                time.sleep(left / 1e9)
-            copy.span = begun, time.perf_counter_ns()
-            copy.over = True
-            copy.bell.release()
-
     def begin(self, key: Key, slot: int) -> None:
-        self._last[slot] = copy = Paced(key, slot)
+        self._last[slot] = copy = Paced(key, slot, self._fill)
         self._work.put(copy)
 
     def ended(self, slot: int) -> bool:
@@ -242,6 +265,9 @@ class PacedChannel:
     def join(self) -> None:
         """The same: what was launched is over."""
 
+    def follow(self) -> None:
+        """The same."""
+
     def stalled_ns(self) -> int:
         stalled, self._stalled = self._stalled, 0
         return stalled
@@ -250,5 +276,5 @@ class PacedChannel:
         return self._last[slot].span
 
     def close(self) -> None:
-        self._work.put(None)
+        self._end()
         self._thread.join()

@@ -35,18 +35,24 @@ LINK = (
 
 
 def sections(results: Results) -> list[Section]:
-    """Nothing where no cell was predicted."""
+    """Nothing where the clock was not asked about any cell."""
     cells = [record for record in results.shapes if record.config.get("predicted")]
+    told = tuple(_unpredicted(record) for record in results.shapes if record.config.get("unpredicted"))
     if not cells:
-        return []
+        return [Section("Virtual clock against wall clock", told)] if told else []
     paced = (PACED,) if any(record.scope == "cpu+paced" for record in cells) else ()
-    made = [Section("Virtual clock against wall clock", (CLOCK, _summary(cells), *paced), (errors(cells),))]
+    made = [Section("Virtual clock against wall clock", (CLOCK, _summary(cells), *paced, *told), (errors(cells),))]
     near = closeness(cells)
     if near.rows:
         made.append(Section("How near the link", (LINK, *paced), (near,)))
     sources = dict.fromkeys(source for record in cells for source in record.config["predicted"]["profile"]["sources"])
     made.append(Section("The calibrated machine", tuple(sources), (profiles(cells),), level=3, folded=True))
     return made
+
+
+def _unpredicted(record: Record) -> str:
+    where = f"{record.model}, {name(record)}, {record.task}, {record.budget}, {link_of(record)}"
+    return f"Measured and not predicted: {where} ({record.config['unpredicted']})"
 
 
 def error(record: Record, what: str = "decode_ns") -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from reports import verdict
@@ -96,10 +97,27 @@ def _stands(records: list[Record]) -> str:
         else " Times, tokens per second and ceilings are of the layers made, and a memory budget holds the share of "
         "their experts that it would hold of the real model's."
     )
+    other = "".join(f" {told}" for told in dict.fromkeys(_otherwise(records)))
     narrow = "" if config["shrink"] == 1 else f" Every width was divided by {config['shrink']}: this is a test."
     return (
         f"{records[0].geometry} (synthetic) on {records[0].hardware}, {scopes}: {made} of {real} MoE layers, "
         f"{config['experts']} experts of {config['expert_nbytes']:,} bytes, K = {config['top_k']}, {config['dtype']}. "
         f"{config['repeats']} repeats of {config['prompt_tokens']} prompt tokens, {config['warmup_tokens']} decode "
-        f"steps not counted and {config['decode_tokens']} counted. Experts lie in host memory.{few}{narrow}"
+        f"steps not counted and {config['decode_tokens']} counted. Experts lie in host memory.{few}{narrow}{other}"
     )
+
+
+def _otherwise(records: list[Record]) -> Iterator[str]:
+    """Where the machine was a little less than a cell asked for and was taken as that."""
+    for record in records:
+        config = record.config
+        if config["link_gb_per_s"] is not None and config.get("link_throttled") is False:
+            yield (
+                f"The link carries {config['link_native_gb_per_s']:.1f} GB/s by itself, which was taken as the "
+                f"{config['link_gb_per_s']:g} asked for."
+            )
+        if config.get("link_page_locked") is False:
+            yield "The driver did not page-lock the host memory: copies read ordinary memory, which is slower."
+        had, asked = config.get("memory_nbytes"), config.get("memory_asked_nbytes")
+        if had is not None and asked is not None and had < asked:
+            yield f"A budget of {record.budget} was all that the card has, {had / 2**30:.2f} GiB."

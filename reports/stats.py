@@ -1,4 +1,7 @@
-"""Statistics of paired runs: ratios of time, differences of accuracy, and how sure one can be of them."""
+"""Statistics of paired runs: ratios of time, differences of accuracy, and how sure one can be of them.
+
+scipy is imported where it is called: times are read off records on GPU machines that do not have it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, norm, t
 
 RESAMPLES = 4000
 LEVEL = 0.95
@@ -71,6 +73,8 @@ def resampling_weights(sizes: tuple[int, ...]) -> np.ndarray:
 
 def expanded_tail(units: int) -> float:
     """The share cut off on either side so that a percentile interval of `units` values is as wide as Student's."""
+    from scipy.stats import norm, t
+
     return float(norm.cdf(-math.sqrt(units / (units - 1)) * t.ppf((1 + LEVEL) / 2, units - 1)))
 
 
@@ -80,6 +84,8 @@ def bonett_price(lost: Any, gained: Any, items: int) -> tuple[Any, Any]:
     Takes counts or arrays of them. It adds one to each discordant count, so that it keeps its width where Wald's
     interval collapses.
     """
+    from scipy.stats import norm
+
     down, up, n = (lost + 1) / (items + 2), (gained + 1) / (items + 2), items + 2
     half = norm.ppf((1 + LEVEL) / 2) * np.sqrt((down + up - (up - down) ** 2) / n)
     return up - down - half, up - down + half
@@ -102,6 +108,8 @@ class Paired:
     @property
     def p_value(self) -> float:
         """Exact McNemar: two-sided binomial test of the discordant items."""
+        from scipy.stats import binomtest
+
         discordant = self.lost + self.gained
         return float(binomtest(self.lost, discordant).pvalue) if discordant else 1.0
 
@@ -120,5 +128,7 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
 
 def wilson(right: int, items: int) -> Interval:
     """Accuracy in percent with Wilson's 95 % interval."""
+    from scipy.stats import binomtest
+
     drawn = binomtest(right, items).proportion_ci(confidence_level=LEVEL, method="wilson")
     return Interval(100 * right / items, 100 * drawn.low, 100 * drawn.high)

@@ -139,9 +139,14 @@ def limits(results: Results) -> tuple[str, ...]:
         "row was left out.",
         "The baseline keeps nothing between tokens; the paper does not say whether its baseline does.",
     )
+    pageable = (
+        "The driver did not page-lock the experts' host memory on the machine that was timed, so that copies read "
+        "ordinary memory: its link was slower than it could be.",
+    )
     scopes, weights = set(results.values("scope")), set(results.values("weights"))
     return (
         *(projected if "cpu+virtual" in scopes else ()),
+        *(pageable if any(record.config.get("link_page_locked") is False for record in results.records) else ()),
         *(tiny if "shipped-tiny" in weights else ()),
         *always,
     )

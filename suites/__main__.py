@@ -84,7 +84,8 @@ def main() -> int:
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
         console.print(describe(chosen, run), highlight=False)
         if chosen.shapes:
-            shape_plan.check(chosen.name, chosen.shapes)
+            for remark in shape_plan.check(chosen.name, chosen.shapes):
+                console.print(remark, highlight=False)
         if options.verb == "plan":
             return 0
         if chosen.scored:

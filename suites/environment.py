@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mobile.gpu import gpus, gpus_of_driver
+from mobile.gpu import cuda_uuid, gpus, gpus_of_driver
 from mobile.host import host, package
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval", "datasets", "rich")
@@ -29,20 +29,23 @@ def _git(*arguments: str) -> str | None:
 
 
 def _gpu() -> dict[str, Any] | None:
-    """Name, driver and link of the first GPU; None without one.
+    """Name, driver and link of the GPU that torch uses; None without one.
 
-    Torch is asked only where it is loaded: importing it takes longer than timing a cell.
+    Torch is asked only where it is loaded, since importing it takes longer than timing a cell. Elsewhere it is the
+    driver's first, which torch may count otherwise.
     """
-    found = gpus() if "torch" in sys.modules else gpus_of_driver()
+    loaded = "torch" in sys.modules
+    found = gpus() if loaded else gpus_of_driver()
     if not found:
         return None
-    first = found[0]
+    own = cuda_uuid() if loaded and len(found) > 1 else None
+    gpu = next((one for one in found if own is not None and one.uuid == own), found[0])
     return {
-        "name": first.name,
-        "driver": first.driver,
-        "link_generation": first.link_now.generation,
-        "link_width": first.link_now.width,
-        "sm_clock_mhz": first.sm_clock_mhz,
+        "name": gpu.name,
+        "driver": gpu.driver,
+        "link_generation": gpu.link_now.generation,
+        "link_width": gpu.link_now.width,
+        "sm_clock_mhz": gpu.sm_clock_mhz,
     }
 
 

@@ -32,7 +32,7 @@ from suites.generation import shown, spans_of
 from suites.matrix import Cell, Model
 from suites.record import Item, Record, RunFolder
 from suites.telemetry import watched
-from suites.timing import bench, is_memory
+from suites.timing import bench, is_memory, memory_on
 
 
 class TokenClock:
@@ -121,6 +121,8 @@ def load(cell: Cell) -> Loaded:
     card, strategy = profile(cell.hardware), resolve(cell.strategy, cell.gamma)
     worn = asked.geometry if cell.link == "virtual" else None
     room: dict[str, Any] = {"memory": cell.budget}
+    if is_memory(cell.budget) and real:
+        room = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
     if not is_memory(cell.budget):
         room = {"slots": bench(strategy, own, worn, card, cell.budget).slots}
     measured = link_rates() if real else None
@@ -158,7 +160,7 @@ def record(cell: Cell, loaded: Loaded) -> Record:
     begun = time.monotonic()
     generation, engine, strategy = cell.generation, loaded.model.mobile, resolve(cell.strategy, cell.gamma)
     lm = TimedLM(loaded.model, loaded.tokenizer)
-    with watched(cuda_uuid() if cell.link == "cuda" else None) as telemetry:
+    with watched(cuda_uuid(engine.device.index) if cell.link == "cuda" else None) as telemetry:
         answers = evaluate(lm, generation.task, cell.docs, generation.folder)
     items = []
     for answer in answers:
@@ -181,6 +183,7 @@ def record(cell: Cell, loaded: Loaded) -> Record:
             "timing": "live, each strategy on its own answers", "processes": 1,
             "warmup": {"tokens": len(lm.warm_up.times), "ns": lm.warm_up.times[-1] - lm.warm_up.begun},
             "link_measured_gb_per_s": loaded.link_gb_per_s if cell.link == "cuda" else None,
+            "link_page_locked": getattr(getattr(engine.link, "channel", None), "page_locked", None),
             "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
             "profile_sources": [] if cell.link == "cuda" else list(engine.hardware.sources),
             "hub": generation.model.hub, "revision": loaded.found if generation.model.hub is not None else None,

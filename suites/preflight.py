@@ -18,13 +18,12 @@ from mobile.refusal import Refused
 from mobile.strategy import resolve
 from suites.matrix import Cell, Generation, Model, Preset
 from suites.real_tasks import REAL, remarks
-from suites.timing import bench, is_memory
+from suites.timing import SHOWN_SHARE, bench, is_memory
 
 ANSWER_TOKENS = 150  # an assumption: no answer has been written yet; limits are 256 (GSM8K) and 1,024
 GB, GIB = 1e9, 2**30
 HUB_SECONDS = 10
 CODE = ("python_functions",)  # the shipped tasks whose answers are run
-SHOWN_SHARE = 0.95  # a card sold with 16 GB shows 15.6 GiB or more; what it keeps lies in the profile's reserve
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ GPU is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from mobile.geometry import GEOMETRIES
@@ -14,7 +14,7 @@ from mobile.refusal import Refused
 from mobile.strategy import BigLittle, HalfK, resolve
 from suites.beside import DEVICE_MAP, Beside
 from suites.shapes import Shape
-from suites.timing import is_memory
+from suites.timing import SHOWN_SHARE, is_memory
 
 GB, GIB = 1e9, 2**30
 ATTACH_SECONDS = 5  # an assumption: self-tests, and the link's own measurement
@@ -102,10 +102,13 @@ def _playing(shape: Shape) -> float:
     return (shape.repeats + 1) * prefill + steps * token
 
 
-def check(name: str, shapes: Sequence[Shape]) -> None:
-    """Raises Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small."""
+def check(name: str, shapes: Sequence[Shape]) -> list[str]:
+    """Return what will be other here than the preset says, a sentence each.
+
+    Raises Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small.
+    """
     if all(shape.link != "cuda" for shape in shapes):
-        return
+        return []
     import torch
 
     if not torch.cuda.is_available():
@@ -115,8 +118,23 @@ def check(name: str, shapes: Sequence[Shape]) -> None:
         )
     total = torch.cuda.mem_get_info()[1]
     most = max((parse_nbytes(shape.budget) for shape in shapes if is_memory(shape.budget)), default=0)
-    if total < most:
+    if total < SHOWN_SHARE * most:
         raise Refused(
             f"A budget of {most / GIB:.0f} GiB is asked for and this GPU has {total / GIB:.1f} GiB; lower the preset's "
             "budgets, or pick other cells with --only."
+        )
+    return list(_remarks(shapes, total))
+
+
+def _remarks(shapes: Sequence[Shape], total_nbytes: int) -> Iterator[str]:
+    from mobile.cuda import NEAR
+
+    budgets = dict.fromkeys(shape.budget for shape in shapes if is_memory(shape.budget))
+    larger = [budget for budget in budgets if parse_nbytes(budget) > total_nbytes]
+    if larger:
+        yield f"This GPU shows {total_nbytes / GIB:.2f} GiB: cells of {', '.join(larger)} are given that."
+    if any(shape.link_gb_per_s is not None for shape in shapes):
+        yield (
+            f"A link that is slower than a cell asks for, by {NEAR:.0%} at most, is taken as it is, which the record "
+            "says; cells that ask for more are left out."
         )

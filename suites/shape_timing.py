@@ -19,6 +19,7 @@ from mobile.geometry import GEOMETRIES, slots_for
 from mobile.gpu import cuda_uuid
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.ledger import Event
+from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.strategy import BigLittle, FullK, HalfK, Strategy, resolve
 from suites import synthetic
@@ -32,7 +33,7 @@ from suites.scripted import Played, play
 from suites.shapes import RECORDED, Shape
 from suites.synthetic import Synthetic
 from suites.telemetry import watched
-from suites.timing import is_memory
+from suites.timing import is_memory, memory_on
 
 FORETOLD = 1  # repeats that the virtual clock is asked about: they start where the measured ones did, cold
 GAMMA = 0.7  # below which a recorded little pass was unsure, whatever strategy plays the script
@@ -55,7 +56,16 @@ def load(shape: Shape) -> Loaded:
 
 
 def save(shape: Shape, loaded: Loaded, run: RunFolder) -> None:
-    record(shape, loaded, calibrated(shape, loaded.made.layout.dtype, run)).save(run.record(shape.id))
+    """Calibrate the machine if this run has not yet, and write the record; without a prediction where that fails."""
+    here, unpredicted = None, None
+    try:
+        here = calibrated(shape, loaded.made.layout.dtype, run)
+    except Refused as refused:
+        unpredicted = str(refused)
+    done = record(shape, loaded, here)
+    if unpredicted is not None:
+        done = replace(done, config={**done.config, "unpredicted": unpredicted})
+    done.save(run.record(shape.id))
 
 
 def scripts_for(shape: Shape, loaded: Loaded) -> list[Script]:
@@ -87,42 +97,59 @@ def _seed(shape: Shape, repeat: int) -> int:
     return 1000 * shape.seed + repeat
 
 
-def room_of(shape: Shape, made: Synthetic, strategy: Strategy, card: HardwareProfile) -> dict[str, Any]:
-    """attach's `memory` or `slots` for the budget.
+def memory_of(shape: Shape, device: torch.device) -> int | None:
+    """Return the bytes that the shape's budget comes to on this device; None for one that is no memory size."""
+    if not is_memory(shape.budget):
+        return None
+    if device.type != "cuda":
+        return parse_nbytes(shape.budget)
+    return memory_on(shape.budget, torch.cuda.mem_get_info(device)[1])
+
+
+def room_of(
+    shape: Shape, made: Synthetic, strategy: Strategy, card: HardwareProfile, memory_nbytes: int | None
+) -> dict[str, Any]:
+    """Return attach's `memory` or `slots` for a budget of `memory_nbytes`, or of what the strategy needs.
 
     Where fewer layers, or narrower ones, were made than the real model has, a memory size holds the share of the
     experts that it would hold of the real ones.
     """
-    if not is_memory(shape.budget):
+    if memory_nbytes is None:
         return {"slots": strategy.needs(made.geometry)}
     if shape.shrink == 1 and made.geometry.moe_layers == made.real_layers:
-        return {"memory": shape.budget}
+        return {"memory": memory_nbytes}
     real = GEOMETRIES[shape.model.geometry]
-    slots = slots_for(real, parse_nbytes(shape.budget), card.reserve_nbytes, STAGING)
+    slots = slots_for(real, memory_nbytes, card.reserve_nbytes, STAGING)
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 
 def record(shape: Shape, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
     """Play every repeat, warm, and write down what it took, and what the virtual clock of `here` says.
 
-    Raises Refused for what this machine cannot do.
+    Where the clock cannot be asked, the measurement stands and the record says why. Raises Refused for what this
+    machine cannot do.
     """
     begun = time.monotonic()
     made, strategy = loaded.made, resolve(shape.strategy, shape.gamma)
     card, scripts = profile(shape.hardware), scripts_for(shape, loaded)
+    memory_nbytes = memory_of(shape, made.device)
     with made.attached(
-        strategy, **room_of(shape, made, strategy, card), hardware=shape.hardware, link=shape.link,
+        strategy, **room_of(shape, made, strategy, card, memory_nbytes), hardware=shape.hardware, link=shape.link,
         link_gb_per_s=shape.link_gb_per_s,
     ) as engine:  # fmt: skip
         play(made, scripts[0].first(scripts[0].warmup + 1))  # kernels are compiled, memory is touched
         engine.restart()
-        with watched(cuda_uuid() if shape.link == "cuda" else None) as telemetry:
+        with watched(cuda_uuid(engine.device.index) if shape.link == "cuda" else None) as telemetry:
             played = [play(made, script) for script in scripts]
         done = _record(shape, made, strategy, engine, scripts, played, telemetry(), time.monotonic() - begun)
-    if here is None:
-        return done
-    clock = told(here, predicted(made, strategy, scripts[:FORETOLD], engine.slots, here))
-    return replace(done, config={**done.config, "predicted": clock})
+    asked_nbytes = parse_nbytes(shape.budget) if is_memory(shape.budget) else None
+    more: dict[str, Any] = {"memory_nbytes": memory_nbytes, "memory_asked_nbytes": asked_nbytes}
+    if here is not None:
+        try:
+            more["predicted"] = told(here, predicted(made, strategy, scripts[:FORETOLD], engine.slots, here))
+        except (Refused, torch.OutOfMemoryError) as error:
+            more["unpredicted"] = str(error).splitlines()[0]
+    return replace(done, config={**done.config, **more})
 
 
 def _record(
@@ -131,7 +158,8 @@ def _record(
 ) -> Record:  # fmt: skip
     geometry, real = made.geometry, shape.link == "cuda"
     measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
-    native = getattr(getattr(engine.link, "channel", None), "native_gb_per_s", None)
+    channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
+    how = {name: getattr(channel, name, None) for name in ("native_gb_per_s", "throttled", "page_locked")}
     counted = sum(script.counted for script in scripts)
     use = fallback_use(engine.ledger, geometry.expert_nbytes) if isinstance(strategy.gating, BigLittle) else None
     return Record(
@@ -149,8 +177,10 @@ def _record(
             "timed_items": shape.repeats, "moe_layers": geometry.moe_layers, "real_moe_layers": made.real_layers,
             "shrink": shape.shrink, "experts": geometry.experts, "top_k": geometry.top_k,
             "expert_nbytes": geometry.expert_nbytes, "dtype": str(made.layout.dtype).removeprefix("torch."),
-            "link": shape.link, "link_gb_per_s": shape.link_gb_per_s, "link_native_gb_per_s": native,
+            "link": shape.link, "link_gb_per_s": shape.link_gb_per_s, "link_native_gb_per_s": how["native_gb_per_s"],
+            "link_throttled": how["throttled"], "link_page_locked": how["page_locked"],
             "link_measured_gb_per_s": measured, "fallback_use": use and asdict(use), "predicted": None,
+            "unpredicted": None,
             "strategy_source": strategy.source,
             "profile_sources": [] if real else list(engine.hardware.sources),
         },

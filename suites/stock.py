@@ -18,7 +18,6 @@ from torch import nn
 from mobile import compat
 from mobile.geometry import GEOMETRIES
 from mobile.gpu import cuda_uuid
-from mobile.hardware import parse_nbytes
 from mobile.measuring import EVERYTHING, idle
 from mobile.refusal import Refused
 from suites import synthetic
@@ -27,6 +26,7 @@ from suites.environment import environment
 from suites.record import Item, Record, RunFolder
 from suites.synthetic import Synthetic
 from suites.telemetry import watched
+from suites.timing import memory_on
 
 GIB = 2**30
 STOCK = ("eager", "grouped_mm")  # how Transformers computes experts: one by one, which is our kernel, and grouped
@@ -137,7 +137,9 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
     if device.type == "cpu":
         accelerate.cpu_offload(model, execution_device=device)
         return "every module offloaded; whole layers move"
-    most = {0: parse_nbytes(memory), "cpu": 2 * sum(weight.nbytes for weight in model.parameters())}
+    total = torch.cuda.mem_get_info(device)[1]
+    room = memory_on(memory, total) - GIB  # for all that is no weight, as much as an engine of that budget keeps back
+    most = {torch.cuda.current_device(): room, "cpu": 2 * sum(weight.nbytes for weight in model.parameters())}
     where = accelerate.infer_auto_device_map(model, max_memory=most, no_split_module_classes=model._no_split_modules)
     accelerate.dispatch_model(model, device_map=where, skip_keys=model._skip_keys_device_placement)
     off = sum(place == "cpu" for place in where.values())

@@ -9,7 +9,6 @@ is given; both compute what a trained one computes, in the same time.
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, Qw
 
 from mobile import compat
 from mobile.attachment import Settled, serve, settle
-from mobile.cuda import page_lock, unlock
 from mobile.engine import Engine
 from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import HardwareProfile
 from mobile.host import host
 from mobile.layout import ExpertLayout
+from mobile.pagelock import page_lock
 from mobile.prefill import STAGING
 from mobile.refusal import Refused
 from mobile.store import HostStore
@@ -151,7 +150,6 @@ class Synthetic:
             yield engine
         finally:
             engine.leave()
-            engine.slot_rows = engine.slot_rows.new_empty(0)  # whoever keeps the engine keeps no slots
             _let_go(self.device)
 
     def _refuse_full(self, settled: Settled) -> None:
@@ -188,7 +186,7 @@ def make(
     store = HostStore(layout, len(made), made[0].count)
     _fill(store)
     if torch.device(device).type == "cuda":
-        _page_lock(store)
+        page_lock(store.rows, torch.device(device), [])  # once, for every engine that is to serve them
     name = geometry if shrink == 1 else f"{geometry} shrunk {shrink} times"
     own = replace(compat.geometry_of(empty, described, layout), name=name)
     return Synthetic(model, empty, made, layout, store, own, GEOMETRIES[geometry].moe_layers)
@@ -228,18 +226,6 @@ def _fill(store: HostStore) -> None:
             shift = (layer * len(rows) + expert) * 64 % len(base)
             row[: len(base) - shift].copy_(base[shift:])
             row[len(base) - shift :].copy_(base[:shift])
-
-
-def _page_lock(store: HostStore) -> None:
-    """Register the rows with CUDA once, for every engine that is to serve them; undone when the store goes."""
-    locked: list[int] = []
-    weakref.finalize(store, _unlock, locked, store.rows)
-    page_lock(store, locked, "ask for fewer layers")
-
-
-def _unlock(locked: list[int], _rows: list[torch.Tensor]) -> None:
-    """The rows are kept until they are unlocked."""
-    unlock(locked)
 
 
 def _let_go(device: torch.device) -> None:

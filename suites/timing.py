@@ -10,10 +10,20 @@ from mobile.residency import STAGING
 from mobile.strategy import Strategy
 from mobile.trace import Request, run, visits
 
+SHOWN_SHARE = 0.95  # a card sold with 16 GB shows 15.6 GiB or more; what it keeps lies in the profile's reserve
+
 
 def is_memory(budget: str) -> bool:
     """Whether a budget is a memory size, and not a number of slots by another name."""
     return budget not in ("all", "smallest") and not budget.endswith("%")
+
+
+def memory_on(budget: str, total_nbytes: int) -> int:
+    """Return the bytes of a memory budget on a card that shows `total_nbytes`: all of them, where the budget is more.
+
+    Whether that is near enough to call it the budget, whoever plans says before (`SHOWN_SHARE`).
+    """
+    return min(parse_nbytes(budget), total_nbytes)
 
 
 def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> Bench:

@@ -1,4 +1,7 @@
-"""A preset of shapes narrow enough for a test, and a Python that lacks what a bare GPU machine lacks."""
+"""A preset of shapes narrow enough for a test, and a Python that lacks what a bare GPU machine lacks.
+
+Such a machine has a checkout of this repository, torch, Transformers and pytest; the project is not installed there.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,10 @@ family = "olmoe"
 path = "models/olmoe-tiny"
 """
 CELLS = 7
-ABSENT = (  # what this project does not have there, and what only comes with that
+ABSENT = (  # there: packages of this project's extras and tests, what only comes with them, and the project installed
     "lm_eval", "lm-eval", "datasets", "scipy", "sklearn", "scikit-learn", "pandas", "matplotlib", "accelerate", "nox",
-    "pynvml", "nvidia-ml-py", "distributed",
+    "pynvml", "nvidia-ml-py", "distributed", "psutil", "pytest_benchmark", "pytest-benchmark", "hypothesis",
+    "statsmodels", "importlinter", "import-linter", "mobile-moe",
 )  # fmt: skip
 BARE = f"""
 import importlib.machinery, importlib.metadata, sys
@@ -59,14 +63,12 @@ class Bare(importlib.machinery.PathFinder):
         return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
 
 sys.meta_path[:] = [Bare if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
-found = importlib.metadata.distribution
+discover = importlib.metadata.Distribution.discover
 
-def distribution(name):
-    if name in ABSENT:
-        raise importlib.metadata.PackageNotFoundError(name)
-    return found(name)
+def present(**sought):
+    return (one for one in discover(**sought) if one.name not in ABSENT)
 
-importlib.metadata.distribution = distribution
+importlib.metadata.Distribution.discover = present
 """
 
 

@@ -95,6 +95,9 @@ def test_a_calibration_prints_its_measurements_as_json(cli, small):
         (("--calibrate", "--out", "/no/such/folder/here.json"), "does not exist"),
         (("--out", "here.json"), "add --calibrate"),
         (("--device", "cpu"), "add --calibrate"),
+        (("--calibrate", "--device", "gpu0"), "gpu0 is no device; give cpu, cuda or cuda:1"),
+        (("--calibrate", "--device", "xpu"), "xpu is not among what can be timed here"),
+        (("--calibrate", "--device", "cuda:97"), "CUDA device"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_before_anything_is_timed(cli, argv, says):

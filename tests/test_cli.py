@@ -287,7 +287,7 @@ def test_nothing_is_advised_where_nothing_is_off_even_if_the_idle_link_is_slow()
     [
         ({"rates": LinkRates(12.0, 6.0, LinkState(4, 8), True)}, "8 of 16 lanes under load"),
         ({"rates": LinkRates(12.0, 6.0, LinkState(3, 16), True)}, "generation 3 of 4 under load"),
-        ({"rates": LinkRates(25.0, 6.0, LinkState(4, 16), False)}, "raise RLIMIT_MEMLOCK (here unlimited)"),
+        ({"rates": LinkRates(25.0, 6.0, LinkState(4, 16), False)}, "whatever RLIMIT_MEMLOCK says: run on Linux itself"),
         ({"host": replace(SOUND.host, memory_available_nbytes=20 * 2**30)}, "cannot hold the experts of qwen1.5-moe"),
         ({"host": replace(SOUND.host, container_limit_nbytes=20 * 2**30)}, "raise the container's limit"),
         ({"cuda": False, "rates": None}, "torch cannot use it"),

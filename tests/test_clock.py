@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from mobile.ledger import Event, Ledger
+from mobile.refusal import Refused
 from reports import clock, content
 from reports.results import read
 from reports.write import markdown
 from suites import calibrating, shape_timing
 from suites.link_use import LinkUse, fallback_use
 from suites.matrix import read_preset
-from suites.record import RunFolder
+from suites.record import RunFolder, load
 from tests import shapes as narrow
 
 PRESET = """
@@ -105,6 +106,35 @@ def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded,
     )
     rows = len(scripts) * 2 * 8 * 4 * loaded.made.geometry.expert_nbytes
     assert one - two == pytest.approx(rows / card.link_gb_per_s / 2, rel=1e-3)
+
+
+def test_a_measurement_stands_where_the_clock_cannot_be_asked(preset, loaded, done, monkeypatch):
+    def refused(*_: object) -> None:
+        raise Refused("24 slots take 58.0 GiB and cuda:0 has 20.0 GiB free; give fewer slots.")
+
+    monkeypatch.setattr(shape_timing, "predicted", refused)
+    shape = next(s for s in read_preset(str(preset)).shapes if s.strategy == "on-demand")
+    record = shape_timing.record(shape, loaded, shape_timing.profile(shape.hardware))
+    assert record.items[0].decode_ns > 0
+    assert record.config["predicted"] is None
+    results = read(done)
+    page = markdown(content.build(replace(results, shapes=(*results.shapes, record))))
+    assert "Measured and not predicted: olmoe-1b-7b, on-demand" in page
+    assert "(24 slots take 58.0 GiB" in page
+    assert "TPOT of 3 cells" in page
+
+
+def test_a_cell_is_measured_on_a_machine_that_no_profile_fits(preset, loaded, monkeypatch, tmp_path):
+    def refused(*_: object) -> None:
+        raise Refused("More bytes did not take longer in copies; measure again with nothing else running.")
+
+    monkeypatch.setattr(shape_timing, "calibrated", refused)
+    shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
+    shape_timing.save(shape, loaded, run)
+    record = load(run.record(shape.id))
+    assert record.items[0].decode_ns > 0
+    assert record.config["predicted"] is None
+    assert record.config["unpredicted"].startswith("More bytes did not take longer")
 
 
 def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, loaded):

@@ -129,3 +129,22 @@ def test_a_model_on_the_grouped_kernel_writes_the_same_tokens(family):
 def test_a_kernel_nobody_knows_is_refused():
     with pytest.raises(mobile.Refused, match="choose auto, loop, grouped or triton"):
         kernel_named("magic", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted, it runs anywhere")
+def test_a_kernel_that_cannot_run_on_the_device_is_refused_and_nothing_is_changed():
+    pytest.importorskip("triton")
+    model, ids = tiny("olmoe"), prompt()
+    expected = greedy(model, ids)
+    with pytest.raises(mobile.Refused, match=r"Kernel triton cannot run on cpu: .*; use the kernel loop\.$"):
+        mobile.attach(model, "lru", slots=6, kernel="triton")
+    assert not hasattr(model, "mobile")
+    assert torch.equal(greedy(model, ids)[1], expected[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a driver")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted, it needs none")
+def test_the_decode_kernel_is_refused_on_a_gpu_where_triton_finds_no_driver():
+    pytest.importorskip("triton")
+    with pytest.raises(mobile.Refused, match=r"cannot run on cuda:0: Triton has no working driver \(.*\); use"):
+        kernel_named("triton", torch.device("cuda:0"), torch.bfloat16)

@@ -1,11 +1,22 @@
-"""A stranger's package adds a strategy through the entry point, and nothing of ours knows of it."""
+"""A stranger's package adds a strategy through the entry point, and a checkout has its own without being installed."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+
+import pytest
+
+import mobile
+from mobile import strategy
+
+ROOT = Path(__file__).parent.parent
+GROUP = "mobile.strategies"
+OWN = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][GROUP])
 
 PLUGIN = '''
 """First in, first out."""
@@ -62,3 +73,46 @@ def test_a_separate_package_adds_a_strategy(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that these are the entry points of all installed packages: (name, value, its distribution's name)."""
+
+    def pretend(*points: tuple[str, str, str]) -> None:
+        class Installed:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+        made = [EntryPoint(name, value, GROUP)._for(Installed(package)) for name, value, package in points]
+        monkeypatch.setattr(strategy, "entry_points", lambda group: EntryPoints(made))
+        mobile.strategies.cache_clear()
+
+    yield pretend
+    mobile.strategies.cache_clear()
+
+
+def test_a_checkout_that_is_not_installed_has_every_strategy_of_its_pyproject(installed):
+    installed()
+    assert set(mobile.strategies()) == OWN
+
+
+def test_metadata_of_an_older_checkout_hides_no_strategy_of_this_one_and_adds_none(installed):
+    installed(("gone", "baselines.gone:GONE", "mobile-moe"), ("lru", "baselines.lru:LRU", "mobile_moe"))
+    assert set(mobile.strategies()) == OWN
+
+
+def test_a_plug_in_stands_beside_the_strategies_of_a_checkout(installed, monkeypatch, tmp_path):
+    (tmp_path / "first_out.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(("fifo", "first_out:FIFO", "first-out"))
+    assert set(mobile.strategies()) == OWN | {"fifo"}
+
+
+@pytest.mark.parametrize("beside", [None, '[project]\nname = "another"\n', "no toml ["])
+def test_outside_a_checkout_strategies_are_those_of_the_installed_packages(beside, installed, monkeypatch, tmp_path):
+    if beside is not None:
+        (tmp_path / "pyproject.toml").write_text(beside)
+    monkeypatch.setattr(strategy, "CHECKOUT", tmp_path / "pyproject.toml")
+    installed(("lru", "baselines.lru:LRU", "mobile-moe"))
+    assert set(mobile.strategies()) == {"lru"}

@@ -332,3 +332,14 @@ def test_labels_of_points_that_lie_together_do_not_cover_each_other():
     plt.close(drawn)
     assert len(boxes) == len(points)
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_the_page_says_where_experts_were_copied_from_memory_that_was_not_page_locked():
+    def limits(**config: object) -> str:
+        made = results(Rule())
+        records = tuple(replace(record, config={**record.config, **config}) for record in made.records)
+        return write.markdown(content.build(replace(made, records=records)))
+
+    assert "did not page-lock the experts' host memory" in limits(link_page_locked=False)
+    assert "did not page-lock" not in limits(link_page_locked=True)
+    assert "did not page-lock" not in limits()

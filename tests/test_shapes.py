@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,11 +46,23 @@ def done(preset, tmp_path_factory) -> Path:
 
 
 def test_the_bare_python_of_these_tests_lacks_what_it_says(tmp_path):
-    import subprocess
-
-    for absent in ("lm_eval", "scipy", "matplotlib", "datasets"):
-        run = subprocess.run([sys.executable, "-c", f"import {absent}"], env=shapes.bare(tmp_path), capture_output=True)
+    environment = shapes.bare(tmp_path)
+    for absent in ("lm_eval", "scipy", "matplotlib", "datasets", "psutil", "hypothesis"):
+        run = subprocess.run([sys.executable, "-c", f"import {absent}"], env=environment, capture_output=True)
         assert b"ModuleNotFoundError" in run.stderr, absent
+    listed = "from importlib.metadata import entry_points as e; print(len(e(group='mobile.strategies')), end='')"
+    run = subprocess.run([sys.executable, "-c", listed], env=environment, capture_output=True)
+    assert run.stdout == b"0", run.stderr
+
+
+def test_the_tests_that_need_a_gpu_start_on_a_bare_machine(tmp_path):
+    """They are read whole there; only what is timed with lm-eval is left out."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-p", "no:cacheprovider"]
+    found = subprocess.run(command, cwd=shapes.ROOT, env=shapes.bare(tmp_path), capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    collected = {line.partition("::")[0] for line in found.stdout.splitlines() if "::" in line}
+    files = {f"tests/gpu/{path.name}" for path in (shapes.ROOT / "tests/gpu").glob("test_*.py")}
+    assert collected == files - {"tests/gpu/test_live_timing.py"}
 
 
 def test_the_shipped_preset_is_whole_and_says_what_it_takes():
@@ -76,6 +89,63 @@ def test_without_a_gpu_it_is_refused_in_a_sentence(preset):
     with pytest.raises(Refused, match=r"timed on an NVIDIA GPU and torch finds none here; .* --link paced"):
         shape_plan.check("shapes", read_preset(str(preset)).shapes)
     shape_plan.check("shapes", read_preset(str(preset), link="paced").shapes)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend to a GPU that shows so much memory."""
+
+    def shows(gib: float) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(gib * 2**30), int(gib * 2**30)))
+
+    return shows
+
+
+def test_a_card_that_shows_a_little_less_than_the_budget_is_planned_with_what_it_has(card):
+    """A card sold with 16 GB shows 15.7 to 15.99 GiB."""
+    shapes_ = read_preset("shapes").only("deepseek-v2-lite").shapes
+    for gib in (15.7, 15.99):
+        card(gib)
+        assert f"This GPU shows {gib:.2f} GiB: cells of 16GiB are given that." in shape_plan.check("shapes", shapes_)
+    large = next(shape for shape in shapes_ if shape.budget == "16GiB")
+    assert shape_timing.memory_of(large, torch.device("cuda")) == int(15.99 * 2**30)
+    assert shape_timing.memory_of(large, torch.device("cpu")) == 16 * 2**30
+    smallest = next(shape for shape in shapes_ if shape.budget == "smallest")
+    assert shape_timing.memory_of(smallest, torch.device("cuda")) is None
+    card(80)
+    assert shape_timing.memory_of(large, torch.device("cuda")) == 16 * 2**30
+    assert not any("are given that" in remark for remark in shape_plan.check("shapes", shapes_))
+    card(11)
+    with pytest.raises(Refused, match=r"A budget of 16 GiB is asked for and this GPU has 11\.0 GiB"):
+        shape_plan.check("shapes", shapes_)
+
+
+def test_the_plan_says_that_a_link_near_to_what_is_asked_is_taken_as_it(card):
+    card(80)
+    preset = read_preset("shapes")
+    assert any("by 3% at most, is taken as it is" in told for told in shape_plan.check("shapes", preset.shapes))
+    assert shape_plan.check("shapes", preset.only("olmoe-1b-7b native").shapes) == []
+
+
+def test_the_page_says_where_the_machine_was_a_little_less_than_was_asked_for(done):
+    results = read(done)
+
+    def page(**config: object) -> str:
+        changed = [replace(record, config={**record.config, **config}) for record in results.shapes]
+        return markdown(content.build(replace(results, shapes=tuple(changed))))
+
+    assert "The link carries 24.4 GB/s by itself, which was taken as the 25 asked for." in page(
+        link_native_gb_per_s=24.4, link_throttled=False
+    )
+    assert "copies read ordinary memory" in page(link_page_locked=False)
+    short = {"memory_nbytes": int(15.7 * 2**30), "memory_asked_nbytes": 16 * 2**30}
+    assert "was all that the card has, 15.70 GiB." in page(**short)
+    for usual in ({"link_throttled": True, "link_page_locked": True}, {}):
+        told = page(**usual)
+        assert "by itself, which" not in told
+        assert "ordinary memory" not in told
+        assert "all that the card has" not in told
 
 
 def test_what_a_preset_of_shapes_cannot_be_asked(preset, tmp_path):

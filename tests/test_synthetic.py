@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mobile.compat import geometry_of
 from mobile.geometry import GEOMETRIES
@@ -188,6 +191,18 @@ def test_the_model_is_attached_again_and_again_and_gives_the_same(made):
 
     assert once() == once()
     assert not hasattr(made.model, "mobile")
+
+
+@pytest.mark.parametrize("link", ["virtual", "paced"])
+def test_slots_are_given_back_when_the_engine_is_done_whoever_keeps_it(made, link):
+    """As many again fit then: a real model's slots take most of a card, and its cell is played once more, predicted."""
+    with made.attached("lru", slots=2 * made.geometry.top_k, link=link) as engine:
+        play(made, script_for(made))
+        held = StorageWeakRef(engine.slot_rows.untyped_storage())
+        assert not held.expired()
+    gc.collect()
+    assert held.expired()
+    assert engine.stats()["loads"] > 0
 
 
 def test_over_a_paced_link_time_is_real_and_the_work_the_same(made):

@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from suites.record import load
+
+if TYPE_CHECKING:
+    import psutil
 
 ROOT = Path(__file__).parent.parent
 PRESET = """
@@ -66,6 +69,8 @@ def answered(undisturbed, tmp_path) -> Path:
 
 def working(parent: int) -> list[psutil.Process]:
     """The processes that do jobs for this one; none if it is gone."""
+    import psutil  # here, since a bare GPU machine reads this file and need not have it
+
     try:
         return [one for one in psutil.Process(parent).children(recursive=True) if "suites.child" in one.cmdline()]
     except psutil.Error:  # one of them has just ended

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mobile.cli import show
 from mobile.hardware import HardwareProfile, write_profile
 from mobile.refusal import Refused
+
+if TYPE_CHECKING:
+    import torch
 
 
 def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool) -> None:
@@ -24,10 +27,7 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     from mobile.calibration import fit
     from mobile.measuring import measure
 
-    there = "cuda" if torch.cuda.is_available() else "cpu"
-    on = torch.device(device or there)
-    if on.type == "cuda" and there == "cpu":
-        raise Refused("There is no CUDA device that torch can use here; leave --device out, or give cpu.")
+    on = _device(device)
     kind = getattr(torch, {"auto": "bfloat16" if on.type == "cuda" else "float32"}.get(dtype, dtype))
     screen = show.console(stderr=True)
     with Progress(
@@ -51,6 +51,24 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
         )
         return
     _print(card, out)
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device to time: the one of that name, or a GPU if there is one. Raises Refused for one not here."""
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if there else "cpu")
+    try:
+        on = torch.device(name)
+    except RuntimeError:
+        raise Refused(f"--device {name} is no device; give cpu, cuda or cuda:1, or leave it out.") from None
+    if on.type == "cuda" and not there:
+        raise Refused("There is no CUDA device that torch can use here; leave --device out, or give cpu.")
+    if on.type not in ("cpu", "cuda") or (on.index or 0) >= max(1, there):
+        raise Refused(f"--device {name} is not among what can be timed here: cpu, and {there} CUDA device(s).")
+    return on
 
 
 def _print(card: HardwareProfile, out: Path | None) -> None:

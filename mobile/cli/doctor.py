@@ -34,7 +34,7 @@ this processor.
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the screen shows. `rates` and `rates_of` are of torch's first CUDA device."""
+    """Everything the screen shows. `rates` and `rates_of` are of torch's current CUDA device, where models go."""
 
     software: Software
     host: Host
@@ -102,9 +102,9 @@ def _about_link(report: Report) -> Iterator[str]:
         )
     if not rates.registers:
         yield (
-            "The driver would not page-lock ordinary memory, so experts would move at the pageable rate; raise "
-            f"RLIMIT_MEMLOCK (here {_limit(report.host.memlock_nbytes)}) with `ulimit -l unlimited` or "
-            "`docker run --ulimit memlock=-1`."
+            "The driver would not page-lock ordinary memory, so experts move at the pageable rate; WSL2 and some "
+            "sandboxes allow little or none of it, whatever RLIMIT_MEMLOCK says: run on Linux itself, outside of the "
+            "sandbox, or free host memory."
         )
 
 
@@ -133,7 +133,7 @@ def declare(commands: Any) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument("--calibrate", action="store_true", help="time this machine and fit a hardware profile to it")
     group.add_argument("--out", type=Path, metavar="FILE.json", help="write the profile, for --hardware FILE.json")
-    group.add_argument("--device", choices=("cpu", "cuda"), help="what to time (default: a GPU if there is one)")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1: what to time (default: a GPU if there)")
     group.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
                        help="of the timed weights (default: bfloat16 on a GPU, else float32)")  # fmt: skip
 

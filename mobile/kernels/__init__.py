@@ -15,9 +15,9 @@ __all__ = ["Kernel", "group", "kernel_named", "loop"]
 
 
 def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel of that name: "loop", "grouped" or "triton"; "auto" is the loop.
+    """Return the kernel of that name: "loop", "grouped" or "triton"; "auto" is the loop.
 
-    Raises Refused for one that is unknown, or would not be a true kernel on this device.
+    Raises Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
     """
     if name in ("auto", "loop"):
         return loop
@@ -31,8 +31,11 @@ def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         return grouped
     if name == "triton":
         try:
-            from mobile.kernels.gemv import in_place
+            from mobile.kernels.gemv import in_place, why_not
         except ImportError as error:
             raise Refused("Kernel triton needs the package triton; install it, or use the kernel loop.") from error
+        reason = why_not(device)
+        if reason is not None:
+            raise Refused(f"Kernel triton cannot run on {device}: {reason}; use the kernel loop.")
         return in_place
     raise Refused(f"Unknown kernel {name!r}; choose auto, loop, grouped or triton.")

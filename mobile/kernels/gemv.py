@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
 
 from mobile.kernels.loop import Groups, Views, activate, loop, up_name
 from mobile.residency import Wave
@@ -34,6 +36,20 @@ def _products(
         value = tl.load(x + row * x_row + k, mask=k < k_total, other=0.0)
         total += tl.sum(weight.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
     tl.store(y + pair * y_pair + n, total.to(y.dtype.element_ty), mask=n < n_total)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Return why Triton compiles nothing for this device, in words; None where it does, or where it is interpreted."""
+    if isinstance(_products, InterpretedFunction):
+        return None
+    if device.type != "cuda":
+        return "Triton compiles for GPUs only"
+    try:
+        target = driver.active.get_current_target()
+    except Exception as error:  # no driver of its own, none that works, or no C compiler to build it with
+        words = str(error).splitlines() or [type(error).__name__]
+        return f"Triton has no working driver ({words[0].rstrip('.')})"
+    return None if target.backend in ("cuda", "hip") else f"Triton's driver is for {target.backend}"
 
 
 def products(
@@ -63,6 +79,14 @@ def in_place(
     """
     if hidden.shape[0] > FEW_TOKENS:
         return loop(module, hidden, weights, groups, waves, views)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device, whichever its arguments lie on
+        return _few(module, hidden, weights, groups, waves, views)
+
+
+def _few(
+    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views
+) -> torch.Tensor:
+    """Compute no more than FEW_TOKENS tokens, on the current device."""
     device = hidden.device
     hidden = hidden.contiguous()
     parts = torch.zeros(*weights.shape, hidden.shape[1], dtype=torch.float32, device=device)

@@ -51,6 +51,17 @@ def test_a_kernel_is_the_loop_up_to_rounding(name, tokens, dtype):
         torch.backends.cuda.matmul.allow_tf32 = previous
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_decode_kernel_runs_on_the_card_of_its_arguments_while_another_is_current():
+    kernel_or_skip("triton", torch.bfloat16)
+    model, asked = wide().to("cuda:1"), ids().to("cuda:1")
+    reference = greedy(model, asked, 12)
+    mobile.attach(model, LRU, slots=40, kernel="triton", poison=True)
+    ours = greedy(model, asked, 12)
+    assert (ours[1][0] - reference[1][0]).abs().max() <= 5e-2 * reference[1][0].abs().max()
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("slots", [12, 40, 128])
 def test_a_model_on_the_decode_kernel_gives_the_same_logits_whatever_is_resident(slots):
     kernel_or_skip("triton", torch.bfloat16)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from conftest import greedy, prompt, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mobile
 from mobile.biglittle import MOBILE
 from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES
@@ -39,6 +43,7 @@ class ByHand:
         self.failed: dict[int, Key] = {}
         self.over: set[int] = set()  # slots whose last copy has ended
         self.closed = False
+        self.followed = 0
 
     def begin(self, key: Key, slot: int) -> None:
         assert slot not in {other for _, other in self.running}, "a slot had two copies at once"
@@ -77,6 +82,8 @@ class ByHand:
 
     def used(self, slots: Sequence[int]) -> None: ...
     def join(self) -> None: ...
+    def follow(self) -> None:
+        self.followed += 1
 
     def stalled_ns(self) -> int:
         return 0
@@ -278,6 +285,35 @@ def test_a_reset_broken_off_is_finished_by_the_next(monkeypatch):
     assert not bench.channel.running
 
 
+def test_compute_is_put_in_order_where_a_layer_begins_and_after_a_reset_and_at_no_expert():
+    """A caller may be on another stream than the last one; asking at each expert would cost more than it tells."""
+    bench = Bench()
+    bench.link.compute(0, "dense")
+    for expert in range(4):
+        bench.link.compute(0, (0, expert))
+    assert bench.channel.followed == 1
+    bench.link.reset()
+    bench.link.compute(0, "head")
+    assert bench.channel.followed == 3
+
+
+def test_a_close_broken_off_closes_the_channel_all_the_same(monkeypatch):
+    """Ctrl-C while it waits for a copy: the rows are given back next, and must not stay registered."""
+    channel = PacedChannel(lambda key, slot: None, load_ns=0)
+    link = StreamLink(channel, 7, Ledger(), lambda key, slot: None)
+    link.submit((0, 0), 0, demand=True)
+
+    def interrupted(slot: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(channel, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            link.close()
+    assert not channel._thread.is_alive()
+    link.close()
+
+
 def test_close_waits_and_closes_the_channel():
     bench = Bench()
     bench.ask(0, 1, 2, demand=True)
@@ -403,3 +439,34 @@ def test_closing_a_paced_channel_ends_what_was_begun_and_joins_the_thread():
     assert filled == [0, 1, 2, 3]
     assert threading.active_count() == before
     channel.close()
+
+
+def test_a_paced_channel_that_is_forgotten_ends_its_thread_and_holds_nothing():
+    class Engine:
+        def fill(self, key: Key, slot: int) -> None:
+            self.filled = slot
+
+    engine = Engine()
+    channel = PacedChannel(engine.fill, load_ns=0)
+    channel.begin((0, 3), 3)
+    channel.finish(3)
+    assert engine.filled == 3
+    held, thread = weakref.ref(engine), channel._thread
+    del engine, channel
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert held() is None
+
+
+def test_a_model_deleted_without_detach_is_freed_with_its_rows_and_its_thread():
+    model = mobile.attach(tiny("olmoe"), "lru", slots=8, link="paced")
+    greedy(model, prompt(), 3)
+    store, thread = weakref.ref(model.mobile.store), model.mobile.link.channel._thread
+    del model
+    for _ in range(200):  # until the thread has let go of the last copy, and has ended
+        gc.collect()
+        thread.join(timeout=0.1)
+        if not thread.is_alive():
+            break
+    assert not thread.is_alive()
+    assert store() is None
