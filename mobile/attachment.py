@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 
 def in_plain_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """Make the tensors of this function as if the caller had set no default device and no inference mode."""
+    """Have a function make plain tensors where the caller is in inference mode, and compute no gradients."""
 
     @wraps(function)
     def run(*arguments: P.args, **named: P.kwargs) -> T:
-        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return function(*arguments, **named)
 
     return run
