@@ -193,3 +193,12 @@ def test_a_batch_counts_every_row_it_writes():
     stats = model.mobile.stats()
     assert stats["tokens"] == 4 * 9
     assert 0 < stats["fallbacks"] <= stats["tokens"]
+
+
+def test_a_hook_inside_the_model_is_called_in_both_passes_and_can_tell_them_apart():
+    """As the README's limits say: a hook that collects hidden states sees those of the little pass as well."""
+    model, seen = tiny("olmoe"), []
+    mobile.attach(model, "mobile", slots=8, gamma=1.1)
+    model.model.layers[1].register_forward_hook(lambda *_: seen.append(model.mobile.running.kind))
+    greedy(model, prompt(), tokens=4)
+    assert seen == ["prefill", *(3 * ["little", "big"])]
