@@ -137,8 +137,10 @@ def is_experts(module: nn.Module) -> bool:
 def check_weights(model: nn.Module) -> None:
     """Raise Refused unless all weights are loaded floating-point tensors on one device, and no part is compiled."""
     weights = list(model.parameters())
-    if any(not w.is_floating_point() or w.is_meta or {type(w), type(w.data)} != PLAIN for w in weights):
-        raise Refused("The model's weights are quantised or not loaded; load them in a floating-point dtype first.")
+    if any(w.is_meta for w in weights):
+        raise Refused("The model's weights are not in memory, but on the meta device; load it without a device_map.")
+    if any(not w.is_floating_point() or {type(w), type(w.data)} != PLAIN for w in weights):
+        raise Refused("The model's weights are quantised; load them in a floating-point dtype.")
     places = sorted({str(w.device) for w in weights if w.numel()})
     if len(places) > 1:
         raise Refused(
