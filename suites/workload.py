@@ -24,7 +24,6 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OlmoeConfig
 
 import mobile
-from mobile import compat
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "models" / "olmoe-tiny"
@@ -149,12 +148,12 @@ def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
     Returns the time and what the strategy counted in the meantime, and the token the model would have written at
     each step.
     """
-    cache = compat.going_on(model, compat.cache_of(model(input_ids=ids[:, :PROMPT], use_cache=True)))
+    cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
     before, written = sums(model), []
     wait()
     begun = time.perf_counter_ns()
     for at in range(PROMPT, ids.shape[1]):
-        output = model(input_ids=ids[:, at : at + 1], use_cache=True, **cache)
+        output = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
         written.append(int(output.logits[0, -1].argmax()))  # as generate() does, the next step waits for this one
     wait()
     taken = time.perf_counter_ns() - begun
