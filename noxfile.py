@@ -28,6 +28,13 @@ except (ImportError, m.PackageNotFoundError) as error:
     sys.exit(f"{sys.executable} lacks what this needs ({error}); run: pip install --no-deps -e .")
 print(sys.executable, shown, "CUDA", torch.version.cuda if torch.cuda.is_available() else None)
 """
+COMPAT = [
+    f"tests/test_{name}.py"
+    for name in (
+        "families", "exactness", "two_pass", "generation", "loading", "rows_end", "inert", "guards", "callers_modes",
+        "odd_routing", "serve",
+    )
+]  # fmt: skip
 interpreter = sys.executable
 WORKFLOWS = sorted(str(path) for path in Path(".github/workflows").glob("*.yml"))
 BENCHMARKS = Path("runs/benchmarks.json")
@@ -70,6 +77,24 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests; arguments go to pytest."""
     run(session, "pytest", *session.posargs)
+
+
+@nox.session(default=False, reuse_venv=True)
+def compat(session: nox.Session) -> None:
+    """Run the tests that touch Transformers on its oldest and its newest supported release, in one environment in turn.
+
+    Arguments go to pip: `nox -s compat -- torch==2.15.0` tries another torch, whose own build brings CUDA along.
+    """
+    for end in ("oldest", "newest"):
+        if session.venv_backend != "none":
+            session.install(*nox.project.dependency_groups(PROJECT, "beside", end, "test"))
+            if session.posargs:
+                session.install(*session.posargs)
+            session.install("--no-deps", "-e", ".")
+        session.run("python", "-c", PREFLIGHT, external=True)
+        session.run("python", "-m", "pytest", *COMPAT, external=True)
+        if session.venv_backend == "none":
+            return
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from mobile import compat
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".github" / "workflows"
@@ -35,9 +41,23 @@ def test_the_sessions_they_call_exist():
     ).stdout
     known = set(re.findall(r"^[*-] (\w+)", listed, re.MULTILINE))
     called = {name: sessions_called("\n".join(step.get("run", "") for step in steps(name))) for name in NAMES}
-    assert called["ci.yml"] == {"lint", "tests", "reproduce", "gate"}
+    assert called["ci.yml"] == {"lint", "tests", "compat", "reproduce", "gate"}
     assert called["gpu.yml"] == {"regression", "bench", "tests"}
     assert (called["ci.yml"] | called["gpu.yml"] | sessions_called((ROOT / ".ci/run").read_text())) <= known
+
+
+def test_the_range_of_transformers_is_said_alike_everywhere_and_its_ends_are_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    [wanted] = [one for one in map(Requirement, project["project"]["dependencies"]) if one.name == "transformers"]
+    groups = project["dependency-groups"]
+    ends = [
+        Requirement(next(one for one in groups[end] if one.startswith("transformers="))) for end in ("oldest", "newest")
+    ]
+    oldest, newest = (Version(next(iter(end.specifier)).version) for end in ends)
+    assert wanted.specifier == SpecifierSet(f">={compat.OLDEST},<{compat.NEWEST_BELOW}")
+    assert Version(compat.OLDEST) == oldest
+    assert f"{newest.major}.{newest.minor + 1}" == compat.NEWEST_BELOW
+    assert {"include-group": "oldest"} in groups["pinned"]
 
 
 def test_no_workflow_is_forgotten():
