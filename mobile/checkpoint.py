@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,7 +24,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from mobile import compat
 from mobile.layout import ExpertLayout
 from mobile.refusal import Refused
-from mobile.source import Source, disk_shortage, locate
+from mobile.source import Source, cache_folder, disk_shortage, locate
 from mobile.weights import Weights, holds_weights, json_object, opened, stored_dtype, weights_of
 
 CONFIGURATION = ("config.json", "config.*.json", "*.index.json", "generation_config.json", "adapter_config.json")
@@ -191,51 +192,44 @@ class Examined:
 
     def disk_shortage(self) -> str | None:
         """Why the hub's cache has no room for the weights that are not in it yet, or None."""
-        if self.weights is None:
-            return None
-        return disk_shortage(self.source.missing_nbytes(self.weights.files))
+        missing = 0 if self.weights is None else self.source.missing_nbytes(self.weights.files)
+        return disk_shortage(missing, shutil.disk_usage(cache_folder()).free) if missing else None
 
 
 def examine(
-    source: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | str | None = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    bare: bool = False,
+    source: Source, *, dtype: torch.dtype | str | None = "auto", trust_remote_code: bool = False, bare: bool = False
 ) -> Examined:
-    """Find a checkpoint and decide everything that its configuration, index and headers can decide.
+    """Decide everything about a checkpoint that its configuration, index and headers can decide.
 
-    `bare` lets a configuration without any weights pass, and fetches no tokenizer. Raises Refused, before a weight is
-    fetched, for a checkpoint that is missing, broken, incomplete, not safetensors, quantised with what is not
-    supported, or no model with experts that generates text.
+    `bare` lets a configuration without any weights pass. Raises Refused, before a weight is fetched, for a checkpoint
+    that is broken, incomplete, not safetensors, quantised with what is not supported, or no model with experts that
+    generates text.
     """
     compat.check_version()
-    patterns = CONFIGURATION if bare else READ
-    found = find(source, revision=revision, trust_remote_code=trust_remote_code, patterns=patterns)
-    whole = config_of(found, trust_remote_code=trust_remote_code)
-    kind = model_class(found, whole, trust_remote_code=trust_remote_code)
+    whole = config_of(source, trust_remote_code=trust_remote_code)
+    kind = model_class(source, whole, trust_remote_code=trust_remote_code)
     config, options = _own(whole), dequantising(whole)
     weights = None
-    if not bare or holds_weights(found) or getattr(config, "transformers_weights", None) is not None:
-        _check_not_distributed(found)
-        weights = weights_of(found, getattr(config, "transformers_weights", None))
-        check_headers(found, weights)
+    if not bare or holds_weights(source) or getattr(config, "transformers_weights", None) is not None:
+        _check_not_distributed(source)
+        weights = weights_of(source, getattr(config, "transformers_weights", None))
+        check_headers(source, weights)
 
     def stored() -> torch.dtype:
-        return torch.float32 if weights is None else stored_dtype(found, weights)
+        return torch.float32 if weights is None else stored_dtype(source, weights)
 
     options |= {"dtype": dtype_of(config, dtype, stored), "trust_remote_code": trust_remote_code}
-    empty = _empty(found, whole, kind, options["dtype"], trust_remote_code)
+    empty = _empty(source, whole, kind, options["dtype"], trust_remote_code)
     layers = compat.moe_layers(empty)
-    return Examined(found, weights, config, kind, empty, layers, compat.common_layout(layers), options)
+    return Examined(source, weights, config, kind, empty, layers, compat.common_layout(layers), options)
 
 
 def skeleton(
     source: str | os.PathLike[str], *, dtype: torch.dtype | str | None = "auto", trust_remote_code: bool = False
 ) -> nn.Module:
     """The model on the meta device, from its configuration alone: every shape and no weight. Raises Refused."""
-    return examine(source, dtype=dtype, trust_remote_code=trust_remote_code, bare=True).empty
+    found = find(source, trust_remote_code=trust_remote_code, patterns=CONFIGURATION)
+    return examine(found, dtype=dtype, trust_remote_code=trust_remote_code, bare=True).empty
 
 
 def _empty(source: Source, config: Any, kind: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

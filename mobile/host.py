@@ -107,10 +107,7 @@ def memory_shortage(nbytes: int, usable_nbytes: int | None) -> str | None:
     """Why host memory of which so much is usable cannot take a model's experts, or None if it can or is not known."""
     if usable_nbytes is None or nbytes <= usable_nbytes:
         return None
-    return (
-        f"the experts take {_gib(nbytes)} of host memory and {_gib(usable_nbytes)} are free; close other programs, "
-        "raise the container's limit if there is one, or load a smaller dtype"
-    )
+    return f"the experts take {_gib(nbytes)} of host memory and {_gib(usable_nbytes)} are free"
 
 
 def _gib(nbytes: int) -> str:

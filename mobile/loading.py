@@ -71,7 +71,8 @@ def load(
     strategy, place = resolve(strategy, gamma), _device(device)
 
     def work() -> Any:
-        known = checkpoint.examine(source, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        found = checkpoint.find(source, revision=revision, trust_remote_code=trust_remote_code)
+        known = checkpoint.examine(found, dtype=dtype, trust_remote_code=trust_remote_code)
         settled = settle(
             known.empty, known.layers, known.layout, place, strategy, memory=memory, slots=slots, hardware=hardware,
             link=link, link_gb_per_s=link_gb_per_s, gamma=None, geometry=geometry, kernel=kernel,
@@ -122,7 +123,10 @@ def _check_host_memory(nbytes: int) -> None:
     """Raises Refused where this machine, or the container's limit, leaves less than that."""
     shortage = memory_shortage(nbytes, host().usable_nbytes)
     if shortage is not None:
-        raise Refused(f"{shortage[:1].upper()}{shortage[1:]}.")
+        raise Refused(
+            f"{shortage[:1].upper()}{shortage[1:]}; close other programs, raise the container's limit if there is one, "
+            "or load a smaller dtype."
+        )
 
 
 def _fetch(known: Examined, shown: bool) -> None:

@@ -6,8 +6,8 @@ Of a repository nothing is fetched that is not asked for, so that a checkpoint i
 from __future__ import annotations
 
 import glob
+import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from huggingface_hub.utils import tqdm
 
 from mobile.refusal import Refused
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GB = 1e9
 
 
@@ -151,6 +152,18 @@ def _cached(name: str, file: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def cached_whole(name: str, revision: str | None) -> bool:
+    """Whether all weights of a repository are in the cache: its single file, or every file of its index."""
+    if _cached(name, SINGLE, revision) is not None:
+        return True
+    index = _cached(name, INDEX, revision)
+    try:
+        files = set() if index is None else set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(files) and all(_cached(name, file, revision) is not None for file in files)
+
+
 def _listing(name: str, commit: str) -> dict[str, int] | None:
     try:
         entries = list(HfApi().list_repo_tree(name, recursive=True, revision=commit))
@@ -174,15 +187,19 @@ def _why(error: Exception, revision: str | None) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def disk_shortage(nbytes: int) -> str | None:
-    """Why the disk of the hub's cache cannot take that many bytes more, or None if it can."""
+def cache_folder() -> Path:
+    """The folder of the hub's cache, or where it will be made, the nearest one above that exists."""
     cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
-    if nbytes <= free:
+    return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+
+
+def disk_shortage(nbytes: int, free_nbytes: int) -> str | None:
+    """Why the disk of the hub's cache, where so much is free, cannot take that many bytes more, or None if it can."""
+    if nbytes <= free_nbytes:
         return None
     return (
-        f"the weights take {_gb(nbytes)} and {_gb(free)} are free under {cache}; free some, or set HF_HOME to a larger "
-        "disk"
+        f"the weights take {_gb(nbytes)} and {_gb(free_nbytes)} are free under {constants.HF_HUB_CACHE}; free some, or "
+        "set HF_HOME to a larger disk"
     )
 
 

@@ -21,9 +21,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import str_to_torch_dtype
 
 from mobile.refusal import Refused
-from mobile.source import Source
+from mobile.source import INDEX, SINGLE, Source
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 FOREIGN = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
