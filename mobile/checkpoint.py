@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from mobile import compat
 from mobile.layout import ExpertLayout
+from mobile.reading import check_names, check_untied
 from mobile.refusal import Refused
 from mobile.source import Source, cache_folder, disk_shortage, locate
 from mobile.weights import Weights, holds_weights, json_object, opened, stored_dtype, weights_of
@@ -221,6 +222,9 @@ def examine(
     options |= {"dtype": dtype_of(config, dtype, stored), "trust_remote_code": trust_remote_code}
     empty = _empty(source, whole, kind, options["dtype"], trust_remote_code)
     layers = compat.moe_layers(empty)
+    check_untied(empty, layers)
+    if weights is not None and weights.keys is not None and "quantization_config" not in options:
+        check_names(empty, layers, weights.keys)
     return Examined(source, weights, config, kind, empty, layers, compat.common_layout(layers), options)
 
 

@@ -26,7 +26,7 @@ from mobile.checkpoint import Examined
 from mobile.cleanup import Cleanup, with_cleanup
 from mobile.hardware import HardwareProfile
 from mobile.host import host, memory_shortage
-from mobile.reading import Reading, Renaming, check_names, plan_readings
+from mobile.reading import Reading, Renaming, plan_readings
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.store import HostStore
@@ -130,10 +130,8 @@ def _check_host_memory(nbytes: int) -> None:
 
 
 def _fetch(known: Examined, shown: bool) -> None:
-    """Have all files of the weights. Raises Refused before that for what their names and the disk decide."""
+    """Have all files of the weights. Raises Refused, before that, where the disk has no room for them."""
     assert known.weights is not None
-    if known.weights.keys is not None and not known.quantised:
-        check_names(known.empty, known.layers, known.weights.keys)
     shortage = known.disk_shortage()
     if shortage is not None:
         raise Refused(f"{known.source.name} cannot be fetched: {shortage}.")

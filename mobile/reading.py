@@ -70,6 +70,14 @@ def experts_of(layers: Sequence[compat.MoeLayer]) -> dict[str, tuple[int, str]]:
     }
 
 
+def check_untied(empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
+    """Raises Refused if the experts of one layer are those of another."""
+    tied = getattr(empty, "all_tied_weights_keys", None) or {}
+    shared = next((weight for weight in experts_of(layers) if weight in tied), None)
+    if shared is not None:
+        raise Refused(f"{type(empty).__name__} shares {shared} with another layer, which this version cannot offload.")
+
+
 def check_names(empty: nn.Module, layers: Sequence[compat.MoeLayer], keys: Iterable[str]) -> None:
     """Raises Refused if no key of these, all that a checkpoint has, makes some experts weight."""
     renaming = Renaming(empty)
