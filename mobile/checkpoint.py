@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils._device import set_device
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_peft_available
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from mobile import compat
+from mobile import compat, modes
 from mobile.layout import ExpertLayout
 from mobile.reading import check_names, check_untied
 from mobile.refusal import Refused
@@ -237,14 +236,13 @@ def skeleton(
 
 
 def _empty(source: Source, config: Any, kind: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    def build() -> nn.Module:
+    def build() -> Any:
         if kind is AutoModelForCausalLM:
             return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return kind._from_config(config, dtype=dtype)
 
     try:
-        # As a decorator: the block's end is then none of our lines, where Ctrl-C would leave the device set.
-        model = set_device("meta")(build)()
+        model = modes.on_meta(build)()
     except Exception as error:  # what a foreign configuration makes a model, or its own code, raise
         if "trust_remote_code" in str(error):
             raise Refused(_own_code(source)) from error

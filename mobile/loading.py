@@ -8,8 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -18,9 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils._device import set_device
 
-from mobile import checkpoint, compat
+from mobile import checkpoint, compat, modes
 from mobile.attachment import serve, settle
 from mobile.checkpoint import Examined
 from mobile.cleanup import Cleanup, with_cleanup
@@ -33,9 +33,8 @@ from mobile.store import HostStore
 from mobile.strategy import Strategy, resolve
 
 Advance = Callable[[int], None]  # told of bytes read
-F = TypeVar("F", bound=Callable[..., Any])
 
-ONE_AT_A_TIME = threading.Lock()  # a load changes settings of Transformers that all threads share
+ONE_AT_A_TIME = threading.RLock()  # a load changes settings of Transformers that all threads share
 
 
 def load(
@@ -70,7 +69,8 @@ def load(
     compat.check_version()
     strategy, place = resolve(strategy, gamma), _device(device)
 
-    def work() -> Any:
+    def work(cleanup: Cleanup) -> Any:
+        modes.keep(cleanup)
         found = checkpoint.find(source, revision=revision, trust_remote_code=trust_remote_code)
         known = checkpoint.examine(found, dtype=dtype, trust_remote_code=trust_remote_code)
         settled = settle(
@@ -84,16 +84,19 @@ def load(
         model = model.eval().to(place)
         return serve(model, compat.moe_layers(model), store, settled)
 
-    return _in_plain_modes(work)()
+    try:
+        return modes.plain(partial(with_cleanup, work))()
+    except Refused as refused:
+        if _interrupted(refused):
+            raise KeyboardInterrupt from refused
+        raise
 
 
-def _in_plain_modes(function: F) -> F:
-    """The function, run as if its caller had set no default device, no inference mode and no autocast."""
-    # As decorators: the end of each mode's block is then none of our lines, where Ctrl-C would leave it on.
-    autocasts = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")]
-    for mode in (set_device("cpu"), torch.inference_mode(False), *autocasts):
-        function = mode(function)
-    return function
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: the end of a block that meets a half-made state turns it into one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _device(device: str | int | torch.device | None) -> torch.device:
@@ -160,6 +163,8 @@ def _read(known: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStor
     except Refused:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        if "above report" in str(error):  # Transformers' list of them, which is not shown
+            raise Refused(f"The weights of {known.source.name} do not fit its configuration; copy it again.") from error
         raise Refused(f"Cannot load {known.source.name}: {str(error).splitlines()[0]}") from error
     bar.update(task, completed=nbytes)
     model.config.name_or_path = model.name_or_path = known.source.name
@@ -171,7 +176,7 @@ def _read_directly(
 ) -> Any:
     """Experts by our own threads, everything else by Transformers, whose experts stay empty."""
     handles: dict[Any, Any] = {}
-    cleanup.add(lambda: [handle.__exit__(None, None, None) for handle in handles.values()])
+    cleanup.append(lambda: list(map(_close, handles.values())))
     for file in known.files:
         handles[file] = safe_open(file, framework="pt")
 
@@ -184,7 +189,7 @@ def _read_directly(
         return tensor.nbytes
 
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    cleanup.add(partial(threads.shutdown, cancel_futures=True))
+    cleanup.append(partial(threads.shutdown, cancel_futures=True))
     for nbytes in threads.map(read, readings):
         advance(nbytes)
     slices = {key: handle.get_slice(key) for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
@@ -207,6 +212,12 @@ def _read_directly(
         trust_remote_code=known.options["trust_remote_code"],
     )  # fmt: skip
     return model
+
+
+def _close(file: Any) -> None:
+    """Close a safetensors file, or leave that to the thread that is reading it and that Ctrl-C made Python forget."""
+    with suppress(RuntimeError):
+        file.__exit__(None, None, None)
 
 
 def _read_converted(known: Examined, store: HostStore, advance: Advance, cleanup: Cleanup) -> Any:
@@ -235,21 +246,21 @@ def _keep_experts_out(take: Callable[[nn.Module, str, torch.Tensor], None], clea
     By PyTorch's own hook on the registration of parameters: Transformers sets each loaded weight that way, on the
     thread that loads. The models of other threads are left alone.
     """
-    thread, over = threading.get_ident(), threading.Event()
+    thread, taking = threading.get_ident(), [take]
 
     def register(module: nn.Module, name: str, weight: Any) -> Any:
-        if over.is_set() or threading.get_ident() != thread:
+        if not taking or threading.get_ident() != thread:
             return None
         experts = all(hasattr(module, flag) for flag in compat.FLAGS)
         if not experts or weight is None or weight.device.type == "meta" or name not in compat.weight_names(module):
             return None
-        take(module, name, weight.data)
+        taking[0](module, name, weight.data)
         empty: Any = nn.Parameter(weight.data.new_empty(0), requires_grad=weight.requires_grad)
         empty._is_hf_initialized = True
         return empty
 
-    cleanup.add(over.set)
-    cleanup.add(register_module_parameter_registration_hook(register).remove)
+    cleanup.append(taking.clear)
+    cleanup.append(register_module_parameter_registration_hook(register).remove)
 
 
 def _return_freed_memory() -> None:
@@ -269,23 +280,28 @@ def _check_complete(missing: Sequence[str]) -> None:
 
 def _alone(cleanup: Cleanup) -> None:
     """Wait until no other thread reads a checkpoint; the others wait from now on."""
-    held: list[Callable[[], None]] = []
-    cleanup.add(lambda: [held.pop()() for _ in tuple(held)])
-    held.append(ONE_AT_A_TIME.acquire() and ONE_AT_A_TIME.release)  # type: ignore[arg-type]
+
+    def release() -> None:
+        with suppress(RuntimeError):  # not ours, because it was interrupted, or not any more
+            ONE_AT_A_TIME.release()
+
+    cleanup.append(release)
+    ONE_AT_A_TIME.acquire()
 
 
 def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:
     before = os.environ.get(name)
-    cleanup.add(partial(os.environ.pop, name, None) if before is None else partial(os.environ.update, {name: before}))
+    back = partial(os.environ.pop, name, None) if before is None else partial(os.environ.update, {name: before})
+    cleanup.append(back)
     os.environ[name] = value
 
 
 def _quieten(cleanup: Cleanup) -> None:
     """Transformers' own bar and its report of the experts it was not given, off."""
     log = transformers.utils.logging
-    cleanup.add(partial(log.set_verbosity, log.get_verbosity()))
+    cleanup.append(partial(log.set_verbosity, log.get_verbosity()))
     if log.is_progress_bar_enabled():
-        cleanup.add(log.enable_progress_bar)
+        cleanup.append(log.enable_progress_bar)
     log.set_verbosity_error()
     log.disable_progress_bar()
 
@@ -294,6 +310,6 @@ def _bar(shown: bool, cleanup: Cleanup) -> Progress:
     """A bar on stderr with bytes and bytes per second."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
-    cleanup.add(bar.stop)
+    cleanup.append(bar.stop)
     bar.start()
     return bar
