@@ -221,10 +221,11 @@ def examine(
     options |= {"dtype": dtype_of(config, dtype, stored), "trust_remote_code": trust_remote_code}
     empty = _empty(source, whole, kind, options["dtype"], trust_remote_code)
     layers = compat.moe_layers(empty)
+    layout = compat.common_layout(layers)
     check_untied(empty, layers)
     if weights is not None and weights.keys is not None and "quantization_config" not in options:
         check_names(empty, layers, weights.keys)
-    return Examined(source, weights, config, kind, empty, layers, compat.common_layout(layers), options)
+    return Examined(source, weights, config, kind, empty, layers, layout, options)
 
 
 def skeleton(

@@ -56,6 +56,14 @@ class Renaming:
             found, pattern = rename_source_key(key, [], [], self._prefix, self.state)
         return found, pattern
 
+    def targets(self, key: str) -> list[str]:
+        """All weights that this key has a part in: a converter that makes several is named after its first."""
+        found, pattern = self.target(key)
+        if pattern is None:
+            return [found]
+        first, *_ = made = self.of_pattern[pattern].target_patterns
+        return [found.replace(first, target) for target in made]
+
     def used(self) -> list[Any]:
         """The conversions that changed a key so far, as Transformers keeps them for saving the model again."""
         return [conversion for conversion in self._all if conversion.was_used()]
@@ -81,7 +89,7 @@ def check_untied(empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
 def check_names(empty: nn.Module, layers: Sequence[compat.MoeLayer], keys: Iterable[str]) -> None:
     """Raises Refused if no key of these, all that a checkpoint has, makes some experts weight."""
     renaming = Renaming(empty)
-    made = {renaming.target(key)[0] for key in keys}
+    made = {target for key in keys for target in renaming.targets(key)}
     for weight in experts_of(layers):
         if weight not in made:
             raise Refused(f"The checkpoint lacks weights of {weight}; copy it again.")
