@@ -25,7 +25,7 @@ from mobile.layout import ExpertLayout
 from mobile.reading import check_names, check_untied
 from mobile.refusal import Refused
 from mobile.source import Source, cache_folder, disk_shortage, locate
-from mobile.weights import Weights, holds_weights, json_object, opened, stored_dtype, weights_of
+from mobile.weights import Weights, holds_weights, json_object, opened, stored_dtype, stored_keys, weights_of
 
 CONFIGURATION = ("config.json", "config.*.json", "*.index.json", "generation_config.json", "adapter_config.json")
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # configuration and tokenizer: no weights
@@ -223,9 +223,22 @@ def examine(
     layers = compat.moe_layers(empty)
     layout = compat.common_layout(layers)
     check_untied(empty, layers)
-    if weights is not None and weights.keys is not None and "quantization_config" not in options:
-        check_names(empty, layers, weights.keys)
+    if weights is not None and "quantization_config" not in options:
+        _check_listed(source, weights, empty, layers)
     return Examined(source, weights, config, kind, empty, layers, layout, options)
+
+
+def _check_listed(source: Source, weights: Weights, empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
+    """Raises Refused if the index of files that are still to be fetched has no weights for some experts.
+
+    Transformers reads an index for its files' names alone, so the files' headers have the last word.
+    """
+    if weights.keys is None or all(map(source.holds, weights.files)):
+        return
+    try:
+        check_names(empty, layers, weights.keys)
+    except Refused:
+        check_names(empty, layers, stored_keys(source, weights))
 
 
 def skeleton(

@@ -158,22 +158,26 @@ def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
         if not isinstance(found, torch.dtype):
             raise Refused(f"The index of {source.name} says that its dtype is {weights.dtype!r}; give another dtype.")
         return found
-    first = weights.files[0]
-    if source.holds(first):
-        with opened(source.folder / first) as file:
-            words = [file.get_slice(key).get_dtype() for key in sorted(file.keys())]
-    else:
-        words = _remote_dtypes(source, first)
-    if not words:
+    types = [str_to_torch_dtype.get(word) for _, word in sorted(_header(source, weights.files[0]).items())]
+    if not types:
         return torch.float32
-    types = [str_to_torch_dtype.get(word) for word in words]
     wide = [found for found in types if found is not None and found.is_floating_point and found.itemsize > 1]
     return wide[0] if wide else types[0] or torch.float32
 
 
-def _remote_dtypes(source: Source, file: str) -> list[str]:
+def stored_keys(source: Source, weights: Weights) -> set[str]:
+    """The names of all weights in the files; those that are not here yet are asked for their headers alone."""
+    return {key for file in weights.files for key in _header(source, file)}
+
+
+def _header(source: Source, file: str) -> dict[str, str]:
+    """By key, the word for its dtype in the file's header."""
+    if source.holds(file):
+        with opened(source.folder / file) as here:
+            return {key: here.get_slice(key).get_dtype() for key in here.keys()}  # noqa: SIM118
     try:
         header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit)
     except Exception as error:  # the HTTP client's and the hub's own
-        raise Refused(f"The header of {file} of {source.name} cannot be read ({error}); give dtype=.") from error
-    return [header.tensors[key].dtype for key in sorted(header.tensors)]
+        why = " ".join(str(error).split())
+        raise Refused(f"The header of {file} of {source.name} cannot be read ({why}); run it again.") from error
+    return {key: tensor.dtype for key, tensor in header.tensors.items()}

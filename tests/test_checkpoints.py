@@ -121,13 +121,34 @@ def not_in_the_index(folder: Path) -> None:
     save_file({key: torch.zeros(16, 32)}, folder / "model-00099-of-00099.safetensors", {"format": "pt"})
 
 
+def names_of_nonsense(folder: Path) -> None:
+    files = sorted(file.name for file in folder.glob("model-*.safetensors"))
+    edit(folder / INDEX, weight_map={str(number): file for number, file in enumerate(files)})
+
+
 def a_folder_of_that_name(folder: Path) -> None:
     (folder / "model.safetensors").mkdir()
 
 
+def a_second_whole_set(folder: Path) -> None:
+    other(folder, "model.safetensors")
+
+
+def a_variant(folder: Path) -> None:
+    other(folder, "model.fp16.safetensors")
+
+
+def broken_settings_of_generation(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+
+
+def no_settings_of_generation(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+
 CHOICES = [
-    stale_index, broken_index, named, named_index, in_a_subfolder, key_twice, not_in_the_index, a_folder_of_that_name,
-    lambda folder: other(folder, "model.safetensors"), lambda folder: other(folder, "model.fp16.safetensors"),
+    stale_index, broken_index, named, named_index, in_a_subfolder, key_twice, not_in_the_index, names_of_nonsense,
+    a_folder_of_that_name, a_second_whole_set, a_variant, broken_settings_of_generation, no_settings_of_generation,
 ]  # fmt: skip
 
 
@@ -339,6 +360,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a configuration of nothing": (text("config.json", "{}"), "model_type"),
     "a configuration without a type": (lambda folder: edit(folder / "config.json", model_type=None), "model_type"),
     "a type that is no word": (lambda folder: edit(folder / "config.json", model_type=["a"]), "configuration"),
+    "a dtype that is none": (lambda folder: edit(folder / "config.json", dtype="bfloat17"), "bfloat17"),
     "a number that is a word": (lambda folder: edit(folder / "config.json", num_experts="many"), "num_experts"),
 }  # fmt: skip
 
@@ -410,6 +432,13 @@ def test_an_adapter_beside_the_model_is_nothing_where_there_is_no_peft(folder, m
 def test_an_adapter_alone_is_said_to_be_one(folder):
     (folder / "config.json").unlink()
     with pytest.raises(mobile.Refused, match="holds only an adapter of a/base; merge the two"):
+        load(folder)
+
+
+def test_what_a_quantised_checkpoint_needs_and_is_not_installed_is_said(folder, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: False)
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(mobile.Refused, match=r"quantised with fp8, and Transformers says: .*pip install accelerate"):
         load(folder)
 
 

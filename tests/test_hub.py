@@ -100,6 +100,16 @@ def test_what_is_fetched_is_what_transformers_fetches_and_the_tokenizer(hub, fol
     assert mobile.detach(load()).name_or_path == stock.name_or_path == NAME
 
 
+def test_nothing_is_shown_of_a_download_when_progress_is_off(hub, folder, capfd):
+    load()
+    assert capfd.readouterr() == ("", "")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    load(progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Fetching 3 files" in err
+
+
 def test_the_file_that_the_configuration_names_is_the_one_fetched(hub, folder, model, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     shutil.copy(tmp_path / "whole/model.safetensors", folder / "mine.safetensors")
@@ -107,6 +117,13 @@ def test_the_file_that_the_configuration_names_is_the_one_fetched(hub, folder, m
     assert same(load(), AutoModelForCausalLM.from_pretrained(NAME))
     assert not hub.fetched & shards(folder)
     assert "mine.safetensors" in hub.fetched
+
+
+def test_an_index_whose_names_are_nonsense_is_held_against_the_headers(hub, folder):
+    """Transformers takes the files' names from it and nothing else."""
+    edit(folder / INDEX, weight_map={str(number): name for number, name in enumerate(sorted(shards(folder)))})
+    assert same(load(), AutoModelForCausalLM.from_pretrained(NAME))
+    assert hub.parts == shards(folder)
 
 
 def test_code_is_fetched_only_when_it_is_trusted(hub, folder):
@@ -157,6 +174,9 @@ def outside(folder: Path) -> None:
 def half_an_index(folder: Path) -> None:
     places = json.loads((folder / INDEX).read_text())["weight_map"]
     edit(folder / INDEX, weight_map={key: file for key, file in places.items() if ".experts." not in key})
+    for name in shards(folder):
+        weights = load_file(folder / name)
+        save_file({key: weight for key, weight in weights.items() if ".experts." not in key}, folder / name)
 
 
 def own_code(folder: Path) -> None:
