@@ -206,11 +206,12 @@ def _read_directly(
     for key in slices:
         renaming.target(key)
     model._weight_conversions = renaming.used()  # as Transformers does, which has seen the dense weights alone
-    model.adjust_generation_fn(
-        None, False, None, str(known.source.folder), cache_dir=None, force_download=False, proxies=None,
-        local_files_only=True, token=None, revision="main", subfolder="",
-        trust_remote_code=known.options["trust_remote_code"],
-    )  # fmt: skip
+    if hasattr(model, "adjust_generation_fn"):
+        model.adjust_generation_fn(
+            None, False, None, str(known.source.folder), cache_dir=None, force_download=False, proxies=None,
+            local_files_only=True, token=None, revision="main", subfolder="",
+            trust_remote_code=known.options["trust_remote_code"],
+        )  # fmt: skip
     return model
 
 

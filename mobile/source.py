@@ -94,7 +94,7 @@ def locate(source: str | os.PathLike[str], revision: str | None, patterns: Seque
         return _repository(name, revision, patterns)
     if revision is not None:
         raise Refused(f"{folder} is a folder, which has no revisions; leave revision out.")
-    return Source(name, folder)
+    return Source(folder, Path(folder))
 
 
 def _name(source: object) -> str:
@@ -104,14 +104,18 @@ def _name(source: object) -> str:
         name = None
     if not isinstance(name, str) or not name.strip():
         raise Refused(f"{source!r} is no checkpoint; give its folder, or a hub id like owner/name.")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"The path {name!a} is no valid UTF-8, which safetensors needs; rename it.") from error
     return name
 
 
-def _folder(name: str) -> Path | None:
+def _folder(name: str) -> str | None:
     """The local folder, None for a hub id; Refused for what is neither."""
-    for path in dict.fromkeys((name, os.path.expanduser(name))):
+    for path in (name, os.path.expanduser(name)):
         if os.path.isdir(path):
-            return Path(path)
+            return path
         if os.path.isfile(path):
             raise Refused(f"{name} is a file; give the folder of a checkpoint, with its config.json in it.")
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:

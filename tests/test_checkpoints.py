@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -385,6 +386,13 @@ def test_a_file_in_place_of_its_folder_is_one_sentence(folder):
     for name in ("config.json", first_file(folder).name):
         with pytest.raises(mobile.Refused, match="is a file; give the folder of a checkpoint"):
             load(folder / name)
+
+
+def test_a_path_that_is_no_utf8_is_one_sentence(folder):
+    odd = folder.parent / os.fsdecode(b"bad\xff")
+    folder.rename(odd)
+    with pytest.raises(mobile.Refused, match=r"bad\\udcff' is no valid UTF-8, which safetensors needs; rename it"):
+        load(odd)
 
 
 def test_a_home_folder_is_found(folder, monkeypatch):
