@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from mobile import compat, modes
 from mobile.layout import ExpertLayout
 from mobile.reading import check_names, check_untied
-from mobile.refusal import Refused
+from mobile.refusal import Refused, said
 from mobile.source import Source, cache_folder, disk_shortage, locate
 from mobile.weights import Weights, holds_weights, json_object, opened, stored_dtype, stored_keys, weights_of
 
@@ -83,16 +83,11 @@ def config_of(source: Source, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # what a foreign configuration makes Transformers, or its own code, raise
         if "trust_remote_code" in str(error):
             raise Refused(_own_code(source)) from error
-        raise Refused(f"Cannot read the configuration of {source.name}: {_said(error)}") from error
+        raise Refused(f"Cannot read the configuration of {source.name}: {said(error)}") from error
 
 
 def _own_code(source: Source) -> str:
     return f"{source.name} runs code of its own; read it, then pass trust_remote_code=True."
-
-
-def _said(error: Exception) -> str:
-    """The error's words in one line, as far as its first paragraph goes."""
-    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
 
 
 def model_class(source: Source, config: Any, *, trust_remote_code: bool = False) -> Any:
@@ -123,16 +118,14 @@ def dtype_of(config: Any, dtype: torch.dtype | str | None, stored: Callable[[], 
 
     Raises Refused for another word, and for what no model computes in.
     """
-    found: object = dtype
-    if dtype in (None, "auto"):
-        found = getattr(config, "dtype", None)
-        found = stored() if found is None else found
-    if isinstance(found, str):
-        found = getattr(torch, found, None)
-    if found not in DTYPES:
-        whose = f"The checkpoint's weights are {found}" if dtype in (None, "auto") else f"Unknown dtype {dtype!r}"
+    auto = dtype in (None, "auto")
+    named: object = getattr(config, "dtype", None) if auto else dtype
+    if auto and named is None:
+        named = stored()
+    found = getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
+        whose = f"The checkpoint's weights are {named}" if auto else f"Unknown dtype {named!r}"
         raise Refused(f"{whose}; give bfloat16, float16 or float32.")
-    assert isinstance(found, torch.dtype)
     return found
 
 
@@ -152,7 +145,7 @@ def dequantising(config: Any) -> dict[str, Any]:
     try:
         AutoHfQuantizer.from_config(chosen, pre_quantized=True).validate_environment(device_map=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise Refused(f"The checkpoint is quantised with {method}, and Transformers says: {_said(error)}") from error
+        raise Refused(f"The checkpoint is quantised with {method}, and Transformers says: {said(error)}") from error
     return {"quantization_config": chosen}
 
 
@@ -260,7 +253,7 @@ def _empty(source: Source, config: Any, kind: Any, dtype: torch.dtype, trust_rem
     except Exception as error:  # what a foreign configuration makes a model, or its own code, raise
         if "trust_remote_code" in str(error):
             raise Refused(_own_code(source)) from error
-        raise Refused(f"The configuration of {source.name} makes no model: {_said(error)}") from error
+        raise Refused(f"The configuration of {source.name} makes no model: {said(error)}") from error
     if not model.can_generate():
         raise Refused(f"{type(model).__name__} does not generate text, and only what does is offloaded.")
     return model

@@ -16,7 +16,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -27,7 +27,7 @@ from mobile.cleanup import Cleanup, with_cleanup
 from mobile.hardware import HardwareProfile
 from mobile.host import host, memory_shortage
 from mobile.reading import Reading, Renaming, plan_readings
-from mobile.refusal import Refused
+from mobile.refusal import Refused, said
 from mobile.residency import STAGING
 from mobile.store import HostStore
 from mobile.strategy import Strategy, resolve
@@ -57,10 +57,11 @@ def load(
 ) -> nn.Module:
     """Load a safetensors checkpoint (a folder or a hub id) and `attach` it; most keywords are attach's.
 
-    The weights are those that Transformers itself would load. `device` "auto" is the GPU if there is one. `dtype`
-    "auto" is the checkpoint's; MXFP4 and FP8 checkpoints are dequantised to it. `progress` shows a bar on stderr; None
-    shows it on a terminal. `revision` is a branch, a tag or a commit of a hub id. Experts go from the files into the
-    host store one layer at a time, so that host memory peaks at the store and the dense weights, plus one layer.
+    The weights are those that Transformers itself would load. `device` "auto" is the GPU if there is one, a
+    number is that GPU. `dtype` "auto" is the checkpoint's; MXFP4 and FP8 checkpoints are dequantised to it. `progress`
+    shows a bar on stderr; None shows it on a terminal. `revision` is a branch, a tag or a commit of a hub id. Experts
+    go from the files into the host store one layer at a time, so that host memory peaks at the store and the dense
+    weights, plus one layer.
 
     Raises Refused, before any weight is fetched or read where it can be known, for a missing, truncated or incomplete
     checkpoint, one without safetensors or with an adapter, and whatever attach refuses. Neither that nor an interrupt
@@ -77,9 +78,13 @@ def load(
             known.empty, known.layers, known.layout, place, strategy, memory=memory, slots=slots, hardware=hardware,
             link=link, link_gb_per_s=link_gb_per_s, gamma=None, geometry=geometry, kernel=kernel,
         )  # fmt: skip
-        beside = _beside_nbytes(known, settled.slots) if place.type == "cpu" else 0
-        _check_host_memory(known.experts_nbytes + beside)
-        _fetch(known, shown := sys.stderr.isatty() if progress is None else progress)
+        if place.type == "cpu":
+            beside = _beside_nbytes(known, settled.slots)
+            _check_host_memory(known.experts_nbytes + beside, "the experts, the other weights and the slots")
+        else:
+            _check_host_memory(known.experts_nbytes)
+        shown = sys.stderr.isatty() if progress is None else progress
+        _fetch(known, shown)
         model, store = with_cleanup(lambda cleanup: _read(known, shown, cleanup))
         model = model.eval().to(place)
         return serve(model, compat.moe_layers(model), store, settled)
@@ -122,9 +127,9 @@ def _beside_nbytes(known: Examined, slots: int) -> int:
     return own.resident_nbytes + (slots + STAGING) * known.layout.nbytes
 
 
-def _check_host_memory(nbytes: int) -> None:
-    """Raises Refused where this machine, or the container's limit, leaves less than that."""
-    shortage = memory_shortage(nbytes, host().usable_nbytes)
+def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
+    """Raises Refused where this machine, or the container's limit, leaves less than these parts take."""
+    shortage = memory_shortage(nbytes, host().usable_nbytes, of)
     if shortage is not None:
         raise Refused(
             f"{shortage[:1].upper()}{shortage[1:]}; close other programs, raise the container's limit if there is one, "
@@ -162,10 +167,10 @@ def _read(known: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStor
             model = _read_directly(known, store, readings, advance, cleanup)
     except Refused:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         if "above report" in str(error):  # Transformers' list of them, which is not shown
             raise Refused(f"The weights of {known.source.name} do not fit its configuration; copy it again.") from error
-        raise Refused(f"Cannot load {known.source.name}: {str(error).splitlines()[0]}") from error
+        raise Refused(f"Cannot load {known.source.name}: {said(error)}") from error
     bar.update(task, completed=nbytes)
     model.config.name_or_path = model.name_or_path = known.source.name
     return model, store

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
-from mobile.refusal import Refused
+from mobile.refusal import Refused, said
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GB = 1e9
@@ -80,7 +80,7 @@ class Source:
             return f"{self.folder} lacks {file}; copy it again."
         if self.sizes is None:
             return f"{self.name} is in the cache without {file}, and the hub cannot be reached; connect to it once."
-        return f"{self.name} has no {file} on the hub."
+        return f"{self.name} has no {file} on the hub, which makes it incomplete; take another revision, or a copy."
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, patterns: Sequence[str]) -> Source:
@@ -188,7 +188,7 @@ def _why(error: Exception, revision: str | None) -> str:
         return "that is neither a folder here nor a hub id like owner/name (a revision goes into revision=)"
     if isinstance(error, LocalEntryNotFoundError):
         return "the hub cannot be reached and it is not in the cache; connect, or give a folder with a copy"
-    return " ".join(str(error).split()) or type(error).__name__
+    return said(error)
 
 
 def cache_folder() -> Path:

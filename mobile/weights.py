@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import str_to_torch_dtype
 
-from mobile.refusal import Refused
+from mobile.refusal import Refused, said
 from mobile.source import INDEX, SINGLE, Source
 
 LFS_POINTER = b"version https://git-lfs"
@@ -178,6 +178,5 @@ def _header(source: Source, file: str) -> dict[str, str]:
     try:
         header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit)
     except Exception as error:  # the HTTP client's and the hub's own
-        why = " ".join(str(error).split())
-        raise Refused(f"The header of {file} of {source.name} cannot be read ({why}); run it again.") from error
+        raise Refused(f"The header of {file} of {source.name} cannot be read ({said(error)}); run it again.") from error
     return {key: tensor.dtype for key, tensor in header.tensors.items()}

@@ -83,7 +83,7 @@ def main() -> int:
         chosen = preset.only(options.only)
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
         if options.verb == "plan":
-            console.print(answer(chosen), describe(chosen, run), sep="\n", highlight=False)
+            console.print(answer(chosen), describe(chosen, run), sep="\n", highlight=False, markup=False)
             return 0
         console.print(describe(chosen, run), highlight=False)
         if chosen.shapes:

@@ -143,7 +143,7 @@ def checkpoint(model: Model) -> Path:
     try:
         return download(model.hub, revision=model.revision)
     except Refused as refused:
-        raise Refused(f"{refused} Or give --model {model.name}=FOLDER with a copy.") from refused
+        raise Refused(f"{str(refused).rstrip('.')}; or give --model {model.name}=FOLDER with a copy.") from refused
 
 
 def save(cell: Cell, loaded: Loaded, run: RunFolder) -> None:

@@ -245,10 +245,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(made: Plan, hardware: HardwareProfile) -> None:
     out, geometry = show.console(), made.geometry
     where = f"{made.model} on {made.hardware} with {show.memory(made.memory_nbytes)}"
-    out.print(f"runs: {where}" if made.runs else f"does not run here: {where}, because {made.because}")
+    verdict = f"runs: {where}" if made.runs else f"does not run here: {where}, because {made.because}"
+    out.print(verdict, markup=False)
     out.print(
         f"{made.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was run.\n"
+        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was run.\n",
+        markup=False,
     )
     device = show.table("Device memory", "part", "size", "")
     device.add_row("dense weights", show.memory(made.resident_nbytes), "with embedding and head")
@@ -259,10 +261,10 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     device.add_row("expert slots", show.memory(made.slots_nbytes), share)
     device.columns[-1].justify = "left"
     out.print(device)
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
+    holds = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
     out.print(
         f"\nHost memory: all experts need {show.memory(made.host_needed_nbytes)}; "
-        f"{show.memory(made.host_available_nbytes)} available: {verdict}.\n"
+        f"{show.memory(made.host_available_nbytes)} available: {holds}.\n"
     )
     rows = show.table(
         "Bounds per decode token (projected)",
