@@ -29,6 +29,7 @@ from mobile.host import host, memory_shortage
 from mobile.reading import Reading, Renaming, plan_readings
 from mobile.refusal import Refused, said
 from mobile.residency import STAGING
+from mobile.source import Source
 from mobile.store import HostStore
 from mobile.strategy import Strategy, resolve
 
@@ -70,10 +71,9 @@ def load(
     compat.check_version()
     strategy, place = resolve(strategy, gamma), _device(device)
 
-    def work(cleanup: Cleanup) -> Any:
-        modes.keep(cleanup)
+    def work() -> Any:
         found = checkpoint.find(source, revision=revision, trust_remote_code=trust_remote_code)
-        known = checkpoint.examine(found, dtype=dtype, trust_remote_code=trust_remote_code)
+        known = with_cleanup(lambda cleanup: _examine(found, dtype, trust_remote_code, cleanup))
         settled = settle(
             known.empty, known.layers, known.layout, place, strategy, memory=memory, slots=slots, hardware=hardware,
             link=link, link_gb_per_s=link_gb_per_s, gamma=None, geometry=geometry, kernel=kernel,
@@ -90,7 +90,7 @@ def load(
         return serve(model, compat.moe_layers(model), store, settled)
 
     try:
-        return modes.plain(partial(with_cleanup, work))()
+        return modes.plain(work)()
     except Refused as refused:
         if _interrupted(refused):
             raise KeyboardInterrupt from refused
@@ -137,6 +137,11 @@ def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
         )
 
 
+def _examine(found: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, cleanup: Cleanup) -> Examined:
+    _alone(cleanup)
+    return checkpoint.examine(found, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
 def _fetch(known: Examined, shown: bool) -> None:
     """Have all files of the weights. Raises Refused, before that, where the disk has no room for them."""
     assert known.weights is not None
@@ -152,10 +157,10 @@ def _fetch(known: Examined, shown: bool) -> None:
 
 def _read(known: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStore]:
     """The model without its experts, and the store with them."""
-    store = HostStore(known.layout, len(known.layers), known.layers[0].count)
-    readings = None if known.quantised else plan_readings(known.empty, known.layers, known.files)
     _alone(cleanup)
     _quieten(cleanup)
+    store = HostStore(known.layout, len(known.layers), known.layers[0].count)
+    readings = None if known.quantised else plan_readings(known.empty, known.layers, known.files)
     bar = _bar(shown, cleanup)
     nbytes = sum(file.stat().st_size for file in known.files)
     task = bar.add_task("", total=nbytes)
@@ -285,7 +290,10 @@ def _check_complete(missing: Sequence[str]) -> None:
 
 
 def _alone(cleanup: Cleanup) -> None:
-    """Wait until no other thread reads a checkpoint; the others wait from now on."""
+    """Wait until no other thread examines or reads a checkpoint; the others wait from now on.
+
+    Transformers builds models under a default dtype that all threads share.
+    """
 
     def release() -> None:
         with suppress(RuntimeError):  # not ours, because it was interrupted, or not any more
@@ -293,6 +301,7 @@ def _alone(cleanup: Cleanup) -> None:
 
     cleanup.append(release)
     ONE_AT_A_TIME.acquire()
+    modes.keep(cleanup)
 
 
 def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:

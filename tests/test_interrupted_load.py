@@ -280,11 +280,18 @@ def test_a_load_draws_no_random_numbers(folder, way):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_two_threads_may_load_at_once(folder, weights, way):
-    before = shared(folder)
+def test_two_threads_may_load_at_once_in_dtypes_of_their_own(folder, weights, way):
+    """Transformers builds a model under a default dtype that all threads share."""
+    before, dtypes = shared(folder), (torch.float32, torch.bfloat16)
+
+    def load_often(dtype: torch.dtype) -> list[PreTrainedModel]:
+        return [mobile.load(folder, "lru", slots=4, device="cpu", progress=False, dtype=dtype) for _ in range(20)]
+
     with ThreadPoolExecutor(2) as threads:
-        loaded = list(threads.map(lambda _: [load(folder, progress=False) for _ in range(5)], range(2)))
-    assert all(whole(model, weights) for models in loaded for model in models)
+        loaded = dict(zip(dtypes, threads.map(load_often, dtypes), strict=True))
+    for dtype, models in loaded.items():
+        assert all(whole(model, {key: weight.to(dtype) for key, weight in weights.items()}) for model in models)
+        assert {weight.dtype for model in models for weight in model.parameters()} == {dtype}
     assert shared(folder) == before
 
 
