@@ -151,9 +151,9 @@ def measure(folder: str, texts: Sequence[str], traces: Sequence[Path] = ()) -> M
     """Measure a checkpoint on calibration texts, in float32, and its guesses on traces of it if there are any."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mobile.checkpoint import find
+    from mobile.checkpoint import download
 
-    where = find(folder).folder
+    where = download(folder)
     model = AutoModelForCausalLM.from_pretrained(where, dtype="float32", use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(where)
     begun = time.process_time()

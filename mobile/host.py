@@ -103,6 +103,17 @@ def host(root: Path = ROOT) -> Host:
     )
 
 
+def memory_shortage(nbytes: int, usable_nbytes: int | None, of: str = "the experts") -> str | None:
+    """Why host memory of which so much is usable cannot take these parts, or None if it can or is not known."""
+    if usable_nbytes is None or nbytes <= usable_nbytes:
+        return None
+    return f"{of} take {_gib(nbytes)} of host memory and {_gib(usable_nbytes)} are free"
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**30:.2g} GiB"
+
+
 def _memlock() -> Limit:
     try:
         import resource

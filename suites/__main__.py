@@ -13,7 +13,7 @@ from mobile.refusal import Refused
 from suites import profiling, shape_plan
 from suites.executors import cluster, here
 from suites.matrix import presets, read_preset
-from suites.preflight import check
+from suites.preflight import answer, check
 from suites.record import LATEST, VIRTUAL, RunFolder
 from suites.runner import DiskFull, describe, execute, locked
 from suites.shapes import LINKS
@@ -82,12 +82,13 @@ def main() -> int:
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)
         chosen = preset.only(options.only)
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
+        if options.verb == "plan":
+            console.print(answer(chosen), describe(chosen, run), sep="\n", highlight=False, markup=False)
+            return 0
         console.print(describe(chosen, run), highlight=False)
         if chosen.shapes:
             for remark in shape_plan.check(chosen.name, chosen.shapes):
                 console.print(remark, highlight=False)
-        if options.verb == "plan":
-            return 0
         if chosen.scored:
             check(chosen, run_generated_code=options.run_generated_code)
         LATEST.parent.mkdir(exist_ok=True)

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import mobile
-from mobile.checkpoint import READ, skeleton
+from mobile.checkpoint import download, skeleton
 from mobile.compat import common_layout, geometry_of, moe_layers
 from mobile.geometry import GEOMETRIES, Geometry
 from mobile.gpu import cuda_uuid, link_rates
@@ -145,10 +143,9 @@ def checkpoint(model: Model) -> Path:
     if model.hub is None:
         return model.folder
     try:
-        return Path(snapshot_download(model.hub, revision=model.revision, allow_patterns=list(READ)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise Refused(f"Cannot get {model.hub} ({why}); give --model {model.name}=FOLDER with a copy.") from error
+        return download(model.hub, revision=model.revision)
+    except Refused as refused:
+        raise Refused(f"{str(refused).rstrip('.')}; or give --model {model.name}=FOLDER with a copy.") from refused
 
 
 def save(cell: Cell, loaded: Loaded, run: RunFolder) -> None:

@@ -7,15 +7,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi
 
 from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import parse_nbytes, profile
 from mobile.host import host
 from mobile.refusal import Refused
+from mobile.source import cache_folder, cached_whole, disk_shortage
 from mobile.strategy import resolve
+from suites import shape_plan
 from suites.matrix import Cell, Generation, Model, Preset
 from suites.real_tasks import REAL, remarks
 from suites.timing import SHOWN_SHARE, bench, is_memory
@@ -101,6 +102,20 @@ def _tasks(preset: Preset) -> list[str]:
     return list(dict.fromkeys(cell.generation.task for cell in preset.scored))
 
 
+def answer(preset: Preset) -> str:
+    """Return the line that says whether this machine can run the preset, and why not; below it, what else to know."""
+    remarks: list[str] = []
+    try:
+        if preset.shapes:
+            remarks = shape_plan.check(preset.name, preset.shapes)
+        if preset.scored:
+            check(preset, run_generated_code=True)
+    except Refused as refused:
+        return f"does not run here: {preset.name}, because: {refused}"
+    judged = any(_runs_foreign_code(cell.generation) for cell in preset.scored)
+    return "\n".join([f"runs: {preset.name}" + (", with --run-generated-code" if judged else ""), *remarks])
+
+
 def check(preset: Preset, *, run_generated_code: bool) -> None:
     """Raises Refused, in one sentence, for the first thing that this machine or this command line lacks."""
     judged = [cell.generation for cell in preset.scored if _runs_foreign_code(cell.generation)]
@@ -151,19 +166,13 @@ def _check_host(most: Takes) -> None:
 
 def _check_disk(needed: Sequence[Takes]) -> None:
     missing = sum(one.download_nbytes for one in needed if not _cached(one.model))
-    cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
-    if free < missing:
-        raise Refused(
-            f"The weights take {missing / GB:.0f} GB and {free / GB:.0f} GB are free under {cache}; free some, or set "
-            "HF_HOME to a larger disk."
-        )
+    shortage = disk_shortage(missing, shutil.disk_usage(cache_folder()).free)
+    if shortage is not None:
+        raise Refused(f"{shortage[:1].upper()}{shortage[1:]}.")
 
 
 def _cached(model: Model) -> bool:
-    return model.hub is None or isinstance(
-        try_to_load_from_cache(model.hub, "config.json", revision=model.revision), str
-    )
+    return model.hub is None or cached_whole(model.hub, model.revision)
 
 
 def _check_hub(preset: Preset) -> None:

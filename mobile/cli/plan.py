@@ -6,27 +6,32 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobile.ceilings import Ceilings, ceilings
 from mobile.cli import options, show
 from mobile.cost import CostModel
 from mobile.geometry import GEOMETRIES, Geometry, slots_for
 from mobile.hardware import HardwareProfile, parse_nbytes, profile
-from mobile.host import host
+from mobile.host import host, memory_shortage
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.strategy import BigLittle, HalfK, Strategy, strategies
+
+if TYPE_CHECKING:
+    from mobile.source import Source
 
 EXAMPLES = """
 examples:
   mobile plan olmoe-1b-7b --memory 8GiB             a preset: nothing is fetched
   mobile plan Qwen/Qwen3-30B-A3B --memory 12GiB     a hub id: only its configuration is fetched
+  mobile plan qwen3-30b-a3b --host-memory 64GiB     on a machine with that much host memory
   mobile plan ./checkpoint --memory 2GiB --json | jq .slots
   mobile plan olmoe-1b-7b --hardware here.json      this machine, measured by: mobile doctor --calibrate --out here.json
   mobile plan olmoe-1b-7b --fallback-rate 0.2       what MoBiLE's bound is at that rate
 
-exit code: 2 if the device memory cannot hold it, else 0; whether this host can is host_fits in the JSON.
+The first line says whether the model runs here. exit code: 0 if it does; 1 if this host lacks the memory for its
+experts, or the disk for its weights; 2 if it is refused, by `mobile.load` as well, like a budget that cannot hold it.
 """
 
 
@@ -59,8 +64,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A budget taken apart. Bytes on the device add up to at most `memory_nbytes`."""
+    """A budget taken apart. Bytes on the device add up to at most `memory_nbytes`.
 
+    `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not.
+    """
+
+    runs: bool
+    because: str | None
     fits: bool
     model: str
     hardware: str
@@ -112,7 +122,7 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
 
 def plan(
     model: str, geometry: Geometry, memory_nbytes: int, hardware: HardwareProfile, host_nbytes: int | None,
-    fallback_rates: Sequence[float] = (0.0, 1.0),
+    fallback_rates: Sequence[float] = (0.0, 1.0), disk_shortage: str | None = None,
 ) -> Plan:  # fmt: skip
     """Divide the budget. Raises Refused when it cannot hold the dense weights and one token's experts."""
     slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, STAGING)
@@ -136,7 +146,10 @@ def plan(
             )
         )
     host_needed = geometry.keys * geometry.expert_nbytes
+    because = memory_shortage(host_needed, host_nbytes) or disk_shortage
     return Plan(
+        runs=because is None,
+        because=because,
         fits=True,
         model=model,
         hardware=hardware.name,
@@ -155,19 +168,31 @@ def plan(
     )
 
 
-def geometry_from(source: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry:
-    """Sizes of a preset, or of the model a folder or hub id describes, built without weights."""
-    if source in GEOMETRIES and not Path(source).is_dir():
+def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry | Source:
+    """A preset's sizes, or where the checkpoint is that a folder or a hub id names. Raises Refused if there is none."""
+    if model in GEOMETRIES and not Path(model).is_dir():
         if dtype not in ("auto", "bfloat16"):
-            raise Refused(f"The preset {source} is bfloat16; leave --dtype out, or name a checkpoint.")
-        return GEOMETRIES[source]
-    from mobile import compat
-    from mobile.checkpoint import skeleton
+            raise Refused(f"The preset {model} is bfloat16; leave --dtype out, or name a checkpoint.")
+        return GEOMETRIES[model]
+    from mobile import checkpoint
 
-    compat.check_version()
-    model = skeleton(source, dtype=dtype, trust_remote_code=trust_remote_code)
-    layers = compat.moe_layers(model)
-    return compat.geometry_of(model, layers, compat.common_layout(layers))
+    return checkpoint.find(model, trust_remote_code=trust_remote_code, patterns=checkpoint.CONFIGURATION)
+
+
+def sizes(
+    found: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Geometry, str | None]:
+    """The model's sizes, and why the disk has no room for its weights, if so; built without weights.
+
+    Raises Refused for what `mobile.load` refuses before it has the weights.
+    """
+    if isinstance(found, Geometry):
+        return found, None
+    from mobile import compat
+    from mobile.checkpoint import examine
+
+    known = examine(found, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
+    return compat.geometry_of(known.empty, known.layers, known.layout), known.disk_shortage()
 
 
 # --- the command ------------------------------------------------------------------------------------
@@ -181,6 +206,7 @@ def declare(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
     parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
+    parser.add_argument("--host-memory", metavar="SIZE", help="what the host has for experts (default: this machine's)")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
     parser.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
                         help=f"of the weights: {', '.join(options.DTYPES)}")  # fmt: skip
@@ -190,6 +216,7 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    found = None
     try:
         rates: tuple[float, ...] = (0.0, 1.0)
         if arguments.fallback_rate is not None:
@@ -198,24 +225,32 @@ def run(arguments: argparse.Namespace) -> int:
             rates = (arguments.fallback_rate,)
         hardware = profile(arguments.hardware)
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
-        geometry = geometry_from(arguments.model, arguments.dtype, arguments.trust_remote_code)
-        made = plan(arguments.model, geometry, memory, hardware, host().usable_nbytes, rates)
+        usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)
+        found = find(arguments.model, arguments.dtype, arguments.trust_remote_code)
+        geometry, shortage = sizes(found, arguments.dtype, arguments.trust_remote_code)
+        made = plan(arguments.model, geometry, memory, hardware, usable, rates, shortage)
     except Refused as refused:
         if arguments.json:
-            show.as_json({"fits": False, "reason": str(refused)})
+            show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
+        elif found is not None:
+            print(f"does not run here: {arguments.model}, because: {refused}")
         raise
     if arguments.json:
         show.as_json(asdict(made))
     else:
         _print(made, hardware)
-    return 0
+    return 0 if made.runs else 1
 
 
 def _print(made: Plan, hardware: HardwareProfile) -> None:
     out, geometry = show.console(), made.geometry
+    where = f"{made.model} on {made.hardware} with {show.memory(made.memory_nbytes)}"
+    verdict = f"runs: {where}" if made.runs else f"does not run here: {where}, because {made.because}"
+    out.print(verdict, markup=False)
     out.print(
         f"{made.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was run.\n"
+        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was run.\n",
+        markup=False,
     )
     device = show.table("Device memory", "part", "size", "")
     device.add_row("dense weights", show.memory(made.resident_nbytes), "with embedding and head")
@@ -226,10 +261,10 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     device.add_row("expert slots", show.memory(made.slots_nbytes), share)
     device.columns[-1].justify = "left"
     out.print(device)
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
+    holds = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
     out.print(
         f"\nHost memory: all experts need {show.memory(made.host_needed_nbytes)}; "
-        f"this machine has {show.memory(made.host_available_nbytes)} available: {verdict}.\n"
+        f"{show.memory(made.host_available_nbytes)} available: {holds}.\n"
     )
     rows = show.table(
         "Bounds per decode token (projected)",
