@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 
-from mobile import compat, quasi, selftest
+from mobile import compat, modes, quasi, selftest
 from mobile.cost import CostModel
 from mobile.decoding import Decoder
 from mobile.engine import Engine
@@ -28,22 +28,8 @@ from mobile.residency import STAGING
 from mobile.store import HostStore
 from mobile.strategy import BigLittle, HalfK, Strategy, resolve
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def in_plain_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """Have a function make plain tensors where the caller is in inference mode, and compute no gradients."""
-
-    @wraps(function)
-    def run(*arguments: P.args, **named: P.kwargs) -> T:
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*arguments, **named)
-
-    return run
-
-
-@in_plain_modes
+@modes.in_plain_modes
 def attach(
     model: Any,
     strategy: str | Strategy = "mobile",
@@ -144,7 +130,7 @@ def settle(
     )  # fmt: skip
 
 
-@in_plain_modes
+@modes.in_plain_modes
 def serve(
     model: Any, layers: Sequence[compat.MoeLayer], store: HostStore, settled: Settled, *, poison: bool = False,
     around: Any = None,
@@ -210,7 +196,7 @@ def _prove(engine: Engine, decoder: Decoder, overrides: Overrides) -> None:
     engine.restart()
 
 
-@in_plain_modes
+@modes.in_plain_modes
 def detach(model: Any) -> Any:
     """The stock model again, bit for bit; returns it.
 

@@ -7,8 +7,8 @@ PyTorch and Transformers enter and leave modes themselves, and Ctrl-C at one of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.overrides import (
@@ -23,10 +23,22 @@ from torch.utils import _device
 from mobile.cleanup import Cleanup
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_plain_modes(function: Callable[P, T]) -> Callable[P, T]:
+    """Have every call of a function run as `plain` has it."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **named: P.kwargs) -> T:
+        return plain(function)(*arguments, **named)
+
+    return run
 
 
 def plain(function: F) -> F:
-    """The function, run as if its caller had set no default device, no inference mode and no autocast.
+    """Return the function as it runs where its caller has set no default device, no inference mode and no autocast.
 
     A mode that is not on is not switched off: PyTorch's calls would run through Python, where Ctrl-C becomes an error.
     """
