@@ -20,14 +20,13 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return by_lower[found[0]] if found else None
 
 
-def offer(word: str, choices: Iterable[str], among: str = "choose one of") -> str:
+def offer(word: str, choices: Iterable[str], listed: str | None = None) -> str:
     """Return the end of a refusal's sentence: what was probably meant, if anything, and all choices.
 
-    "did you mean lru? Choose one of: lfu, lru" or "choose one of: lfu, lru", without a full stop.
+    "did you mean lru? Choose one of: lfu, lru" or "choose one of: lfu, lru", without a full stop. `listed` is another
+    way to list them.
     """
     named = list(choices)
-    if not named:
-        return "there is none to choose"
-    listed = f"{among}: {', '.join(named)}"
+    listed = listed or (f"choose one of: {', '.join(named)}" if named else "there is none to choose")
     meant = nearest(word, named)
     return listed if meant is None else f"did you mean {meant}? {listed[0].upper()}{listed[1:]}"

@@ -27,6 +27,7 @@ from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import HardwareProfile
 from mobile.host import host
 from mobile.layout import ExpertLayout
+from mobile.nearest import offer
 from mobile.prefill import STAGING
 from mobile.refusal import Refused
 from mobile.store import HostStore
@@ -77,7 +78,7 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
     an unknown geometry, or more layers than it has.
     """
     if geometry not in CONFIGS:
-        raise Refused(f"Unknown geometry {geometry!r}; choose one of: {', '.join(sorted(CONFIGS))}.")
+        raise Refused(f"Unknown geometry {geometry!r}; {offer(geometry, sorted(CONFIGS))}.")
     real = GEOMETRIES[geometry].moe_layers
     layers = real if layers is None else layers
     if not 1 <= layers <= real:

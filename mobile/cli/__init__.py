@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ examples:
 
 `mobile COMMAND --help` explains one command.
 """
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def build() -> tuple[Parser, Any]:
@@ -81,11 +83,12 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _about(error: OSError) -> str:
-    """What the system would not do: write our output, where that fails again, or else what it says itself."""
+    """What the system would not do. Where it names no file and speaks of writing, it is of our output."""
     try:
         sys.stdout.flush()
-    except OSError as unwritable:
+    except OSError:
         show.silence(sys.stdout)
-        return f"The output cannot be written ({reason(unwritable)}); make room for it"
+    if error.filename is None and error.errno in UNWRITABLE:
+        return f"The output cannot be written ({reason(error)}); send it elsewhere"
     named = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
     return f"{reason(error)}{named}"

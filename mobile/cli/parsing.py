@@ -18,6 +18,10 @@ class Parser(argparse.ArgumentParser):
         """Raise Refused."""
         raise Refused(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
 
+    def print_help(self, file: Any = None) -> None:
+        """Write it, or raise OSError: argparse is silent where it cannot."""
+        print(self.format_help(), end="", file=file)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Say what was probably meant; argparse has no public place for that before Python 3.14."""
         if action.choices is not None and value not in action.choices:
