@@ -178,7 +178,9 @@ def read_preset(
         if "runs" in data or link is not None:
             raise Refused(f"Preset {path.stem} {_MADE if 'runs' in data else _SAYS}.")
         return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except Refused:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:  # no TOML, no text, or a value of another kind
         raise Refused(f"Preset {path} cannot be read: {error}.") from error
     except KeyError as error:
         raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mobile import outputs
 from mobile.refusal import Refused
 
 SCOPE = "mobile: "
@@ -139,6 +140,7 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
         raise Refused("There is no CUDA device that torch can use here; give --link paced to try the code.")
     if options.tokens < 1:
         raise Refused("Give --tokens a positive number.")
+    outputs.check_folder(options.out)
     device = "cuda" if link == "cuda" else "cpu"
     made = synthetic.make(options.geometry, layers=options.layers, shrink=options.shrink, device=device)
     strategy, geometry = resolve(options.strategy), made.geometry
@@ -149,7 +151,6 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     if isinstance(strategy.gating, BigLittle):
         script = with_rate(script, options.rate, 0)
     room = {"memory": options.memory} if options.memory else {"slots": strategy.needs(geometry)}
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "trace.json"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with made.attached(strategy, **room, link=link, link_gb_per_s=options.link_gb_per_s) as engine:

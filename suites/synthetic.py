@@ -84,6 +84,8 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
     if not 1 <= layers <= real:
         raise Refused(f"{geometry} has {real} MoE layers; {layers} of them cannot be made.")
     kind, fields = CONFIGS[geometry]
+    if shrink < 1 or any(fields[name] % shrink for name in WIDTHS if name in fields):
+        raise Refused(f"The widths of {geometry} cannot be divided by {shrink}; take a power of two, like 16.")
     dense = fields["num_hidden_layers"] - real
     narrow = {name: fields[name] // shrink for name in WIDTHS if name in fields} if shrink > 1 else {}
     small = {"vocab_size": SHRUNK_VOCABULARY} if shrink > 1 else {}

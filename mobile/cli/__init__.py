@@ -7,10 +7,9 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, show, trace
-from mobile.cli.parsing import Parser, read
+from mobile.cli.parsing import Parser
 from mobile.refusal import Refused, reason
 from mobile.version import this_version
 
@@ -30,8 +29,8 @@ examples:
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
-def build() -> tuple[Parser, Any]:
-    """The parser, and its commands by name; each command's options are declared beside its code."""
+def build() -> Parser:
+    """The parser with every command in it; each command's options are declared beside its code."""
     parser = Parser(
         prog="mobile",
         description="Run Mixture-of-Experts models that do not fit in GPU memory.",
@@ -42,7 +41,7 @@ def build() -> tuple[Parser, Any]:
     commands = parser.add_subparsers(metavar="COMMAND")
     for command in (plan, doctor, generate, chat, serve, trace, replay, listings):
         command.declare(commands)
-    return parser, commands
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     torch_is_ours = "torch" not in sys.modules  # else its settings are those of a program that calls this
-    parser, commands = build()
-    arguments = read(parser, commands, argv)
+    parser = build()
+    arguments = parser.read(argv)
     arguments.torch_is_ours = torch_is_ours
     if arguments.__dict__.get("version"):
         print(f"mobile {this_version()}")

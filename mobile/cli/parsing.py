@@ -14,6 +14,13 @@ from mobile.refusal import Refused
 class Parser(argparse.ArgumentParser):
     """Refuses a wrong command line in one sentence instead of printing the usage."""
 
+    commands: Any = None
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Add commands; each has a parser of this kind."""
+        self.commands = super().add_subparsers(**options)
+        return self.commands
+
     def error(self, message: str) -> NoReturn:
         """Raise Refused."""
         raise Refused(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
@@ -27,28 +34,35 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"{value!r} is unknown; {offer(value, map(str, action.choices))}")
 
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Return what the words say, options in any place. Raise Refused for a word that belongs nowhere."""
-        found, left = self.parse_known_intermixed_args(argv)
-        options = [word for word in left if word.startswith("-") and word != "-"]
-        if options:
-            name = options[0].partition("=")[0]
-            meant = nearest(name, self._option_string_actions) if name.startswith("--") else None
-            guess = "" if meant is None else f"did you mean {meant}? A"
-            self.error(f"unknown option {name}; {guess or 'a'} text that begins with - goes after --")
+    def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Return what the words say (None: those this process was started with). Raise Refused for what is wrong."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        if self.commands is None:
+            return self._read_alone(words)
+        if not words or words[0].startswith("-"):
+            return self.parse_args(words)
+        name = words[0]
+        if name not in self.commands.choices:
+            self.error(f"unknown command {name!r}; {offer(name, self.commands.choices)}")
+        found: argparse.Namespace = self.commands.choices[name].read(words[1:])
+        if self.commands.dest != argparse.SUPPRESS:
+            setattr(found, self.commands.dest, name)
+        return found
+
+    def _read_alone(self, words: list[str]) -> argparse.Namespace:
+        """Options may stand in any place; argparse takes them so only where there are no commands."""
+        found, left = self.parse_known_intermixed_args(words)
+        for word in left:
+            if word.startswith("-") and word != "-":
+                self.error(self._unknown(word.partition("=")[0]))
         if left:
             self.error(f"{left[0]!r} is one word too many; put a text of several words in quotes")
         return found
 
-
-def read(top: Parser, commands: Any, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return what a command line with a command says; `commands` is what add_subparsers gave. Raise Refused."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0].startswith("-"):
-        return top.parse_args(words)
-    if words[0] not in commands.choices:
-        top.error(f"unknown command {words[0]!r}; {offer(words[0], commands.choices)}")
-    found: argparse.Namespace = commands.choices[words[0]].read(words[1:])
-    if commands.dest != argparse.SUPPRESS:
-        setattr(found, commands.dest, words[0])
-    return found
+    def _unknown(self, option: str) -> str:
+        """Say what the option was probably meant to be, or that it may be no option but a text."""
+        meant = nearest(option, self._option_string_actions) if option.startswith("--") else None
+        if meant is not None:
+            return f"unknown option {option}; did you mean {meant}"
+        takes_text = any(not action.option_strings for action in self._actions)
+        return f"unknown option {option}{'; a text that begins with - goes after --' if takes_text else ''}"
