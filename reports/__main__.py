@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     try:
         options = parser().parse_args()
+        if sys.stderr.isatty():
+            print("reading ...", file=sys.stderr)  # a large run takes a while
         code: int = options.does(options)
         sys.stdout.flush()
         return code

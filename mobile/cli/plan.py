@@ -196,6 +196,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not 0 <= arguments.fallback_rate <= 1:
                 raise Refused(f"A fallback rate lies between 0 and 1, and {arguments.fallback_rate} does not.")
             rates = (arguments.fallback_rate,)
+        if arguments.model not in GEOMETRIES:
+            show.waiting(f"reading {arguments.model} ...")
         hardware = profile(arguments.hardware)
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
         geometry = geometry_from(arguments.model, arguments.dtype, arguments.trust_remote_code)
