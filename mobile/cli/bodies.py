@@ -82,6 +82,12 @@ def _sound(text: str) -> str:
     return text
 
 
+def _not_empty(text: str) -> str:
+    if not text:
+        raise _wrong("is empty; give it some text")
+    return text
+
+
 Text = Annotated[str, AfterValidator(_sound)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -174,7 +180,7 @@ class _Completing(_Request):
 class Completion(_Completing):
     """The body of /v1/completions."""
 
-    prompt: Annotated[Text, Field(min_length=1)]
+    prompt: Annotated[Text, AfterValidator(_not_empty)]
     suffix: Text | None = None
 
 
