@@ -18,6 +18,8 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     """Measure, fit, print, and write `out`. Imports torch. Raises Refused before measuring if it could not be done."""
     if out is not None and out.suffix != ".json":
         raise Refused(f"--out {out} must end in .json, which is how --hardware tells a file from a name.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise Refused(f"The folder of --out {outputs.shown(out)} does not exist; make it first.")
     if out is not None:
         outputs.check_file(out)
     show.waiting("importing PyTorch ...")
@@ -27,9 +29,10 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     from mobile.measuring import measure
 
     there = "cuda" if torch.cuda.is_available() else "cpu"
-    on = torch.device(device or there)
-    if on.type == "cuda" and there == "cpu":
-        raise Refused("There is no CUDA device that torch can use here; leave --device out, or give cpu.")
+    on = torch.device(there if device in (None, "auto") else device)
+    if on.type == "cuda" and (on.index or 0) >= torch.cuda.device_count():
+        named = "CUDA device" if on.index is None else str(on)
+        raise Refused(f"There is no {named} that torch can use here; leave --device out, or give cpu.")
     kind = getattr(torch, {"auto": "bfloat16" if on.type == "cuda" else "float32"}.get(dtype, dtype))
     screen = show.console(stderr=True)
     with Progress(

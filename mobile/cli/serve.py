@@ -156,5 +156,5 @@ def _listening(host: str, port: int) -> socket.socket:
     """The address, taken before the model is loaded; who connects meanwhile waits."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError, ValueError, TypeError) as error:
         raise Refused(f"Cannot serve at {host}:{port}: {reason(error)}.") from error

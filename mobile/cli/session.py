@@ -99,9 +99,9 @@ def load_model(arguments: argparse.Namespace, reader: Reader) -> Any:
 def _choose_threads(config: Any) -> None:
     """Run a narrow model on one thread, unless the user chose a number.
 
-    Its products are over before a second thread has joined in. On 2 cores a decode token of 96 features took 2.3 ms
-    with one thread and 2.5 with two, of 512 features 8.3 and 7.9; beside one busy neighbour, for which every product
-    waits once more, 6 and 1,448 ms, 16 and 170 ms.
+    Its products are over before a second thread has joined in. On 2 idle cores a decode token of 96 features took
+    2.3 ms with one thread and 2.5 with two, of 512 features 8.3 and 7.9. Beside two busy processes, which a second
+    thread has to wait for in every product, it was 11 and 247 ms, and 20 and 976.
     """
     import torch
 

@@ -48,9 +48,9 @@ def silence(stream: Any) -> None:
 
 
 def note(text: str) -> None:
-    """One line for the reader, on stderr."""
+    """One line for the reader, on stderr; bytes that are no text are escaped."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
 
