@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
@@ -27,12 +27,18 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Make the folder if it is not there. Raise Refused if no file can be written into it."""
+    """Raise Refused if the folder cannot be made, or no file written into it. What is made to try it is taken away."""
+    made: list[Path] = []
     try:
+        made += (folder for folder in (path, *path.parents) if not folder.exists())
         path.mkdir(parents=True, exist_ok=True)
+        check_file(path / f".{uuid4().hex}")
     except OSError as error:
         raise Refused(f"The folder {shown(path)} cannot be made ({reason(error)}); name another one.") from error
-    check_file(path / f".{uuid4().hex}")
+    finally:
+        with suppress(OSError):  # somebody else may have put something there
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager

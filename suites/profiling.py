@@ -153,6 +153,7 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     if isinstance(strategy.gating, BigLittle):
         script = with_rate(script, options.rate, 0)
     room = {"memory": options.memory} if options.memory else {"slots": strategy.needs(geometry)}
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "trace.json"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with made.attached(strategy, **room, link=link, link_gb_per_s=options.link_gb_per_s) as engine:
