@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,25 @@ def test_requests_at_the_same_time_get_each_its_own_answer_and_mistakes_between_
     answers = post(*mixed, (CHAT, {"messages": [{"role": "system", "content": "x"}]}), (COMPLETIONS, b"{"))
     assert [answer.status_code for answer in answers] == [200, 200, 200, 400, 200, 200, 200, 400, 400]
     assert [text(answer) for answer in answers if answer.status_code == 200] == alone * 2
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it_at_once():
+    """By the time its connection is closed: what generates hears of it there."""
+    from mobile.cli.serve import _ended
+
+    told: list[str] = []
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            yield "second"
+        finally:
+            told.append("the client has left")
+
+    async def leave() -> None:
+        stream = _ended(events())
+        assert await anext(stream) == "first"
+        await stream.aclose()
+        assert told == ["the client has left"]
+
+    asyncio.run(leave())
