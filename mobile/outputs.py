@@ -16,7 +16,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 from uuid import uuid4
 
-from mobile.refusal import Refused, reason
+from mobile.refusal import Refused, said
 
 
 def check_file(path: Path) -> None:
@@ -34,7 +34,7 @@ def check_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         check_file(path / f".{uuid4().hex}")
     except OSError as error:
-        raise Refused(f"The folder {shown(path)} cannot be made ({reason(error)}); name another one.") from error
+        raise Refused(f"The folder {shown(path)} cannot be made ({said(error)}); name another one.") from error
     finally:
         with suppress(OSError):  # somebody else may have put something there
             for folder in made:
@@ -87,7 +87,7 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        says = f"{shown(path)} cannot be written ({reason(error)}); name a file in a folder that exists."
+        says = f"{shown(path)} cannot be written ({said(error)}); name a file in a folder that exists."
         raise Refused(says) from error
 
 

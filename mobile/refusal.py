@@ -1,15 +1,18 @@
 """The one exception a user meets: a request refused before anything was changed."""
 
+from __future__ import annotations
+
 
 class Refused(ValueError):
     """Bad input, said in one sentence that tells what to change. Nothing was written or half-attached."""
 
 
-def reason(error: BaseException) -> str:
-    """Return why it was raised, for the middle of a sentence: its message's first line, or its kind where it has none.
+def said(error: BaseException) -> str:
+    """Return another library's error in one line, for a sentence of ours: its first paragraph, or what it is called.
 
-    Characters that are no text (half of a surrogate pair) are escaped, so that what is said can be printed anywhere.
+    Of what the system raised its own words alone, without the number and the file. Characters that are no text (half
+    of a surrogate pair) are escaped, so that the line can be printed anywhere.
     """
-    told = getattr(error, "strerror", None) or str(error)
-    line = next((line.strip() for line in told.splitlines() if line.strip()), type(error).__name__)
+    told = str(getattr(error, "strerror", None) or error).strip()
+    line = " ".join(told.split("\n\n")[0].split()) or type(error).__name__
     return line.encode(errors="backslashreplace").decode().rstrip(".:")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile.host import host
-from mobile.refusal import Refused, reason
+from mobile.refusal import Refused, said
 
 PATIENCE_SECONDS = 30  # for workers, which may still be starting
 ANSWER_SECONDS = 10  # of a scheduler, which is there or is not
@@ -81,7 +81,7 @@ def _refuse_unless_scheduler(address: str) -> None:
         found = asyncio.run(_identity(address))
     except Exception as error:  # whatever comes of talking to something else, in a protocol that it does not know
         raise Refused(
-            f"No dask scheduler answers at {address} ({reason(error)}); start one with: dask scheduler"
+            f"No dask scheduler answers at {address} ({said(error)}); start one with: dask scheduler"
         ) from error
     finally:
         log.setLevel(level)

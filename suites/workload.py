@@ -74,7 +74,7 @@ def cpu() -> str | None:
 
 def git(*arguments: str) -> str | None:
     """What git says of the tree that `mobile` was imported from; as in `suites.environment`, it takes no lock."""
-    words = ["git", "--no-optional-locks", "-C", Path(mobile.__file__).parent, *arguments]
+    words = ["git", "--no-optional-locks", "-C", str(Path(mobile.__file__).parent), *arguments]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):

@@ -134,8 +134,6 @@ def as_process(*argv: str, **options) -> subprocess.CompletedProcess:
         (("trace", "./absent", "--prompts", "-", "--out", "/dev/null", "--force"), "it is no regular file"),
         (("doctor", "--calibrate", "--out", "/proc/here.json"), "a folder that exists"),
         (("doctor", "--calibrate", "--out", "absent/here.json"), "does not exist; make it first"),
-        (("doctor", "--calibrate", "--device", "gpu"), "'gpu' is no device of the engine; choose cpu, cuda (a GPU)"),
-        (("doctor", "--calibrate", "--device", "cuda:99"), "There is no cuda:99 that torch can use here"),
         (("serve", "./absent", "--port", "99999999"), "Cannot serve at localhost:99999999: "),
         (("serve", "./absent", "--host", "a\udcff"), "Cannot serve at a\\udcff:8000: "),
         (("replay", "absent.npz"), "Cannot read absent.npz (No such file or directory)"),

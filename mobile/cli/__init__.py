@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, show, trace
 from mobile.cli.parsing import Parser
-from mobile.refusal import Refused, reason
+from mobile.refusal import Refused, said
 from mobile.version import this_version
 
 EXAMPLES = """
@@ -88,6 +88,6 @@ def _about(error: OSError) -> str:
     except OSError:
         show.silence(sys.stdout)
     if error.filename is None and error.errno in UNWRITABLE:
-        return f"The output cannot be written ({reason(error)}); send it elsewhere"
+        return f"The output cannot be written ({said(error)}); send it elsewhere"
     named = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
-    return f"{reason(error)}{named}"
+    return f"{said(error)}{named}"

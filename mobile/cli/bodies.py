@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 
 from mobile.cli.session import COLDEST
-from mobile.refusal import Refused, reason
+from mobile.refusal import Refused, said
 
 PARTS = ("text", "input_text", "output_text")  # of a message; a tokenizer alone reads no pictures and no sound
 OURS = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "load_audio_from_video"} - {"documents"}
@@ -58,7 +58,7 @@ def _object(text: str | dict[str, Any]) -> str | dict[str, Any]:
     try:
         found = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
-        raise _wrong(f"must be the JSON of an object ({reason(error)})") from error
+        raise _wrong(f"must be the JSON of an object ({said(error)})") from error
     if not isinstance(found, dict):
         raise _wrong("must be the JSON of an object")
     return text

@@ -29,10 +29,9 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     from mobile.measuring import measure
 
     there = "cuda" if torch.cuda.is_available() else "cpu"
-    on = torch.device(there if device in (None, "auto") else device)
-    if on.type == "cuda" and (on.index or 0) >= torch.cuda.device_count():
-        named = "CUDA device" if on.index is None else str(on)
-        raise Refused(f"There is no {named} that torch can use here; leave --device out, or give cpu.")
+    on = torch.device(device or there)
+    if on.type == "cuda" and there == "cpu":
+        raise Refused("There is no CUDA device that torch can use here; leave --device out, or give cpu.")
     kind = getattr(torch, {"auto": "bfloat16" if on.type == "cuda" else "float32"}.get(dtype, dtype))
     screen = show.console(stderr=True)
     with Progress(

@@ -134,8 +134,7 @@ def declare(commands: Any) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument("--calibrate", action="store_true", help="time this machine and fit a hardware profile to it")
     group.add_argument("--out", type=Path, metavar="FILE.json", help="write the profile, for --hardware FILE.json")
-    group.add_argument("--device", type=options.device, metavar="NAME",
-                       help=f"what to time: {options.DEVICES} (default: a GPU if there is one)")  # fmt: skip
+    group.add_argument("--device", choices=("cpu", "cuda"), help="what to time (default: a GPU if there is one)")
     group.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
                        help="of the timed weights (default: bfloat16 on a GPU, else float32)")  # fmt: skip
 

@@ -51,7 +51,7 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     if geometry:
         group.add_argument("--geometry", metavar="NAME", help=f"charge its virtual time: {', '.join(GEOMETRIES)}")
     group.add_argument("--kernel", metavar="KIND", help="what computes experts: auto, loop, grouped or triton")
-    group.add_argument("--device", type=device, metavar="NAME", help=f"{DEVICES} (default: a GPU if there is one)")
+    group.add_argument("--device", type=_device, metavar="NAME", help=f"{DEVICES} (default: a GPU if there is one)")
     group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"of the weights: {', '.join(DTYPES)}")
     trust(group)
 
@@ -68,8 +68,7 @@ def text(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--raw", action="store_true", help="give the prompt to the model as it is")
 
 
-def device(word: str) -> str:
-    """Return the word. Raise ArgumentTypeError unless it names a device that an engine can be on."""
+def _device(word: str) -> str:
     if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", word) is None:
         raise argparse.ArgumentTypeError(f"{word!r} is no device of the engine; choose {DEVICES}")
     return word

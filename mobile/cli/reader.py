@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobile.refusal import Refused, reason
+from mobile.refusal import Refused, said
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Reader:
         try:
             inputs = read()
         except ImportError as error:  # Jinja is not among the packages that the engine needs
-            raise Refused(f"The {by} of {self.name} needs a package that is missing: {reason(error)}.") from error
+            raise Refused(f"The {by} of {self.name} needs a package that is missing: {said(error)}.") from error
         except Exception as error:
-            raise Refused(f"The {by} of {self.name} does not take this ({reason(error)}); ask otherwise.") from error
+            raise Refused(f"The {by} of {self.name} does not take this ({said(error)}); ask otherwise.") from error
         ids = inputs["input_ids"]
         if ids.shape[-1] == 0:
             if by == "tokenizer":
@@ -92,7 +92,7 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as error:  # each kind of tokenizer has its own exceptions for files that are missing or broken
-        raise Refused(f"Cannot load the tokenizer of {name} ({reason(error)}); copy its files again.") from error
+        raise Refused(f"Cannot load the tokenizer of {name} ({said(error)}); copy its files again.") from error
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # Transformers makes one of nothing
         raise Refused(f"{name} lacks the files of its tokenizer, such as tokenizer.json; copy them into the folder.")
     template = not getattr(arguments, "raw", False) and tokenizer.chat_template is not None

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from mobile.cli import options, session, show
 from mobile.cli.reader import Reader, open_reader
-from mobile.refusal import Refused, reason
+from mobile.refusal import Refused, said
 
 EXAMPLES = """
 examples:
@@ -94,7 +94,7 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
             except ValueError as error:
                 if body.get("generation_config") is None:
                     raise
-                raise HTTPException(400, f"This generation_config cannot be used: {reason(error)}.") from error
+                raise HTTPException(400, f"This generation_config cannot be used: {said(error)}.") from error
             if isinstance(answered, StreamingResponse):
                 answered.body_iterator = _ended(answered.body_iterator)
             return answered
@@ -157,4 +157,4 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError, ValueError, TypeError) as error:
-        raise Refused(f"Cannot serve at {host}:{port}: {reason(error)}.") from error
+        raise Refused(f"Cannot serve at {host}:{port}: {said(error)}.") from error
