@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mobile import trace
+from mobile import outputs, trace
 from mobile.refusal import Refused
 from mobile.trace import Request
 
@@ -134,14 +134,14 @@ class Predictor:
         ]
 
     def save(self, path: Path) -> None:
-        """Write it as a numpy archive, without a pickle."""
+        """Write it as a numpy archive, without a pickle. Raises Refused where it cannot be written."""
         header = {"format": FORMAT, "kind": self.kind, "experts": self.experts, "about": self.about}
         stages = {
             f"stage_{number}": np.stack([matrices[number] for matrices in self.weights]).astype(np.float16)
             for number in range(len(self.weights[0]))
         }
         written = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
-        with path.open("wb") as file:
+        with outputs.whole(path) as file:
             np.savez_compressed(file, allow_pickle=False, header=written, **stages)
 
     @classmethod
@@ -224,12 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fit.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     try:
+        outputs.check_file(given.out)
         predictor = Predictor.fit(
             Examples.of(request for path in given.trace for request in trace.load(path)[0]), given.kind, given.seed
         )
+        predictor.save(given.out)
     except Refused as refusal:
         raise SystemExit(str(refusal)) from None
-    predictor.save(given.out)
     about = predictor.about
     print(
         f"{given.out}: {predictor.kind}, {about['tokens']:,} tokens, fitted in {about['seconds']:.2f} s, "

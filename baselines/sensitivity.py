@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from mobile import outputs
 from mobile.ahead import order
-from mobile.cli.trace import parse_prompts
+from mobile.cli import prompts
 from mobile.refusal import Refused
 from mobile.trace import Request
 from mobile.trace import load as load_trace
@@ -52,8 +53,9 @@ class Measured:
     seconds: float
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        """Write it as JSON. Raises Refused where it cannot be written."""
+        with outputs.whole(path) as file:
+            file.write(f"{json.dumps({'format': FORMAT, **asdict(self)}, indent=1)}\n".encode())
 
     @classmethod
     def load(cls, path: Path) -> Measured:
@@ -181,11 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fit.add_argument("--out", required=True, type=Path, metavar="FILE", help="the JSON to write")
     given = parser.parse_args(arguments)
     try:
-        texts = parse_prompts(given.prompts.read_text(), str(given.prompts))
-        found = measure(given.model, texts, given.trace)
+        outputs.check_file(given.out)
+        found = measure(given.model, prompts.of_file(str(given.prompts)), given.trace)
+        found.save(given.out)
     except (Refused, OSError) as refusal:
         raise SystemExit(str(refusal)) from None
-    found.save(given.out)
     print(f"{given.out}: {found.texts} texts, {found.tokens:,} tokens, {found.seconds:.1f} s of processor time")
     print(f"layer  sensitivity  threshold at T = {SHOWN:g} (equal ones: {sqrt(SHOWN):.3f})  guesses right")
     for layer, value in enumerate(found.sensitivities):

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from mobile.attachment import attach, detach
     from mobile.loading import load
 
-__all__ = ["Refused", "Strategy", "attach", "detach", "load", "strategies"]
+    __version__: str
+
+__all__ = ["Refused", "Strategy", "__version__", "attach", "detach", "load", "strategies"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from mobile.loading import load
 
         return load
+    if name == "__version__":
+        from mobile.version import this_version
+
+        return this_version()
     raise AttributeError(f"module 'mobile' has no attribute {name!r}")

@@ -21,12 +21,15 @@ from mobile.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.kernels import Kernel, kernel_named, loop
 from mobile.layout import ExpertLayout
 from mobile.link import Link, VirtualLink
+from mobile.nearest import offer
 from mobile.overrides import Overrides
 from mobile.passes import Pass
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.store import HostStore
 from mobile.strategy import BigLittle, HalfK, Strategy, resolve
+
+LINKS = ("auto", "cuda", "virtual", "paced")
 
 
 @modes.in_plain_modes
@@ -247,8 +250,8 @@ def _link_and_card(
 ) -> tuple[str, HardwareProfile]:
     """The link's kind, and the profile that budgets and virtual time are taken from."""
     card = hardware if isinstance(hardware, HardwareProfile) else profile(hardware)
-    if link not in ("auto", "cuda", "virtual", "paced"):
-        raise Refused(f"Link {link!r} is not available; choose auto, cuda, virtual or paced.")
+    if link not in LINKS:
+        raise Refused(f"Link {link!r} is not available; {offer(link, LINKS, 'choose auto, cuda, virtual or paced')}.")
     if link == "auto":
         link = "cuda" if device.type == "cuda" else "virtual"
     if link == "cuda" and device.type != "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mobile.nearest import offer
 from mobile.refusal import Refused
 
 
@@ -100,7 +101,7 @@ def dress(own: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, .
     if name is None:
         return own, tuple((layer,) for layer in range(own.moe_layers))
     if name not in GEOMETRIES:
-        raise Refused(f"Unknown geometry {name!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
+        raise Refused(f"Unknown geometry {name!r}; {offer(name, sorted(GEOMETRIES))}.")
     worn = GEOMETRIES[name]
     if (worn.experts, worn.top_k) != (own.experts, own.top_k) or worn.moe_layers < own.moe_layers:
         raise Refused(

@@ -6,8 +6,12 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 
+from mobile import outputs
+from mobile.nearest import offer
 from mobile.refusal import Refused
 
 GIB = 2**30
@@ -87,22 +91,23 @@ def profile(name: str) -> HardwareProfile:
         return read_profile(Path(name))
     if name not in PROFILES:
         raise Refused(
-            f"Unknown hardware {name!r}; choose one of: auto, {', '.join(sorted(PROFILES))}, or give a .json file that "
+            f"Unknown hardware {name!r}; {offer(name, ('auto', *sorted(PROFILES)))}, or give a .json file that "
             "`mobile doctor --calibrate --out` wrote."
         )
     return PROFILES[name]
 
 
 def write_profile(card: HardwareProfile, path: Path) -> None:
-    """Write the profile as JSON, for `profile` to read."""
-    path.write_text(json.dumps(asdict(card), indent=1) + "\n")
+    """Write the profile as JSON, for `profile` to read. Raise Refused where it cannot be written."""
+    with outputs.whole(path) as file:
+        file.write(f"{json.dumps(asdict(card), indent=1)}\n".encode())
 
 
 def read_profile(path: Path) -> HardwareProfile:
     """The profile in a file. Raises Refused unless it holds every field of one, nothing else, and sound numbers."""
     try:
-        return profile_from(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        return profile_from(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"Cannot read the hardware profile {path} ({error}); make one with: mobile doctor --calibrate --out {path}"
         ) from error
@@ -129,12 +134,40 @@ def profile_from(data: object) -> HardwareProfile:
     return HardwareProfile(**{**data, "sources": tuple(data["sources"])})
 
 
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    name: 2 ** (10 * power) for power, letter in enumerate("KMGT", 1) for name in (letter, f"{letter}IB")
+}
+MOST_GIB, FEWEST_NBYTES = 1024, 2**20  # a number without a unit is GiB up to the one, and bytes from the other on
+MOST_NBYTES = 2**63 - 1
+
+
 def parse_nbytes(memory: int | str) -> int:
-    """Bytes of `8589934592`, "8GiB", "8 GB" or "512MiB". Raises Refused for anything else."""
-    if isinstance(memory, int) and not isinstance(memory, bool):
-        return memory
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(memory))
-    if match is None or match[2].upper() not in units:
+    """Return the bytes of "8GiB", "8 GB" (decimal), "8G" or "512M" (binary); an int is bytes.
+
+    Of a text without a unit, "8" is 8 GiB and "8589934592" bytes; what lies between could be either. Raise Refused for
+    that, for anything else, and for a size that is not positive.
+    """
+    if isinstance(memory, str):
+        nbytes = _written(memory)
+    elif isinstance(memory, Real) and not isinstance(memory, bool) and math.isfinite(memory):
+        nbytes = int(memory)
+    else:
+        nbytes = None
+    if nbytes is None:
         raise Refused(f"Cannot read the memory size {memory!r}; write it like 8GiB or 8589934592.")
-    return int(float(match[1]) * units[match[2].upper()])
+    if not 0 < nbytes <= MOST_NBYTES:
+        raise Refused(f"No memory is of the size {memory!r}; write it like 8GiB or 8589934592.")
+    return nbytes
+
+
+def _written(memory: str) -> int | None:
+    """Return the bytes, or None where it cannot be read. Raise Refused for a number that lacks its unit."""
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})\s*([A-Za-z]*)\s*", memory, re.ASCII)
+    if match is None:
+        return None
+    number, unit = Fraction(match[1]), match[2].upper()
+    if unit:
+        return int(number * UNITS[unit]) if unit in UNITS else None
+    if MOST_GIB < number < FEWEST_NBYTES:
+        raise Refused(f"The memory size {memory!r} lacks its unit; write it like {match[1]}MiB or {match[1]}GiB.")
+    return int(number * (GIB if number <= MOST_GIB else 1))

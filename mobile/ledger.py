@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mobile import outputs
+
 Key = tuple[int, int]  # (MoE layer ordinal, expert)
 
 
@@ -137,7 +139,10 @@ class Ledger:
         return numbers
 
     def export_perfetto(self, path: str | Path) -> None:
-        """Write the events as a Chrome trace (JSON), which ui.perfetto.dev opens: a row each for link, GPU and CPU."""
+        """Write the events as a Chrome trace (JSON), which ui.perfetto.dev opens: a row each for link, GPU and CPU.
+
+        Raise Refused where it cannot be written.
+        """
         rows = {"load": 1, "prefetch": 1, "compute": 2, "stall": 2, "cpu": 3}
         names: list[dict[str, Any]] = [
             {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
@@ -148,4 +153,5 @@ class Ledger:
              "ts": e.start_ns / 1e3, "dur": (e.end_ns - e.start_ns) / 1e3}
             for e in self.events
         ]  # fmt: skip
-        Path(path).write_text(json.dumps({"traceEvents": names + spans}))
+        with outputs.whole(Path(path)) as file:
+            file.write(json.dumps({"traceEvents": names + spans}).encode())

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mobile.cost import CostModel
 from mobile.geometry import Geometry
+from mobile.nearest import offer
 from mobile.policy import Eviction, Lookahead, Placement, Recent, Setting
 from mobile.refusal import Refused
 
@@ -163,7 +164,7 @@ def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
     """
     if isinstance(strategy, str):
         if strategy not in strategies():
-            raise Refused(f"Unknown strategy {strategy!r}; choose one of: {', '.join(strategies())}.")
+            raise Refused(f"Unknown strategy {strategy!r}; {offer(strategy, strategies())}.")
         strategy = strategies()[strategy]
     if gamma is None:
         return strategy

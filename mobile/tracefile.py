@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 
+from mobile import outputs
 from mobile.refusal import Refused
 
 FAMILY, NUMBER = "mobile-trace-", 2
@@ -59,19 +60,16 @@ class Inconsistent(ValueError):
 
 
 def write(path: Path, arrays: Arrays, layers: int, about: dict[str, Any]) -> None:
-    """Write a trace; the file appears whole or not at all. Raises Refused for arrays that do not add up."""
+    """Write a trace; the file appears whole or not at all. Raises Refused for arrays that do not add up, or a file that
+    cannot be written.
+    """
     try:
         _check(arrays, layers, about)
     except Inconsistent as error:
         raise Refused(f"This trace cannot be written, for {error}.") from error
     header = json.dumps({"format": FORMAT, "layers": layers, "about": about}, sort_keys=True).encode()
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, header=np.frombuffer(header, dtype=np.uint8), **arrays)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with outputs.whole(path) as file:
+        np.savez_compressed(file, allow_pickle=False, header=np.frombuffer(header, dtype=np.uint8), **arrays)
 
 
 def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:

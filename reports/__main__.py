@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from reports import commands, expected
 from reports.abba import Unjudgeable
@@ -18,8 +19,19 @@ EPILOG = "A verb that takes a run takes the one that was started last from here 
 REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, expected.NoExpectation)
 
 
+class Refused(ValueError):
+    """A command line that cannot be read; the message is one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a wrong command line in one sentence instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m reports", description=__doc__.split(":")[0], epilog=EPILOG)
+    top = Parser(prog="python -m reports", description=__doc__.split(":")[0], epilog=EPILOG)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, does: Callable[[argparse.Namespace], int], says: str) -> argparse.ArgumentParser:
@@ -59,10 +71,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    options = parser().parse_args()
     try:
-        return options.does(options)
-    except REFUSALS as refused:
+        options = parser().parse_args()
+        if sys.stderr.isatty():
+            print("reading ...", file=sys.stderr)  # a large run takes a while
+        code: int = options.does(options)
+        sys.stdout.flush()
+        return code
+    except (*REFUSALS, Refused, OSError) as refused:  # the last: a folder that cannot be written, a disk that is full
         print(f"error: {refused}", file=sys.stderr)
         return 2
 

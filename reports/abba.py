@@ -68,10 +68,12 @@ def read(folder: Path) -> dict[str, Any]:
         found = read_json(folder / TRIAL)
     except (OSError, ValueError) as error:
         raise Unjudgeable(f"{folder} holds no trial ({error}); run: nox -s regression") from error
-    if found["format"] != TRIAL_FORMAT:
+    if found.get("format") != TRIAL_FORMAT:
         raise Unjudgeable(
-            f"{folder} holds a trial of format {found['format']}, and {TRIAL_FORMAT} is read; run it again."
+            f"{folder} holds a trial of format {found.get('format')}, and {TRIAL_FORMAT} is read; run it again."
         )
+    if lacking := {"kind", "sides", "processes"} - set(found):
+        raise Unjudgeable(f"{folder} holds a trial without {sorted(lacking)[0]}; run it again.")
     return found
 
 

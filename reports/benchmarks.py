@@ -8,28 +8,38 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 SHOWN = "median,iqr,min,rounds"
+AGAIN = "make it again with: nox -s bench"
 
 
 class UnlikeMachines(ValueError):
     """Two results whose times say nothing of each other."""
 
 
-def identity(machine_info: dict[str, Any]) -> dict[str, Any]:
-    """What times depend on most. Raises UnlikeMachines where the GPU was not asked for: unknown is not none."""
-    if "gpu" not in machine_info:
-        raise UnlikeMachines("A result does not say which GPU made it; make it with: nox -s bench")
+def identity(machine_info: Any) -> dict[str, Any]:
+    """Return what times depend on most. Raise UnlikeMachines where a part of it is unknown: that is like nothing."""
+    if not isinstance(machine_info, dict) or "gpu" not in machine_info:
+        raise UnlikeMachines(f"A result does not say which GPU made it; {AGAIN}")
     if machine_info["gpu"] is not None:
-        return {"GPU": machine_info["gpu"]["name"], "UUID": machine_info["gpu"]["uuid"]}
-    cpu = machine_info["cpu"]
-    return {"GPU": None, "processor": cpu.get("brand_raw"), "cores": cpu.get("count")}
+        return _known({"GPU": "name", "UUID": "uuid"}, machine_info["gpu"])
+    return {"GPU": None, **_known({"processor": "brand_raw", "cores": "count"}, machine_info.get("cpu"))}
 
 
-def same(base: dict[str, Any], head: dict[str, Any]) -> None:
-    """Raises UnlikeMachines unless both machine_info are of one machine."""
+def _known(names: dict[str, str], told: Any) -> dict[str, Any]:
+    """Return by our names what was told by pytest-benchmark's. Raise UnlikeMachines for one that is missing."""
+    found = {ours: told.get(theirs) if isinstance(told, dict) else None for ours, theirs in names.items()}
+    for name, value in found.items():
+        if not isinstance(value, str | int) or not value:
+            raise UnlikeMachines(f"A result does not say the {name} of the machine that made it; {AGAIN}")
+    return found
+
+
+def same(base: Any, head: Any) -> None:
+    """Raise UnlikeMachines unless both machine_info are of one machine."""
     one, other = identity(base), identity(head)
     if one != other:
         raise UnlikeMachines(
@@ -42,20 +52,32 @@ def _said(identity: dict[str, Any]) -> str:
 
 
 def same_machine(base: Path, head: Path) -> None:
-    """Raises UnlikeMachines for files that are not of one machine, or no such files."""
+    """Raise UnlikeMachines for files that are not of one machine, or no such files."""
     infos = []
     for path in (base, head):
         try:
-            infos.append(json.loads(path.read_text(encoding="utf-8"))["machine_info"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            infos.append(data["machine_info"])
+            _check_results(data["benchmarks"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnlikeMachines(
                 f"{path} is no result of pytest-benchmark ({error}); make one: nox -s bench"
             ) from error
     same(*infos)
 
 
+def _check_results(benchmarks: Any) -> None:
+    """Raise ValueError, KeyError or TypeError unless there is one and each can be shown: others would be left out."""
+    if not isinstance(benchmarks, list) or not benchmarks:
+        raise ValueError("it holds no benchmark")
+    for one in benchmarks:
+        shown = [one["stats"][column] for column in SHOWN.split(",")]
+        if not isinstance(one["fullname"], str) or not all(isinstance(n, int | float) and isfinite(n) for n in shown):
+            raise ValueError("a benchmark has no name, or a number that is none")
+
+
 def compare(base: Path, head: Path) -> int:
-    """Print pytest-benchmark's own table of both; its exit code."""
+    """Print pytest-benchmark's own table of both; its exit code. Raise UnlikeMachines where it makes none of them."""
     words = (
         "compare",
         base.absolute(),
@@ -64,4 +86,9 @@ def compare(base: Path, head: Path) -> int:
         f"--columns={SHOWN}",
         "--sort=fullname",
     )
-    return subprocess.run([sys.executable, "-m", "pytest_benchmark", *words]).returncode
+    done = subprocess.run([sys.executable, "-m", "pytest_benchmark", *words], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise UnlikeMachines(f"pytest-benchmark cannot compare {base} with {head} ({last}); {AGAIN}")
+    print(done.stdout, end="")
+    return 0

@@ -82,7 +82,7 @@ def gate(results: Results, against: Path) -> Gate:
     path = against / CELLS if against.is_dir() else against
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
-        cells, ratios = expected["cells"], expected["speedups"]
+        cells, ratios = dict(expected["cells"]), dict(expected["speedups"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NoExpectation(
             f"{path} holds no expectation ({error}); make one with: python -m reports expect RUN"

@@ -113,15 +113,16 @@ def read(run: Path) -> Results:
         raise NoResults(f"{run} is not a run folder (it has no run.json); make one with: python -m suites run")
     try:
         planned = read_json(folder.plan)
-    except ValueError as error:
-        raise NoResults(f"{error}; run the suite again, what is done is kept.") from error
+        preset, cells = planned["preset"], [(cell["id"], cell["label"]) for cell in planned["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NoResults(f"{folder.plan} is no plan ({error}); run the suite again, what is done is kept.") from error
     records, absent = [], []
-    for cell in planned["cells"]:
-        found = _record(folder, cell["id"])
+    for cell, label in cells:
+        found = _record(folder, cell)
         if isinstance(found, Record):
             records.append(found)
         else:
-            absent.append((cell["label"], found))
+            absent.append((label, found))
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
@@ -129,7 +130,7 @@ def read(run: Path) -> Results:
     besides = tuple(record for record in records if record.config.get("kind") == "beside")
     apart = {record.id for record in (*controls, *shapes, *besides)}
     return Results(
-        planned["preset"], tuple(record for record in records if record.id not in apart),
+        preset, tuple(record for record in records if record.id not in apart),
         tuple((label, why.text) for label, why in absent), controls,
         tuple((label, why.log_tail) for label, why in absent if why.log_tail), shapes, besides,
     )  # fmt: skip

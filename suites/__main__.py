@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from mobile import outputs
+from mobile.cli.parsing import Parser
 from mobile.refusal import Refused
 from suites import profiling, shape_plan
 from suites.executors import cluster, here
@@ -19,8 +20,8 @@ from suites.runner import DiskFull, describe, execute, locked
 from suites.shapes import LINKS
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+def parser() -> Parser:
+    top = Parser(
         prog="python -m suites", description="Identical work across models, tasks and strategies, one record a cell."
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -74,9 +75,9 @@ def folders(given: list[str]) -> dict[str, Path]:
 
 
 def main() -> int:
-    options = parser().parse_args()
     console = Console(soft_wrap=True)
     try:
+        options = parser().read()
         if options.verb == "profile":
             return profiling.run(options)
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)
@@ -91,10 +92,11 @@ def main() -> int:
                 console.print(remark, highlight=False)
         if chosen.scored:
             check(chosen, run_generated_code=options.run_generated_code)
-        LATEST.parent.mkdir(exist_ok=True)
-        LATEST.write_text(f"{run.path}\n")
+        outputs.check_folder(run.path)
         alone = any(cell.scope != VIRTUAL for cell in chosen.cells)
-        with locked(run), cluster(options.dask, run.path, alone) if options.dask else here() as workers:
+        with locked(run), here() if options.dask is None else cluster(options.dask, run.path, alone) as workers:
+            LATEST.parent.mkdir(exist_ok=True)
+            LATEST.write_text(f"{run.path}\n")
             return 1 if execute(preset, run, console, workers, chosen) else 0
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)

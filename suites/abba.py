@@ -21,6 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mobile import outputs
+from mobile.cli.parsing import Parser
 from mobile.refusal import Refused
 from suites import sides
 from suites.environment import environment
@@ -30,8 +32,8 @@ WORKLOAD = Path(__file__).resolve().parent / "workload.py"
 STRATEGIES = ("mobile", "on-demand-overlap")
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m suites.abba", description=__doc__.split("\n\n")[0])
+def parser() -> Parser:
+    top = Parser(prog="python -m suites.abba", description=__doc__.split("\n\n")[0])
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     regression = verbs.add_parser(
         "regression", help="the working tree against an earlier commit",
@@ -73,7 +75,7 @@ def work(to: argparse.ArgumentParser) -> None:
 
 
 def _pairs(text: str) -> int:
-    if int(text) < FEWEST_PROCESSES:
+    if not text.isdecimal() or int(text) < FEWEST_PROCESSES:
         raise argparse.ArgumentTypeError(f"an interval needs {FEWEST_PROCESSES} processes a side at least")
     return int(text)
 
@@ -144,11 +146,12 @@ def _rate(result: dict[str, Any], run: dict[str, Any]) -> float:
 
 
 def main() -> int:
-    options = parser().parse_args()
     console = Console(soft_wrap=True, stderr=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ended job, too, takes its worktree away
-    strategies = tuple(dict.fromkeys(options.strategy or STRATEGIES))
     try:
+        options = parser().read()
+        outputs.check_folder(options.out)
+        strategies = tuple(dict.fromkeys(options.strategy or STRATEGIES))
         if options.verb == "regression":
             both = sides.regression(options.base, strategies)
         else:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mobile.nearest import offer
 from mobile.refusal import Refused
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
 from suites.record import SCOPES
@@ -69,7 +70,7 @@ def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Ite
     """The measurements that a preset of shapes asks for with `beside`; none in virtual time. Raises Refused."""
     asked = data.get("beside", [])
     if strangers := set(asked) - set(KINDS):
-        raise Refused(f"Nothing beside shapes is called {sorted(strangers)[0]!r}; choose of: {', '.join(KINDS)}.")
+        raise Refused(f"Nothing beside shapes is called {(word := sorted(strangers)[0])!r}; {offer(word, KINDS)}.")
     if link == "virtual":
         return
     for told in data["models"]:

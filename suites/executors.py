@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
+import socket
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mobile.host import host
-from mobile.refusal import Refused
+from mobile.refusal import Refused, said
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 30  # for workers, which may still be starting
+ANSWER_SECONDS = 10  # of a scheduler, which is there or is not
 RESOURCE = "GPU"  # what a worker offers once, and a job that is timed on the wall clock takes
 
 
@@ -44,11 +48,8 @@ def cluster(address: str, folder: Path, alone: bool) -> Iterator[Workers]:
         from distributed import Client
     except ImportError as error:
         raise Refused("--dask needs the package distributed; install it with: pip install mobile-moe[dask]") from error
-    try:
-        client = Client(address, timeout=PATIENCE_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise Refused(f"No dask scheduler answers at {address}; start one with: dask scheduler") from error
-    with client:
+    _refuse_unless_scheduler(address)
+    with Client(address, timeout=PATIENCE_SECONDS, set_as_default=False) as client:
         try:
             client.wait_for_workers(1, timeout=PATIENCE_SECONDS)
         except TimeoutError as error:
@@ -62,6 +63,43 @@ def cluster(address: str, folder: Path, alone: bool) -> Iterator[Workers]:
         _refuse_unshared(client, folder)
         # pure=False: a job is done for what it leaves behind, so a result of the same job before does not do
         yield Workers(client.get_executor(pure=False), client.get_executor(pure=False, resources={RESOURCE: 1}))
+
+
+def _refuse_unless_scheduler(address: str) -> None:
+    """Ask whoever is at the address what it is. Raise Refused unless that is a scheduler.
+
+    A Client that finds none goes on trying in threads of its own, and tells of it long after it was given up.
+    """
+    from distributed.comm import get_address_host_port, parse_address
+
+    log = logging.getLogger("distributed")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)  # it prints what it cannot read
+    try:
+        if parse_address(address)[0] in ("tcp", "tls"):  # one that refuses a connection is not asked again and again
+            socket.create_connection(get_address_host_port(address), timeout=ANSWER_SECONDS).close()
+        found = asyncio.run(_identity(address))
+    except Exception as error:  # whatever comes of talking to something else, in a protocol that it does not know
+        raise Refused(
+            f"No dask scheduler answers at {address} ({said(error)}); start one with: dask scheduler"
+        ) from error
+    finally:
+        log.setLevel(level)
+    if "workers" not in found:
+        raise Refused(f"A dask {found.get('type')} answers at {address}; give the scheduler's address.")
+
+
+async def _identity(address: str) -> dict[str, Any]:
+    """What a dask process says of itself."""
+    from distributed import rpc
+    from distributed.security import Security
+
+    async with (
+        asyncio.timeout(ANSWER_SECONDS),
+        rpc(address, timeout=ANSWER_SECONDS, connection_args=Security().get_connection_args("client")) as asked,
+    ):
+        answered: dict[str, Any] = await asked.identity()
+        return answered
 
 
 def _refuse_unshared(client: Any, folder: Path) -> None:

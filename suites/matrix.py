@@ -14,6 +14,7 @@ from typing import Any
 
 from mobile.geometry import GEOMETRIES, slots_for
 from mobile.hardware import parse_nbytes, profile
+from mobile.nearest import offer
 from mobile.refusal import Refused
 from mobile.residency import STAGING
 from mobile.strategy import Strategy, resolve
@@ -169,7 +170,7 @@ def read_preset(
     """
     path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
     if not path.is_file():
-        raise Refused(f"Unknown preset {name!r}; choose one of: {', '.join(presets())}, or give a .toml file.")
+        raise Refused(f"Unknown preset {name!r}; {offer(name, presets())}, or give a .toml file.")
     try:
         data = tomllib.loads(path.read_text())
         if "runs" in data and not folders:
@@ -177,7 +178,9 @@ def read_preset(
         if "runs" in data or link is not None:
             raise Refused(f"Preset {path.stem} {_MADE if 'runs' in data else _SAYS}.")
         return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except Refused:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:  # no TOML, no text, or a value of another kind
         raise Refused(f"Preset {path} cannot be read: {error}.") from error
     except KeyError as error:
         raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
@@ -232,7 +235,7 @@ def _cells_of(
     By task, `at_most` is the most items that may be asked, and `lies_in` the folder of those that have one.
     """
     if model.geometry not in GEOMETRIES:
-        raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
+        raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
     cards = [_card(name, link) for name in data["hardware"]]
     for found in map(profile, cards):
         for budget in set(data["budgets"]) - {"smallest"}:

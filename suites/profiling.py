@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mobile import outputs
+from mobile.cli import show
 from mobile.refusal import Refused
 
 SCOPE = "mobile: "
@@ -139,6 +141,8 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
         raise Refused("There is no CUDA device that torch can use here; give --link paced to try the code.")
     if options.tokens < 1:
         raise Refused("Give --tokens a positive number.")
+    outputs.check_folder(options.out)
+    show.waiting(f"making a model of {options.geometry} ...")
     device = "cuda" if link == "cuda" else "cpu"
     made = synthetic.make(options.geometry, layers=options.layers, shrink=options.shrink, device=device)
     strategy, geometry = resolve(options.strategy), made.geometry
@@ -216,8 +220,6 @@ def declare(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from mobile.cli import show
-
     found, trace = profile(options)
     (options.out / "breakdown.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
     out = show.console()

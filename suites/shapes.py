@@ -10,6 +10,7 @@ from typing import Any
 
 from mobile.geometry import GEOMETRIES
 from mobile.hardware import parse_nbytes, profile
+from mobile.nearest import offer
 from mobile.refusal import Refused
 from mobile.strategy import Strategy, resolve
 from suites.beside import Beside, besides_of
@@ -91,7 +92,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape | Beside
     """
     chosen = link or data["link"]
     if chosen not in LINKS:
-        raise Refused(f"Link {chosen!r} is not available; choose one of: {', '.join(LINKS)}.")
+        raise Refused(f"Link {chosen!r} is not available; {offer(chosen, LINKS)}.")
     counts = {name: data[name] for name in ("prompt_tokens", "warmup_tokens", "decode_tokens", "repeats")}
     if min(counts.values()) < 1:
         raise Refused(f"A preset with runs needs at least one of each of: {', '.join(counts)}.")
@@ -102,7 +103,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape | Beside
         if strangers := set(told) - known - {"budgets", "layers", "shrink"}:
             raise Refused(f"Model {model.name} has an unknown field {sorted(strangers)[0]!r}.")
         if model.geometry not in GEOMETRIES:
-            raise Refused(f"Unknown geometry {model.geometry!r}; choose one of: {', '.join(sorted(GEOMETRIES))}.")
+            raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
         model_hash(model)
         models[model.name] = model
         given = {**data, **told}

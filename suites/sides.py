@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mobile
+from mobile.nearest import offer
 from mobile.refusal import Refused
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -73,9 +74,10 @@ def _kind(name: str) -> str:
             f"{name!r} is a strategy and a revision; write the revision as {commit[:12]} or refs/heads/{name}."
         )
     if not known and commit is None:
+        listed = ", ".join(mobile.strategies())
         raise Refused(
-            f"{name!r} is neither a strategy nor a revision of this repository; strategies are: "
-            f"{', '.join(mobile.strategies())}."
+            f"{name!r} is neither a strategy nor a revision of this repository; "
+            f"{offer(name, mobile.strategies(), f'strategies are: {listed}')}."
         )
     return "strategy" if known else "revision"
 

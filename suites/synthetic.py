@@ -25,6 +25,7 @@ from mobile.geometry import GEOMETRIES, Geometry
 from mobile.hardware import HardwareProfile
 from mobile.host import host
 from mobile.layout import ExpertLayout
+from mobile.nearest import offer
 from mobile.pagelock import page_lock
 from mobile.prefill import STAGING
 from mobile.refusal import Refused
@@ -76,12 +77,14 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
     an unknown geometry, or more layers than it has.
     """
     if geometry not in CONFIGS:
-        raise Refused(f"Unknown geometry {geometry!r}; choose one of: {', '.join(sorted(CONFIGS))}.")
+        raise Refused(f"Unknown geometry {geometry!r}; {offer(geometry, sorted(CONFIGS))}.")
     real = GEOMETRIES[geometry].moe_layers
     layers = real if layers is None else layers
     if not 1 <= layers <= real:
         raise Refused(f"{geometry} has {real} MoE layers; {layers} of them cannot be made.")
     kind, fields = CONFIGS[geometry]
+    if shrink < 1 or any(fields[name] % shrink for name in WIDTHS if name in fields):
+        raise Refused(f"The widths of {geometry} cannot be divided by {shrink}; take a power of two, like 16.")
     dense = fields["num_hidden_layers"] - real
     narrow = {name: fields[name] // shrink for name in WIDTHS if name in fields} if shrink > 1 else {}
     small = {"vocab_size": SHRUNK_VOCABULARY} if shrink > 1 else {}

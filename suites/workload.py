@@ -73,10 +73,10 @@ def cpu() -> str | None:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says of the tree that `mobile` was imported from."""
-    where = Path(mobile.__file__).parent
+    """What git says of the tree that `mobile` was imported from; as in `suites.environment`, it takes no lock."""
+    words = ["git", "--no-optional-locks", "-C", str(Path(mobile.__file__).parent), *arguments]
     try:
-        done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

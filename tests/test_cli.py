@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,12 +22,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import mobile
 from mobile import trace
-from mobile.cli import doctor, main
+from mobile.cli import chat, doctor, main
 from mobile.cli.chat import Conversation
 from mobile.geometry import GEOMETRIES, Geometry
 from mobile.gpu import Gpu, LinkRates, LinkState, gpus
-from mobile.hardware import profile
+from mobile.hardware import PROFILES, profile, write_profile
 from mobile.host import Host, Software, container_memory, host
 from mobile.replaying import Bench, time_requests
 from mobile.strategy import strategies
@@ -52,8 +55,9 @@ class Ran(NamedTuple):
 def cli(capsys, monkeypatch):
     """Run the command in this process."""
 
-    def run(*argv: str, stdin: str = "") -> Ran:
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    def run(*argv: str, stdin: str | bytes = "") -> Ran:
+        text = io.StringIO(stdin) if isinstance(stdin, str) else io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+        monkeypatch.setattr("sys.stdin", text)
         capsys.readouterr()
         code = main(argv)
         return Ran(code, *capsys.readouterr())
@@ -75,6 +79,35 @@ def as_process(*argv: str, **options) -> subprocess.CompletedProcess:
     [
         (("plan",), "The following arguments are required: MODEL; see mobile plan --help."),
         (("fly",), "see mobile --help"),
+        (("fly",), "Unknown command 'fly'; choose one of: plan, doctor, generate"),
+        (("generat", MODEL), "Unknown command 'generat'; did you mean generate? Choose one of: plan, "),
+        (("generate", MODEL, "hello", "--stratgy", "lru"), "Unknown option --stratgy; did you mean --strategy"),
+        (("generate", "--frobnicate", MODEL, "hello"), "Unknown option --frobnicate; a text that begins with - goes"),
+        (("generate", MODEL, "-x"), "Unknown option -x; a text that begins with - goes after --"),
+        (("generate", MODEL, "Once", "upon"), "'upon' is one word too many; put a text of several words in quotes"),
+        (
+            ("generate", MODEL, "hello", "--dtype", "bfloat"),
+            "'bfloat' is unknown; did you mean bfloat16? Choose",
+        ),
+        (("generate", MODEL, "hello", "--slots", "x"), "invalid int value: 'x'"),
+        (("generate", MODEL, "hello", "--device", "gpu"), "'gpu' is no device of the engine; choose cpu, cuda (a GPU)"),
+        (("generate", MODEL, "hello", "--device", "mps"), "'mps' is no device of the engine"),
+        (("generate", MODEL, "hello", "--device", "0"), "'0' is no device of the engine"),
+        (("generate", MODEL, "hello", "--device", ""), "'' is no device of the engine"),
+        (("generate", MODEL, "hello", "--seed", "-1"), "a seed is a whole number from 0 to 18,446,744,073,709,551,615"),
+        (("generate", MODEL, "hello", "--seed", str(2**64)), "a seed is a whole number from 0 to"),
+        (("generate", MODEL, "hello", "--seed", "1.5"), "a seed is a whole number from 0 to"),
+        (("generate", MODEL, "hello", "--temperature", "1e-9"), "--temperature is 0 (greedy) or more, 0.0001 at least"),
+        (("generate", MODEL, "hello", "--temperature", "nan"), "--temperature is 0 (greedy) or more"),
+        (("generate", MODEL, "hello", "--memory", "nan"), "write it like 8GiB or"),
+        (("generate", MODEL, "hello", "--memory", "0"), "write it like 8GiB or"),
+        (("generate", MODEL, "hello", "--memory", "8000"), "lacks its unit; write it like 8000MiB or 8000GiB"),
+        (("generate", MODEL, "hello", "--strategy", "mobil"), "Unknown strategy 'mobil'; did you mean mobile? Choose"),
+        (("generate", MODEL, "hello", "--kernel", "tritn"), "Unknown kernel 'tritn'; did you mean triton? Choose"),
+        (("generate", MODEL, "hello", "--link", "virtul"), "did you mean virtual? Choose auto, cuda, virtual or paced"),
+        (("generate", MODEL, "hello", "--geometry", "olmoe"), "did you mean olmoe-1b-7b? Choose one of:"),
+        (("generate", MODEL, "hello \udcff"), "The prompt is no text: its character 7 is a byte that is not UTF-8"),
+        (("generate", MODEL, "word " * 600), "The prompt is 1201 tokens long and"),
         (("plan", "olmoe-1b-7b", "--memory", "plenty"), "write it like 8GiB or"),
         (("plan", "olmoe-1b-7b", "--hardware", "abacus"), "Unknown hardware 'abacus'"),
         (("plan", "olmoe-1b-7b", "--dtype", "float32"), "leave --dtype out"),
@@ -96,9 +129,17 @@ def as_process(*argv: str, **options) -> subprocess.CompletedProcess:
         (("trace", MODEL, "--prompts", "absent.txt", "--out", "t.npz"), "Cannot read the prompts in absent.txt"),
         (("trace", MODEL, "--prompts", "-", "--out", "t.npz"), "standard input has no prompts"),
         (("trace", MODEL, "--prompts", "-", "--out", "absent/t.npz"), "a folder that exists"),
+        (("trace", "./absent", "--prompts", "-", "--out", "/proc/t.npz"), "a folder that exists"),
+        (("trace", "./absent", "--prompts", "-", "--out", "x" * 256), "File name too long"),
+        (("trace", "./absent", "--prompts", "-", "--out", "/dev/null", "--force"), "it is no regular file"),
+        (("doctor", "--calibrate", "--out", "/proc/here.json"), "a folder that exists"),
+        (("doctor", "--calibrate", "--out", "absent/here.json"), "does not exist; make it first"),
+        (("serve", "./absent", "--port", "99999999"), "Cannot serve at localhost:99999999: "),
+        (("serve", "./absent", "--host", "a\udcff"), "Cannot serve at a\\udcff:8000: "),
         (("replay", "absent.npz"), "Cannot read absent.npz (No such file or directory)"),
         (("replay", "absent.npz", "--plot", "t.pdf"), "ends in .svg or .png"),
         (("replay", "absent.npz", "--plot", "absent/t.svg"), "a folder that exists"),
+        (("replay", "absent.npz", "--plot", "/proc/t.svg"), "a folder that exists"),
         (("replay", "absent.npz", "--sweep", "--slots", "9"), "not allowed with"),
     ],
 )
@@ -143,6 +184,111 @@ def test_output_into_a_pipe_has_no_colours_and_a_closed_pipe_no_traceback():
         )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == ""
+
+
+ORDERS = {
+    "after": (MODEL, "Tara", "--raw", "--max-new-tokens", "3"),
+    "before": ("--max-new-tokens", "3", "--raw", MODEL, "Tara"),
+    "between": (MODEL, "--max-new-tokens", "3", "--raw", "Tara"),
+    "around": ("--raw", MODEL, "--max-new-tokens", "3", "Tara"),
+}
+
+
+def test_options_stand_before_between_and_after_model_and_prompt(cli):
+    written = {order: cli("generate", *words, *BUDGET, "--json") for order, words in ORDERS.items()}
+    assert {ran.code for ran in written.values()} == {0}
+    assert {(ran.json["prompt"], ran.json["new_tokens"]) for ran in written.values()} == {("Tara", 3)}
+    assert len({ran.json["text"] for ran in written.values()}) == 1
+
+
+@pytest.mark.parametrize("prompt", ["-5", "-5 + 3 is", "- one\n- two", "-x", "--raw", "--slots=3"])
+def test_a_prompt_that_begins_with_a_hyphen_is_a_prompt(cli, prompt):
+    ran = cli("generate", MODEL, *BUDGET, "--max-new-tokens", "2", "--json", "--", prompt)
+    assert ran.json["prompt"] == prompt
+    if prompt in ("-5", "-5 + 3 is", "- one\n- two"):
+        assert cli("generate", MODEL, prompt, *BUDGET, "--max-new-tokens", "2", "--json").json["prompt"] == prompt
+
+
+def test_the_version_is_said_by_the_command_and_by_the_package(cli):
+    assert cli("--version").out == f"mobile {mobile.__version__}\n"
+
+
+# --- output that cannot be written ------------------------------------------------------------------
+
+
+def in_a_shell(command: str, **variables: str) -> subprocess.CompletedProcess:
+    words = f"{shlex.quote(sys.executable)} -m mobile {command}"
+    return subprocess.run(
+        ["bash", "-c", words], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
+    )
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("command", ["hardware", "hardware --json", "--help", "plan --help", "--version"])
+def test_a_full_disk_under_stdout_is_one_sentence(command, buffered):
+    done = in_a_shell(f"{command} > /dev/full", PYTHONUNBUFFERED=buffered)
+    assert done.returncode == 2
+    assert done.stderr == "error: The output cannot be written (No space left on device); send it elsewhere.\n"
+
+
+def test_a_closed_stdout_is_refused_before_anything_is_done():
+    done = in_a_shell("generate ./absent hello >&-")
+    assert done.returncode == 2
+    assert done.stderr == "error: Standard output is closed; send it to a file, or to /dev/null.\n"
+
+
+def test_what_nobody_can_read_on_stderr_changes_nothing():
+    for end in ("2>&-", "2>/dev/full"):
+        done = in_a_shell(f"plan olmoe-1b-7b --hardware absent {end}")
+        assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_word():
+    done = in_a_shell("hardware | true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_characters_that_stdout_cannot_show_are_escaped(tmp_path):
+    write_profile(replace(profile("auto"), name="Kärtchen"), tmp_path / "card.json")
+    done = in_a_shell(f"plan olmoe-1b-7b --hardware {tmp_path}/card.json", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "K\\xe4rtchen" in done.stdout
+
+
+def test_before_pytorch_is_imported_a_terminal_shows_what_is_going_on():
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mobile", "plan", "./absent"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=end
+    )
+    os.close(end)
+    with os.fdopen(terminal) as screen:
+        assert screen.readline() == "reading ./absent ...\n"
+        process.kill()
+        process.wait()
+
+
+# --- what there is to choose from -------------------------------------------------------------------
+
+
+def test_strategies_are_listed_with_what_they_do_and_whose_they_are(cli):
+    listed = cli("strategies", "--json").json["strategies"]
+    assert [one["name"] for one in listed] == list(strategies())
+    assert all(set(one) == {"name", "lossless", "summary", "source"} for one in listed)
+    shown = cli("strategies").out
+    for one in listed:
+        kind = "lossless" if one["lossless"] else "lossy"
+        assert re.search(rf"^{one['name']} +{kind} +{re.escape(one['summary'])}$", shown, re.MULTILINE)
+        assert one["source"] in shown
+
+
+def test_hardware_is_listed_with_its_numbers_and_their_sources(cli):
+    listed = cli("hardware", "--json").json
+    assert [card["name"] for card in listed["hardware"]] == list(PROFILES)
+    assert profile("auto").name == listed["auto"]
+    shown = cli("hardware").out
+    for card in PROFILES.values():
+        assert f"{card.link_gb_per_s:.2f} GB/s" in shown
+        assert all(source in shown for source in card.sources)
 
 
 # --- plan -------------------------------------------------------------------------------------------
@@ -435,6 +581,46 @@ def test_sampling_follows_the_seed_and_greedy_ignores_it(cli):
     assert greedy == text(*hot, "--top-p", "0.000001")
 
 
+def test_a_prompt_that_is_no_utf8_is_refused_and_a_byte_order_mark_left_out(cli):
+    refused = cli("generate", MODEL, "-", *BUDGET, stdin=b"Q: \xff is\n")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == ("error: Line 1 of standard input is not UTF-8 (byte 0xff); convert it, or take it out.\n")
+    marked = cli("generate", MODEL, "-", "--max-new-tokens", "2", "--json", *BUDGET, stdin=b"\xef\xbb\xbfTara\r\n")
+    assert marked.json["prompt"] == "Tara"
+
+
+def broken(folder: Path, file: str, data: bytes | None) -> str:
+    """A copy of the shipped model with other data in a file of its tokenizer, or without its tokenizer."""
+    shutil.copytree(MODEL, folder)
+    for path in folder.glob("tokenizer*") if data is None else ():
+        path.unlink()
+    if data is not None:
+        (folder / file).write_bytes(data)
+    return str(folder)
+
+
+@pytest.mark.parametrize("data", [None, b"", b"{]", b"[]", b"{}", b"\xff\xfe"])
+def test_a_tokenizer_that_is_missing_or_broken_is_named(cli, tmp_path, data):
+    ran = cli("generate", broken(tmp_path / "model", "tokenizer.json", data), "hello", *BUDGET)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1
+    assert "tokenizer" in ran.err
+    assert "copy" in ran.err
+
+
+def test_the_tokenizer_of_another_model_is_named_instead_of_an_index_that_is_out_of_range(cli, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.add_tokens(["Wolpertinger"])
+    tokenizer.save_pretrained(folder)
+    assert len(tokenizer) > 1024
+    ran = cli("generate", str(folder), "Wolpertinger", *BUDGET)
+    assert ran.code == 2
+    assert "writes token 1024, and the model knows 1024 tokens" in ran.err
+    assert cli("generate", str(folder), "Tara", "--max-new-tokens", "2", *BUDGET).code == 0
+
+
 # --- chat -------------------------------------------------------------------------------------------
 
 TURNS = ["Q: not True is\nA:", "Q: True and False is\nA:", "Q: not ( True or False ) is\nA:"]
@@ -446,7 +632,7 @@ FORGETFUL = "{% for m in messages %}{{ m.content if loop.last else m.content[:12
 def templated(tmp_path):
     """A copy of the shipped model whose tokenizer has the given chat template."""
 
-    def make(template: str) -> str:
+    def make(template: object) -> str:
         folder = tmp_path / "model"
         shutil.copytree(MODEL, folder)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -498,6 +684,63 @@ def test_reset_forgets_exit_ends_and_other_commands_are_named(cli):
     assert twice.code == 0
     assert twice.out == once.out * 2
     assert "Unknown command /what; there are /reset and /exit." in twice.err
+
+
+def test_help_lists_every_command_with_a_line_of_its_own(cli):
+    ran = cli("chat", MODEL, *BUDGET, stdin="/help\n/rest\n")
+    for command in chat.COMMANDS:
+        assert re.search(rf"^{command} +\w+", ran.err, re.MULTILINE)
+    assert "Unknown command /rest; did you mean /reset?" in ran.err
+    assert set(chat.COMMANDS) == {"/help", "/reset", "/exit"}
+
+
+def test_a_chat_goes_on_after_a_line_that_is_no_text(cli):
+    fine = b"Q: not True is A:\n"
+    ran = cli("chat", MODEL, *BUDGET, stdin=b"\xff\n" + fine + b"Q: \xff is\n/reset\n" + fine)
+    assert ran.code == 0
+    assert [line[:42] for line in ran.err.splitlines() if line.startswith("error")] == [
+        "error: Line 1 of standard input is not UTF", "error: Line 3 of standard input is not UTF",
+    ]  # fmt: skip
+    first, second = answers(ran)
+    assert first == second
+
+
+RAISES = "{% if messages[0].content != 'fine' %}{{ raise_exception('Roles must alternate') }}{% endif %}fine"
+TEMPLATES = {
+    "raises": (RAISES, "does not take this (Roles must alternate)"),
+    "does not parse": ("{% for m in messages %}{{ m['content' }}{% endfor %}", "does not take this (unexpected '}'"),
+    "has a name that is undefined": ("{{ nothing.at.all }}", "does not take this ('nothing' is undefined)"),
+    "divides by zero": ("{{ 1 / 0 }}", "does not take this (division by zero)"),
+    "is empty": ("", "makes no text of the prompt"),
+    "writes nothing": ("{% set x = 1 %}", "makes no text of the prompt"),
+    "is no text": (5, "does not take this"),
+    "is one of several, none of them the default": ([{"name": "a", "template": "x"}], "does not take this"),
+}
+
+
+@pytest.mark.parametrize(("template", "says"), TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_that_fails_is_one_sentence_everywhere(cli, templated, tmp_path, template, says):
+    folder = templated(template)
+    for ran in (
+        cli("generate", folder, "hello", *BUDGET),
+        cli("trace", folder, "--prompts", "-", "--out", str(tmp_path / "t.npz"), *BUDGET, stdin="hello\n"),
+    ):
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.count("\n") == 1
+        assert f"The chat template of {folder} {says}" in ran.err
+    assert cli("generate", folder, "hello", "--raw", "--max-new-tokens", "2", *BUDGET).code == 0
+
+
+def test_a_chat_goes_on_after_its_template_has_raised(cli, templated):
+    ran = cli("chat", templated(RAISES), "--max-new-tokens", "3", *BUDGET, stdin="hello\nfine\n")
+    assert ran.code == 0
+    assert ran.err.count("Roles must alternate") == 1
+    assert len(answers(ran)) == 1
+
+
+def test_named_templates_with_a_default_are_used(cli, templated):
+    named = [{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": "x"}]
+    assert cli("generate", templated(named), "Tara", "--chat", "--max-new-tokens", "2", *BUDGET).code == 0
 
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(cli, monkeypatch):
@@ -614,6 +857,28 @@ def test_a_line_that_is_no_prompt_is_named(cli, tmp_path, second):
     assert ran.code == 2
     assert "ine 2 of standard input" in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_are_all_read_before_the_first_is_run(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("mobile.cli.session.load_model", lambda *_: pytest.fail("the model was loaded"))
+    lines = '{"prompt": "fine"}\n{"prompt": ""}\n'
+    ran = cli("trace", MODEL, "--prompts", "-", "--out", str(tmp_path / "t.npz"), stdin=lines)
+    assert ran.err == "error: Prompt 2 of 2 cannot be traced: The prompt is empty; give it some text.\n"
+    ran = cli("trace", MODEL, "--prompts", "-", "--out", str(tmp_path / "t.npz"), stdin='{"prompt": "\\ud800"}\n')
+    assert 'The "prompt" in line 1 of standard input is no text' in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_goes_through_a_link_and_never_takes_the_place_of_a_pipe(cli, tmp_path):
+    (tmp_path / "link.npz").symlink_to("real.npz")
+    os.mkfifo(tmp_path / "pipe")
+    arguments = ("trace", MODEL, "--prompts", "-", "--max-new-tokens", "2", "--force", *BUDGET)
+    assert cli(*arguments, "--out", str(tmp_path / "link.npz"), stdin="Tara has\n").code == 0
+    assert (tmp_path / "link.npz").is_symlink()
+    assert len(trace.load(tmp_path / "real.npz")[0]) == 1
+    refused = cli(*arguments, "--out", str(tmp_path / "pipe"), stdin="Tara has\n")
+    assert "it is no regular file" in refused.err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 # --- replay -----------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import wait
+from contextlib import suppress
 from itertools import pairwise
 
 import psutil
@@ -92,6 +94,7 @@ def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatc
         with pytest.raises(Refused, match="offers the resource GPU"), cluster(address, tmp_path, alone=True):
             pass
     monkeypatch.setattr("suites.executors.PATIENCE_SECONDS", 1)
+    monkeypatch.setattr("suites.executors.ANSWER_SECONDS", 1)
     with pytest.raises(Refused, match="No dask scheduler answers"), cluster(address, tmp_path, alone=False):
         pass
     with (
@@ -103,6 +106,54 @@ def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(Refused, match=r"pip install mobile-moe\[dask\]"), cluster(address, tmp_path, alone=False):
         pass
+
+
+NOWHERE = {
+    "a word": "nonsense",
+    "nothing": "",
+    "another protocol": "http://127.0.0.1:8786",
+    "no port": "tcp://127.0.0.1",
+    "a port that nobody has": "tcp://127.0.0.1:9",
+    "a host that nobody has": "tcp://nowhere.invalid:8786",
+    "a port that is none": "tcp://127.0.0.1:99999999",
+}
+
+
+@pytest.mark.parametrize("address", NOWHERE.values(), ids=NOWHERE)
+def test_an_address_that_no_scheduler_has_is_one_sentence_and_nothing_comes_after_it(tiny_preset, tmp_path, address):
+    done = run(tiny_preset, tmp_path / "run", "--dask", address)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: No dask scheduler answers at {address} (")
+    assert done.stderr.endswith("start one with: dask scheduler\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.0 200 OK\r\n\r\n" * 10])
+def test_a_port_at_which_something_else_listens_is_refused(tmp_path, monkeypatch, capfd, says):
+    monkeypatch.setattr("suites.executors.ANSWER_SECONDS", 1)
+    threads = set(threading.enumerate())
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def speak() -> None:
+            with suppress(OSError):
+                while True:
+                    other.accept()[0].sendall(says)
+
+        speaking = threading.Thread(target=speak, daemon=True)
+        speaking.start()
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(Refused, match="No dask scheduler answers"), cluster(address, tmp_path, alone=False):
+            pass
+        other.shutdown(socket.SHUT_RDWR)
+    speaking.join()
+    assert set(threading.enumerate()) == threads, "nobody goes on trying"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_is_not_taken_for_the_scheduler(two_workers, tmp_path):
+    worker = next(iter(two_workers.scheduler_info["workers"]))
+    with pytest.raises(Refused, match=r"A dask \w+ answers at .*; give the scheduler's address"):
+        cluster(worker, tmp_path, alone=False).__enter__()
 
 
 def test_a_machine_that_does_not_share_the_folder_is_named(tmp_path):

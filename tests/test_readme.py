@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -24,14 +25,19 @@ def test_the_sessions_it_names_exist():
     assert all(re.search(rf"^[*-] {name}\b", listed, re.MULTILINE) for name in named)
 
 
-def test_its_python_runs(tmp_path):
+def test_its_python_runs_and_leaves_nothing_behind(tmp_path):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     code = code.replace('"suites/models', f'"{ROOT}/suites/models')
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=offline)
+    here, temporary = tmp_path / "here", tmp_path / "temporary"
+    here.mkdir()
+    temporary.mkdir()
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(temporary)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
     assert "fallbacks" in done.stdout
-    assert (tmp_path / "timeline.json").is_file()
+    assert list(here.iterdir()) == []
+    (timeline,) = temporary.glob("*/timeline.json")
+    assert json.loads(timeline.read_text())["traceEvents"]
 
 
 def test_its_commands_run(tmp_path):

@@ -67,8 +67,10 @@ def test_a_completion_whole_or_streamed_is_what_generate_writes(server, capsys, 
     assert json.loads(whole)["model"] == MODEL
     assert json.loads(whole)["choices"][0]["text"] == text
     code, stream = ask(f"{server}/v1/completions", {**PROMPT, "stream": True})
-    chunks = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line]
+    *events, last = [line.removeprefix("data: ") for line in stream.splitlines() if line]
+    chunks = [json.loads(event) for event in events]
     assert code == 200
+    assert last == "[DONE]"
     assert len(chunks) > 2
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
 

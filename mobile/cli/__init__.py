@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from mobile.cli import chat, doctor, generate, plan, replay, serve, trace
-from mobile.refusal import Refused
+from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, show, trace
+from mobile.cli.parsing import Parser
+from mobile.refusal import Refused, said
+from mobile.version import this_version
 
 EXAMPLES = """
 examples:
@@ -20,19 +22,14 @@ examples:
   mobile serve FOLDER --memory 8GiB                 then: http://localhost:8000/v1
   mobile trace FOLDER --prompts prompts.jsonl --out trace.npz
   mobile replay trace.npz --sweep                   what other strategies and cache sizes would make of it
+  mobile strategies                                 what --strategy can be; `mobile hardware` says it of --hardware
 
 `mobile COMMAND --help` explains one command.
 """
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
-class Parser(argparse.ArgumentParser):
-    """Refuses a wrong command line in one sentence instead of printing the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Refused(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
-
-
-def build() -> argparse.ArgumentParser:
+def build() -> Parser:
     """The parser with every command in it; each command's options are declared beside its code."""
     parser = Parser(
         prog="mobile",
@@ -40,29 +37,57 @@ def build() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (plan, doctor, generate, chat, serve, trace, replay):
+    for command in (plan, doctor, generate, chat, serve, trace, replay, listings):
         command.declare(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    parser = build()
     try:
-        arguments = parser.parse_args(argv)
-        if not hasattr(arguments, "run"):
-            parser.print_help(sys.stderr)
-            return 2
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        show.prepare()
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
     except Refused as refused:
-        print(f"error: {refused}", file=sys.stderr)
+        show.note(f"error: {refused}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        show.note("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output has left; Python would complain again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has left
+        show.silence(sys.stdout)
         return 1
+    except OSError as error:
+        show.note(f"error: {_about(error)}.")
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    torch_is_ours = "torch" not in sys.modules  # else its settings are those of a program that calls this
+    parser = build()
+    arguments = parser.read(argv)
+    arguments.torch_is_ours = torch_is_ours
+    if arguments.__dict__.get("version"):
+        print(f"mobile {this_version()}")
+        return 0
+    if not hasattr(arguments, "run"):
+        parser.print_help(sys.stderr)
+        return 2
+    code: int = arguments.run(arguments)
     return code
+
+
+def _about(error: OSError) -> str:
+    """What the system would not do. Where it names no file and speaks of writing, it is of our output."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        show.silence(sys.stdout)
+    if error.filename is None and error.errno in UNWRITABLE:
+        return f"The output cannot be written ({said(error)}); send it elsewhere"
+    named = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+    return f"{said(error)}{named}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import suppress
 from typing import Any
 
-from mobile.cli import options, session, show
+from mobile.cli import options, prompts, session, show
+from mobile.nearest import nearest
 from mobile.refusal import Refused
 
 EXAMPLES = """
@@ -20,8 +20,13 @@ examples:
   mobile chat suites/models/olmoe-tiny --slots 72 --geometry olmoe-1b-7b
   printf 'first question\\nsecond question\\n' | mobile chat FOLDER > answers.txt
 
-One line is one turn. /reset forgets the conversation, /exit or the end of the input ends it, Ctrl-C stops an answer.
+One line is one turn. /help lists the commands; the end of the input ends the conversation, Ctrl-C stops an answer.
 """
+COMMANDS = {
+    "/help": "list these commands",
+    "/reset": "forget the conversation",
+    "/exit": "end it; the end of the input does, too",
+}
 
 
 class Conversation:
@@ -42,13 +47,16 @@ class Conversation:
 
     def answer(self, prompt: str) -> None:
         """Write the answer to stdout. Ctrl-C ends it early: what was written stays part of the conversation."""
+        from mobile import compat
+
         opened, streamer = self.opened, _recorder(self.opened.tokenizer)
         asked = {"role": "user", "content": prompt}
         try:
             ids = opened.encode([*self.messages, asked])
             self._keep_what_matches(ids[0])
-            output = opened.generate(ids, past_key_values=self.cache, streamer=streamer, return_dict_in_generate=True)
-            self.cache = output.past_key_values
+            cache = compat.going_on(opened.model, self.cache)
+            output = opened.generate(ids, streamer=streamer, return_dict_in_generate=True, **cache)
+            self.cache = compat.cache_of(output)
             self.seen = output.sequences[0, : self.cache.get_seq_length()]
         except KeyboardInterrupt:
             self._forget_cache()  # it may have struck between two layers, and left them of unequal lengths
@@ -109,36 +117,49 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    opened = session.start(arguments)
+    opened = session.start(arguments, *session.opening(arguments))
     if not opened.template and not arguments.raw:
         show.note("This tokenizer has no chat template, so a prompt is appended to the text so far, on a new line.")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
-        with suppress(ImportError):
-            import readline  # noqa: F401  (input() then edits its line)
-        show.note("One line is one turn; /reset, /exit, Ctrl-C to stop an answer.")
-    conversation = Conversation(opened)
+        prompts.edit_typed_lines()
+        show.note("One line is one turn; /help lists the commands, Ctrl-C stops an answer.")
+    conversation, turns = Conversation(opened), prompts.Turns(interactive)
     while True:
         try:
-            prompt = input("> " if interactive else "").strip()
-        except EOFError:
-            break
+            turn = next(turns, "/exit")
         except KeyboardInterrupt:
             show.note("\n(/exit or the end of the input ends the conversation)")
             continue
-        if prompt == "/exit":
-            break
-        if prompt == "/reset":
-            conversation.reset()
-            show.note("(forgotten)")
-        elif prompt.startswith("/"):
-            show.note(f"Unknown command {prompt.split()[0]}; there are /reset and /exit.")
-        elif prompt:
-            before = opened.model.mobile.stats()
-            try:
-                conversation.answer(prompt)
-            except Refused as refused:
-                show.note(f"error: {refused}")
-                continue
-            show.note(session.line(opened.model, before))
-    return 0
+        if isinstance(turn, Refused):
+            show.note(f"error: {turn}")
+        elif turn.strip() == "/exit":
+            return 0
+        elif turn.strip().startswith("/"):
+            _obey(turn.strip(), conversation)
+        elif turn.strip():
+            _answer(turn.strip(), conversation)
+
+
+def _obey(command: str, conversation: Conversation) -> None:
+    if command == "/reset":
+        conversation.reset()
+        show.note("(forgotten)")
+    elif command == "/help":
+        show.note("\n".join(f"{name:8}{does}" for name, does in COMMANDS.items()))
+    else:
+        word = command.split()[0]
+        meant = nearest(word, COMMANDS)
+        guess = "" if meant is None else f"did you mean {meant}? There"
+        show.note(f"Unknown command {word}; {guess or 'there'} are /reset and /exit. /help says what they do.")
+
+
+def _answer(prompt: str, conversation: Conversation) -> None:
+    model = conversation.opened.model
+    before = model.mobile.stats()
+    try:
+        conversation.answer(prompt)
+    except Refused as refused:
+        show.note(f"error: {refused}")
+        return
+    show.note(session.line(model, before))

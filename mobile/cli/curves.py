@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
+from mobile import outputs
 from mobile.refusal import Refused
 from mobile.replaying import Outcome
 
@@ -21,9 +22,8 @@ LABEL_GAP = 0.045  # of the axis, between two labels
 def check(path: Path) -> None:
     """Refuse before anything is replayed what cannot be drawn."""
     if path.suffix.lower() not in FORMATS:
-        raise Refused(f"Cannot draw {path}; name a file that ends in {' or '.join(FORMATS)}.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise Refused(f"{path} cannot be written; name a file in a folder that exists.")
+        raise Refused(f"Cannot draw {outputs.shown(path)}; name a file that ends in {' or '.join(FORMATS)}.")
+    outputs.check_file(path)
     if find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib; pip install 'mobile-moe[harness]', or leave --plot out.")
 
@@ -51,7 +51,9 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
         axes.set(xlabel="device memory (GiB)", ylabel="hit rate of decode", title=title, ylim=(-0.03, 1.03))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        kind = path.suffix.lower().removeprefix(".")
+        with outputs.whole(path) as file:
+            figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _apart(wanted: dict[str, float]) -> dict[str, float]:

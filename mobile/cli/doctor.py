@@ -48,6 +48,7 @@ class Report:
 
 def examine() -> Report:
     """Look and measure. Imports torch."""
+    show.waiting("looking at this machine ...")
     import torch
 
     return Report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mobile.cli import options, session, show
+from mobile.cli import options, prompts, session, show
 
 EXAMPLES = """
 examples:
@@ -14,7 +14,8 @@ examples:
   mobile generate suites/models/olmoe-tiny "Q: not ( True and False ) is" --slots 72 --geometry olmoe-1b-7b
   mobile generate FOLDER "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1 --json | jq .stats
 
-The text goes to stdout as it is written, the statistics to stderr.
+The text goes to stdout as it is written, the statistics to stderr. Prompts are UTF-8; one that begins with - goes after
+--, behind all options.
 """
 
 
@@ -25,17 +26,18 @@ def declare(commands: Any) -> None:
     )  # fmt: skip
     options.loading(parser)
     options.text(parser)
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt; - or nothing reads stdin")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, in quotes; - or nothing reads stdin")
     options.json(parser, "one JSON object on stdout, no streaming")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    prompt = session.prompt_text(arguments.prompt)
-    opened = session.start(arguments)
+    prompt = prompts.of_command_line(arguments.prompt)
+    reader, sampled = session.opening(arguments)
+    ids = reader.encode([{"role": "user", "content": prompt}])
+    opened = session.start(arguments, reader, sampled)
     from transformers import TextStreamer
 
     model = opened.model
-    ids = opened.encode([{"role": "user", "content": prompt}])
     streamer = None if arguments.json else TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
     before = model.mobile.stats()
     output = opened.generate(ids, streamer=streamer)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from mobile.geometry import GEOMETRIES
 from mobile.hardware import PROFILES
 
 CARDS = f"{', '.join(PROFILES)}, or a FILE.json of `mobile doctor --calibrate`"
+SIZES = "like 8GiB or 512MiB; 8 and 8G are GiB, too"
+DEVICES = "cpu, cuda (a GPU) or cuda:N (the GPU of that number)"
+MOST_SEEDS = 2**64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADING = (
     "strategy", "memory", "slots", "gamma", "hardware", "link", "link_gb_per_s", "geometry", "kernel", "device",
@@ -37,8 +41,8 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     """The model, and how it is loaded; every default is mobile.load's."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     group = parser.add_argument_group("engine")
-    group.add_argument("--strategy", metavar="NAME", help="`mobile plan` lists them (default: mobile)")
-    group.add_argument("--memory", metavar="SIZE", help="device memory to use, like 8GiB (default: all)")
+    group.add_argument("--strategy", metavar="NAME", help="`mobile strategies` lists them (default: mobile)")
+    group.add_argument("--memory", metavar="SIZE", help=f"device memory to use, {SIZES} (default: all)")
     group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
     group.add_argument("--gamma", type=float, metavar="P", help="confidence below which a token runs all experts")
     group.add_argument("--link", metavar="KIND", help="auto, cuda, virtual (time is computed) or paced (for tests)")
@@ -47,7 +51,7 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     if geometry:
         group.add_argument("--geometry", metavar="NAME", help=f"charge its virtual time: {', '.join(GEOMETRIES)}")
     group.add_argument("--kernel", metavar="KIND", help="what computes experts: auto, loop, grouped or triton")
-    group.add_argument("--device", metavar="NAME", help="cpu or cuda (default: a GPU if there is one)")
+    group.add_argument("--device", type=_device, metavar="NAME", help=f"{DEVICES} (default: a GPU if there is one)")
     group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"of the weights: {', '.join(DTYPES)}")
     trust(group)
 
@@ -58,7 +62,19 @@ def text(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
     group.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
     group.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that add up to this")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="of sampling (default: %(default)s)")
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--chat", action="store_true", help="use the chat template, and refuse where there is none")
     choice.add_argument("--raw", action="store_true", help="give the prompt to the model as it is")
+
+
+def _device(word: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", word) is None:
+        raise argparse.ArgumentTypeError(f"{word!r} is no device of the engine; choose {DEVICES}")
+    return word
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 30 and int(text) < MOST_SEEDS):
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to {MOST_SEEDS - 1:,}, and {text!r} is not")
+    return int(text)

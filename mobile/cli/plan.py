@@ -223,6 +223,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not 0 <= arguments.fallback_rate <= 1:
                 raise Refused(f"A fallback rate lies between 0 and 1, and {arguments.fallback_rate} does not.")
             rates = (arguments.fallback_rate,)
+        if arguments.model not in GEOMETRIES:
+            show.waiting(f"reading {arguments.model} ...")
         hardware = profile(arguments.hardware)
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
         usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)

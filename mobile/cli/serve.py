@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import socket
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
 from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
 
 from mobile.cli import options, session, show
-from mobile.refusal import Refused
+from mobile.cli.reader import Reader, open_reader
+from mobile.refusal import Refused, said
 
 EXAMPLES = """
 examples:
@@ -28,44 +30,95 @@ NEEDS = ("fastapi", "uvicorn", "openai", "pydantic")
 SECONDS_TO_FINISH = 5  # what a request may still take after Ctrl-C
 
 
+class _Careful:
+    """A model's tokenizer as Transformers' handlers use it, but that refuses what it cannot read."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader.tokenizer, name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if options.get("return_tensors") is None:  # generate() looks for stop strings in the vocabulary
+            return self._reader.tokenizer(*arguments, **options)
+        return self._reader.checked(lambda: self._reader.tokenizer(*arguments, **options), by="tokenizer")
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+        rendered = self._reader.tokenizer.apply_chat_template
+        return self._reader.checked(lambda: rendered(*arguments, **options), by="chat template")
+
+
 def application(name: str, model: Any, tokenizer: Any) -> Any:
-    """An ASGI application that knows one model; a request for another name gets status 400."""
+    """An ASGI application that knows one model. A client's mistake, as a request for another model, gets status 400."""
     from fastapi import FastAPI, HTTPException
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, StreamingResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.utils import GenerationState
+    from transformers.cli.serving.utils import GenerationState, Modality
+
+    from mobile.cli import bodies
+
+    reader = Reader(name, tokenizer, tokenizer.chat_template is not None, model.config)
+    careful = _Careful(reader)
 
     class OneModel(ModelManager):
         @staticmethod
         def process_model_name(model_id: str) -> str:
             return model_id
 
+        @staticmethod
+        def get_model_modality(*_: Any, **__: Any) -> Modality:
+            return Modality.LLM  # whatever the model could see: a tokenizer reads text
+
         def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
-            return model, tokenizer
+            return model, careful
 
     app, manager, state = FastAPI(title="mobile"), OneModel(), GenerationState()
     manager.force_model = name  # as an argument it would be loaded by Transformers
 
-    def answer(path: str, handler: Any, *, chat: bool) -> None:
+    def answer(path: str, kind: Any, handler: Any) -> None:
         @app.post(path)
         async def route(body: dict[str, Any]) -> Any:
-            if chat and tokenizer.chat_template is None:
+            if kind is not bodies.Completion and not reader.template:
                 raise HTTPException(400, f"The tokenizer of {name} has no chat template; use /v1/completions.")
+            if body.get("stream", kind is bodies.Response) and not hasattr(tokenizer, "_tokenizer"):
+                raise HTTPException(400, f"The tokenizer of {name} cannot write text as it comes; leave stream out.")
             try:
-                return await handler.handle_request(body, str(uuid4()))
+                answered = await handler.handle_request(bodies.checked(kind, body, reader.vocabulary), str(uuid4()))
             except Refused as refused:
                 raise HTTPException(400, str(refused)) from refused
+            except ValueError as error:
+                if body.get("generation_config") is None:
+                    raise
+                raise HTTPException(400, f"This generation_config cannot be used: {said(error)}.") from error
+            if isinstance(answered, StreamingResponse):
+                answered.body_iterator = _ended(answered.body_iterator)
+            return answered
 
-    answer("/v1/completions", CompletionHandler(manager, state), chat=False)
-    answer("/v1/chat/completions", ChatCompletionHandler(manager, state), chat=True)
-    answer("/v1/responses", ResponseHandler(manager, state), chat=True)
+    @app.exception_handler(RequestValidationError)
+    async def no_object(*_: Any) -> Any:
+        return JSONResponse({"detail": "The body of a request is a JSON object, sent as application/json."}, 400)
+
+    answer("/v1/completions", bodies.Completion, CompletionHandler(manager, state))
+    answer("/v1/chat/completions", bodies.Chat, ChatCompletionHandler(manager, state))
+    answer("/v1/responses", bodies.Response, ResponseHandler(manager, state))
     listed = {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "mobile"}]}
     app.get("/v1/models")(lambda: listed)
     app.get("/health")(lambda: {"status": "ok"})
     app.get("/stats")(lambda: model.mobile.stats())
     return app
+
+
+async def _ended(events: Any) -> AsyncIterator[Any]:
+    """The events of a stream, and the one by which OpenAI's clients know its end. A client that leaves stops both."""
+    async with aclosing(events):
+        async for event in events:
+            yield event
+    yield "data: [DONE]\n\n"
 
 
 # --- the command ------------------------------------------------------------------------------------
@@ -89,8 +142,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     name: str = arguments.model
     with _listening(arguments.host, arguments.port) as listening:
-        tokenizer = session.load_tokenizer(arguments)
-        app = application(name, session.load_model(arguments), tokenizer)
+        show.waiting(f"opening {name} ...")
+        reader = open_reader(arguments)
+        app = application(name, session.load_model(arguments, reader), reader.tokenizer)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_FINISH))
         show.note(f"{name} is served at http://{arguments.host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it.")
         with suppress(KeyboardInterrupt):
@@ -102,5 +156,5 @@ def _listening(host: str, port: int) -> socket.socket:
     """The address, taken before the model is loaded; who connects meanwhile waits."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise Refused(f"Cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or error}.") from error
+    except (OSError, OverflowError, ValueError, TypeError) as error:
+        raise Refused(f"Cannot serve at {host}:{port}: {said(error)}.") from error

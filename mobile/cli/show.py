@@ -1,13 +1,19 @@
-"""How the commands print: tables and JSON on stdout, everything else on stderr, colours only on a terminal."""
+"""How the commands print: tables and JSON on stdout, everything else on stderr, colours only on a terminal.
+
+Streams may be closed or full; what is said on stderr is then lost, and a lost result is an error.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from mobile.refusal import Refused
 
 GIB, MIB, GB = 2**30, 2**20, 10**9
 
@@ -18,9 +24,41 @@ def console(*, stderr: bool = False) -> Console:
     return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160)
 
 
+def prepare() -> None:
+    """Make the standard streams usable. Raise Refused if stdout is closed: there is nowhere to put a result.
+
+    Python has None for a stream that is closed, and its number would go to the next file that is opened. Text that
+    the encoding of stdout does not have is escaped.
+    """
+    closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it is open as long as the process)
+    if closed:
+        raise Refused("Standard output is closed; send it to a file, or to /dev/null.")
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def silence(stream: Any) -> None:
+    """Send what is left of a stream that cannot be written to nowhere: Python would complain of it again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def note(text: str) -> None:
-    """One line for the reader, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the reader, on stderr; bytes that are no text are escaped."""
+    try:
+        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def waiting(text: str) -> None:
+    """One line on a terminal, said before something that takes long and shows nothing, as importing PyTorch does."""
+    if sys.stderr.isatty():
+        note(text)
 
 
 def as_json(content: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mobile import outputs
 from mobile import trace as traces
-from mobile.cli import options, session, show
+from mobile.cli import options, prompts, session, show
+from mobile.cli.reader import Reader
 from mobile.host import package
 from mobile.refusal import Refused
 
@@ -40,49 +41,21 @@ def declare(commands: Any) -> None:
     options.json(parser)
 
 
-def parse_prompts(text: str, source: str) -> list[str]:
-    """One prompt a line; JSONL if the first line is an object. Raises Refused naming the line that is neither."""
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
-        raise Refused(f"{source} has no prompts; write one a line.")
-    if not lines[0][1].lstrip().startswith("{"):
-        return [line for _, line in lines]
-    prompts = []
-    for number, line in lines:
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refused(f'Line {number} of {source} is not a JSON object with a "prompt".') from error
-        if not isinstance(prompts[-1], str):
-            raise Refused(f'The "prompt" in line {number} of {source} is not a text.')
-    return prompts
-
-
-def _read(source: str) -> tuple[str, str]:
-    """The text of a file or of stdin, and its name for a reader."""
-    if source == "-":
-        return sys.stdin.read(), "standard input"
-    try:
-        return Path(source).read_text(encoding="utf-8"), source
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"Cannot read the prompts in {source}: {getattr(error, 'strerror', None) or error}.") from error
-
-
 def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
+    outputs.check_file(out)
     if out.exists() and not arguments.force:
-        raise Refused(f"{out} exists; add --force to overwrite it.")
-    if out.is_dir() or not out.parent.is_dir():
-        raise Refused(f"{out} cannot be written; name a file in a folder that exists.")
-    prompts = parse_prompts(*_read(arguments.prompts))
-    opened = session.start(arguments)
+        raise Refused(f"{outputs.shown(out)} exists; add --force to overwrite it.")
+    asked = prompts.of_file(arguments.prompts)
+    reader, sampled = session.opening(arguments)
+    read = [_encoded(reader, prompt, f"Prompt {number} of {len(asked)}") for number, prompt in enumerate(asked, 1)]
+    opened = session.start(arguments, reader, sampled)
     engine = opened.model.mobile
     before = engine.stats()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
     with engine.recording(ahead=True) as requests, progress:
-        for prompt in progress.track(prompts, description="prompts"):
-            ids = opened.encode([{"role": "user", "content": prompt}])
+        for ids in progress.track(read, description="prompts"):
             opened.generate(ids)
     about = {
         "geometry": asdict(engine.geometry),
@@ -91,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         "gamma": getattr(engine.strategy.gating, "gamma", None),
         "chat_template": opened.template,
         "max_new_tokens": arguments.max_new_tokens,
-        "prompt_sha256": [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts],
+        "prompt_sha256": [hashlib.sha256(prompt.encode()).hexdigest() for prompt in asked],
         "versions": {name: package(name) for name in ("mobile-moe", "torch", "transformers")},
     }
     traces.save(out, requests, len(engine.layers), about)
@@ -104,3 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{out}: {len(requests)} requests, {steps:,} forward passes, {nbytes:,} bytes")
     show.note(session.line(opened.model, before))
     return 0
+
+
+def _encoded(reader: Reader, prompt: str, which: str) -> Any:
+    """The ids of a prompt. Raises Refused, saying which prompt it is that cannot be read."""
+    try:
+        return reader.encode([{"role": "user", "content": prompt}])
+    except Refused as refused:
+        raise Refused(f"{which} cannot be traced: {refused}") from refused

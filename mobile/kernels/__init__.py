@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 
 from mobile.kernels.loop import Kernel, group, loop
+from mobile.nearest import offer
 from mobile.refusal import Refused
 
 __all__ = ["Kernel", "group", "kernel_named", "loop"]
+
+KERNELS = ("auto", "loop", "grouped", "triton")
 
 
 def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -38,4 +41,4 @@ def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         if reason is not None:
             raise Refused(f"Kernel triton cannot run on {device}: {reason}; use the kernel loop.")
         return in_place
-    raise Refused(f"Unknown kernel {name!r}; choose auto, loop, grouped or triton.")
+    raise Refused(f"Unknown kernel {name!r}; {offer(name, KERNELS, 'choose auto, loop, grouped or triton')}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mobile.cost import CostModel
@@ -41,7 +42,39 @@ def test_memory_sizes_are_read(text, nbytes):
     assert parse_nbytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "lots", "8 GiB of it", "-1GiB", "GiB", True])
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("8", 8 * GIB), ("8.5", 17 * GIB // 2), (".5", GIB // 2), ("1024", 1024 * GIB), ("8g", 8 * GIB),
+        ("8G", 8 * GIB),
+        ("8 GiB", 8 * GIB), ("8gib", 8 * GIB), ("8GB", 8 * 10**9), ("512M", 2**29), ("512mb", 512 * 10**6),
+        ("2048K", 2**21), ("1T", 2**40), ("1TB", 10**12), ("8589934592", 8 * GIB), ("8589934592 B", 8 * GIB),
+        ("1048576", 2**20), (" 8 ", 8 * GIB), ("0.1GiB", 107374182),
+    ],
+)  # fmt: skip
+def test_a_number_without_a_unit_is_gib_while_it_is_small_and_bytes_when_it_is_large(text, nbytes):
+    assert parse_nbytes(text) == nbytes
+
+
+@pytest.mark.parametrize("number", [8, 8.0, 2**33, np.int64(2**33), 1e9])
+def test_a_number_given_in_python_is_bytes(number):
+    assert parse_nbytes(number) == number
+
+
+@pytest.mark.parametrize("text", ["8000", "1025", "65536"])
+def test_a_number_that_could_be_either_is_refused_with_both_ways_to_say_it(text):
+    with pytest.raises(Refused, match=f"lacks its unit; write it like {text}MiB or {text}GiB"):
+        parse_nbytes(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "lots", "8 GiB of it", "-1GiB", "GiB", True, False, "nan", "inf", "-8", "1e9", "0x10", "8,5", "8.", "8 G B",
+        "٨", "9" * 400, "9" * 25 + "T", None, float("nan"), float("inf"), -float("inf"), 0, -5, "0", "0.0",
+        "0GiB", [], 2**63,
+    ],
+)  # fmt: skip
 def test_other_memory_sizes_are_refused(text):
     with pytest.raises(Refused, match="8GiB"):
         parse_nbytes(text)

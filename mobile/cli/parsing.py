@@ -1,0 +1,68 @@
+"""How a command line is read: options before, between and after the arguments, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mobile.nearest import nearest, offer
+from mobile.refusal import Refused
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a wrong command line in one sentence instead of printing the usage."""
+
+    commands: Any = None
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Add commands; each has a parser of this kind."""
+        self.commands = super().add_subparsers(**options)
+        return self.commands
+
+    def error(self, message: str) -> NoReturn:
+        """Raise Refused."""
+        raise Refused(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
+
+    def print_help(self, file: Any = None) -> None:
+        """Write it, or raise OSError: argparse is silent where it cannot."""
+        print(self.format_help(), end="", file=file)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Say what was probably meant; argparse has no public place for that before Python 3.14."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"{value!r} is unknown; {offer(value, map(str, action.choices))}")
+
+    def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Return what the words say (None: those this process was started with). Raise Refused for what is wrong."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        if self.commands is None:
+            return self._read_alone(words)
+        if not words or words[0].startswith("-"):
+            return self.parse_args(words)
+        name = words[0]
+        if name not in self.commands.choices:
+            self.error(f"unknown command {name!r}; {offer(name, self.commands.choices)}")
+        found: argparse.Namespace = self.commands.choices[name].read(words[1:])
+        if self.commands.dest != argparse.SUPPRESS:
+            setattr(found, self.commands.dest, name)
+        return found
+
+    def _read_alone(self, words: list[str]) -> argparse.Namespace:
+        """Options may stand in any place; argparse takes them so only where there are no commands."""
+        found, left = self.parse_known_intermixed_args(words)
+        for word in left:
+            if word.startswith("-") and word != "-":
+                self.error(self._unknown(word.partition("=")[0]))
+        if left:
+            self.error(f"{left[0]!r} is one word too many; put a text of several words in quotes")
+        return found
+
+    def _unknown(self, option: str) -> str:
+        """Say what the option was probably meant to be, or that it may be no option but a text."""
+        meant = nearest(option, self._option_string_actions) if option.startswith("--") else None
+        if meant is not None:
+            return f"unknown option {option}; did you mean {meant}"
+        takes_text = any(not action.option_strings for action in self._actions)
+        return f"unknown option {option}{'; a text that begins with - goes after --' if takes_text else ''}"

@@ -1,0 +1,96 @@
+"""Where output may be written: known before a run, and written whole or not at all.
+
+A file is written beside its name and put there when it is complete. Through a symbolic link the file behind it is
+replaced, and the link stays. What is no regular file (a device, a pipe) is refused: putting a file in its place would
+take it away, and half a result in a pipe cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import BinaryIO
+from uuid import uuid4
+
+from mobile.refusal import Refused, said
+
+
+def check_file(path: Path) -> None:
+    """Raise Refused if `whole` could not write there. A file is made beside it and taken away again."""
+    partial, file = _begin(path)
+    file.close()
+    partial.unlink()
+
+
+def check_folder(path: Path) -> None:
+    """Raise Refused if the folder cannot be made, or no file written into it. What is made to try it is taken away."""
+    made: list[Path] = []
+    try:
+        made += (folder for folder in (path, *path.parents) if not folder.exists())
+        path.mkdir(parents=True, exist_ok=True)
+        check_file(path / f".{uuid4().hex}")
+    except OSError as error:
+        raise Refused(f"The folder {shown(path)} cannot be made ({said(error)}); name another one.") from error
+    finally:
+        with suppress(OSError):  # somebody else may have put something there
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write into; it takes the place of `path` at the end, and is gone if anything was raised.
+
+    Raise Refused where that cannot be, or the disk is full.
+    """
+    partial, file = _begin(path)
+    try:
+        with _refusing(path):
+            with file:
+                yield file
+            target = _target(path)
+            if target.exists():
+                shutil.copymode(target, partial)
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _begin(path: Path) -> tuple[Path, BinaryIO]:
+    """Return the name of an empty file in the target's folder, and that file, open. Raise Refused."""
+    with _refusing(path):
+        partial = _target(path).with_name(f".{uuid4().hex}.partial")
+        return partial, partial.open("xb")
+
+
+def _target(path: Path) -> Path:
+    """Return the regular file behind `path`, or the one to be made there. Raise OSError for anything else."""
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    if S_ISDIR(mode):
+        raise IsADirectoryError("it is a folder")
+    if not S_ISREG(mode):
+        raise OSError("it is no regular file")
+    return target
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Inside, what the system says of `path` is raised as a refusal."""
+    try:
+        yield
+    except OSError as error:
+        says = f"{shown(path)} cannot be written ({said(error)}); name a file in a folder that exists."
+        raise Refused(says) from error
+
+
+def shown(path: Path) -> str:
+    """Return the name for a reader, with bytes that are no text escaped."""
+    return str(path).encode(errors="backslashreplace").decode()

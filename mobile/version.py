@@ -1,0 +1,27 @@
+"""Which version this is."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+DISTRIBUTION = "mobile-moe"
+UNKNOWN = "unknown"
+
+
+def this_version() -> str:
+    """Return the installed version; in a checkout that is not installed, the one its pyproject.toml names."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return _named_by(Path(__file__).parent.parent / "pyproject.toml")
+
+
+def _named_by(pyproject: Path) -> str:
+    """Return the version that our own pyproject.toml names; another project's says nothing of us."""
+    try:
+        project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+        return str(project["version"]) if project["name"] == DISTRIBUTION else UNKNOWN
+    except (OSError, ValueError, KeyError):
+        return UNKNOWN
