@@ -1,7 +1,8 @@
 """Rollback: undo one decode step in a cache.
 
 A step's update replaces a cache's tensors, with few exceptions: keys and values that only grow are cropped, which holds
-no second copy of them, and states that are written in place are cloned. Everything else is put back by reference.
+no second copy of them, and states that are written in place are cloned, as is every tensor that is a single number: a
+static cache counts in those. Everything else is put back by reference.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 Undo = Callable[[], None]
-IN_PLACE = frozenset({"conv_states", "recurrent_states", "cumulative_length"})
+IN_PLACE = frozenset({"conv_states", "recurrent_states"})
 WINDOW = IN_PLACE | {"keys", "values"}  # a static sliding window is rolled in place
 
 
@@ -88,7 +89,7 @@ def _saved(value: Any, in_place: bool) -> Callable[[], Any]:
     if isinstance(value, list):
         items = [_saved(item, in_place) for item in value]
         return lambda: [item() for item in items]
-    if in_place and isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and (in_place or value.ndim == 0):
         kept = value.clone()
         return lambda: value.copy_(kept)
     return lambda: value
