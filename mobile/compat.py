@@ -19,6 +19,7 @@ from mobile.refusal import Refused
 
 OLDEST, NEWEST_BELOW = "5.17", "5.25"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+NORM = "post_expert_norm"  # the norm of what an expert gives, which all experts of a layer share; since 5.20
 CACHES = ("cache", "past_key_values", "cache_params")
 PLAIN = {nn.Parameter, torch.Tensor}  # of what classes a weight and its data are, unless something quantised them
 KNOBS = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
@@ -159,6 +160,11 @@ def weight_names(experts: Any) -> tuple[str, ...]:
     return (up, f"{up}_bias", "down_proj", "down_proj_bias") if experts.has_bias else (up, "down_proj")
 
 
+def stacked(experts: Any) -> list[nn.Parameter]:
+    """Return those weights themselves: all that an experts module holds, but for a norm that its experts share."""
+    return [getattr(experts, name) for name in weight_names(experts)]
+
+
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """The model's MoE layers in order. Raises Refused if it has none, or one that cannot be offloaded."""
     kind = type(model).__name__
@@ -167,11 +173,12 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         if not is_experts(experts):
             continue
         _refuse_adapters(model, name, experts)
-        weights = {label for label, _ in experts.named_parameters()}
-        if weights != set(weight_names(experts)) or getattr(experts, "post_expert_norm", None) is not None:
+        normed = getattr(experts, f"has_{NORM}", False)
+        weights = {label for label, _ in experts.named_parameters() if not (normed and label.startswith(f"{NORM}."))}
+        if weights != set(weight_names(experts)) or (getattr(experts, NORM, None) is not None) != normed:
             raise Refused(f"{kind} keeps {', '.join(sorted(weights))} in {name}, a layout this version cannot offload.")
         layers.append(_layer(kind, model, name, experts))
-    owned = [weight for layer in layers for weight in layer.experts.parameters()]
+    owned = [weight for layer in layers for weight in stacked(layer.experts)]
     if len({id(weight) for weight in owned}) != len(owned):
         raise Refused(f"{kind} has experts that several layers share, and a row of the store is of one layer.")
     if not layers:
@@ -225,7 +232,7 @@ def device_of(layers: Sequence[MoeLayer]) -> torch.device:
 
 def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) -> Geometry:
     """The live model's own sizes, read from its parameters, whether or not the experts are still among them."""
-    routed = {id(w) for layer in layers for w in layer.experts.parameters()}
+    routed = {id(w) for layer in layers for w in stacked(layer.experts)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(module.weight) for module in (embedding, head) if module is not None}
     dense = sum(p.nbytes for p in model.parameters() if id(p) not in routed | apart)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mobile.compat import MoeLayer
-from mobile.kernels.loop import Views, expert_output, group
+from mobile.kernels.loop import Views, expert_output, group, normed
 from mobile.overrides import Overrides
 from mobile.passes import Pass
 from mobile.refusal import Refused
@@ -78,12 +78,21 @@ def learn(
         if args and torch.is_tensor(args[0]) and torch.is_tensor(output) and args[0].shape == output.shape:
             before.append((module, args[0], output))
 
+    widths: list[int] = []  # of the residual stream, as each router is given it
+
     def asked(router: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        norms.append(_norm_of(router, (*args, *kwargs.values())[0], before))
+        hidden = (*args, *kwargs.values())[0]
+        norms.append(_norm_of(router, hidden, before))
+        widths.append(hidden.shape[-1])
         before.clear()
 
     def given(layer: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden, index, *_ = (*args, *kwargs.values())
+        if hidden.shape[-1] != widths[layer]:
+            raise Refused(
+                f"{type(module).__name__} works at another width than the layers around it, so nothing is foreseen "
+                "past its experts."
+            )
         means.append(_mean_outputs(module, hidden, index, layers[layer].count, store.views(layer)))
 
     inside = {id(module) for layer in layers for part in (layer.router, layer.experts) for module in part.modules()}
@@ -115,6 +124,7 @@ def _mean_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor, expert
     means = torch.zeros(experts + 1, hidden.shape[-1], dtype=torch.float32, device="cpu")
     groups = group(index, experts)
     for expert, start, count in zip(groups.experts, groups.starts, groups.counts, strict=True):
-        x = hidden[groups.tokens[start : start + count]].cpu()
-        means[expert] = expert_output(module, x, expert, host).float().mean(0)
+        x = hidden[groups.tokens[start : start + count]]
+        outer = normed(module, expert_output(module, x.cpu(), expert, host).to(x.device))
+        means[expert] = outer.float().mean(0)
     return means.to(hidden)

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from mobile.kernels.loop import Groups, Views, activate, loop, up_name
+from mobile.kernels.loop import Groups, Views, activate, loop, normed, up_name
 from mobile.residency import Wave
 
 FEW_TOKENS = 8  # above it each weight would be read once a token; the loop reads it once an expert
@@ -101,6 +101,6 @@ def _few(
             return y + views[f"{name}_bias"][slots] if module.has_bias else y
 
         inner = activate(module, project(hidden, tokens, up_name(module))).contiguous()
-        outer = project(inner, torch.arange(len(pairs), device=device), "down_proj")
+        outer = normed(module, project(inner, torch.arange(len(pairs), device=device), "down_proj"))
         parts[tokens, ranks] = outer.float() * weights[tokens, ranks, None].float()
     return parts.sum(1).to(hidden.dtype)

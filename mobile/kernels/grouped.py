@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobile.kernels.loop import Groups, Views, activate, up_name
+from mobile.kernels.loop import Groups, Views, activate, normed, up_name
 from mobile.residency import Wave
 
 
@@ -45,7 +45,7 @@ def grouped(
                 y = nn.functional.grouped_mm(x, weight if module.is_transposed else weight.transpose(1, 2), offs=offs)
                 return y + views[f"{name}_bias"][slots] if module.has_bias else y
 
-            outer = project(activate(module, project(hidden[tokens], up_name(module))), "down_proj")
+            outer = normed(module, project(activate(module, project(hidden[tokens], up_name(module))), "down_proj"))
             parts[tokens, ranks] = outer.float() * weights[tokens, ranks, None].float()
     return parts.sum(1).to(hidden.dtype)
 

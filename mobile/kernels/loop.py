@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mobile.kernels.sums import sum_dtype
 from mobile.residency import HOST, Wave
 
 Views = Mapping[str, torch.Tensor]  # weights by name, (slots, ...), or (experts, ...) where they lie in the host store
@@ -73,7 +74,7 @@ def loop(
     own rows: the same product where the device is the CPU too, equal up to rounding elsewhere. The CPU works on the
     calling thread, while a GPU runs what was launched before (not tested on one yet).
     """
-    result = torch.zeros_like(hidden)
+    result = torch.zeros_like(hidden, dtype=sum_dtype(module, hidden.dtype, weights.dtype))
     scales = weights[groups.tokens, groups.ranks, None]
     held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     turn = 0
@@ -86,15 +87,16 @@ def loop(
                 outer = expert_output(module, hidden[tokens].cpu(), groups.experts[position], host).to(hidden.device)
             else:
                 outer = expert_output(module, hidden[tokens], slot, views)
+            outer = normed(module, outer)
             held[position] = tokens, (outer * scales[pairs]).to(result.dtype)
         while turn in held:
             result.index_add_(0, *held.pop(turn))
             turn += 1
-    return result
+    return result.to(hidden.dtype)
 
 
 def expert_output(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
-    """What one expert makes of x (pairs, H), unweighted: (pairs, H)."""
+    """What one expert makes of x (pairs, H), unweighted and not yet `normed`: (pairs, H)."""
 
     def project(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = views[name][slot]
@@ -111,3 +113,8 @@ def up_name(module: Any) -> str:
 def activate(module: Any, inner: torch.Tensor) -> torch.Tensor:
     """What an expert does between its two products: (pairs, 2I) -> (pairs, I), or (pairs, I) where nothing gates."""
     return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+
+
+def normed(module: Any, outer: torch.Tensor) -> torch.Tensor:
+    """Return what experts made (pairs, H) behind the norm that they share, or as it is where there is none."""
+    return module.post_expert_norm(outer) if getattr(module, "has_post_expert_norm", False) else outer
