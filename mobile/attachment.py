@@ -156,6 +156,7 @@ def serve(
         if getattr(around, "mobile", None) is not engine:
             overrides.put(around, "mobile", engine)
         guard(around, modules, overrides)
+        selftest.check_order(model, layers, overrides)
         decoder.install(overrides)
         for number, module in enumerate(modules):
             bind(module, engine, number, overrides)
