@@ -267,18 +267,42 @@ class Engine:
         return isinstance(self.strategy.gating, Rerouted) and self.strategy.gating.foresees
 
     def _look_ahead(self, layer: int, running: Pass, index: torch.Tensor, weights: torch.Tensor) -> None:
-        """Ask the next layer's router about this layer's input; what else it is given, it was given the last time."""
+        """Ask the next layer's router about this layer's input, where it is known what else to give it."""
         if layer + 1 == len(self.layers):
             return
         (hidden, *_), _ = running.router_inputs[layer]
+        beside = self._beside(layer, running, hidden)
         if self.quasi is not None:
             hidden = self.quasi.after(layer, index, weights).view_as(hidden)
-        (_, *others), named = self.heard.get(layer + 1, ((None,), {}))
-        following, given = self.layers[layer + 1], (hidden, *others)
+        if beside is None:
+            return
+        following, given, named = self.layers[layer + 1], (hidden, *beside[0]), beside[1]
         if self._signals:
             running.ahead[layer] = following.logits(given, named).to(torch.float16).cpu().numpy()
         if self._routes_ahead:
             self._foreseen[layer + 1] = following.choice(given, named)
+
+    def _beside(self, layer: int, running: Pass, hidden: torch.Tensor) -> RouterInput | None:
+        """Return what the next layer's router is probably given beside hidden states; None if that is not known.
+
+        A router of this layer's class is given what this one is where that belongs to the tokens, and the rest as the
+        last time; another is given all as the last time, which must have been as many tokens.
+        """
+        (_, *here), named_here = running.router_inputs[layer]
+        alike = type(self.layers[layer].router) is type(self.layers[layer + 1].router)
+        if layer + 1 not in self.heard:
+            return (tuple(here), named_here) if alike else ((), {})
+        (then, *others), named = self.heard[layer + 1]
+
+        def of_tokens(part: Any) -> bool:
+            return torch.is_tensor(part) and part.shape[: then.ndim - 1] == then.shape[:-1]
+
+        if alike and len(here) == len(others) and named_here.keys() == named.keys():
+            others = [mine if of_tokens(last) else last for last, mine in zip(others, here, strict=True)]
+            return tuple(others), {key: named_here[key] if of_tokens(last) else last for key, last in named.items()}
+        if then.shape[:-1] != hidden.shape[:-1] and any(map(of_tokens, (*others, *named.values()))):
+            return None
+        return tuple(others), named
 
     def _signal(self, layer: int, *, last: bool) -> Ahead | None:
         source = foreseen_from(layer, last, len(self.layers))

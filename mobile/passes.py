@@ -90,6 +90,6 @@ class Pass:
         return [index.tolist() for index, _ in self.selections]
 
     def _ahead(self, row: int) -> np.ndarray | None:
-        if not self.ahead:
+        if not self.ahead or len(self.ahead) < len(self.selections) - 1:  # some routers could not be asked
             return None
         return np.stack([self.ahead[layer][row] for layer in range(len(self.selections) - 1)])
