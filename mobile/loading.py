@@ -210,8 +210,8 @@ def _read_directly(
         None, config=known.config, output_loading_info=True, dtype=known.options["dtype"],
         state_dict={key: one for key, one in slices.items() if key not in experts},
     )  # fmt: skip
-    within = tuple(f"{layer.name}." for layer in compat.moe_layers(model))
-    _check_complete([key for key in info["missing_keys"] if not key.startswith(within)])
+    ours = {f"{layer.name}.{name}" for layer in compat.moe_layers(model) for name in compat.weight_names(layer.experts)}
+    _check_complete([key for key in info["missing_keys"] if key not in ours])
     renaming = Renaming(model)
     for key in slices:
         renaming.target(key)
