@@ -1,4 +1,7 @@
-"""A tiny random model of every family whose experts class Transformers decorates: 8 experts a layer, top 4, fp32."""
+"""A tiny random model of every family whose experts class Transformers decorates: 8 experts a layer, top 4, fp32.
+
+`FAMILIES` are those of the installed version, `LISTED` those of the newest one that is supported.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from functools import partial
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -18,6 +22,7 @@ class Family:
     config: Callable[[], PreTrainedConfig]
     model: str  # the class in transformers which a user loads
     note: str = ""  # why it is no ordinary text generator, when it is none
+    since: str = "5.17"  # the Transformers whose class is the first to be decorated
 
 
 COMMON = {
@@ -71,6 +76,16 @@ SIGLIP = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 16, "patch_size": 4, "position_embedding_size": 16,
 }  # fmt: skip
+TOWER = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "out_hidden_size": 32,
+    "patch_size": 4,
+}  # fmt: skip
+INKLING2 = {
+    "n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "unpadded_vocab_size": 60,
+    "head_dim": 8, "swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 4,
+    "rel_extent": 8, "sliding_window_size": 6, "n_layers_per_attn_res_block": 2, "route_scale": 1.5,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+}  # fmt: skip
 PREDICTOR = COMMON | {"head_dim": 8, "intermediate_size": 16, "num_code_groups": 4}
 ENCODER = COMMON | {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
 
@@ -86,6 +101,7 @@ def _family(
     config: str = "Config",
     parts: dict | None = None,
     note: str = "",
+    since: str = "5.17",
     **own: object,
 ) -> Family:
     """`shared` and `own` settings are the text model's: in `text_config` when the config has other `parts` too."""
@@ -93,15 +109,25 @@ def _family(
     for settings in (COMMON, *shared, own):
         text |= settings
     whole = text if parts is None else {"text_config": text, **parts}
-    return Family(name, partial(_build, model.split("For")[0] + config, whole), model, note)
+    return Family(name, partial(_build, model.split("For")[0] + config, whole), model, note, since)
 
 
 _ALL = [
     _family(
         "afmoe", "AfmoeForCausalLM", NUM, SLIDING, head_dim=8, num_shared_experts=1, route_scale=1.5, mup_enabled=True,
     ),
+    _family(
+        "aria", "AriaTextForCausalLM", since="5.18", intermediate_size=16, moe_num_experts=8, moe_topk=4,
+        moe_num_shared_experts=1,
+    ),
     _family("axk1", "AXK1ForCausalLM", ROUTED, MLA, GROUPS, SCALED),
     _family("axk2", "AXK2ForCausalLM", ROUTED, MLA, GROUPS, SCALED, INDEXER, DENSE_FIRST, gated_norm_rank=4),
+    _family(
+        "bailing_hybrid", "BailingHybridForCausalLM", MLA, GROUPS, SCALED, DENSE_FIRST, since="5.20",
+        num_local_experts=8, q_lora_rank=None, num_experts_per_tok=4, n_shared_experts=1, intermediate_size=32,
+        moe_intermediate_size=16, head_dim=8, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
+    _family("beam", "BeamForCausalLM", NUM, SLIDING, GROUPS, SCALED, DENSE_FIRST, since="5.20", head_dim=8),
     _family(
         "cohere2_moe", "Cohere2MoeForCausalLM", NUM, SLIDING, DENSE_FIRST, head_dim=8, num_shared_experts=1,
         prefix_dense_intermediate_size=32, logit_scale=1.0,
@@ -119,7 +145,7 @@ _ALL = [
     _family(
         "deepseek_v4", "DeepseekV4ForCausalLM", ROUTED, INDEXER, intermediate_size=16, num_hidden_layers=4,
         num_key_value_heads=1, head_dim=16, partial_rotary_factor=0.5, q_lora_rank=16, o_lora_rank=8, o_groups=2,
-        hc_mult=2, sliding_window=6, index_topk=3, mlp_layer_types=["hash_moe", "moe", "moe", "moe"],
+        hc_mult=2, sliding_window=6, index_topk=3, mlp_layer_types=["hash_moe", "hash_moe", "moe", "moe"],
         compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
         layer_types=[
             "sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention",
@@ -131,6 +157,12 @@ _ALL = [
         note="An encoder-decoder that denoises blocks of tokens: no next-token logits, no step of one token.",
     ),
     _family("dots1", "Dots1ForCausalLM", ROUTED, SLIDING, GROUPS, SCALED, first_k_dense_replace=1),
+    _family(
+        "dots3_note", "Dots3NoteForCausalLM", ROUTED, MLA, GROUPS, SCALED, INDEXER, DENSE_FIRST, config="TextConfig",
+        since="5.23", head_dim=16, shared_experts_intermediate_size=16, sliding_window=6, swa_num_attention_heads=4,
+        swa_num_key_value_heads=4, swa_q_lora_rank=16, swa_kv_lora_rank=16, swa_head_dim=16, swa_qk_nope_head_dim=8,
+        swa_v_head_dim=8, layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
+    ),
     _family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", ERNIE, moe_intermediate_size=16),
     _family(
         "ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration", ERNIE, ROPE, moe_intermediate_size=[16, 8],
@@ -138,6 +170,10 @@ _ALL = [
     ),
     _family("exaone_moe", "ExaoneMoeForCausalLM", NUM, SLIDING, GROUPS, SCALED, DENSE_FIRST),
     _family("flex_olmo", "FlexOlmoForCausalLM", NUM, intermediate_size=16),
+    _family(
+        "flint", "FlintForCausalLM", NUM, SLIDING, since="5.21", head_dim=8, shared_expert_intermediate_size=16,
+        mlp_only_layers=[0],
+    ),
     _family("gemma4", "Gemma4ForConditionalGeneration", NUM, SLIDING, GEMMA, parts={}),
     _family("glm4_moe", "Glm4MoeForCausalLM", ROUTED, GROUPS, SCALED, head_dim=8, first_k_dense_replace=1),
     _family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", ROUTED, MLA, GROUPS, SCALED, DENSE_FIRST),
@@ -164,9 +200,19 @@ _ALL = [
     _family("hy_v3", "HYV3ForCausalLM", NUM, DENSE_FIRST, head_dim=8, router_scaling_factor=1.5),
     _family("hy_v4", "HYV4ForCausalLM", ROUTED, MLA, GROUPS, SCALED, INDEXER, SHARED_INDEX, DENSE_FIRST, hc_mult=2),
     _family(
+        "hy_v4_vl", "HYV4VLForConditionalGeneration", ROUTED, MLA, GROUPS, SCALED, INDEXER, SHARED_INDEX, DENSE_FIRST,
+        ROPE, since="5.24", hc_mult=2, parts={"vision_config": TOWER | {"max_image_size": 16}},
+    ),
+    _family(
         "inkling", "InklingForCausalLM", ROUTED, DENSE_FIRST, config="TextConfig", head_dim=8, swa_head_dim=8,
         swa_num_attention_heads=4, swa_num_key_value_heads=2, sliding_window_size=6, d_rel=4, rel_extent=8,
         layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding"], logits_mup_width_multiplier=2.0, route_scale=1.5,
+    ),
+    _family("inkling2", "Inkling2ForCausalLM", INKLING2, config="TextConfig", since="5.23"),
+    _family(
+        "inkling2_loop", "Inkling2LoopForCausalLM", INKLING2, config="TextConfig", since="5.24",
+        n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=2, loop_num_passes=2,
+        loop_gate_rank=4,
     ),
     _family(
         "jamba", "JambaForCausalLM", num_hidden_layers=4, intermediate_size=16, num_experts=8, num_experts_per_tok=4,
@@ -178,8 +224,15 @@ _ALL = [
         linear_num_heads=4, layer_types=["linear_attention", "full_attention", "linear_attention"],
     ),
     _family(
+        "kolibri1", "Kolibri1ForCausalLM", NUM, SLIDING, since="5.20", head_dim=8, shared_expert_intermediate_size=16,
+    ),
+    _family(
         "laguna", "LagunaForCausalLM", NUM, SLIDING, DENSE_FIRST, head_dim=8, shared_expert_intermediate_size=16,
         num_attention_heads_per_layer=[4, 2, 4],
+    ),
+    _family(
+        "lara_mini", "LaraMiniForCausalLM", NUM, LINEAR, since="5.24", head_dim=8, sliding_window=6,
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "sliding_attention", "full_attention"],
     ),
     _family("lfm2_moe", "Lfm2MoeForCausalLM", NUM, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"]),
     _family("mellum", "MellumForCausalLM", NUM, SLIDING, DENSE_FIRST, head_dim=8),
@@ -198,7 +251,24 @@ _ALL = [
         index_topk_blocks=2, layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
     ),
     _family("mistral4", "Mistral4ForCausalLM", ROUTED, MLA, GROUPS, SCALED, first_k_dense_replace=1),
+    _family(
+        "mistral_large4", "MistralLarge4ForConditionalGeneration", ROUTED, MLA, GROUPS, SCALED, INDEXER, SHARED_INDEX,
+        DENSE_FIRST, since="5.22", no_rope_layers=[1, 0, 0], kv_source_layers=[0, 1, 1],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, parts={"vision_config": SIGLIP},
+    ),
     _family("mixtral", "MixtralForCausalLM", LOCAL, num_experts_per_tok=2),
+    _family(
+        "muse_spark", "MuseSparkForConditionalGeneration", LOCAL, SLIDING, DENSE_FIRST, since="5.20", head_dim=8,
+        moe_intermediate_size=16, moe_hidden_size=24, routed_scaling_factor=1.5, output_multiplier=1.0,
+        parts={
+            "vision_config": TOWER | {"pos_emb_height": 4, "pos_emb_width": 4, "max_position_embeddings": 16},
+            "audio_config": {
+                "patch_sizes": [4, 2], "hidden_sizes": [8, 16], "depths": [1, 1], "num_hidden_layers": 2,
+                "out_hidden_size": 32,
+            },
+            "out_hidden_size": 32, "projector_hidden_size": 16,
+        },
+    ),
     _family(
         "nemotron_h", "NemotronHForCausalLM", ROUTED, GROUPS, SCALED, head_dim=8, moe_latent_size=24,
         moe_shared_expert_intermediate_size=16, mamba_num_heads=4, mamba_head_dim=16, n_groups=2, ssm_state_size=8,
@@ -242,19 +312,32 @@ _ALL = [
     ),
     _family("solar_open", "SolarOpenForCausalLM", ROUTED, GROUPS, SCALED, head_dim=8),
     _family(
+        "unlimited_ocr", "UnlimitedOcrForConditionalGeneration", ROUTED, GROUPS, DENSE_FIRST, since="5.20",
+        topk_method="group_limited_greedy", sliding_window=6,
+        parts={"vision_config": {"sam_config": SAM, "encoder_config": TOWER | {"image_size": 16}}},
+    ),
+    _family(
         "zaya", "ZayaForCausalLM", NUM, head_dim=8, router_hidden_size=32, sliding_window=6, num_experts_per_tok=1,
         layer_types=["hybrid", "hybrid_sliding", "hybrid"],
     ),
 ]  # fmt: skip
-FAMILIES = {family.name: family for family in _ALL}
+LISTED = {family.name: family for family in _ALL}
+INSTALLED = Version(Version(transformers.__version__).base_version)
+FAMILIES = {name: family for name, family in LISTED.items() if Version(family.since) <= INSTALLED}
 
 
 @torch.no_grad()
-def tiny(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of the family with weights wide enough that routing, and each choice of an expert, matters."""
+def tiny(family: str, seed: int = 0, **changed: object) -> PreTrainedModel:
+    """A random model of the family with weights wide enough that routing, and each choice of an expert, matters.
+
+    `changed` settings of the text model are other than the family's here.
+    """
     torch.manual_seed(seed)
     recipe = FAMILIES[family]
-    model = getattr(transformers, recipe.model)._from_config(recipe.config()).eval()
+    config = recipe.config()
+    for name, value in changed.items():
+        setattr(config.get_text_config(), name, value)
+    model = getattr(transformers, recipe.model)._from_config(config).eval()
     for name, weight in model.named_parameters():
         if weight.ndim >= 2 or not (name.endswith("bias") or weight.any()):  # sinks, temperatures
             weight.normal_(0, 0.3)

@@ -10,15 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import greedy, prompt
-from families import tiny
+from families import FAMILIES, tiny
 
 import mobile
+from mobile import compat
 from mobile.kernels import group, kernel_named, loop
 from mobile.kernels.grouped import GROUPS, _windows, grouped
+from mobile.kernels.sums import sum_dtype
 from mobile.layout import layout_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest output
-LAYOUTS = {"gated": "qwen2_moe", "transposed, biased": "gpt_oss", "ungated": "nemotron_h"}
+LAYOUTS = {
+    "gated": "qwen2_moe", "transposed, biased": "gpt_oss", "ungated": "nemotron_h", "transposed": "aria",
+    "normed": "muse_spark",
+}  # fmt: skip
+LAYOUTS = {layout: family for layout, family in LAYOUTS.items() if family in FAMILIES}
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process that interprets Triton: the test below"
 )
@@ -28,7 +34,7 @@ def case(family: str, dtype: torch.dtype, tokens: int, seed: int = 0) -> tuple:
     """One layer of a tiny model, its experts in slots in another order, some slots empty and poisoned."""
     model = tiny(family).to(dtype)
     experts = next(module for module in model.modules() if hasattr(module, "is_transposed"))
-    weights = dict(experts.named_parameters())
+    weights = {name: getattr(experts, name) for name in compat.weight_names(experts)}
     layout = layout_of(weights)
     rows = torch.full((13, layout.numel), float("nan"), dtype=dtype)
     slots = [11, 2, 7, 0, 12, 5, 9, 3]
@@ -49,15 +55,28 @@ def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((result - expected).abs().max() <= TOLERANCE[expected.dtype] * expected.abs().max())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("dtype", "scored"), [(each, torch.float32) for each in TOLERANCE] + [(torch.bfloat16,) * 2])
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loop_is_the_stock_experts_bit_for_bit(layout, tokens, dtype):
+def test_the_loop_is_the_stock_experts_bit_for_bit(layout, tokens, dtype, scored):
     experts, hidden, index, scores, groups, waves, views = case(LAYOUTS[layout], dtype, tokens)
+    scores = scores.to(scored)
     expected = experts(hidden, index, scores)
     assert torch.equal(loop(experts, hidden, scores, groups, waves, views), expected.to(dtype))
     backwards = loop(experts, hidden, scores, groups, waves[::-1], views)
     assert torch.equal(backwards, expected.to(dtype)), "the order of the waves shows"
+
+
+def test_a_class_whose_forward_cannot_be_tried_is_taken_to_sum_as_most_do():
+    experts = case("nemotron_h", torch.bfloat16, 1)[0]
+
+    class Picky(type(experts)):
+        def forward(self, hidden, index, weights):
+            raise ValueError("this forward knows one width only")
+
+    assert sum_dtype(experts, torch.bfloat16, torch.float32) == torch.float32
+    experts.__class__ = Picky
+    assert sum_dtype(experts, torch.bfloat16, torch.float32) == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
