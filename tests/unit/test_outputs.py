@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -110,18 +112,20 @@ def test_a_folder_without_permission_to_write_is_refused(tmp_path):
         outputs.check_file(tmp_path / "out")
 
 
-@pytest.fixture
-def small_files():
-    """The system writes no file beyond 4 KiB, as a full disk would."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Inside, the system writes no file beyond 4 KiB, as a full disk would. pytest's own output may be one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_that_outgrows_its_disk_is_refused_and_the_old_one_stays(tmp_path, small_files):
+def test_a_file_that_outgrows_its_disk_is_refused_and_the_old_one_stays(tmp_path):
     (tmp_path / "out").write_bytes(b"old")
-    with pytest.raises(Refused, match=r"cannot be written \(File too large\)"):
+    with small_files(), pytest.raises(Refused, match=r"cannot be written \(File too large\)"):
         write(tmp_path / "out", bytes(100_000))
     assert (tmp_path / "out").read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
