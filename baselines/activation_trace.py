@@ -20,12 +20,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mobile.ahead import Ahead
-from mobile.geometry import Geometry
+from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
-from mobile.policy import Setting
-from mobile.pool import SlotPool
-from mobile.strategy import Strategy
+from mobile.policies.next_logits import Ahead
+from mobile.policies.protocols import Setting
+from mobile.policies.strategy import Strategy
+from mobile.slots import SlotPool
 
 COLLECTION = 128  # the paper keeps a few hundred; every one of them is compared at every layer
 EPSILON = 1e-4

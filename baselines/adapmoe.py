@@ -7,7 +7,7 @@ first. Cache: each layer's share minimises the expected loads (dynamic programmi
 layer gives way. Lossy in its gate only. Changed: both formulas hold for any K; what is left out passes its weight to
 what runs, in proportion; where a layer's share is below K, it borrows for its step; prefetch looks one layer ahead and
 never further. The registered `adapmoe` knows nothing of a model: its sensitivities are all 1 and its guesses right with
-probability 0.8. Both can be measured (`baselines.sensitivity` has the formulas), and the file makes a Strategy:
+probability 0.8. Both can be measured (`baselines.signals.sensitivity` has the formulas), and the file makes a Strategy:
 
     python -m baselines.adapmoe fit --model FOLDER --prompts FILE --out adapmoe.json
     measured("adapmoe.json")
@@ -28,11 +28,11 @@ import numpy as np
 
 from baselines.lru import LRU
 from baselines.next_gate import NextGate
-from baselines.sensitivity import Measured
+from baselines.signals.sensitivity import Measured
 from mobile.ledger import Key
-from mobile.policy import Setting
-from mobile.pool import SlotPool
-from mobile.strategy import Chosen, Rerouted, Strategy
+from mobile.policies.protocols import Setting
+from mobile.policies.strategy import Chosen, Rerouted, Strategy
+from mobile.slots import SlotPool
 
 TOLERANCE = 0.005
 ACCURACY = 0.8  # 0.8 to 0.9 is what Eliseev and Mazur report of such guesses
@@ -161,6 +161,6 @@ ADAPMOE = adapmoe()
 
 
 if __name__ == "__main__":
-    from baselines.sensitivity import main
+    from baselines.signals.sensitivity import main
 
     main()

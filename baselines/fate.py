@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from mobile.ahead import Ahead
-from mobile.geometry import Geometry
+from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
-from mobile.policy import Setting
-from mobile.pool import SlotPool
-from mobile.strategy import Strategy
+from mobile.policies.next_logits import Ahead
+from mobile.policies.protocols import Setting
+from mobile.policies.strategy import Strategy
+from mobile.slots import SlotPool
 
 FAVOURED_SHARE = 1 / 4
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from baselines.lru import LRU
-from baselines.ranking import Ranked
+from baselines.signals.ranking import Ranked
 from mobile.ledger import Key
-from mobile.policy import Setting
+from mobile.policies.protocols import Setting
 
 
 class Frequent(Ranked):

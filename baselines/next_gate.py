@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mobile.ahead import Ahead
-from mobile.geometry import Geometry
+from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
-from mobile.policy import Setting
-from mobile.strategy import Strategy
+from mobile.policies.next_logits import Ahead
+from mobile.policies.protocols import Setting
+from mobile.policies.strategy import Strategy
 
 STAGING = 4
 

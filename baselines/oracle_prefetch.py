@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from baselines.belady import BELADY, Farthest
-from baselines.ranking import Ranking
+from baselines.signals.ranking import Ranking
 from mobile.ledger import Key
-from mobile.policy import Setting
-from mobile.pool import SlotPool
+from mobile.policies.protocols import Setting
+from mobile.slots import SlotPool
 
 
 class Aggressive(Farthest):

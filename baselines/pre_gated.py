@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baselines.next_gate import NEXT_GATE
-from mobile.geometry import Geometry
-from mobile.strategy import Chosen, Rerouted
+from mobile.costs.geometry import Geometry
+from mobile.policies.strategy import Chosen, Rerouted
 
 
 def _ahead(layer: int, routed: Chosen, foreseen: Chosen | None) -> Chosen:

@@ -1,7 +1,7 @@
 """The oracle: every expert on the device, nothing offloaded. Lossless, and the ceiling of every other row."""
 
-from mobile.geometry import Geometry
-from mobile.strategy import Strategy
+from mobile.costs.geometry import Geometry
+from mobile.policies.strategy import Strategy
 
 
 def _all(geometry: Geometry) -> int:

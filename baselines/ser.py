@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baselines.lru import LRU
-from mobile.strategy import Chosen, Rerouted, Strategy
+from mobile.policies.strategy import Chosen, Rerouted, Strategy
 
 THRESHOLD = 0.4
 

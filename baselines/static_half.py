@@ -6,8 +6,8 @@ Prefill runs with all K, and slots, cache and overlap are MoBiLE's, so that the 
 
 from dataclasses import replace
 
-from mobile.biglittle import MOBILE
-from mobile.strategy import HalfK
+from mobile.policies.big_little import MOBILE
+from mobile.policies.strategy import HalfK
 
 STATIC_HALF = replace(
     MOBILE,

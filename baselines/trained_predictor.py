@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from baselines.next_gate import NEXT_GATE, STAGING
-from baselines.predictor import Examples, Kind, Predictor
-from mobile.ahead import Ahead, order
+from baselines.signals.ridge import Examples, Kind, Predictor
+from mobile.errors import Refused
 from mobile.ledger import Key
-from mobile.policy import Setting, Training
-from mobile.refusal import Refused
-from mobile.strategy import Strategy
-from mobile.trace import foreseen_from
+from mobile.policies.next_logits import Ahead, order
+from mobile.policies.protocols import Setting, Training
+from mobile.policies.strategy import Strategy
+from mobile.replay.trace import foreseen_from
 
 FITTED_AT = (512, 1024, 2048, 4096)  # tokens seen; with fewer a ridge guesses worse than next-gate
 
@@ -125,6 +125,6 @@ TRAINED_PREDICTOR = trained_predictor()
 
 
 if __name__ == "__main__":
-    from baselines.predictor import main
+    from baselines.signals.ridge import main
 
     main()

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mobile.refusal import Refused
-from mobile.strategy import Strategy, strategies
+from mobile.errors import Refused
+from mobile.policies.strategy import Strategy, strategies
 
 if TYPE_CHECKING:
-    from mobile.attachment import attach, detach
-    from mobile.loading import load
+    from mobile.checkpoints.loading import load
+    from mobile.runtime.attachment import attach, detach
 
     __version__: str
 
@@ -25,11 +25,11 @@ __all__ = ["Refused", "Strategy", "__version__", "attach", "detach", "load", "st
 
 def __getattr__(name: str) -> Any:
     if name in ("attach", "detach"):
-        from mobile import attachment
+        from mobile.runtime import attachment
 
         return getattr(attachment, name)
     if name == "load":
-        from mobile.loading import load
+        from mobile.checkpoints.loading import load
 
         return load
     if name == "__version__":

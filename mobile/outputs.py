@@ -16,7 +16,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 from uuid import uuid4
 
-from mobile.refusal import Refused, said
+from mobile.errors import Refused, said
 
 
 def check_file(path: Path) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from reports import commands, expected
-from reports.abba import Unjudgeable
-from reports.benchmarks import UnlikeMachines
-from reports.bundle import NoManifest
-from reports.compare import UnlikePrompts
-from reports.results import NoResults
+from reports import commands
+from reports.checks import expected
+from reports.checks.abba import Unjudgeable
+from reports.checks.benchmarks import UnlikeMachines
+from reports.checks.bundle import NoManifest
+from reports.data.compare import UnlikePrompts
+from reports.data.results import NoResults
 
 EPILOG = "A verb that takes a run takes the one that was started last from here if no folder is named."
 REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, expected.NoExpectation)

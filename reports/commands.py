@@ -12,13 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from reports import abba as trials
-from reports import benchmarks as micro
-from reports import bundle, content, expected, write
-from reports.checklist import evidence, lines
-from reports.difference import difference
-from reports.page import Table
-from reports.results import latest_run, read
+from reports.checks import abba as trials
+from reports.checks import benchmarks as micro
+from reports.checks import bundle, expected
+from reports.checks.checklist import evidence, lines
+from reports.checks.difference import difference
+from reports.data.results import latest_run, read
+from reports.elements.page import Table
+from reports.pages import content, write
 from suites.record import write_json
 
 SHOWN = 40  # lines of a long list on the screen

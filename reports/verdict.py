@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.stats import Interval, Paired
+from reports.stats.intervals import Interval, Paired
 from suites.record import Record
 
 WIDENING = 0.02  # "materially different" starts beyond 2 %

@@ -10,14 +10,15 @@ from rich.console import Console
 
 from mobile import outputs
 from mobile.cli.parsing import Parser
-from mobile.refusal import Refused
-from suites import profiling, shape_plan
-from suites.executors import cluster, here
-from suites.matrix import presets, read_preset
-from suites.preflight import answer, check
+from mobile.errors import Refused
+from suites.measure import profile
+from suites.plan.cells import presets, read_preset
+from suites.plan.preflight import answer, check
 from suites.record import LATEST, VIRTUAL, RunFolder
-from suites.runner import DiskFull, describe, execute, locked
-from suites.shapes import LINKS
+from suites.run.executors import cluster, here
+from suites.run.runner import DiskFull, describe, execute, locked
+from suites.synthetic import plan
+from suites.synthetic.cells import LINKS
 
 
 def parser() -> Parser:
@@ -61,7 +62,7 @@ def parser() -> Parser:
                 "models. A cell timed on the wall clock has its machine to itself: it goes to workers started with "
                 "--resources GPU=1, of which there should be one on each machine",
             )  # fmt: skip
-    profiling.declare(verbs)
+    profile.declare(verbs)
     return top
 
 
@@ -79,7 +80,7 @@ def main() -> int:
     try:
         options = parser().read()
         if options.verb == "profile":
-            return profiling.run(options)
+            return profile.run(options)
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)
         chosen = preset.only(options.only)
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
@@ -88,7 +89,7 @@ def main() -> int:
             return 0
         console.print(describe(chosen, run), highlight=False)
         if chosen.shapes:
-            for remark in shape_plan.check(chosen.name, chosen.shapes):
+            for remark in plan.check(chosen.name, chosen.shapes):
                 console.print(remark, highlight=False)
         if chosen.scored:
             check(chosen, run_generated_code=options.run_generated_code)

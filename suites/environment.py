@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mobile.gpu import cuda_uuid, gpus, gpus_of_driver
-from mobile.host import host, package
+from mobile.machine.gpu import cuda_uuid, gpus, gpus_of_driver
+from mobile.machine.host import host, package
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval", "datasets", "rich")
 

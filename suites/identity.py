@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mobile.refusal import Refused
-from suites.real_tasks import REAL, locate
+from mobile.errors import Refused
 from suites.tasks import FOLDER as TASKS
+from suites.tasks.paper_tasks import REAL, locate
 
 HERE = Path(__file__).parent
 ENGINE = ("torch", "transformers", "numpy")  # what a result depends on wherever it is made

@@ -9,7 +9,7 @@ from statistics import fmean
 from threading import Event, Thread
 from typing import Any
 
-from mobile.gpu import ask, nvml
+from mobile.machine.gpu import ask, nvml
 
 SAMPLES_PER_SECOND = 10
 QUESTIONS: dict[str, tuple[Any, ...]] = {

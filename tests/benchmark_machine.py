@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mobile.gpu import cuda_uuid, gpus
-from reports.benchmarks import UnlikeMachines, same
+from mobile.machine.gpu import cuda_uuid, gpus
+from reports.checks.benchmarks import UnlikeMachines, same
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -78,7 +78,7 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 10, **extra:
 def live_and_replayed(model: PreTrainedModel, strategy: Any, slots: int, file: Path, **options: Any) -> tuple[Any, Any]:
     """The ledger of two live requests, and of the trace they left in `file`, replayed."""
     import mobile
-    from mobile import trace
+    from mobile.replay import trace
 
     mobile.attach(model, strategy, slots=slots, **options)
     with model.mobile.recording() as requests:
@@ -93,8 +93,8 @@ def live_and_replayed(model: PreTrainedModel, strategy: Any, slots: int, file: P
 
 def replayed(engine: Any, requests: list) -> Any:
     """The ledger of these requests replayed as the engine ran them."""
-    from mobile import trace
-    from mobile.replaying import Bench
+    from mobile.replay import trace
+    from mobile.replay.replay import Bench
 
     bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
     residency = bench.residency(events=200_000)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reports.results import Results, read
+from reports.data.results import Results, read
 from suites.record import Item, Record, RunFolder, write_json
 
 ITEMS = 40

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mobile.refusal import Refused
-from reports.abba import INCONCLUSIVE, PASSED, REGRESSION, Unjudgeable, judge, verdict
-from reports.abba import read as read_trial
-from reports.stats import Interval
-from suites import abba, sides
+from mobile.errors import Refused
+from reports.checks.abba import INCONCLUSIVE, PASSED, REGRESSION, Unjudgeable, judge, verdict
+from reports.checks.abba import read as read_trial
+from reports.stats.intervals import Interval
+from suites.abba import commands, variants
 from suites.record import TRIAL, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def test_the_same_base_against_itself_or_a_faster_head_passes(slow):
 def test_a_commit_that_cannot_do_the_work_is_named_and_nothing_is_written(repository):
     done = python(repository, "suites.abba", "compare", "HEAD", "HEAD~1", "--strategy", "belady", "--out", "nothing")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: HEAD cannot do this work (mobile.refusal.Refused:")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: HEAD cannot do this work (mobile.errors.Refused:")
     assert not (repository / "nothing").exists()
     assert git(repository, "worktree", "list").count("\n") == 0
 
@@ -122,14 +122,14 @@ def test_a_commit_that_cannot_do_the_work_is_named_and_nothing_is_written(reposi
 
 @pytest.fixture
 def here(repository, monkeypatch) -> Path:
-    monkeypatch.setattr(sides, "REPOSITORY", repository)
+    monkeypatch.setattr(variants, "REPOSITORY", repository)
     return repository
 
 
 def test_names_are_strategies_or_revisions(here):
-    first, second = sides.named("lru", "mobile", ("ser",))
+    first, second = variants.named("lru", "mobile", ("ser",))
     assert (first.commit, first.strategies, second.strategies) == (None, ("lru",), ("mobile",))
-    first, second = sides.named("HEAD", "HEAD~1", ("ser",))
+    first, second = variants.named("HEAD", "HEAD~1", ("ser",))
     assert (first.commit, second.commit) == (git(here, "rev-parse", "HEAD"), git(here, "rev-parse", "HEAD~1"))
     assert first.strategies == second.strategies == ("ser",)
 
@@ -147,27 +147,27 @@ def test_other_names_are_refused_in_a_sentence(here, names, says):
     git(here, "branch", "--force", "lfu")
     try:
         with pytest.raises(Refused, match=says):
-            sides.named(*names, ("mobile",))
+            variants.named(*names, ("mobile",))
     finally:
         git(here, "branch", "--delete", "--force", "lfu")
 
 
 def test_the_base_is_where_the_branch_left_main_or_the_commit_before(here):
-    assert sides.default_base() == git(here, "rev-parse", "HEAD~1")
+    assert variants.default_base() == git(here, "rev-parse", "HEAD~1")
     git(here, "switch", "--quiet", "--create", "topic")
     try:
         for message in ("one", "two"):
             git(here, "commit", "--quiet", "--allow-empty", f"--message={message}")
-        assert sides.default_base() == git(here, "rev-parse", "main")
+        assert variants.default_base() == git(here, "rev-parse", "main")
     finally:
         git(here, "switch", "--quiet", "main")
     with pytest.raises(Refused, match="knows no revision 'nowhere'"):
-        sides.regression("nowhere", ("mobile",))
+        variants.regression("nowhere", ("mobile",))
 
 
 def test_a_tree_brings_its_own_strategies_and_goes_away_when_the_work_breaks_off(here):
-    both = sides.Side("a", sides.commit_of("HEAD~1"), ()), sides.Side("b", None, ())
-    opened = sides.trees(both)
+    both = variants.Side("a", variants.commit_of("HEAD~1"), ()), variants.Side("b", None, ())
+    opened = variants.trees(both)
     [names, tree], [_, working] = opened.__enter__()
     listed = (names / "mobile_moe-0.1.0.dist-info" / "entry_points.txt").read_text()
     assert "lru = baselines.lru:LRU" in listed
@@ -180,7 +180,7 @@ def test_a_tree_brings_its_own_strategies_and_goes_away_when_the_work_breaks_off
 
 @pytest.mark.parametrize("pairs", [3, 4, 7])
 def test_neither_side_goes_first_more_often_than_the_other(pairs):
-    turns = abba.order(pairs)
+    turns = commands.order(pairs)
     firsts = turns[::2]
     assert sorted(turns) == [0] * pairs + [1] * pairs
     assert abs(firsts.count(0) - firsts.count(1)) <= 1

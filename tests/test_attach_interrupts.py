@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import mobile
-from mobile.attachment import Engine
-from mobile.overrides import Overrides
-from mobile.store import HostStore
+from mobile.live_model.overrides import Overrides
+from mobile.runtime.attachment import Engine
+from mobile.store.memory import HostStore
 
 STRATEGIES = [("lru", None, "virtual"), ("lru", None, "paced"), ("mobile", 1.1, "virtual"),
               ("speculating-experts-verify", None, "virtual")]  # fmt: skip

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from reports import content
-from reports.results import read
-from reports.write import markdown
-from suites import stock, synthetic
-from suites.beside import DEVICE_MAP, ENGINE_COST, RESIDENT, Beside, beside_from
-from suites.matrix import read_preset
-from suites.shapes import LINKS
+from reports.data.results import read
+from reports.pages import content
+from reports.pages.write import markdown
+from suites.plan.cells import read_preset
+from suites.synthetic import models, reference
+from suites.synthetic.cells import LINKS
+from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, Beside, beside_from
 from tests import shapes as narrow
 
 PRESET = narrow.PRESET.replace('link = "cuda"', 'link = "paced"\nbeside = ["engine", "resident", "device_map"]\n'
@@ -36,7 +36,7 @@ def besides(preset) -> dict[str, Beside]:
 
 
 def made(layers: int = 2):
-    return synthetic.make("olmoe-1b-7b", layers=layers, shrink=16, device="cpu", dtype=torch.float32)
+    return models.make("olmoe-1b-7b", layers=layers, shrink=16, device="cpu", dtype=torch.float32)
 
 
 def test_a_preset_asks_for_them_and_in_virtual_time_there_are_none(preset, besides):
@@ -52,7 +52,7 @@ def test_the_stock_model_has_the_stores_experts_and_the_store_is_empty():
     one = made()
     rows = [layer.clone() for layer in one.store.rows]
     layout, name = one.layout, one.layout.fields[0].name
-    model = stock.plain(one)
+    model = reference.plain(one)
     assert not any(layer.numel() for layer in one.store.rows)
     for number, layer in enumerate(one.layers):
         assert torch.equal(getattr(layer.experts, name), layout.views(rows[number])[name])
@@ -61,18 +61,18 @@ def test_the_stock_model_has_the_stores_experts_and_the_store_is_empty():
 
 def test_device_map_offload_moves_weights_through_accelerates_hooks_and_computes_the_same():
     pytest.importorskip("accelerate")
-    model = stock.plain(made())
+    model = reference.plain(made())
     other, ids = copy.deepcopy(model), torch.arange(5)[None]
-    assert "whole layers move" in stock.offloaded(other, CPU, "1GiB")
+    assert "whole layers move" in reference.offloaded(other, CPU, "1GiB")
     assert all(weight.device.type == "meta" for weight in other.model.layers[0].parameters())
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("implementation", stock.STOCK)
+@pytest.mark.parametrize("implementation", reference.STOCK)
 def test_the_engine_is_timed_against_the_stock_model_that_computes_the_same(implementation):
     one = made()
-    cost = stock.engine_cost(one, implementation, blocks=4)
+    cost = reference.engine_cost(one, implementation, blocks=4)
     assert (cost.stock, cost.layers, cost.blocks) == (implementation, 2, 4)
     assert cost.low_seconds <= cost.layer_seconds <= cost.high_seconds
     assert min(cost.stock_seconds, cost.ours_seconds) > 0
@@ -80,14 +80,14 @@ def test_the_engine_is_timed_against_the_stock_model_that_computes_the_same(impl
 
 
 def test_without_accelerate_the_record_says_so_and_is_no_failure(besides, monkeypatch):
-    monkeypatch.setattr(stock, "find_spec", lambda name: None)
-    record = stock.record(besides[DEVICE_MAP])
+    monkeypatch.setattr(reference, "find_spec", lambda name: None)
+    record = reference.record(besides[DEVICE_MAP])
     assert record.items == ()
     assert record.config["refused"].startswith("accelerate is not installed")
 
 
 def test_each_is_recorded_with_its_times(besides):
-    resident = stock.record(replace(besides[RESIDENT], repeats=2))
+    resident = reference.record(replace(besides[RESIDENT], repeats=2))
     assert [item.decode_tokens for item in resident.items] == [3, 3]
     assert all(item.ttft_ns > 0 and item.decode_ns > 0 for item in resident.items)
     assert resident.config["stock"].startswith("every weight on cpu; experts by ")

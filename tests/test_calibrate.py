@@ -10,18 +10,18 @@ import torch
 from conftest import greedy, prompt, tiny
 
 import mobile
-from mobile import measuring
-from mobile.calibration import fit
 from mobile.cli import main
-from mobile.hardware import PROFILES, profile, write_profile
+from mobile.costs.hardware import PROFILES, profile, write_profile
+from mobile.machine import measure
+from mobile.machine.fit_profile import fit
 
-SMALL = measuring.NARROW
+SMALL = measure.NARROW
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(measuring, "ON_CPU", SMALL)
+    monkeypatch.setattr(measure, "ON_CPU", SMALL)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def cli(capsys):
 
 def test_every_number_of_a_profile_is_measured_here():
     said: list[str] = []
-    measured = measuring.measure(CPU, torch.float32, SMALL, say=said.append)
+    measured = measure.measure(CPU, torch.float32, SMALL, say=said.append)
     card = fit(measured)
     assert said == ["copies over the link", "kernels", "decode steps"]
     assert [timing.nbytes for timing in measured.copies] == [3 * 256 * width * 4 for width in SMALL.widths]
@@ -52,15 +52,15 @@ def test_every_number_of_a_profile_is_measured_here():
 def test_a_paced_link_is_fitted_at_its_own_pace():
     """2 ms a megabyte and 1 ms a copy: far slower than this machine's memory, so that only the pace can show."""
     sizes = replace(SMALL, widths=(256, 512, 1024))
-    paced = measuring.copies(CPU, torch.float32, sizes, pace=lambda nbytes: 10**6 + 2 * nbytes)
+    paced = measure.copies(CPU, torch.float32, sizes, pace=lambda nbytes: 10**6 + 2 * nbytes)
     assert all(timing.seconds >= 1e-3 + 2e-9 * timing.nbytes for timing in paced)
-    free = measuring.copies(CPU, torch.float32, sizes)
+    free = measure.copies(CPU, torch.float32, sizes)
     assert sum(t.seconds for t in paced) > sum(t.seconds for t in free)
 
 
 def test_relinking_times_nothing_but_copies():
-    measured = measuring.measure(CPU, torch.float32, SMALL)
-    other = measuring.relinked(measured, CPU, torch.float32, SMALL, pace=lambda nbytes: 10**6 + nbytes)
+    measured = measure.measure(CPU, torch.float32, SMALL)
+    other = measure.relinked(measured, CPU, torch.float32, SMALL, pace=lambda nbytes: 10**6 + nbytes)
     assert replace(other, copies=measured.copies) == measured
     assert all(timing.seconds >= 1e-3 + 1e-9 * timing.nbytes for timing in other.copies)
 

@@ -8,7 +8,7 @@ from conftest import greedy, prompt, tiny
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import mobile
-from mobile.strategy import strategies
+from mobile.policies.strategy import strategies
 
 LIVE = [name for name, strategy in strategies().items() if not strategy.foresight and name != "resident"]
 LOSSLESS = [name for name in LIVE if strategies()[name].lossless]

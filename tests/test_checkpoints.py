@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3_5MoeConfig, Qwen3MoeConfig
 
 import mobile
-from mobile import checkpoint, loading
+from mobile.checkpoints import examine, loading
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -422,7 +422,7 @@ def adapter(folder) -> dict:
 
 @pytest.mark.usefixtures("adapter")
 def test_an_adapter_beside_the_model_is_refused_where_transformers_would_apply_it(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "is_peft_available", lambda: True)
+    monkeypatch.setattr(examine, "is_peft_available", lambda: True)
     with pytest.raises(
         mobile.Refused, match=r"merge it \(merge_and_unload of peft\), or move adapter_config.json away"
     ):
@@ -431,7 +431,7 @@ def test_an_adapter_beside_the_model_is_refused_where_transformers_would_apply_i
 
 @pytest.mark.usefixtures("adapter")
 def test_an_adapter_beside_the_model_is_nothing_where_there_is_no_peft(folder, monkeypatch, way):
-    for module in (checkpoint, transformers.models.auto.auto_factory, transformers.integrations.peft):
+    for module in (examine, transformers.models.auto.auto_factory, transformers.integrations.peft):
         monkeypatch.setattr(module, "is_peft_available", lambda: False)
     assert_same(load(folder), AutoModelForCausalLM.from_pretrained(folder))
 

@@ -23,15 +23,16 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import mobile
-from mobile import trace
-from mobile.cli import chat, doctor, main
-from mobile.cli.chat import Conversation
-from mobile.geometry import GEOMETRIES, Geometry
-from mobile.gpu import Gpu, LinkRates, LinkState, gpus
-from mobile.hardware import PROFILES, profile, write_profile
-from mobile.host import Host, Software, container_memory, host
-from mobile.replaying import Bench, time_requests
-from mobile.strategy import strategies
+from mobile.cli import main
+from mobile.cli.commands import chat, doctor
+from mobile.cli.commands.chat import Conversation
+from mobile.costs.geometry import GEOMETRIES, Geometry
+from mobile.costs.hardware import PROFILES, profile, write_profile
+from mobile.machine.gpu import Gpu, LinkRates, LinkState, gpus
+from mobile.machine.host import Host, Software, container_memory, host
+from mobile.policies.strategy import strategies
+from mobile.replay import trace
+from mobile.replay.replay import Bench, time_requests
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "suites/models/olmoe-tiny")
@@ -529,7 +530,7 @@ def test_what_a_driver_does_not_tell_is_unknown(monkeypatch):
 
 
 def test_a_model_that_the_container_cannot_hold_is_refused_before_it_is_read(cli, monkeypatch):
-    from mobile import loading
+    from mobile.checkpoints import loading
 
     small = replace(SOUND.host, container_limit_nbytes=2**30, container_used_nbytes=2**30 - 1000)
     monkeypatch.setattr(loading, "host", lambda: small)
@@ -765,7 +766,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(cli, monkeypatch):
 
 
 def test_after_ctrl_c_between_two_layers_the_next_turn_is_what_a_new_computation_gives(cli, monkeypatch):
-    from mobile.engine import Engine
+    from mobile.runtime.engine import Engine
 
     running, answering, turns, calls = Engine.run_experts, Conversation.answer, [], []
 
@@ -1006,7 +1007,7 @@ def test_a_sweep_is_drawn_with_a_label_at_each_curve(cli, recorded, tmp_path):
 
 
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_replayed(cli, monkeypatch):
-    monkeypatch.setattr("mobile.cli.curves.find_spec", lambda name: None)
+    monkeypatch.setattr("mobile.cli.commands.curves.find_spec", lambda name: None)
     ran = cli("replay", "absent.npz", "--plot", "hit.svg")
     assert ran.code == 2
     assert "--plot needs matplotlib" in ran.err

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from mobile.errors import Refused
 from mobile.ledger import Event, Ledger
-from mobile.refusal import Refused
-from reports import clock, content
-from reports.results import read
-from reports.write import markdown
-from suites import calibrating, shape_timing
-from suites.link_use import LinkUse, fallback_use
-from suites.matrix import read_preset
+from reports.data.results import read
+from reports.pages import content
+from reports.pages.write import markdown
+from reports.sections import clock
+from suites.plan.cells import read_preset
 from suites.record import RunFolder, load
+from suites.synthetic import calibrate, timing
+from suites.synthetic.link_use import LinkUse, fallback_use
 from tests import shapes as narrow
 
 PRESET = """
@@ -68,7 +69,7 @@ def done(preset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(preset):
-    return shape_timing.load(read_preset(str(preset)).shapes[0])
+    return timing.load(read_preset(str(preset)).shapes[0])
 
 
 def test_a_run_is_calibrated_once_for_the_machine_and_once_a_link(done):
@@ -97,11 +98,11 @@ def test_the_page_has_both_clocks_and_says_that_a_paced_link_measures_nothing(do
 
 def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded, tmp_path):
     shape = next(s for s in read_preset(str(preset)).shapes if s.strategy == "on-demand")
-    card = calibrating.calibrated(shape, torch.bfloat16, RunFolder(tmp_path))
-    scripts, strategy = shape_timing.scripts_for(shape, loaded), shape_timing.resolve("on-demand")
+    card = calibrate.calibrated(shape, torch.bfloat16, RunFolder(tmp_path))
+    scripts, strategy = timing.scripts_for(shape, loaded), timing.resolve("on-demand")
     fast = replace(card, link_gb_per_s=2 * card.link_gb_per_s)
     one, two = (
-        sum(each.decode_ns for each in calibrating.predicted(loaded.made, strategy, scripts, 8, use))
+        sum(each.decode_ns for each in calibrate.predicted(loaded.made, strategy, scripts, 8, use))
         for use in (card, fast)
     )
     rows = len(scripts) * 2 * 8 * 4 * loaded.made.geometry.expert_nbytes
@@ -112,9 +113,9 @@ def test_a_measurement_stands_where_the_clock_cannot_be_asked(preset, loaded, do
     def refused(*_: object) -> None:
         raise Refused("24 slots take 58.0 GiB and cuda:0 has 20.0 GiB free; give fewer slots.")
 
-    monkeypatch.setattr(shape_timing, "predicted", refused)
+    monkeypatch.setattr(timing, "predicted", refused)
     shape = next(s for s in read_preset(str(preset)).shapes if s.strategy == "on-demand")
-    record = shape_timing.record(shape, loaded, shape_timing.profile(shape.hardware))
+    record = timing.record(shape, loaded, timing.profile(shape.hardware))
     assert record.items[0].decode_ns > 0
     assert record.config["predicted"] is None
     results = read(done)
@@ -128,9 +129,9 @@ def test_a_cell_is_measured_on_a_machine_that_no_profile_fits(preset, loaded, mo
     def refused(*_: object) -> None:
         raise Refused("More bytes did not take longer in copies; measure again with nothing else running.")
 
-    monkeypatch.setattr(shape_timing, "calibrated", refused)
+    monkeypatch.setattr(timing, "calibrated", refused)
     shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
-    shape_timing.save(shape, loaded, run)
+    timing.save(shape, loaded, run)
     record = load(run.record(shape.id))
     assert record.items[0].decode_ns > 0
     assert record.config["predicted"] is None
@@ -141,7 +142,7 @@ def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, l
     """The prediction leaves the bytes where they are, and its clock must not notice."""
     for asked in read_preset(str(preset), link="virtual").shapes:
         shape = replace(asked, link_gb_per_s=None)
-        record = shape_timing.record(shape, loaded, shape_timing.profile(shape.hardware))
+        record = timing.record(shape, loaded, timing.profile(shape.hardware))
         assert clock.error(record) == 0, shape.strategy
         assert clock.error(record, "ttft_ns") == 0
         if shape.strategy == "mobile":
@@ -155,18 +156,18 @@ def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, l
 
 def test_a_resumed_run_goes_on_with_the_profile_it_has(preset, tmp_path):
     shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
-    first = calibrating.calibrated(shape, torch.bfloat16, run)
-    assert calibrating.calibrated(shape, torch.bfloat16, run) == first
-    other = calibrating.calibrated(replace(shape, link_gb_per_s=0.25), torch.bfloat16, run)
+    first = calibrate.calibrated(shape, torch.bfloat16, run)
+    assert calibrate.calibrated(shape, torch.bfloat16, run) == first
+    other = calibrate.calibrated(replace(shape, link_gb_per_s=0.25), torch.bfloat16, run)
     assert other.memory_gb_per_s == first.memory_gb_per_s
     assert other.link_gb_per_s != first.link_gb_per_s
-    assert calibrating.calibrated(replace(shape, link="virtual"), torch.bfloat16, run) is None
+    assert calibrate.calibrated(replace(shape, link="virtual"), torch.bfloat16, run) is None
 
 
 def test_the_pace_of_a_row_is_what_attach_gives_it(preset):
     shape = read_preset(str(preset)).shapes[0]
-    assert calibrating.pace_of(shape)(10**6) == 10_000 + 2_000_000
-    assert calibrating.pace_of(replace(shape, link_gb_per_s=None))(10**6) == 10_000 + 40_000
+    assert calibrate.pace_of(shape)(10**6) == 10_000 + 2_000_000
+    assert calibrate.pace_of(replace(shape, link_gb_per_s=None))(10**6) == 10_000 + 40_000
 
 
 # --- the link in fallbacks --------------------------------------------------------------------------

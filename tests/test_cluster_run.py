@@ -17,8 +17,8 @@ import psutil
 import pytest
 from tiny_run import CELLS, records, run, working
 
-from mobile.refusal import Refused
-from suites.executors import cluster
+from mobile.errors import Refused
+from suites.run.executors import cluster
 
 distributed = pytest.importorskip("distributed")
 
@@ -93,8 +93,8 @@ def test_machines_that_do_not_fit_are_refused_in_a_sentence(tmp_path, monkeypatc
         address = local.scheduler_address
         with pytest.raises(Refused, match="offers the resource GPU"), cluster(address, tmp_path, alone=True):
             pass
-    monkeypatch.setattr("suites.executors.PATIENCE_SECONDS", 1)
-    monkeypatch.setattr("suites.executors.ANSWER_SECONDS", 1)
+    monkeypatch.setattr("suites.run.executors.PATIENCE_SECONDS", 1)
+    monkeypatch.setattr("suites.run.executors.ANSWER_SECONDS", 1)
     with pytest.raises(Refused, match="No dask scheduler answers"), cluster(address, tmp_path, alone=False):
         pass
     with (
@@ -130,7 +130,7 @@ def test_an_address_that_no_scheduler_has_is_one_sentence_and_nothing_comes_afte
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.0 200 OK\r\n\r\n" * 10])
 def test_a_port_at_which_something_else_listens_is_refused(tmp_path, monkeypatch, capfd, says):
-    monkeypatch.setattr("suites.executors.ANSWER_SECONDS", 1)
+    monkeypatch.setattr("suites.run.executors.ANSWER_SECONDS", 1)
     threads = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as other:
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 import mobile
 from baselines.cpu_hybrid import CPU_HYBRID, FEW_PLANS, Sooner, part, part_in_order
 from baselines.lru import LRU
-from mobile import trace
-from mobile.cli.plan import bound
-from mobile.cost import CostModel
-from mobile.geometry import GEOMETRIES
-from mobile.hardware import profile
-from mobile.refusal import Refused
-from mobile.replaying import Bench, time_requests
-from mobile.residency import HOST
-from mobile.trace import Request, Step
+from mobile.cli.commands.plan import bound
+from mobile.costs.cost_model import CostModel
+from mobile.costs.geometry import GEOMETRIES
+from mobile.costs.hardware import profile
+from mobile.errors import Refused
+from mobile.replay import trace
+from mobile.replay.replay import Bench, time_requests
+from mobile.replay.trace import Request, Step
+from mobile.residency.residency import HOST
 from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
 
 NEVER, ENDLESS = replace(CARD, cpu_gb_per_s=1e-6), replace(CARD, cpu_gb_per_s=float("inf"), cpu_tflops=float("inf"))
@@ -69,7 +69,7 @@ def test_a_batch_computed_in_part_on_the_cpu_equals_the_stock_model(family):
 
 def test_what_the_cpu_computes_is_read_from_the_host_row(monkeypatch):
     """The tests above can fail: with other rows in the host store the logits are others."""
-    from mobile.store import HostStore
+    from mobile.store.memory import HostStore
 
     model, ids = tiny("olmoe"), prompt()
     _, logits = greedy(model, ids)

@@ -50,7 +50,7 @@ def test_no_poisoned_slot_is_ever_read(family, strategy):
 
 def test_poison_is_seen_when_a_slot_is_emptied_too_early(monkeypatch):
     """The test above can fail: an engine that copies nothing computes with the poison."""
-    from mobile.engine import Engine
+    from mobile.runtime.engine import Engine
 
     monkeypatch.setattr(Engine, "fill", lambda self, key, slot: None)
     model = mobile.attach(tiny("olmoe"), "lru", slots=8, poison=True)

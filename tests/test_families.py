@@ -25,8 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import mobile
-from mobile import compat
-from mobile.compat import moe_layers
+from mobile.live_model import compat
+from mobile.live_model.compat import moe_layers
 
 README = Path(__file__).parent.parent / "README.md"
 OLDEST, NEWEST_BELOW = Version(compat.OLDEST), Version(compat.NEWEST_BELOW)

@@ -16,7 +16,7 @@ from interrupts import Interrupt
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import mobile
-from mobile.engine import Engine
+from mobile.runtime.engine import Engine
 
 ATTACHED = [("lru", None), ("mobile", 1.1)]
 TOKENS = 5

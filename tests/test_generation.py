@@ -25,8 +25,8 @@ from transformers import (
 )
 
 import mobile
-from mobile.refusal import Refused
-from suites.accuracy import task_config
+from mobile.errors import Refused
+from suites.scoring.lm_eval import task_config
 
 SHIPPED = Path(__file__).parent.parent / "suites/models/olmoe-tiny"
 ATTACHED = [("lru", None), ("mobile", 1.1)]

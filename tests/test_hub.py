@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import mobile
-from mobile import loading
+from mobile.checkpoints import loading
 from mobile.cli import main
-from mobile.host import host
+from mobile.machine.host import host
 
 NAME = "somebody/something"
 SMALL = {"config.json", "generation_config.json", "model.safetensors.index.json"}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import mobile
-from mobile.decoding import holds_tokens
+from mobile.runtime.decoding import holds_tokens
 
 ATTACHED = [("lru", None), ("static-half", None), ("mobile", 1.1)]
 INERT = "does not act"

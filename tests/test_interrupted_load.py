@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_modules
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 
 import mobile
-from mobile import loading
+from mobile.checkpoints import loading
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from conftest import greedy, prompt
 from families import FAMILIES, tiny
 
 import mobile
-from mobile import compat
 from mobile.kernels import group, kernel_named, loop
 from mobile.kernels.grouped import GROUPS, _windows, grouped
-from mobile.kernels.sums import sum_dtype
-from mobile.layout import layout_of
+from mobile.kernels.sum_dtype import sum_dtype
+from mobile.live_model import compat
+from mobile.store.layout import layout_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest output
 LAYOUTS = {
@@ -102,7 +102,7 @@ def test_a_wave_over_more_slots_than_one_product_takes_is_cut():
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_decode_kernel_is_the_loop_up_to_rounding(layout, tokens, dtype):
-    from mobile.kernels.gemv import in_place
+    from mobile.kernels.triton_gemv import in_place
 
     experts, hidden, _, scores, groups, waves, views = case(LAYOUTS[layout], dtype, tokens)
     whole = [[pair for wave in waves for pair in wave]]

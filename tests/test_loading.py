@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, OlmoeConfig, Qwen3MoeConfig
 
 import mobile
-from mobile import loading
+from mobile.checkpoints import loading
 
 
 @pytest.fixture

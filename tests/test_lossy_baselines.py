@@ -11,7 +11,7 @@ from conftest import greedy, prompt, replayed, tiny
 import mobile
 from baselines.pre_gated import PRE_GATED
 from baselines.ser import smart_reduction
-from mobile.compat import moe_layers
+from mobile.live_model.compat import moe_layers
 
 TOKENS = 10
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import mobile
 from mobile.kernels import group
-from mobile.strategy import strategies
+from mobile.policies.strategy import strategies
 
 STRATEGIES = [name for name, one in strategies().items() if one.lossless and not one.foresight and name != "resident"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobile.geometry import GEOMETRIES
-from mobile.refusal import Refused
-from suites import preflight
-from suites.matrix import HERE, read_preset
+from mobile.costs.geometry import GEOMETRIES
+from mobile.errors import Refused
+from suites.plan import preflight
+from suites.plan.cells import HERE, read_preset
 from suites.record import load
 
 ROOT = Path(__file__).parent.parent

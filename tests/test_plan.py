@@ -12,10 +12,10 @@ import torch
 from test_refusals import command
 
 import mobile
+from mobile.checkpoints.source import cached_whole
 from mobile.cli import main
-from mobile.source import cached_whole
-from suites import preflight
-from suites.matrix import read_preset
+from suites.plan import preflight
+from suites.plan.cells import read_preset
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "suites/models/olmoe-tiny"
@@ -63,7 +63,7 @@ def test_without_a_word_the_host_is_this_one(plan, monkeypatch):
     class Small:
         usable_nbytes = EXPERTS - 1
 
-    monkeypatch.setattr("mobile.cli.plan.host", Small)
+    monkeypatch.setattr("mobile.cli.commands.plan.host", Small)
     assert plan("olmoe-1b-7b")[0] == 1
     monkeypatch.setattr(Small, "usable_nbytes", None)  # not Linux
     assert plan("olmoe-1b-7b")[0] == 0
@@ -125,9 +125,10 @@ def test_a_configuration_alone_can_be_planned_for(plan, tmp_path):
 
 def test_on_a_cpu_the_model_and_its_slots_need_host_memory_as_well(monkeypatch):
     """A card has its own; here the store, the dense weights and the slots lie side by side."""
-    from mobile import checkpoint, compat, loading
+    from mobile.checkpoints import examine, loading
+    from mobile.live_model import compat
 
-    known = checkpoint.examine(checkpoint.find(MODEL))
+    known = examine.examine(examine.find(MODEL))
     own = compat.geometry_of(known.empty, known.layers, known.layout)
     needed = known.experts_nbytes + own.resident_nbytes + (8 + loading.STAGING) * known.layout.nbytes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mobile
-from mobile import strategy
+from mobile.policies import strategy
 
 ROOT = Path(__file__).parent.parent
 GROUP = "mobile.strategies"

@@ -19,18 +19,18 @@ import mobile
 from baselines.activation_trace import ACTIVATION_TRACE, ActivationTrace, Collection
 from baselines.fate import FATE, Fate, guesses
 from baselines.lru import LRU
-from baselines.predictor import Examples, Predictor, recall
+from baselines.signals.ridge import Examples, Predictor, recall
 from baselines.trained_predictor import TRAINED_PREDICTOR, Trained, trained_predictor
-from mobile import trace
-from mobile.ahead import alone
-from mobile.geometry import GEOMETRIES, Geometry, dress
-from mobile.hardware import profile
+from mobile.costs.geometry import GEOMETRIES, Geometry, dress
+from mobile.costs.hardware import profile
+from mobile.errors import Refused
 from mobile.ledger import Ledger
-from mobile.policy import Setting
-from mobile.refusal import Refused
-from mobile.replaying import Bench, outcome, time_requests, timed
-from mobile.strategy import Strategy
-from mobile.trace import Request, Step
+from mobile.policies.next_logits import alone
+from mobile.policies.protocols import Setting
+from mobile.policies.strategy import Strategy
+from mobile.replay import trace
+from mobile.replay.replay import Bench, outcome, time_requests, timed
+from mobile.replay.trace import Request, Step
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("arithmetic", "boolean_expressions", "object_counting")
@@ -166,7 +166,7 @@ def test_what_a_like_sequence_used_is_queued_by_share_and_nearness():
 
 
 def test_the_expert_that_this_sequence_uses_least_and_latest_gives_way():
-    from mobile.pool import SlotPool
+    from mobile.slots import SlotPool
 
     geometry = replace(GEOMETRIES["olmoe-1b-7b"], moe_layers=2, experts=8, top_k=2)
     policy, pool = ActivationTrace(Setting(geometry, 4)), SlotPool(4)
@@ -194,7 +194,7 @@ def recorded() -> tuple[list[Request], Geometry]:
     """Some prompts of each task, answered by the shipped model, in an order that mixes the tasks."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from suites.accuracy import first_tokens, generate
+    from suites.scoring.lm_eval import first_tokens, generate
 
     folder = ROOT / "suites/models/olmoe-tiny"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from mobile.refusal import Refused
+from mobile.errors import Refused
 from suites.__main__ import main
-from suites.profiling import Breakdown, Span, breakdown, spans_of, window_of
+from suites.measure.profile import Breakdown, Span, breakdown, spans_of, window_of
 
 
 def event(cat: str, name: str, ts: float, dur: float, **more) -> dict:

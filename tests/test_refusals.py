@@ -14,7 +14,7 @@ from conftest import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mobile
-from mobile.refusal import Refused
+from mobile.errors import Refused
 
 ROOT = Path(__file__).parent.parent
 

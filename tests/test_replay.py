@@ -9,7 +9,7 @@ import pytest
 from conftest import greedy, live_and_replayed, prompt, tiny
 
 import mobile
-from mobile.strategy import BigLittle
+from mobile.policies.strategy import BigLittle
 
 
 @pytest.mark.parametrize("name", [name for name, s in mobile.strategies().items() if not s.foresight])

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-from reports import bundle, content, expected, write
-from reports.checklist import evidence, lines
-from reports.difference import difference
-from reports.results import NoResults, read
+from reports.checks import bundle, expected
+from reports.checks.checklist import evidence, lines
+from reports.checks.difference import difference
+from reports.data.results import NoResults, read
+from reports.pages import content, write
 from tests import report_runs
 from tests.report_runs import Rule, results
 
@@ -75,11 +76,11 @@ def test_a_file_added_or_taken_away_is_found(run):
 
 def test_the_manifest_names_code_and_packages(run):
     sealed = json.loads((run / bundle.MANIFEST).read_text())
-    assert {"reports/stats.py", "suites/record.py", "mobile/ledger.py"} <= sealed["code"].keys()
+    assert {"reports/stats/intervals.py", "suites/record.py", "mobile/ledger.py"} <= sealed["code"].keys()
     assert re.fullmatch(r"2\S+ [0-9a-f]{64}", sealed["wheels"]["torch"])
-    sealed["code"]["reports/stats.py"] = "0"
+    sealed["code"]["reports/stats/intervals.py"] = "0"
     (run / bundle.MANIFEST).write_text(json.dumps(sealed))
-    assert bundle.verify(run).elsewhere == ("code: reports/stats.py differs",)
+    assert bundle.verify(run).elsewhere == ("code: reports/stats/intervals.py differs",)
     bundle.seal(run, read(run))
 
 

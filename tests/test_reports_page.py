@@ -17,11 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from reports import content, controls, groups, write
-from reports.compare import UnlikePrompts, accuracy, speedup
-from reports.examples import disagreements, marked
+from reports.data import groups
+from reports.data.compare import UnlikePrompts, accuracy, speedup
+from reports.pages import content, write
 from reports.plots.pareto import front
 from reports.plots.style import curves, named
+from reports.sections import controls
+from reports.sections.examples import disagreements, marked
 from reports.tables import overview, scores, speed
 from tests.report_runs import ITEMS, Rule, record, results
 

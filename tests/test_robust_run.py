@@ -21,11 +21,11 @@ import pytest
 from rich.console import Console
 from tiny_run import CELLS, ROOT, command, records, run, working
 
-from suites.executors import Workers
-from suites.jobs import Job, cell_jobs, work
-from suites.matrix import read_preset
+from suites.plan.cells import read_preset
 from suites.record import RunFolder, load, read_json, sound, write_json
-from suites.runner import execute
+from suites.run.executors import Workers
+from suites.run.jobs import Job, cell_jobs, work
+from suites.run.runner import execute
 
 KILLS = 50  # one of them while a model answers, which takes many times longer than all else
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobile.refusal import Refused
-from reports import content
-from reports.results import read
-from reports.write import markdown
-from suites import shape_plan, shape_timing
-from suites.matrix import read_preset
+from mobile.errors import Refused
+from reports.data.results import read
+from reports.pages import content
+from reports.pages.write import markdown
+from suites.plan.cells import read_preset
 from suites.record import RunFolder, load
-from suites.shapes import shape_from
+from suites.synthetic import plan, timing
+from suites.synthetic.cells import shape_from
 from tests import shapes
 
 
@@ -77,8 +77,8 @@ def test_the_shipped_preset_is_whole_and_says_what_it_takes():
     assert {s.budget for s in preset.shapes if s.strategy.startswith("on-demand")} == {"smallest"}
     for model in {shape.model.name for shape in preset.shapes}:
         for part in ("native", "25GB/s recorded", "25GB/s [uz]*", "12GB/s"):  # a command of ten minutes does one
-            assert shape_plan.seconds_of(preset.only(f"{model} {part}").shapes) < 600
-    lines = shape_plan.describe([(shape, False) for shape in preset.shapes])
+            assert plan.seconds_of(preset.only(f"{model} {part}").shapes) < 600
+    lines = plan.describe([(shape, False) for shape in preset.shapes])
     assert len(lines) == 5
     assert re.search(r"qwen3-30b-a3b: \d+ cells, 0 done; host memory \d+ GiB .* about \d+ minutes", lines[3])
 
@@ -87,8 +87,8 @@ def test_without_a_gpu_it_is_refused_in_a_sentence(preset):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(Refused, match=r"timed on an NVIDIA GPU and torch finds none here; .* --link paced"):
-        shape_plan.check("shapes", read_preset(str(preset)).shapes)
-    shape_plan.check("shapes", read_preset(str(preset), link="paced").shapes)
+        plan.check("shapes", read_preset(str(preset)).shapes)
+    plan.check("shapes", read_preset(str(preset), link="paced").shapes)
 
 
 @pytest.fixture
@@ -107,25 +107,25 @@ def test_a_card_that_shows_a_little_less_than_the_budget_is_planned_with_what_it
     shapes_ = read_preset("shapes").only("deepseek-v2-lite").shapes
     for gib in (15.7, 15.99):
         card(gib)
-        assert f"This GPU shows {gib:.2f} GiB: cells of 16GiB are given that." in shape_plan.check("shapes", shapes_)
+        assert f"This GPU shows {gib:.2f} GiB: cells of 16GiB are given that." in plan.check("shapes", shapes_)
     large = next(shape for shape in shapes_ if shape.budget == "16GiB")
-    assert shape_timing.memory_of(large, torch.device("cuda")) == int(15.99 * 2**30)
-    assert shape_timing.memory_of(large, torch.device("cpu")) == 16 * 2**30
+    assert timing.memory_of(large, torch.device("cuda")) == int(15.99 * 2**30)
+    assert timing.memory_of(large, torch.device("cpu")) == 16 * 2**30
     smallest = next(shape for shape in shapes_ if shape.budget == "smallest")
-    assert shape_timing.memory_of(smallest, torch.device("cuda")) is None
+    assert timing.memory_of(smallest, torch.device("cuda")) is None
     card(80)
-    assert shape_timing.memory_of(large, torch.device("cuda")) == 16 * 2**30
-    assert not any("are given that" in remark for remark in shape_plan.check("shapes", shapes_))
+    assert timing.memory_of(large, torch.device("cuda")) == 16 * 2**30
+    assert not any("are given that" in remark for remark in plan.check("shapes", shapes_))
     card(11)
     with pytest.raises(Refused, match=r"A budget of 16 GiB is asked for and this GPU has 11\.0 GiB"):
-        shape_plan.check("shapes", shapes_)
+        plan.check("shapes", shapes_)
 
 
 def test_the_plan_says_that_a_link_near_to_what_is_asked_is_taken_as_it(card):
     card(80)
     preset = read_preset("shapes")
-    assert any("by 3% at most, is taken as it is" in told for told in shape_plan.check("shapes", preset.shapes))
-    assert shape_plan.check("shapes", preset.only("olmoe-1b-7b native").shapes) == []
+    assert any("by 3% at most, is taken as it is" in told for told in plan.check("shapes", preset.shapes))
+    assert plan.check("shapes", preset.only("olmoe-1b-7b native").shapes) == []
 
 
 def test_the_page_says_where_the_machine_was_a_little_less_than_was_asked_for(done):
@@ -182,10 +182,10 @@ def test_records_say_what_was_asked_and_what_was_got(done):
 
 def test_the_same_cell_is_the_same_again(done, preset):
     shape = next(s for s in read_preset(str(preset), link="virtual").shapes if s.swept and s.rate == 0.5)
-    loaded = shape_timing.load(shape)
-    again, before = shape_timing.record(shape, loaded), load(RunFolder(done).record(shape.id))
+    loaded = timing.load(shape)
+    again, before = timing.record(shape, loaded), load(RunFolder(done).record(shape.id))
     assert (again.items, again.counters, again.guesses) == (before.items, before.counters, before.guesses)
-    other = shape_timing.record(replace(shape, link="paced", link_gb_per_s=0.5), loaded)
+    other = timing.record(replace(shape, link="paced", link_gb_per_s=0.5), loaded)
     assert other.scope == "cpu+paced"
     assert all(other.checks.values())
     assert other.config["link_measured_gb_per_s"] <= 0.5

@@ -12,9 +12,10 @@ from test_lossy_baselines import TOKENS, rerouted
 import mobile
 from baselines.next_gate import NEXT_GATE
 from baselines.speculating_experts import SPECULATING, VERIFYING
-from mobile import quasi, trace
-from mobile.compat import moe_layers
-from mobile.refusal import Refused
+from mobile.errors import Refused
+from mobile.live_model.compat import moe_layers
+from mobile.replay import trace
+from mobile.runtime import quasi_hidden_state
 
 NORM = "post_attention_layernorm"  # what all five families call it; the engine finds it without the name
 
@@ -32,7 +33,11 @@ def test_the_norm_before_each_router_is_found_and_mean_outputs_are_means(family)
     model, plain = tiny(family), tiny(family)
     engine = attached(model, SPECULATING).mobile
     assert [*engine.quasi.norms] == [getattr(layer, NORM) for layer in decoder_layers(model)]
-    ids = torch.randint(64, (quasi.ROWS, quasi.LENGTH), generator=torch.Generator().manual_seed(quasi.SEED))
+    ids = torch.randint(
+        64,
+        (quasi_hidden_state.ROWS, quasi_hidden_state.LENGTH),
+        generator=torch.Generator().manual_seed(quasi_hidden_state.SEED),
+    )
     seen: dict[int, tuple] = {}
     for number, layer in enumerate(moe_layers(plain)):
         layer.experts.register_forward_pre_hook(lambda module, args, number=number: seen.update({number: args}))

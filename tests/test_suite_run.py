@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from reports import compare
-from reports.content import build
+from reports.data import compare
+from reports.data.results import read
+from reports.pages.content import build
 from reports.plots import parts
-from reports.results import read
 from reports.tables import speed
-from suites.matrix import read_preset
+from suites.plan.cells import read_preset
 from suites.record import RunFolder, load, read_json, write_json
 
 ROOT = Path(__file__).parent.parent

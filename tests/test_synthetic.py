@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mobile.compat import geometry_of
-from mobile.geometry import GEOMETRIES
-from mobile.host import host
-from mobile.refusal import Refused
-from mobile.replaying import Bench, timed
-from mobile.trace import Request
-from suites import synthetic
-from suites.script import Script, drawn, with_rate
-from suites.scripted import play
-from suites.synthetic import Synthetic, config_of, layers_that_fit, make
+from mobile.costs.geometry import GEOMETRIES
+from mobile.errors import Refused
+from mobile.live_model.compat import geometry_of
+from mobile.machine.host import host
+from mobile.replay.replay import Bench, timed
+from mobile.replay.trace import Request
+from suites.synthetic import models
+from suites.synthetic.models import Synthetic, config_of, layers_that_fit, make
+from suites.synthetic.script import Script, drawn, with_rate
+from suites.synthetic.script_player import play
 
 WARMUP, COUNTED = 2, 12
 
@@ -51,7 +51,7 @@ def decoded(request: Request) -> list[tuple[str, list[set[int]]]]:
 @pytest.mark.parametrize("name", sorted(GEOMETRIES))
 def test_the_configurations_have_the_published_sizes(name):
     real = GEOMETRIES[name]
-    empty, layers, layout = synthetic._empty(config_of(name), torch.bfloat16)
+    empty, layers, layout = models._empty(config_of(name), torch.bfloat16)
     sizes = geometry_of(empty, layers, layout)
     for exact in ("moe_layers", "experts", "top_k", "expert_nbytes", "router_nbytes", "head_nbytes", "width"):
         assert getattr(sizes, exact) == getattr(real, exact), exact
@@ -78,10 +78,10 @@ def test_as_many_layers_are_made_as_the_free_memory_holds(monkeypatch, tmp_path)
     def with_free(nbytes: int):
         (tmp_path / "proc").mkdir(exist_ok=True)
         (tmp_path / "proc/meminfo").write_text(f"MemTotal: {2**40} kB\nMemAvailable: {nbytes // 1024} kB\n")
-        monkeypatch.setattr(synthetic, "host", lambda: host(tmp_path))
+        monkeypatch.setattr(models, "host", lambda: host(tmp_path))
 
     layer = GEOMETRIES["qwen3-30b-a3b"].experts * GEOMETRIES["qwen3-30b-a3b"].expert_nbytes
-    with_free(synthetic.LEFT_FREE + 5 * layer + layer // 2)
+    with_free(models.LEFT_FREE + 5 * layer + layer // 2)
     assert layers_that_fit("qwen3-30b-a3b") == 5
     with pytest.raises(Refused, match="holds 5 layers of qwen3-30b-a3b and not 6"):
         make("qwen3-30b-a3b", layers=6, device="cpu")

@@ -13,10 +13,10 @@ from conftest import greedy, prompt, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mobile
-from mobile import rollback
-from mobile.biglittle import MOBILE
-from mobile.pool import SlotPool
-from mobile.strategy import BigLittle
+from mobile.policies.big_little import MOBILE
+from mobile.policies.strategy import BigLittle
+from mobile.runtime import rollback
+from mobile.slots import SlotPool
 
 SHIPPED = Path(__file__).parent.parent / "suites/models/olmoe-tiny"
 

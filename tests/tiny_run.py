@@ -72,7 +72,7 @@ def working(parent: int) -> list[psutil.Process]:
     import psutil  # here, since a bare GPU machine reads this file and need not have it
 
     try:
-        return [one for one in psutil.Process(parent).children(recursive=True) if "suites.child" in one.cmdline()]
+        return [one for one in psutil.Process(parent).children(recursive=True) if "suites.run.worker" in one.cmdline()]
     except psutil.Error:  # one of them has just ended
         return []
 

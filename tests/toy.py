@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from mobile.geometry import Geometry
-from mobile.hardware import profile
-from mobile.trace import Step
+from mobile.costs.geometry import Geometry
+from mobile.costs.hardware import profile
+from mobile.replay.trace import Step
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 4
 GEOMETRY = Geometry(

@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, show, trace
+from mobile.cli import show
+from mobile.cli.commands import chat, doctor, generate, listings, plan, replay, serve, trace
 from mobile.cli.parsing import Parser
-from mobile.refusal import Refused, said
+from mobile.errors import Refused, said
 from mobile.version import this_version
 
 EXAMPLES = """

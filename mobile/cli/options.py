@@ -6,8 +6,8 @@ import argparse
 import re
 from typing import Any
 
-from mobile.geometry import GEOMETRIES
-from mobile.hardware import PROFILES
+from mobile.costs.geometry import GEOMETRIES
+from mobile.costs.hardware import PROFILES
 
 CARDS = f"{', '.join(PROFILES)}, or a FILE.json of `mobile doctor --calibrate`"
 SIZES = "like 8GiB or 512MiB; 8 and 8G are GiB, too"

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mobile.nearest import nearest, offer
-from mobile.refusal import Refused
+from mobile.errors import Refused
+from mobile.suggest import nearest, offer
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mobile.refusal import Refused, said
+from mobile.errors import Refused, said
 
 STDIN = "standard input"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobile.refusal import Refused, said
+from mobile.errors import Refused, said
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
     """Return the reader of the model that the command line names. Raise Refused if the tokenizer cannot be loaded."""
     from transformers import AutoTokenizer
 
-    from mobile.checkpoint import config_of, find
+    from mobile.checkpoints.examine import config_of, find
 
     name, trust = arguments.model, arguments.trust_remote_code
     found = find(name, trust_remote_code=trust)

@@ -9,8 +9,8 @@ from typing import Any
 
 from mobile.cli import options, show
 from mobile.cli.reader import Reader, open_reader
-from mobile.refusal import Refused
-from mobile.strategy import BigLittle
+from mobile.errors import Refused
+from mobile.policies.strategy import BigLittle
 
 COLDEST = 1e-4  # a lower temperature divides logits beyond what a float holds, or rounds as 0 does
 WIDE = 1024  # features of a token from which on more threads than one pay
@@ -115,7 +115,7 @@ def _choose_threads(config: Any) -> None:
 
 def is_virtual(model: Any) -> bool:
     """Whether the model's time is computed."""
-    from mobile.link import VirtualLink
+    from mobile.links.base import VirtualLink
 
     return isinstance(model.mobile.link, VirtualLink)
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mobile.refusal import Refused
+from mobile.errors import Refused
 
 GIB, MIB, GB = 2**30, 2**20, 10**9
 

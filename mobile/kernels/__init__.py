@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from mobile.errors import Refused
 from mobile.kernels.loop import Kernel, group, loop
-from mobile.nearest import offer
-from mobile.refusal import Refused
+from mobile.suggest import offer
 
 __all__ = ["Kernel", "group", "kernel_named", "loop"]
 
@@ -34,7 +34,7 @@ def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         return grouped
     if name == "triton":
         try:
-            from mobile.kernels.gemv import in_place, why_not
+            from mobile.kernels.triton_gemv import in_place, why_not
         except ImportError as error:
             raise Refused("Kernel triton needs the package triton; install it, or use the kernel loop.") from error
         reason = why_not(device)

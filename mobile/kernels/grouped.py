@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mobile.kernels.loop import Groups, Views, activate, normed, up_name
-from mobile.residency import Wave
+from mobile.residency.residency import Wave
 
 
 def grouped(

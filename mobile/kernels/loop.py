@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mobile.kernels.sums import sum_dtype
-from mobile.residency import HOST, Wave
+from mobile.kernels.sum_dtype import sum_dtype
+from mobile.residency.residency import HOST, Wave
 
 Views = Mapping[str, torch.Tensor]  # weights by name, (slots, ...), or (experts, ...) where they lie in the host store
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from reports.groups import FLAVOURS
-from reports.page import Figure, Table
+from reports.data.groups import FLAVOURS
+from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREY, INK, ORANGE, STYLE, figure, legend_above
 from reports.tables.shapes import over, rate_of, sweep
 from suites.record import Record

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 
-from reports import groups
-from reports.page import Figure, Table
+from reports.data import groups
+from reports.data.results import Results
+from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, INK, ORANGE, STYLE, figure
-from reports.results import Results
 
 CAPTION = (
     "Highest softmax probability of each little pass, tokens of all tasks. What lies below gamma (hatched) is written "

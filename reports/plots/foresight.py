@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from reports import groups
-from reports.compare import foreseen, hit_rate, name
-from reports.page import Figure
+from reports.data import groups
+from reports.data.compare import foreseen, hit_rate, name
+from reports.data.results import Results
+from reports.elements.page import Figure
 from reports.plots.style import curves
-from reports.results import Results
 
 RECALL = (
     "Recall by depth, at the fewest slots each strategy needs. Layers that nothing foresees have no point; strategies "

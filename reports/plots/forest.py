@@ -6,13 +6,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from reports import groups
-from reports.compare import speedup
-from reports.groups import COMPARED
-from reports.page import Figure, Table
+from reports.data import groups
+from reports.data.compare import speedup
+from reports.data.groups import COMPARED
+from reports.data.results import Results
+from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above
-from reports.results import Results
-from reports.stats import Interval
+from reports.stats.intervals import Interval
 
 MARKS = dict(zip(COMPARED, (("o", BLUE), ("s", ORANGE), ("^", GREEN)), strict=True))
 

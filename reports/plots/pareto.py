@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
-from reports import groups
-from reports.compare import accuracy, name, speedup
-from reports.page import Figure, Table
+from reports.data import groups
+from reports.data.compare import accuracy, name, speedup
+from reports.data.results import Results
+from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above, named
-from reports.results import Results
-from reports.stats import Interval
+from reports.stats.intervals import Interval
 
 CAPTION = (
     "Accuracy, all tasks, less full K's on the same items, against speedup over on-demand-overlap with the fewest "

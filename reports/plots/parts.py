@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
-from reports import groups
-from reports.compare import name, total
-from reports.groups import Group
-from reports.page import Figure, Table
+from reports.data import groups
+from reports.data.compare import name, total
+from reports.data.groups import Group
+from reports.data.results import Results
+from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, figure, legend_above
-from reports.results import Results
 
 PARTS = (
     ("waiting for the link", ORANGE, "//"),

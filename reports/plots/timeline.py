@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
-from reports import groups
-from reports.compare import name
-from reports.page import Figure, Table
+from reports.data import groups
+from reports.data.compare import name
+from reports.data.results import Results
+from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, figure
-from reports.results import Results
 from suites.record import Record
 
 CAPTION = (

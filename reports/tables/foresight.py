@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from reports import groups
-from reports.compare import foreseen, hit_rate, name, share, total, wasted_bytes
-from reports.format import budget_title, percent
-from reports.page import Table
-from reports.results import Results
+from reports.data import groups
+from reports.data.compare import foreseen, hit_rate, name, share, total, wasted_bytes
+from reports.data.results import Results
+from reports.elements.numbers import budget_title, percent
+from reports.elements.page import Table
 
 
 def by_strategy(results: Results, model: str, budget: str) -> Table:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from reports import groups, verdict
-from reports.compare import accuracy, count, share, speedup
-from reports.format import percent, points, ratio, score
-from reports.groups import FLAVOURS
-from reports.page import Table
-from reports.power import DISCORDANT, PUBLISHED, fewest_items, half_width, items_needed, power
-from reports.results import Results
-from reports.stats import Interval
+from reports import verdict
+from reports.data import groups
+from reports.data.compare import accuracy, count, share, speedup
+from reports.data.groups import FLAVOURS
+from reports.data.results import Results
+from reports.elements.numbers import percent, points, ratio, score
+from reports.elements.page import Table
+from reports.stats.intervals import Interval
+from reports.stats.power import DISCORDANT, PUBLISHED, fewest_items, half_width, items_needed, power
 from reports.tables.scores import full_score
 
 Row = tuple[str, ...]

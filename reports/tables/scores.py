@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from statistics import mean, stdev
 
-from reports import groups
-from reports.compare import accuracy, count, name, share, speedup, total
-from reports.floors import floor
-from reports.format import p_value, percent, points, ratio, score
-from reports.groups import Group
-from reports.page import Table
-from reports.results import Results
-from reports.stats import Interval, wilson
+from reports.data import groups
+from reports.data.chance_levels import floor
+from reports.data.compare import accuracy, count, name, share, speedup, total
+from reports.data.groups import Group
+from reports.data.results import Results
+from reports.elements.numbers import p_value, percent, points, ratio, score
+from reports.elements.page import Table
+from reports.stats.intervals import Interval, wilson
 from reports.tables.speed import over
 
 SUMMED = "all tasks"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from reports import verdict
-from reports.compare import hit_rate, name, speedup, tokens_per_s, total
-from reports.format import percent, ratio
-from reports.groups import FLAVOURS
-from reports.page import Table
-from reports.stats import Interval
+from reports.data.compare import hit_rate, name, speedup, tokens_per_s, total
+from reports.data.groups import FLAVOURS
+from reports.elements.numbers import percent, ratio
+from reports.elements.page import Table
+from reports.stats.intervals import Interval
 from suites.record import Record
 
 MAIN = "recorded routing"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from reports import groups
-from reports.compare import count, hit_rate, name, share, speedup, tokens_per_s, total
-from reports.format import budget_title, percent, ratio
-from reports.groups import COMPARED, FLAVOURS, Group
-from reports.page import Table
-from reports.results import Results
+from reports.data import groups
+from reports.data.compare import count, hit_rate, name, share, speedup, tokens_per_s, total
+from reports.data.groups import COMPARED, FLAVOURS, Group
+from reports.data.results import Results
+from reports.elements.numbers import budget_title, percent, ratio
+from reports.elements.page import Table
 
 
 def over(group: Group, baseline: Group | None) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from reports.compare import name
-from reports.format import percent
-from reports.page import Table
-from reports.results import Results
+from reports.data.compare import name
+from reports.data.results import Results
+from reports.elements.numbers import percent
+from reports.elements.page import Table
 from suites.record import Record
 
 HEAD = ("strategy", "model", "power W", "J/token", "SM clock MHz, least", "hottest °C", "link", "clocks held down",

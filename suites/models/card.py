@@ -17,11 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mobile.compat import MoeLayer, moe_layers
+from mobile.live_model.compat import MoeLayer, moe_layers
 from suites.models.families import FAMILIES
-from suites.real_tasks import shipped
 from suites.record import Record, RunFolder, load
 from suites.tasks import GENERATORS
+from suites.tasks.paper_tasks import shipped
 
 SHOWN = ("resident", "static-half", "mobile")
 ROUTED_ITEMS = 50  # test items of each task whose routing is counted

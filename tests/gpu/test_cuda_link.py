@@ -22,11 +22,12 @@ import mobile
 from baselines.lru import LRU
 from baselines.on_demand import ON_DEMAND, ON_DEMAND_OVERLAP
 from baselines.resident import RESIDENT
-from mobile import gpu, pagelock
-from mobile.biglittle import MOBILE
-from mobile.cuda import CudaChannel
-from mobile.layout import layout_of
-from mobile.store import HostStore
+from mobile.links import page_lock
+from mobile.links.cuda import CudaChannel
+from mobile.machine import gpu
+from mobile.policies.big_little import MOBILE
+from mobile.store.layout import layout_of
+from mobile.store.memory import HostStore
 
 CUDA = torch.device("cuda:0")
 LOSSLESS = [LRU, ON_DEMAND, ON_DEMAND_OVERLAP, RESIDENT]
@@ -54,10 +55,10 @@ def wide(layers: int = 4, dtype: torch.dtype = torch.bfloat16):
 
 def skip_unless_rows_can_be_page_locked() -> None:
     block = torch.ones(2**22)
-    refused = pagelock.register(block, CUDA)
+    refused = page_lock.register(block, CUDA)
     if refused is not None:
         pytest.skip(f"this driver page-locks nothing: {refused}")
-    pagelock.unregister(block.data_ptr(), CUDA)
+    page_lock.unregister(block.data_ptr(), CUDA)
 
 
 @pytest.mark.parametrize("strategy", LOSSLESS, ids=lambda s: s.name)
@@ -275,7 +276,7 @@ def unwilling(monkeypatch):
 
 def test_a_failed_registration_is_not_left_for_the_next_launch(unwilling):
     block = torch.ones(2**20)
-    assert "error" in pagelock.register(block, CUDA)
+    assert "error" in page_lock.register(block, CUDA)
     assert torch.ones(1000, device=CUDA).sum().item() == 1000
     assert not block.is_pinned()
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from reports import clock
-from suites import calibrating, profiling, shape_timing, stock
-from suites.beside import DEVICE_MAP, ENGINE_COST, RESIDENT, Beside
-from suites.matrix import read_preset
+from reports.sections import clock
+from suites.measure import profile
+from suites.plan.cells import read_preset
 from suites.record import RunFolder
-from suites.synthetic import make
+from suites.synthetic import calibrate, reference, timing
+from suites.synthetic.models import make
+from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, Beside
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,11 @@ def shapes():
 
 
 def test_time_per_token_is_predicted_from_what_was_calibrated(shapes, tmp_path):
-    loaded = shape_timing.load(shapes[0])
+    loaded = timing.load(shapes[0])
     for shape in shapes:
         if shape.strategy in ("on-demand", "on-demand-overlap", "mobile") and shape.budget == "smallest":
-            here = calibrating.calibrated(shape, torch.bfloat16, RunFolder(tmp_path))
-            record = shape_timing.record(shape, loaded, here)
+            here = calibrate.calibrated(shape, torch.bfloat16, RunFolder(tmp_path))
+            record = timing.record(shape, loaded, here)
             assert abs(clock.error(record)) < 0.25, shape.label  # the aim is 5 %; this says that nothing is broken
             if shape.strategy == "mobile" and sum(item.fallbacks for item in record.items):
                 use = record.config["fallback_use"]
@@ -38,7 +39,7 @@ def test_time_per_token_is_predicted_from_what_was_calibrated(shapes, tmp_path):
 @pytest.mark.parametrize("what", [ENGINE_COST, RESIDENT, DEVICE_MAP])
 def test_plain_transformers_is_timed_beside(shapes, what):
     beside = Beside(shapes[0].model, what, "cuda", "2GiB", 8, 3, 1, 0, layers=2)
-    record = stock.record(beside)
+    record = reference.record(beside)
     if record.config["refused"] is not None:
         assert "accelerate" in record.config["refused"]
         return
@@ -47,7 +48,9 @@ def test_plain_transformers_is_timed_beside(shapes, what):
 
 
 def test_the_engine_costs_less_a_layer_than_a_copy():
-    eager, _ = (stock.engine_cost(make("olmoe-1b-7b", layers=2, device="cuda"), each, blocks=8) for each in stock.STOCK)
+    eager, _ = (
+        reference.engine_cost(make("olmoe-1b-7b", layers=2, device="cuda"), each, blocks=8) for each in reference.STOCK
+    )
     assert eager.layer_seconds < 500e-6
 
 
@@ -56,7 +59,7 @@ def test_a_profile_tells_copies_from_kernels(tmp_path: Path):
         geometry="olmoe-1b-7b", strategy="on-demand-overlap", out=tmp_path, tokens=4, routing="uniform", rate=0.2,
         memory=None, link="cuda", link_gb_per_s=None, layers=2, shrink=1,
     )  # fmt: skip
-    found, trace = profiling.profile(options)
+    found, trace = profile.profile(options)
     assert trace.is_file()
     assert all(ms > 0 for ms in found.kinds_ms.values())
     assert found.kinds_ms["copies"] > found.kinds_ms["other kernels"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_cuda_link import skip_unless_rows_can_be_page_locked
 
-from mobile.refusal import Refused
-from suites import shape_timing
-from suites.matrix import read_preset
-from suites.script import drawn
-from suites.scripted import play
-from suites.synthetic import make
+from mobile.errors import Refused
+from suites.plan.cells import read_preset
+from suites.synthetic import timing
+from suites.synthetic.models import make
+from suites.synthetic.script import drawn
+from suites.synthetic.script_player import play
 from tests.shapes import PRESET
 
 
@@ -26,7 +26,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(shapes):
-    return shape_timing.load(shapes[0])
+    return timing.load(shapes[0])
 
 
 def test_the_store_is_page_locked_once_for_every_engine(loaded):
@@ -41,7 +41,7 @@ def test_the_store_is_page_locked_once_for_every_engine(loaded):
 @pytest.mark.parametrize("link_gb_per_s", [None, 2.0])
 def test_a_shape_is_timed_over_the_link_that_was_asked_for(shapes, loaded, link_gb_per_s):
     for shape in shapes[:4]:
-        record = shape_timing.record(replace(shape, link_gb_per_s=link_gb_per_s), loaded)
+        record = timing.record(replace(shape, link_gb_per_s=link_gb_per_s), loaded)
         assert record.scope == ("gpu+pcie" if link_gb_per_s is None else "gpu+throttled")
         assert all(record.checks.values()), record.checks
         assert all(item.decode_ns > 0 and item.decode_bytes > 0 for item in record.items)
@@ -52,8 +52,8 @@ def test_a_shape_is_timed_over_the_link_that_was_asked_for(shapes, loaded, link_
 
 def test_a_link_slower_than_asked_is_refused_for_that_cell_alone(shapes, loaded):
     with pytest.raises(Refused, match="cannot be throttled"):
-        shape_timing.record(replace(shapes[0], link_gb_per_s=10_000.0), loaded)
-    assert shape_timing.record(shapes[0], loaded).items
+        timing.record(replace(shapes[0], link_gb_per_s=10_000.0), loaded)
+    assert timing.record(shapes[0], loaded).items
 
 
 def test_slots_are_given_back_before_the_same_cell_is_predicted(loaded):

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from suites.matrix import HERE, read_preset
+from suites.plan.cells import HERE, read_preset
 
 pytest.importorskip("lm_eval")  # which writes the prompts of scored cells
-from suites import live_timing
+from suites.measure import live
 
 
 def test_a_cell_is_timed_on_the_wall_clock():
@@ -19,8 +19,8 @@ def test_a_cell_is_timed_on_the_wall_clock():
     generation = replace(cell.generation, items=4)
     cell = replace(cell, generation=generation, link="cuda", hardware="auto")
     begun = time.perf_counter_ns()
-    loaded = live_timing.load(cell)
-    record = live_timing.record(cell, loaded)
+    loaded = live.load(cell)
+    record = live.record(cell, loaded)
     took = time.perf_counter_ns() - begun
     assert (record.scope, record.weights) == ("gpu+pcie", "shipped-tiny")
     assert len(record.items) == 4

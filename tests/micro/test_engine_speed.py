@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import mobile
-from mobile.passes import Pass
+from mobile.runtime.forward_pass import Pass
 
 LAYERS = 2
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import mobile
-from mobile import loading
+from mobile.checkpoints import loading
 
 
 @pytest.fixture(scope="module")

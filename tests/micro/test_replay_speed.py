@@ -12,15 +12,15 @@ import torch
 from conftest import prompt, tiny
 
 import mobile
-from mobile import trace
-from mobile.geometry import GEOMETRIES
-from mobile.hardware import profile
+from mobile.costs.geometry import GEOMETRIES
+from mobile.costs.hardware import profile
 from mobile.ledger import Ledger
-from mobile.link import VirtualLink
-from mobile.pool import SlotPool
-from mobile.replaying import Bench, time_requests
-from mobile.strategy import strategies
-from mobile.trace import Step
+from mobile.links.base import VirtualLink
+from mobile.policies.strategy import strategies
+from mobile.replay import trace
+from mobile.replay.replay import Bench, time_requests
+from mobile.replay.trace import Step
+from mobile.slots import SlotPool
 
 TOKENS = 200
 

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from baselines.adapmoe import ADAPMOE, Shares, adapmoe, adaptive, expected_loads, measured, shares
 from baselines.lru import LRU
-from baselines.sensitivity import Measured, fisher_traces, guess_accuracy, relative
-from mobile.compat import moe_layers
-from mobile.policy import Setting
-from mobile.pool import SlotPool
-from mobile.refusal import Refused
-from mobile.strategy import Rerouted
-from mobile.trace import Step
+from baselines.signals.sensitivity import Measured, fisher_traces, guess_accuracy, relative
+from mobile.errors import Refused
+from mobile.live_model.compat import moe_layers
+from mobile.policies.protocols import Setting
+from mobile.policies.strategy import Rerouted
+from mobile.replay.trace import Step
+from mobile.slots import SlotPool
 from tests.unit.test_limits import GEOMETRY, clock
 
 ROOT = Path(__file__).parent.parent.parent

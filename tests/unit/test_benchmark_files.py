@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reports.benchmarks import UnlikeMachines, identity, same
+from reports.checks.benchmarks import UnlikeMachines, identity, same
 from suites.record import write_json
 
 pytest.importorskip("pytest_benchmark")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mobile.cost import CostModel
-from mobile.geometry import GEOMETRIES, dress, slots_for
-from mobile.hardware import GIB, PROFILES, parse_nbytes, profile
-from mobile.refusal import Refused
+from mobile.costs.cost_model import CostModel
+from mobile.costs.geometry import GEOMETRIES, dress, slots_for
+from mobile.costs.hardware import GIB, PROFILES, parse_nbytes, profile
+from mobile.errors import Refused
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from mobile.ceilings import ceilings, highest_fallback_rate, loading_speedup, speedup
-from mobile.cli.plan import plan
-from mobile.cost import CostModel
-from mobile.geometry import GEOMETRIES
-from mobile.hardware import GIB, profile
-from mobile.replaying import Bench, time_requests
-from mobile.strategy import strategies
-from mobile.trace import Step
+from mobile.cli.commands.plan import plan
+from mobile.costs.bounds import ceilings, highest_fallback_rate, loading_speedup, speedup
+from mobile.costs.cost_model import CostModel
+from mobile.costs.geometry import GEOMETRIES
+from mobile.costs.hardware import GIB, profile
+from mobile.policies.strategy import strategies
+from mobile.replay.replay import Bench, time_requests
+from mobile.replay.trace import Step
 
 
 def test_all_loading_and_perfect_prefetch_is_two_over_one_plus_r():

@@ -17,12 +17,12 @@ import mobile
 from baselines.lru import LRU
 from baselines.on_demand import ON_DEMAND, ON_DEMAND_OVERLAP
 from baselines.resident import RESIDENT
-from mobile import gpu
-from mobile.biglittle import MOBILE
-from mobile.cuda import CudaChannel
-from mobile.layout import layout_of
-from mobile.store import HostStore
-from mobile.stream import StreamLink
+from mobile.links.cuda import CudaChannel
+from mobile.links.stream import StreamLink
+from mobile.machine import gpu
+from mobile.policies.big_little import MOBILE
+from mobile.store.layout import layout_of
+from mobile.store.memory import HostStore
 from suites import environment
 
 EXPERTS, SLOTS = 6, 4

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from suites import environment, workload
+from suites import environment
+from suites.abba import workload
 
 IDENTITY = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
 

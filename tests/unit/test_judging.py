@@ -9,7 +9,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from suites.accuracy import score, task_config
+from suites.scoring.lm_eval import score, task_config
 
 DOCS = [
     {

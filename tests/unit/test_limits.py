@@ -19,14 +19,14 @@ from baselines.lru import LRU
 from baselines.next_gate import NEXT_GATE
 from baselines.on_demand import ON_DEMAND_OVERLAP
 from baselines.oracle_prefetch import ORACLE_PREFETCH, Aggressive
-from mobile.geometry import Geometry
-from mobile.hardware import profile
+from mobile.costs.geometry import Geometry
+from mobile.costs.hardware import profile
 from mobile.ledger import Counters
-from mobile.policy import Setting
-from mobile.pool import SlotPool
-from mobile.replaying import Bench, time_requests
-from mobile.strategy import FullK, Strategy
-from mobile.trace import Request, Step
+from mobile.policies.protocols import Setting
+from mobile.policies.strategy import FullK, Strategy
+from mobile.replay.replay import Bench, time_requests
+from mobile.replay.trace import Request, Step
+from mobile.slots import SlotPool
 from tests.toy import EXPERTS, GEOMETRY, LAYERS, PREFILL, TOP_K, chosen
 
 SHARES = replace(ADAPMOE, name="adapmoe's caches", lossless=True, gating=FullK(), lookahead=None)

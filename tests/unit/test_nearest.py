@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobile.attachment import LINKS
-from mobile.geometry import GEOMETRIES, Geometry, dress
-from mobile.hardware import profile
+from mobile.costs.geometry import GEOMETRIES, Geometry, dress
+from mobile.costs.hardware import profile
+from mobile.errors import Refused
 from mobile.kernels import KERNELS, kernel_named
-from mobile.nearest import nearest, offer
-from mobile.refusal import Refused
-from mobile.strategy import resolve, strategies
-from suites.matrix import presets, read_preset
+from mobile.policies.strategy import resolve, strategies
+from mobile.runtime.attachment import LINKS
+from mobile.suggest import nearest, offer
+from suites.plan.cells import presets, read_preset
 
 CPU = torch.device("cpu")
 OWN = Geometry("own", 1, 8, 2, 1, 1, 1, 1, 1, 2)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mobile import outputs
+from mobile.errors import Refused
 from mobile.ledger import Ledger
-from mobile.refusal import Refused
 
 
 def write(path: Path, data: bytes = b"new") -> None:

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from mobile.strategy import resolve
-from suites.jobs import RUNS_A_JOB, generation_jobs
-from suites.matrix import read_preset
+from mobile.policies.strategy import resolve
+from suites.plan.cells import read_preset
 from suites.record import RunFolder
+from suites.run.jobs import RUNS_A_JOB, generation_jobs
 
 
 def test_every_way_to_answer_is_timed_whole_once_and_a_fixed_part_of_it_elsewhere():

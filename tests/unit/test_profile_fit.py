@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mobile
-from mobile.calibration import WORKSPACE_NBYTES, Depth, Measurements, Timing, fit, line, measurements_from
-from mobile.cost import EXPERT_LAUNCHES, CostModel
-from mobile.geometry import GEOMETRIES
-from mobile.hardware import PROFILES, profile, profile_from, write_profile
+from mobile.costs.cost_model import EXPERT_LAUNCHES, CostModel
+from mobile.costs.geometry import GEOMETRIES
+from mobile.costs.hardware import PROFILES, profile, profile_from, write_profile
+from mobile.machine.fit_profile import WORKSPACE_NBYTES, Depth, Measurements, Timing, fit, line, measurements_from
 
 MB = 10**6
 SIZES = (1 * MB, 3 * MB, 6 * MB, 12 * MB, 25 * MB)
@@ -28,7 +28,7 @@ def timings(each: float, gb_per_s: float, launches: int = 1, noise: np.ndarray |
     return tuple(Timing(size, launches, float(t)) for size, t in zip(SIZES, seconds, strict=True))
 
 
-def measured(card: mobile.hardware.HardwareProfile, depths: tuple[int, ...] = (2, 4, 8)) -> Measurements:
+def measured(card: mobile.costs.hardware.HardwareProfile, depths: tuple[int, ...] = (2, 4, 8)) -> Measurements:
     """What a machine that is exactly this profile would show."""
     cost = CostModel(card, LAYER)
     layer = cost.dense_ns(1) + LAYER.top_k * cost.expert_ns(1)

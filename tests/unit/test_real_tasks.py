@@ -19,10 +19,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from mobile.refusal import Refused
-from suites.accuracy import LM_EVAL_TASKS, score, task_config
-from suites.matrix import Cell, Generation, Model, task_hash
-from suites.real_tasks import BBH, GROUPS, REAL, expand, items_of, locate, read, remarks, sources
+from mobile.errors import Refused
+from suites.plan.cells import Cell, Generation, Model, task_hash
+from suites.scoring.lm_eval import LM_EVAL_TASKS, score, task_config
+from suites.tasks.paper_tasks import BBH, GROUPS, REAL, expand, items_of, locate, read, remarks, sources
 
 FOLDER = Path(os.environ.get("MOBILE_TASK_DATA", "/nowhere"))
 real_data = pytest.mark.skipif(

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from mobile.refusal import said
+from mobile.errors import said
 
 
 @pytest.mark.parametrize(

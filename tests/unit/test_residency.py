@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobile.biglittle import MOBILE
-from mobile.cost import CostModel
-from mobile.policy import Recent
-from mobile.replaying import Bench, time_requests
-from mobile.strategy import Strategy, strategies
-from mobile.trace import Request, Step, replay, visits
+from mobile.costs.cost_model import CostModel
+from mobile.policies.big_little import MOBILE
+from mobile.policies.protocols import Recent
+from mobile.policies.strategy import Strategy, strategies
+from mobile.replay.replay import Bench, time_requests
+from mobile.replay.trace import Request, Step, replay, visits
 from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from suites import warden
-from suites.sandbox import run_all, run_tests
+from suites.scoring import sandbox_worker
+from suites.scoring.sandbox import run_all, run_tests
 
 TESTS = "assert f(1) == 2\nassert f(-3) == -2\n"
 RIGHT = "def f(x):\n    return x + 1\n"
@@ -183,8 +183,8 @@ def test_tests_that_do_not_compile_are_an_error_and_no_result():
 BARE = """
 import os, sys
 sys.path.insert(0, {suites!r})
-import warden, socket, threading
-warden.kernel_walls().put_up({folder!r})
+import sandbox_worker, socket, threading
+sandbox_worker.kernel_walls().put_up({folder!r})
 def refused(action):
     try:
         action()
@@ -206,7 +206,7 @@ def test_the_kernel_refuses_what_the_hook_refuses(tmp_path):
     outside = tmp_path / "precious"
     outside.write_text("kept")
     script = BARE.format(
-        suites=str(Path(warden.__file__).parent), folder=str(tmp_path / "in"), outside=str(outside),
+        suites=str(Path(sandbox_worker.__file__).parent), folder=str(tmp_path / "in"), outside=str(outside),
         inside=str(tmp_path / "in" / "mine"),
     )  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -224,5 +224,5 @@ def _offered() -> tuple[bool, bool]:
     if not listed.is_file():
         import ctypes
 
-        landlock = ctypes.CDLL(None).syscall(warden.LANDLOCK_CREATE, None, 0, 1) >= 1
-    return actions.is_file() and os.uname().machine in warden.CALLS, landlock
+        landlock = ctypes.CDLL(None).syscall(sandbox_worker.LANDLOCK_CREATE, None, 0, 1) >= 1
+    return actions.is_file() and os.uname().machine in sandbox_worker.CALLS, landlock

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mobile.refusal import Refused
-from mobile.trace import Step
-from suites.script import Script, drawn, recorded, with_rate
+from mobile.errors import Refused
+from mobile.replay.trace import Step
+from suites.synthetic.script import Script, drawn, recorded, with_rate
 
 
 def some(routing: str = "uniform", **more: int) -> Script:

@@ -10,8 +10,8 @@ from scipy.stats import bootstrap, gmean, t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from reports.power import fewest_items, half_width, items_needed, power
-from reports.stats import Interval, Paired, expanded_tail, geometric_mean, paired, resampling_weights, wilson
+from reports.stats.intervals import Interval, Paired, expanded_tail, geometric_mean, paired, resampling_weights, wilson
+from reports.stats.power import fewest_items, half_width, items_needed, power
 
 
 def test_the_geometric_mean_is_scipys_and_so_is_the_interval_of_one_task():

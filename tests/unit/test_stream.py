@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mobile
-from mobile.biglittle import MOBILE
-from mobile.cost import CostModel
-from mobile.geometry import GEOMETRIES
-from mobile.hardware import profile
+from mobile.costs.cost_model import CostModel
+from mobile.costs.geometry import GEOMETRIES
+from mobile.costs.hardware import profile
 from mobile.ledger import Ledger
-from mobile.pool import SlotPool
-from mobile.residency import Residency
-from mobile.stream import COMMITTED, PacedChannel, StreamLink
+from mobile.links.stream import COMMITTED, PacedChannel, StreamLink
+from mobile.policies.big_little import MOBILE
+from mobile.residency.residency import Residency
+from mobile.slots import SlotPool
 
 Key = tuple[int, int]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from baselines import predictor, sensitivity
+from baselines.signals import ridge, sensitivity
 from suites import __main__ as suites
-from suites import abba
+from suites.abba import commands
 
 PROFILE = ("profile", "--link", "paced", "--geometry", "olmoe-1b-7b", "--layers", "1")
 UNWRITABLE = {
@@ -76,23 +76,23 @@ def test_a_preset_that_is_broken_or_odd_is_refused_with_its_name(refusal, tmp_pa
 
 @pytest.mark.parametrize(("out", "says"), UNWRITABLE.items())
 def test_a_folder_that_cannot_be_made_is_known_before_anything_is_run_or_timed(refusal, monkeypatch, out, says):
-    for begun in ("suites.__main__.execute", "suites.synthetic.make", "suites.abba.trial"):
+    for begun in ("suites.__main__.execute", "suites.synthetic.models.make", "suites.abba.trial"):
         monkeypatch.setattr(begun, lambda *_, **__: pytest.fail("it has begun"))
     assert refusal(suites.main, "run", "--preset", "smoke", "--out", out) == says
     assert refusal(suites.main, *PROFILE, "--out", out) == says
-    assert refusal(abba.main, "compare", "lru", "mobile", "--out", out) == says
+    assert refusal(commands.main, "compare", "lru", "mobile", "--out", out) == says
 
 
 @pytest.mark.parametrize("pairs", ["2", "x", "-3", ""])
 def test_fewer_pairs_than_an_interval_needs_are_refused(refusal, pairs):
-    told = refusal(abba.main, "compare", "lru", "mobile", f"--pairs={pairs}")
+    told = refusal(commands.main, "compare", "lru", "mobile", f"--pairs={pairs}")
     assert "an interval needs 3 processes a side at least" in told
 
 
 @pytest.mark.parametrize(
     ("main", "argv"),
     [
-        (predictor.main, ("fit", "--trace", "absent.npz")),
+        (ridge.main, ("fit", "--trace", "absent.npz")),
         (sensitivity.main, ("fit", "--model", "./absent", "--prompts", "absent.txt")),
     ],
 )

@@ -11,12 +11,12 @@ from random import Random
 
 import pytest
 
-from suites.accuracy import task_config
 from suites.models.train import RECIPE, training_items
-from suites.real_tasks import shipped
+from suites.scoring.lm_eval import task_config
 from suites.tasks import DATA, GENERATORS
 from suites.tasks.item import held_out
 from suites.tasks.object_counting import CATEGORIES, PLURALS, WORDS
+from suites.tasks.paper_tasks import shipped
 
 ROOT = Path(__file__).parent.parent.parent
 TASKS = sorted(GENERATORS)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mobile.gpu import gpus_of_driver, nvml
+from mobile.machine.gpu import gpus_of_driver, nvml
 from suites.telemetry import QUESTIONS, watched
 
 

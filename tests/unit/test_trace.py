@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mobile import trace
-from mobile.refusal import Refused
-from mobile.trace import Step
+from mobile.errors import Refused
+from mobile.replay import trace
+from mobile.replay.trace import Step
 
 LAYERS = 3
 ids = st.lists(st.integers(0, 127), unique=True, max_size=8).map(lambda x: tuple(sorted(x)))

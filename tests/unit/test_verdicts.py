@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from reports import verdict
-from reports.stats import Interval, Paired
+from reports.stats.intervals import Interval, Paired
 from reports.verdict import Stamp
 from tests.report_runs import Rule, records
 

@@ -1,0 +1,211 @@
+"""Where a checkpoint comes from: a folder, or a repository of the hub whose files are fetched by name. No torch.
+
+Of a repository nothing is fetched that is not asked for, so that a checkpoint is refused before its weights are there.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import tqdm
+
+from mobile.errors import Refused, said
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's folder. Of a hub repository it is the snapshot of one `commit` in the cache.
+
+    `sizes` is the repository's listing, bytes by file; None for a folder, and where the hub cannot be reached: then
+    there is only what lies in `folder`.
+    """
+
+    name: str
+    folder: Path
+    commit: str | None = None
+    sizes: Mapping[str, int] | None = None
+
+    def has(self, file: str) -> bool:
+        """Whether the file is there, or can be fetched."""
+        return self.holds(file) if self.sizes is None else file in self.sizes
+
+    def holds(self, file: str) -> bool:
+        """Whether the file is in the folder."""
+        return (self.folder / file).is_file()
+
+    def files(self) -> list[str]:
+        """The names of all files of the top level."""
+        names = os.listdir(self.folder) if self.sizes is None else [name for name in self.sizes if "/" not in name]
+        return sorted(names)
+
+    def missing_nbytes(self, files: Iterable[str]) -> int:
+        """Bytes of these files that are not in the cache yet."""
+        return sum((self.sizes or {}).get(file, 0) for file in files if not self.holds(file))
+
+    def fetch(self, files: Sequence[str], *, shown: bool = False) -> None:
+        """Have these files in the folder; `shown` shows bars on stderr. Raises Refused for one that cannot be had."""
+        lacking = [file for file in files if not self.holds(file)]
+        if lacking and self.sizes is None:
+            raise Refused(self.without(lacking[0]))
+        if lacking:
+            try:
+                # The names go in as patterns, so what is special in a pattern is escaped.
+                _download(self.name, self.commit, [glob.escape(file) for file in lacking], shown)
+            except Exception as error:  # the HTTP client's, the hub's and the disk's own, whatever stops it
+                raise Refused(f"Fetching {self.name} stopped: {_why(error, self.commit)}; run it again.") from error
+            for file in lacking:
+                if not self.holds(file):
+                    raise Refused(self.without(file))
+
+    def without(self, file: str) -> str:
+        """The sentence for a file that should be here and is not."""
+        if self.commit is None:
+            return f"{self.folder} lacks {file}; copy it again."
+        if self.sizes is None:
+            return f"{self.name} is in the cache without {file}, and the hub cannot be reached; connect to it once."
+        return f"{self.name} has no {file} on the hub, which makes it incomplete; take another revision, or a copy."
+
+
+def locate(source: str | os.PathLike[str], revision: str | None, patterns: Sequence[str]) -> Source:
+    """A folder as it is, or a repository at that revision, of which files that match are fetched.
+
+    Raises Refused for what is neither, and for a repository that is neither reachable nor in the cache.
+    """
+    name = _name(source)
+    folder = _folder(name)
+    if folder is None:
+        return _repository(name, revision, patterns)
+    if revision is not None:
+        raise Refused(f"{folder} is a folder, which has no revisions; leave revision out.")
+    return Source(folder, Path(folder))
+
+
+def _name(source: object) -> str:
+    try:
+        name = os.fspath(source)  # type: ignore[call-overload]
+    except TypeError:
+        name = None
+    if not isinstance(name, str) or not name.strip():
+        raise Refused(f"{source!r} is no checkpoint; give its folder, or a hub id like owner/name.")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"The path {name!a} is no valid UTF-8, which safetensors needs; rename it.") from error
+    return name
+
+
+def _folder(name: str) -> str | None:
+    """The local folder, None for a hub id; Refused for what is neither."""
+    for path in (name, os.path.expanduser(name)):
+        if os.path.isdir(path):
+            return path
+        if os.path.isfile(path):
+            raise Refused(f"{name} is a file; give the folder of a checkpoint, with its config.json in it.")
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        raise Refused(f"There is no folder {name}; give a checkpoint folder or a hub id like owner/name.")
+    return None
+
+
+def _repository(name: str, revision: str | None, patterns: Sequence[str]) -> Source:
+    try:
+        folder = Path(_download(name, revision, patterns, shown=False))
+    except LocalEntryNotFoundError as error:  # no network, and not everything in the cache; what is there may do
+        cached = _cached(name, "config.json", revision)
+        if cached is None:
+            raise Refused(f"Cannot load {name}: {_why(error, revision)}.") from error
+        folder = cached.parent
+    except Exception as error:  # the HTTP client's, the hub's and the disk's own, whatever keeps us from it
+        raise Refused(f"Cannot load {name}: {_why(error, revision)}.") from error
+    return Source(name, folder, folder.name, _listing(name, folder.name))
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str], shown: bool) -> str:
+    bars = tqdm if shown else _Silent
+    return snapshot_download(name, revision=revision, allow_patterns=list(patterns), tqdm_class=bars)
+
+
+class _Silent(tqdm):
+    """The hub's progress bar, never shown."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **{**options, "disable": True})
+
+
+def _cached(name: str, file: str, revision: str | None) -> Path | None:
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def cached_whole(name: str, revision: str | None) -> bool:
+    """Whether all weights of a repository are in the cache: its single file, or every file of its index."""
+    if _cached(name, SINGLE, revision) is not None:
+        return True
+    index = _cached(name, INDEX, revision)
+    try:
+        files = set() if index is None else set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(files) and all(_cached(name, file, revision) is not None for file in files)
+
+
+def _listing(name: str, commit: str) -> dict[str, int] | None:
+    try:
+        entries = list(HfApi().list_repo_tree(name, recursive=True, revision=commit))
+    except Exception:  # without a network there is only the cache, whatever the HTTP client calls that
+        return None
+    return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _why(error: Exception, revision: str | None) -> str:
+    """What keeps us from a repository, and what to do about it."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its terms on its page, then run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub shows no such model; check the name, or run `hf auth login` if it is private"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision}; leave revision out, or give a branch, a tag or a commit of it"
+    if isinstance(error, HFValidationError):
+        return "that is neither a folder here nor a hub id like owner/name (a revision goes into revision=)"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub cannot be reached and it is not in the cache; connect, or give a folder with a copy"
+    return said(error)
+
+
+def cache_folder() -> Path:
+    """The folder of the hub's cache, or where it will be made, the nearest one above that exists."""
+    cache = Path(constants.HF_HUB_CACHE)
+    return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+
+
+def disk_shortage(nbytes: int, free_nbytes: int) -> str | None:
+    """Why the disk of the hub's cache, where so much is free, cannot take that many bytes more, or None if it can."""
+    if nbytes <= free_nbytes:
+        return None
+    return (
+        f"the weights take {_gb(nbytes)} and {_gb(free_nbytes)} are free under {constants.HF_HUB_CACHE}; free some, or "
+        "set HF_HOME to a larger disk"
+    )
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / GB:,.0f} GB" if nbytes >= 10 * GB else f"{nbytes / GB:.3g} GB"

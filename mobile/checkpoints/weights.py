@@ -1,0 +1,182 @@
+"""Which files of a checkpoint hold its weights, by Transformers' own rule, and what their headers say of them.
+
+The rule is `_get_resolved_checkpoint_files` of transformers.modeling_utils: the file that the configuration names,
+else model.safetensors, else the files of the index. Only safetensors are read here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import str_to_torch_dtype
+
+from mobile.checkpoints.source import INDEX, SINGLE, Source
+from mobile.errors import Refused, said
+
+LFS_POINTER = b"version https://git-lfs"
+FOREIGN = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`files` in the order they are read: of a key that two of them hold, the later file's weight counts.
+
+    `keys` are the names of all weights and `dtype` their type where an index says so, else None.
+    """
+
+    files: tuple[str, ...]
+    keys: frozenset[str] | None = None
+    dtype: str | None = None
+
+
+def weights_of(source: Source, explicit: object = None) -> Weights:
+    """Where the weights are; `explicit` is the configuration's `transformers_weights`.
+
+    Raises Refused for files that are missing or lie outside, and for an index that is none.
+    """
+    if explicit is not None:
+        found = _explicit(source, explicit)
+    elif source.has(SINGLE):
+        found = Weights((SINGLE,))
+    elif source.has(INDEX):
+        found = _index(source, INDEX)
+    else:
+        raise Refused(_none(source))
+    for file in found.files:
+        if not source.has(file):
+            raise Refused(source.without(file))
+    return found
+
+
+def holds_weights(source: Source) -> bool:
+    """Whether there is anything that could be meant as weights."""
+    return any(name.endswith(FOREIGN) or name == INDEX for name in source.files())
+
+
+def _none(source: Source) -> str:
+    """The sentence for a checkpoint without model.safetensors and without an index; it names what is there instead."""
+    lacks = f"{source.name} lacks {SINGLE}; only complete safetensors checkpoints are read"
+    file = next((name for end in FOREIGN for name in source.files() if name.endswith(end)), None)
+    if file is None:
+        return f"{lacks}."
+    if re.search(r"-\d+-of-\d+\.safetensors$", file):
+        return f"{lacks}, and {file} is one of several that {INDEX} should list; copy that, too."
+    if file.endswith(".safetensors"):
+        return f"{lacks}; if {file} is the whole model, give it that name."
+    if file.endswith(".gguf"):
+        return f"{lacks}, and {file} is not; take the checkpoint that it was made from."
+    return f"{lacks}, and {file} is not; load it with Transformers, and save it with save_pretrained."
+
+
+def _explicit(source: Source, name: object) -> Weights:
+    if isinstance(name, str) and name.endswith(".safetensors"):
+        return Weights((_inside(source, name, "transformers_weights in config.json"),))
+    if isinstance(name, str) and name.endswith(".safetensors.index.json"):
+        return _index(source, _inside(source, name, "transformers_weights in config.json"))
+    raise Refused(
+        f"transformers_weights in {source.name}'s config.json is {name!r}, which is no .safetensors file or index "
+        "of such; take it out."
+    )
+
+
+def _index(source: Source, name: str) -> Weights:
+    if not source.holds(name):
+        raise Refused(source.without(name))
+    path = source.folder / name
+    index = json_object(path, "copy it again, or delete it where model.safetensors is whole")
+    places, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise Refused(f'{path} is no index of weights, which has a "weight_map" from weights to files; copy it again.')
+    if not isinstance(metadata, dict):
+        raise Refused(f'{path} has no "metadata", which Transformers wants in it; write "metadata": {{}} there.')
+    files = sorted(set(places.values()))
+    for file in files:
+        if not file.endswith(".safetensors"):
+            raise Refused(f"{path} names {file!r}, which is no .safetensors file; only such are read.")
+        _inside(source, file, name)
+    dtype = metadata.get("dtype")
+    return Weights(tuple(files), frozenset(places), None if dtype is None else str(dtype))
+
+
+def _inside(source: Source, file: str, named_by: str) -> str:
+    if os.path.isabs(file) or Path(os.path.normpath(file)).parts[0] == "..":
+        raise Refused(f"{file!r}, named by {named_by}, lies outside of {source.name}; only files inside are read.")
+    return file
+
+
+def json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises Refused, with what to do, if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{path} is no valid JSON ({error}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise Refused(f"{path} holds {type(content).__name__} where a JSON object should be; {remedy}.")
+    return content
+
+
+# --- what the headers say -------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose header has been read. Raises Refused if it is damaged."""
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        if _is_pointer(path):
+            raise Refused(f"{path} is a Git LFS pointer in place of the weights; run: git lfs pull") from error
+        raise Refused(f"{path} is damaged or cut short ({error}); copy it again.") from error
+    with file:
+        yield file
+
+
+def _is_pointer(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+    return False
+
+
+def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
+    """The type that Transformers takes a checkpoint's weights to have: the index's, else of the first that is a float.
+
+    First is the alphabet's first name in the first file. Floats of 8 bits and fewer are passed over, and taken where
+    there is nothing else. A file that is not here yet is asked for its header alone.
+    """
+    if weights.dtype is not None:
+        found = getattr(torch, weights.dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise Refused(f"The index of {source.name} says that its dtype is {weights.dtype!r}; give another dtype.")
+        return found
+    types = [str_to_torch_dtype.get(word) for _, word in sorted(_header(source, weights.files[0]).items())]
+    if not types:
+        return torch.float32
+    wide = [found for found in types if found is not None and found.is_floating_point and found.itemsize > 1]
+    return wide[0] if wide else types[0] or torch.float32
+
+
+def stored_keys(source: Source, weights: Weights) -> set[str]:
+    """The names of all weights in the files; those that are not here yet are asked for their headers alone."""
+    return {key for file in weights.files for key in _header(source, file)}
+
+
+def _header(source: Source, file: str) -> dict[str, str]:
+    """By key, the word for its dtype in the file's header."""
+    if source.holds(file):
+        with opened(source.folder / file) as here:
+            return {key: here.get_slice(key).get_dtype() for key in here.keys()}  # noqa: SIM118
+    try:
+        header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit)
+    except Exception as error:  # the HTTP client's and the hub's own
+        raise Refused(f"The header of {file} of {source.name} cannot be read ({said(error)}); run it again.") from error
+    return {key: tensor.dtype for key, tensor in header.tensors.items()}

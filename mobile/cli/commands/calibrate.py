@@ -1,0 +1,111 @@
+"""`mobile doctor --calibrate`: time this machine, fit a hardware profile, show and keep it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from mobile import outputs
+from mobile.cli import show
+from mobile.costs.hardware import HardwareProfile, write_profile
+from mobile.errors import Refused
+
+if TYPE_CHECKING:
+    import torch
+
+
+def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool) -> None:
+    """Measure, fit, print, and write `out`. Imports torch. Raises Refused before measuring if it could not be done."""
+    if out is not None and out.suffix != ".json":
+        raise Refused(f"--out {out} must end in .json, which is how --hardware tells a file from a name.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise Refused(f"The folder of --out {outputs.shown(out)} does not exist; make it first.")
+    if out is not None:
+        outputs.check_file(out)
+    show.waiting("importing PyTorch ...")
+    import torch
+
+    from mobile.machine.fit_profile import fit
+    from mobile.machine.measure import measure
+
+    on = _device(device)
+    kind = getattr(torch, {"auto": "bfloat16" if on.type == "cuda" else "float32"}.get(dtype, dtype))
+    screen = show.console(stderr=True)
+    with Progress(
+        SpinnerColumn(), TextColumn("measuring {task.description}"), TimeElapsedColumn(), console=screen,
+        transient=True, disable=not screen.is_terminal,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("this machine", total=None)
+
+        def say(what: str) -> None:
+            progress.update(task, description=what)
+            if not screen.is_terminal:
+                show.note(f"measuring {what}")
+
+        measured = measure(on, kind, say=say)
+    card = fit(measured)
+    if out is not None:
+        write_profile(card, out)
+    if as_json:
+        show.as_json(
+            {"profile": asdict(card), "measurements": asdict(measured), "file": None if out is None else str(out)}
+        )
+        return
+    _print(card, out)
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device to time: the one of that name, or a GPU if there is one. Raises Refused for one not here."""
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if there else "cpu")
+    try:
+        on = torch.device(name)
+    except RuntimeError:
+        raise Refused(f"--device {name} is no device; give cpu, cuda or cuda:1, or leave it out.") from None
+    if on.type == "cuda" and not there:
+        raise Refused("There is no CUDA device that torch can use here; leave --device out, or give cpu.")
+    if on.type not in ("cpu", "cuda") or (on.index or 0) >= max(1, there):
+        raise Refused(f"--device {name} is not among what can be timed here: cpu, and {there} CUDA device(s).")
+    return on
+
+
+def _print(card: HardwareProfile, out: Path | None) -> None:
+    screen = show.console()
+    table = show.table(card.name, "what", "fitted")
+    for name, value in rows(card).items():
+        table.add_row(name, value)
+    screen.print(table)
+    screen.print()
+    for source in card.sources:
+        screen.print(f"- {source}")
+    if out is not None:
+        screen.print(f"\nWritten to {out}; use it like: mobile plan olmoe-1b-7b --hardware {out}")
+    else:
+        screen.print("\nNothing was written; give --out FILE.json to use it as --hardware FILE.json.")
+
+
+def rows(card: HardwareProfile) -> dict[str, Any]:
+    """The profile's numbers for a reader."""
+
+    def micro(seconds: float) -> str:
+        return f"{seconds * 1e6:,.1f} us"
+
+    return {
+        "link": f"{card.link_gb_per_s:,.2f} GB/s",
+        "link, latency of a copy": micro(card.link_latency_seconds),
+        "device memory, read by kernels": f"{card.memory_gb_per_s:,.1f} GB/s",
+        "a kernel launch": micro(card.launch_seconds),
+        "dense products": f"{card.tflops:,.3g} TFLOP/s",
+        "a layer beyond its bytes and launches": micro(card.layer_seconds),
+        "a step beyond its layers": micro(card.step_seconds),
+        "processor, reading experts": f"{card.cpu_gb_per_s:,.1f} GB/s",
+        "processor, dense products": f"{card.cpu_tflops:,.3g} TFLOP/s",
+        "device memory": show.memory(card.vram_nbytes),
+        "of it kept back": show.memory(card.reserve_nbytes),
+    }

@@ -1,0 +1,165 @@
+"""`mobile chat`: a conversation on stdin and stdout.
+
+What the cache already holds is not computed again. A strategy that is not lossless thereby keeps the states that half
+the experts wrote; computing an old turn anew would prefill it with all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from mobile.cli import options, prompts, session, show
+from mobile.errors import Refused
+from mobile.suggest import nearest
+
+EXAMPLES = """
+examples:
+  mobile chat FOLDER --memory 8GiB
+  mobile chat suites/models/olmoe-tiny --slots 72 --geometry olmoe-1b-7b
+  printf 'first question\\nsecond question\\n' | mobile chat FOLDER > answers.txt
+
+One line is one turn. /help lists the commands; the end of the input ends the conversation, Ctrl-C stops an answer.
+"""
+COMMANDS = {
+    "/help": "list these commands",
+    "/reset": "forget the conversation",
+    "/exit": "end it; the end of the input does, too",
+}
+
+
+class Conversation:
+    """The turns so far and the cache of their first tokens, `seen` (length,)."""
+
+    def __init__(self, opened: session.Session) -> None:
+        self.opened = opened
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.messages: list[dict[str, str]] = []
+        self._forget_cache()
+
+    def _forget_cache(self) -> None:
+        self.cache: Any = None
+        self.seen: Any = None
+
+    def answer(self, prompt: str) -> None:
+        """Write the answer to stdout. Ctrl-C ends it early: what was written stays part of the conversation."""
+        from mobile.live_model import compat
+
+        opened, streamer = self.opened, _recorder(self.opened.tokenizer)
+        asked = {"role": "user", "content": prompt}
+        try:
+            ids = opened.encode([*self.messages, asked])
+            self._keep_what_matches(ids[0])
+            cache = compat.going_on(opened.model, self.cache)
+            output = opened.generate(ids, streamer=streamer, return_dict_in_generate=True, **cache)
+            self.cache = compat.cache_of(output)
+            self.seen = output.sequences[0, : self.cache.get_seq_length()]
+        except KeyboardInterrupt:
+            self._forget_cache()  # it may have struck between two layers, and left them of unequal lengths
+            streamer.end()
+            show.note("(stopped)")
+        if streamer.written:
+            self.messages += [asked, {"role": "assistant", "content": opened.decode(streamer.written)}]
+
+    def _keep_what_matches(self, ids: Any) -> None:
+        """Cut the cache back to what it shares with `ids` (length,): a template may render old turns anew.
+
+        At least one token must be left to compute. A cache that cannot be cut is dropped.
+        """
+        if self.cache is None:
+            return
+        length = min(len(self.seen), len(ids) - 1)
+        differs = (self.seen[:length] != ids[:length]).nonzero()
+        shared = int(differs[0]) if len(differs) else length
+        surplus = len(self.seen) - shared
+        if surplus:
+            try:
+                self.cache.crop(-surplus)
+            except (RuntimeError, AttributeError, NotImplementedError):
+                self._forget_cache()
+                return
+            if shared == 0 or self.cache.get_seq_length() != shared:
+                self._forget_cache()
+
+
+def _recorder(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Recorder(TextStreamer):
+        """Streams to stdout and remembers the ids, which an interrupted generate() does not return."""
+
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.written: list[int] = []
+
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt:
+                self.written += value.flatten().tolist()
+            super().put(value)
+
+    return Recorder()
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def declare(commands: Any) -> None:
+    parser = options.command(
+        commands, "chat", run, help="a conversation on stdin and stdout",
+        description="Talk with a model whose experts wait in host memory.", epilog=EXAMPLES,
+    )  # fmt: skip
+    options.loading(parser)
+    options.text(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    opened = session.start(arguments, *session.opening(arguments))
+    if not opened.template and not arguments.raw:
+        show.note("This tokenizer has no chat template, so a prompt is appended to the text so far, on a new line.")
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        prompts.edit_typed_lines()
+        show.note("One line is one turn; /help lists the commands, Ctrl-C stops an answer.")
+    conversation, turns = Conversation(opened), prompts.Turns(interactive)
+    while True:
+        try:
+            turn = next(turns, "/exit")
+        except KeyboardInterrupt:
+            show.note("\n(/exit or the end of the input ends the conversation)")
+            continue
+        if isinstance(turn, Refused):
+            show.note(f"error: {turn}")
+        elif turn.strip() == "/exit":
+            return 0
+        elif turn.strip().startswith("/"):
+            _obey(turn.strip(), conversation)
+        elif turn.strip():
+            _answer(turn.strip(), conversation)
+
+
+def _obey(command: str, conversation: Conversation) -> None:
+    if command == "/reset":
+        conversation.reset()
+        show.note("(forgotten)")
+    elif command == "/help":
+        show.note("\n".join(f"{name:8}{does}" for name, does in COMMANDS.items()))
+    else:
+        word = command.split()[0]
+        meant = nearest(word, COMMANDS)
+        guess = "" if meant is None else f"did you mean {meant}? There"
+        show.note(f"Unknown command {word}; {guess or 'there'} are /reset and /exit. /help says what they do.")
+
+
+def _answer(prompt: str, conversation: Conversation) -> None:
+    model = conversation.opened.model
+    before = model.mobile.stats()
+    try:
+        conversation.answer(prompt)
+    except Refused as refused:
+        show.note(f"error: {refused}")
+        return
+    show.note(session.line(model, before))

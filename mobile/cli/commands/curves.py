@@ -1,0 +1,69 @@
+"""The picture of `mobile replay`: hit rate against device memory, one labelled curve a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+
+from mobile import outputs
+from mobile.errors import Refused
+from mobile.replay.replay import Outcome
+
+# Okabe and Ito's colours (2008), told apart with any colour vision; yellow is left out, being faint on white.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osD^vXP*h<>"
+LINES = ("-", "--", "-.", ":")  # where curves cover each other, each still shows
+FORMATS = (".svg", ".png")
+LABEL_GAP = 0.045  # of the axis, between two labels
+
+
+def check(path: Path) -> None:
+    """Refuse before anything is replayed what cannot be drawn."""
+    if path.suffix.lower() not in FORMATS:
+        raise Refused(f"Cannot draw {outputs.shown(path)}; name a file that ends in {' or '.join(FORMATS)}.")
+    outputs.check_file(path)
+    if find_spec("matplotlib") is None:
+        raise Refused("--plot needs matplotlib; pip install 'mobile-moe[harness]', or leave --plot out.")
+
+
+def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
+    """Write the picture; strategies without a hit rate are left out. Labels stand at the curves' right ends."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for one in sorted(outcomes, key=lambda one: one.memory_nbytes):
+        if one.hit_rate is not None:
+            curves.setdefault(one.strategy, []).append((one.memory_nbytes / 2**30, one.hit_rate))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mobile"}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        heights = _apart({name: points[-1][1] for name, points in curves.items()})
+        styles = zip(cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
+        for (name, points), (colour, marker, line) in zip(curves.items(), styles, strict=False):
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, linewidth=1.6)
+            axes.annotate(
+                name, xy=points[-1], xytext=(1.03, heights[name]), textcoords=axes.get_yaxis_transform(), color=colour,
+                va="center", fontsize=9, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+            )  # fmt: skip
+        axes.set(xlabel="device memory (GiB)", ylabel="hit rate of decode", title=title, ylim=(-0.03, 1.03))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        kind = path.suffix.lower().removeprefix(".")
+        with outputs.whole(path) as file:
+            figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+def _apart(wanted: dict[str, float]) -> dict[str, float]:
+    """Heights as near to the wanted ones as labels that do not cover each other allow."""
+    placed: dict[str, float] = {}
+    lowest, highest = 0.0, 1.0
+    for name, height in sorted(wanted.items(), key=lambda item: item[1]):
+        placed[name] = max(height, lowest)
+        lowest = placed[name] + LABEL_GAP
+    for name in reversed(placed):
+        placed[name] = min(placed[name], highest)
+        highest = placed[name] - LABEL_GAP
+    return placed

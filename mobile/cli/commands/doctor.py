@@ -1,0 +1,231 @@
+"""`mobile doctor`: what this machine offers, measured where it can be, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mobile.cli import options, show
+from mobile.cli.commands.calibrate import calibrate
+from mobile.costs.geometry import GEOMETRIES
+from mobile.errors import Refused
+from mobile.machine.gpu import UNKNOWN_LINK, Gpu, LinkRates, LinkState, cuda_uuid, gpus, link_rates
+from mobile.machine.host import Host, Limit, Software, host, memcpy_gb_per_s, software
+
+EXAMPLES = """
+examples:
+  mobile doctor
+  mobile doctor --json | jq .host.memlock_nbytes
+  mobile doctor --calibrate --out here.json         then: mobile plan olmoe-1b-7b --hardware here.json
+
+Unknown is null in the JSON. Measuring takes about a second, and 0.5 GiB of host memory.
+
+--calibrate times copies, kernels and decode steps of this machine the way the engine does them, and fits the numbers
+that virtual time is computed with. It takes about a minute, with nothing else running. On a GPU it takes 8 GiB of
+device memory and 4 GiB of host memory. Without a GPU the link is a copy within host memory, and the profile describes
+this processor.
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the screen shows. `rates` and `rates_of` are of torch's current CUDA device, where models go."""
+
+    software: Software
+    host: Host
+    memcpy_gb_per_s: float | None
+    memcpy_threads: int
+    gpus: tuple[Gpu, ...]
+    cuda: bool
+    rates: LinkRates | None
+    rates_of: str | None
+
+
+def examine() -> Report:
+    """Look and measure. Imports torch."""
+    show.waiting("looking at this machine ...")
+    import torch
+
+    return Report(
+        software=software(),
+        host=host(),
+        memcpy_gb_per_s=memcpy_gb_per_s(),
+        memcpy_threads=torch.get_num_threads(),
+        gpus=tuple(gpus()),
+        cuda=torch.cuda.is_available(),
+        rates=link_rates(),
+        rates_of=cuda_uuid(),
+    )
+
+
+def advice(report: Report) -> list[str]:
+    """What is off, one sentence each with what to do about it; empty if nothing is."""
+    return [*_about_software(report), *_about_link(report), *_about_host(report)]
+
+
+def _about_software(report: Report) -> Iterator[str]:
+    if report.software.problem is not None:
+        yield report.software.problem
+    if report.cuda:
+        if report.software.pynvml is None:
+            yield "Install nvidia-ml-py to see the link's generation and width."
+    elif report.gpus and report.software.torch_cuda is None:
+        yield f"There is a {report.gpus[0].name}, but this torch is built without CUDA; install a CUDA build of torch."
+    elif report.gpus:
+        yield (
+            f"There is a {report.gpus[0].name}, but torch cannot use it; check that driver {report.gpus[0].driver} "
+            f"supports CUDA {report.software.torch_cuda} and that CUDA_VISIBLE_DEVICES does not hide it."
+        )
+    else:
+        yield "No CUDA device: bytes are moved and answers are real, time is virtual (computed). Speed needs a GPU."
+
+
+def _about_link(report: Report) -> Iterator[str]:
+    rates = report.rates
+    if rates is None:
+        return
+    best = next((gpu.link_max for gpu in report.gpus if gpu.uuid == report.rates_of), UNKNOWN_LINK)
+    now = rates.under_load
+    if now.width is not None and best.width is not None and now.width < best.width:
+        yield (
+            f"The link runs {now.width} of {best.width} lanes under load; move the card to a full-width slot, and look "
+            "for a riser or an M.2 drive that shares its lanes."
+        )
+    if now.generation is not None and best.generation is not None and now.generation < best.generation:
+        yield (
+            f"The link runs at generation {now.generation} of {best.generation} under load; set the slot's PCIe speed "
+            "to auto in the firmware, and check the riser."
+        )
+    if not rates.registers:
+        yield (
+            "The driver would not page-lock ordinary memory, so experts move at the pageable rate; WSL2 and some "
+            "sandboxes allow little or none of it, whatever RLIMIT_MEMLOCK says: run on Linux itself, outside of the "
+            "sandbox, or free host memory."
+        )
+
+
+def _about_host(report: Report) -> Iterator[str]:
+    usable = report.host.usable_nbytes
+    if usable is None:
+        return
+    needs = {name: preset.keys * preset.expert_nbytes for name, preset in GEOMETRIES.items()}
+    short = [f"{name} ({show.memory(need)})" for name, need in needs.items() if need > usable]
+    if short:
+        limited = isinstance(report.host.container_limit_nbytes, int)
+        what = "raise the container's limit or add memory" if limited else "free or add memory"
+        yield f"{show.memory(usable)} of host memory cannot hold the experts of {', '.join(short)}; {what} for those."
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def declare(commands: Any) -> None:
+    parser = options.command(
+        commands, "doctor", run, help="what this machine offers, and what to change",
+        description="Show versions, GPU, link and host memory; measure copies; say what to change.\n"
+        "With --calibrate: fit a hardware profile to this machine.", epilog=EXAMPLES,
+    )  # fmt: skip
+    options.json(parser)
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--calibrate", action="store_true", help="time this machine and fit a hardware profile to it")
+    group.add_argument("--out", type=Path, metavar="FILE.json", help="write the profile, for --hardware FILE.json")
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1: what to time (default: a GPU if there)")
+    group.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
+                       help="of the timed weights (default: bfloat16 on a GPU, else float32)")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.calibrate:
+        calibrate(arguments.device, arguments.dtype, arguments.out, as_json=arguments.json)
+        return 0
+    if arguments.out is not None or arguments.device is not None or arguments.dtype != "auto":
+        raise Refused("--out, --device and --dtype belong to a calibration; add --calibrate.")
+    report = examine()
+    if arguments.json:
+        show.as_json({**asdict(report), "usable_nbytes": report.host.usable_nbytes, "advice": advice(report)})
+        return 0
+    out = show.console()
+    for section in (_software(report.software), _host(report), *(_gpu(report, gpu) for gpu in report.gpus)):
+        out.print(section)
+        out.print()
+    if not report.gpus:
+        out.print("No GPU found.\n")
+    out.print("What to change", style="bold")
+    for line in advice(report) or ["Nothing."]:
+        out.print(f"- {line}")
+    return 0
+
+
+def _section(title: str, rows: dict[str, str]) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    made.add_column(style="dim", min_width=24)
+    made.add_column()
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
+
+
+def _software(found: Software) -> Table:
+    return _section(
+        "Software",
+        {
+            "Python": found.python,
+            "torch": f"{found.torch}, CUDA {found.torch_cuda or 'not built in'}",
+            "Transformers": f"{found.transformers}, {'supported' if found.problem is None else 'NOT SUPPORTED'}",
+            "triton": found.triton or "absent",
+            "pynvml (nvidia-ml-py)": found.pynvml or "absent",
+        },
+    )
+
+
+def _host(report: Report) -> Table:
+    found = report.host
+    return _section(
+        "Host",
+        {
+            "CPU": f"{found.cpu or 'unknown'}, {found.cpus_allowed or 'unknown'} allowed",
+            "memory": f"{show.memory(found.memory_available_nbytes)} available of "
+            f"{show.memory(found.memory_total_nbytes)}",
+            "container limit": _limit(found.container_limit_nbytes),
+            "swap": "none"
+            if found.swap_total_nbytes == 0
+            else f"{show.memory(found.swap_free_nbytes)} free of {show.memory(found.swap_total_nbytes)}",
+            "RLIMIT_MEMLOCK": _limit(found.memlock_nbytes),
+            "memcpy": f"{_rate(report.memcpy_gb_per_s)}, {report.memcpy_threads} thread(s), measured",
+        },
+    )
+
+
+def _gpu(report: Report, gpu: Gpu) -> Table:
+    rows = {
+        "driver": gpu.driver or "unknown",
+        "memory": f"{show.memory(gpu.memory_free_nbytes)} free of {show.memory(gpu.memory_total_nbytes)}",
+        "compute capability": gpu.compute_capability or "unknown",
+        "link now / max": f"{_pcie(gpu.link_now)} / {_pcie(gpu.link_max)}",
+    }
+    if report.rates is not None and gpu.uuid == report.rates_of:
+        rows |= {
+            "link under load": _pcie(report.rates.under_load),
+            "copies, page-locked": f"{_rate(report.rates.pinned_gb_per_s)}, measured",
+            "copies, pageable": f"{_rate(report.rates.pageable_gb_per_s)}, measured",
+        }
+    return _section(gpu.name, rows)
+
+
+def _limit(nbytes: Limit) -> str:
+    return nbytes if isinstance(nbytes, str) else show.memory(nbytes)
+
+
+def _rate(gb_per_s: float | None) -> str:
+    return "unknown" if gb_per_s is None else f"{gb_per_s:.1f} GB/s"
+
+
+def _pcie(link: LinkState) -> str:
+    if link.generation is None or link.width is None:
+        return "unknown"
+    return f"PCIe {link.generation}.0 x{link.width}"

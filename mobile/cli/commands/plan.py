@@ -1,0 +1,336 @@
+"""`mobile plan`: does a model fit, and what bounds each strategy, from its configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobile.cli import options, show
+from mobile.costs.bounds import Ceilings, ceilings
+from mobile.costs.cost_model import CostModel
+from mobile.costs.geometry import GEOMETRIES, Geometry, slots_for
+from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.errors import Refused
+from mobile.machine.host import host, memory_shortage
+from mobile.policies.strategy import BigLittle, HalfK, Strategy, strategies
+from mobile.residency.residency import STAGING
+
+if TYPE_CHECKING:
+    from mobile.checkpoints.source import Source
+
+EXAMPLES = """
+examples:
+  mobile plan olmoe-1b-7b --memory 8GiB             a preset: nothing is fetched
+  mobile plan Qwen/Qwen3-30B-A3B --memory 12GiB     a hub id: only its configuration is fetched
+  mobile plan qwen3-30b-a3b --host-memory 64GiB     on a machine with that much host memory
+  mobile plan ./checkpoint --memory 2GiB --json | jq .slots
+  mobile plan olmoe-1b-7b --hardware here.json      this machine, measured by: mobile doctor --calibrate --out here.json
+  mobile plan olmoe-1b-7b --fallback-rate 0.2       what MoBiLE's bound is at that rate
+
+The first line says whether the model runs here. exit code: 0 if it does; 1 if this host lacks the memory for its
+experts, or the disk for its weights; 2 if it is refused, by `mobile.load` as well, like a budget that cannot hold it.
+"""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one decode token costs at a fallback rate (None: the strategy has none). Computed, per token.
+
+    `link_tokens_per_s` is None where nothing is copied.
+    """
+
+    fallback_rate: float | None
+    nbytes: int
+    link_tokens_per_s: float | None
+    compute_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy under the budget: the slots and device memory it needs to do what it is for, and its bounds."""
+
+    strategy: str
+    summary: str
+    lossless: bool
+    keeps: str
+    needs_slots: int
+    needs_nbytes: int
+    budget_meets_needs: bool
+    bounds: tuple[Bound, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A budget taken apart. Bytes on the device add up to at most `memory_nbytes`.
+
+    `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not.
+    """
+
+    runs: bool
+    because: str | None
+    fits: bool
+    model: str
+    hardware: str
+    memory_nbytes: int
+    geometry: Geometry
+    resident_nbytes: int
+    reserve_nbytes: int
+    staging_nbytes: int
+    slots: int
+    slots_nbytes: int
+    host_needed_nbytes: int
+    host_available_nbytes: int | None
+    host_fits: bool | None
+    strategies: tuple[Row, ...]
+    ceilings: Ceilings | None
+    projected: bool = True
+
+
+def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
+    """The bounds of one decode token: bytes over the link's bandwidth without any cache, compute without any wait.
+
+    With K experts a layer a token moves L K bytes(expert); a little pass L K/2 of them, and a fallback the rest.
+    What the CPU computes is not moved, and the link's bound is then the slower one's of both.
+    """
+    geometry = cost.geometry
+    layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
+
+    def compute_ns(experts: int) -> int:
+        return layers * (cost.dense_ns(1) + experts * cost.expert_ns(1)) + cost.head_ns(1)
+
+    moved: float
+    on_cpu = 0
+    if isinstance(strategy.gating, BigLittle):
+        fallbacks = rate or 0.0
+        moved = layers * (little + fallbacks * (full - little))
+        prediction = cost.router_replay_ns if strategy.prefetch else 0
+        nanoseconds = compute_ns(little) + fallbacks * (prediction + compute_ns(full))
+    else:
+        chosen = little if isinstance(strategy.gating, HalfK) else full
+        on_cpu = 0 if strategy.on_cpu is None else len(strategy.on_cpu(cost).on_cpu(0, [1] * chosen))
+        moved, nanoseconds = layers * (chosen - on_cpu), compute_ns(chosen)
+    nbytes = 0 if strategy.retain == "everything" else round(moved * geometry.expert_nbytes)
+    link = cost.profile.link_gb_per_s * 1e9 / nbytes if nbytes else None
+    if on_cpu:
+        beside = 1e9 / (layers * on_cpu * cost.cpu_expert_ns(1))
+        link = beside if link is None else min(link, beside)
+    return Bound(rate, nbytes, link, 1e9 / nanoseconds)
+
+
+def plan(
+    model: str, geometry: Geometry, memory_nbytes: int, hardware: HardwareProfile, host_nbytes: int | None,
+    fallback_rates: Sequence[float] = (0.0, 1.0), disk_shortage: str | None = None,
+) -> Plan:  # fmt: skip
+    """Divide the budget. Raises Refused when it cannot hold the dense weights and one token's experts."""
+    slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, STAGING)
+    cost = CostModel(hardware, geometry)
+    rows = []
+    for strategy in strategies().values():
+        needs = strategy.needs(geometry)
+        rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
+        rows.append(
+            Row(
+                strategy=strategy.name,
+                summary=strategy.summary,
+                lossless=strategy.lossless,
+                keeps=strategy.retain,
+                needs_slots=needs,
+                needs_nbytes=hardware.reserve_nbytes
+                + geometry.resident_nbytes
+                + (needs + STAGING) * geometry.expert_nbytes,
+                budget_meets_needs=slots >= needs,
+                bounds=tuple(bound(strategy, cost, rate) for rate in rates),
+            )
+        )
+    host_needed = geometry.keys * geometry.expert_nbytes
+    because = memory_shortage(host_needed, host_nbytes) or disk_shortage
+    return Plan(
+        runs=because is None,
+        because=because,
+        fits=True,
+        model=model,
+        hardware=hardware.name,
+        memory_nbytes=memory_nbytes,
+        geometry=geometry,
+        resident_nbytes=geometry.resident_nbytes,
+        reserve_nbytes=hardware.reserve_nbytes,
+        staging_nbytes=STAGING * geometry.expert_nbytes,
+        slots=slots,
+        slots_nbytes=slots * geometry.expert_nbytes,
+        host_needed_nbytes=host_needed,
+        host_available_nbytes=host_nbytes,
+        host_fits=None if host_nbytes is None else host_needed <= host_nbytes,
+        strategies=tuple(rows),
+        ceilings=ceilings(cost, fallback_rates),
+    )
+
+
+def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry | Source:
+    """A preset's sizes, or where the checkpoint is that a folder or a hub id names. Raises Refused if there is none."""
+    if model in GEOMETRIES and not Path(model).is_dir():
+        if dtype not in ("auto", "bfloat16"):
+            raise Refused(f"The preset {model} is bfloat16; leave --dtype out, or name a checkpoint.")
+        return GEOMETRIES[model]
+    from mobile.checkpoints import examine
+
+    return examine.find(model, trust_remote_code=trust_remote_code, patterns=examine.CONFIGURATION)
+
+
+def sizes(
+    found: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Geometry, str | None]:
+    """The model's sizes, and why the disk has no room for its weights, if so; built without weights.
+
+    Raises Refused for what `mobile.load` refuses before it has the weights.
+    """
+    if isinstance(found, Geometry):
+        return found, None
+    from mobile.checkpoints.examine import examine
+    from mobile.live_model import compat
+
+    known = examine(found, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
+    return compat.geometry_of(known.empty, known.layers, known.layout), known.disk_shortage()
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def declare(commands: Any) -> None:
+    parser = options.command(
+        commands, "plan", run, help="does a model fit, and what bounds its speed",
+        description="Divide a memory budget and compute what bounds each strategy. No weight is read or fetched.",
+        epilog=EXAMPLES,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
+    parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
+    parser.add_argument("--host-memory", metavar="SIZE", help="what the host has for experts (default: this machine's)")
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
+    parser.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
+                        help=f"of the weights: {', '.join(options.DTYPES)}")  # fmt: skip
+    parser.add_argument("--fallback-rate", type=float, metavar="R", help="for `mobile` (default: both 0 and 1)")
+    options.trust(parser)
+    options.json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = None
+    try:
+        rates: tuple[float, ...] = (0.0, 1.0)
+        if arguments.fallback_rate is not None:
+            if not 0 <= arguments.fallback_rate <= 1:
+                raise Refused(f"A fallback rate lies between 0 and 1, and {arguments.fallback_rate} does not.")
+            rates = (arguments.fallback_rate,)
+        if arguments.model not in GEOMETRIES:
+            show.waiting(f"reading {arguments.model} ...")
+        hardware = profile(arguments.hardware)
+        memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
+        usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)
+        found = find(arguments.model, arguments.dtype, arguments.trust_remote_code)
+        geometry, shortage = sizes(found, arguments.dtype, arguments.trust_remote_code)
+        made = plan(arguments.model, geometry, memory, hardware, usable, rates, shortage)
+    except Refused as refused:
+        if arguments.json:
+            show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
+        elif found is not None:
+            print(f"does not run here: {arguments.model}, because: {refused}")
+        raise
+    if arguments.json:
+        show.as_json(asdict(made))
+    else:
+        _print(made, hardware)
+    return 0 if made.runs else 1
+
+
+def _print(made: Plan, hardware: HardwareProfile) -> None:
+    out, geometry = show.console(), made.geometry
+    where = f"{made.model} on {made.hardware} with {show.memory(made.memory_nbytes)}"
+    verdict = f"runs: {where}" if made.runs else f"does not run here: {where}, because {made.because}"
+    out.print(verdict, markup=False)
+    out.print(
+        f"{made.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
+        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was run.\n",
+        markup=False,
+    )
+    device = show.table("Device memory", "part", "size", "")
+    device.add_row("dense weights", show.memory(made.resident_nbytes), "with embedding and head")
+    device.add_row("reserve", show.memory(made.reserve_nbytes), "context, workspace, KV cache")
+    each = show.memory(geometry.expert_nbytes)
+    device.add_row("prefill buffers", show.memory(made.staging_nbytes), f"{STAGING} experts of {each}")
+    share = f"{made.slots:,} of {geometry.keys:,} experts ({made.slots / geometry.keys:.1%})"
+    device.add_row("expert slots", show.memory(made.slots_nbytes), share)
+    device.columns[-1].justify = "left"
+    out.print(device)
+    holds = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
+    out.print(
+        f"\nHost memory: all experts need {show.memory(made.host_needed_nbytes)}; "
+        f"{show.memory(made.host_available_nbytes)} available: {holds}.\n"
+    )
+    rows = show.table(
+        "Bounds per decode token (projected)",
+        "strategy", "loss-\nless", "needs\nslots", "needs\nmemory", "fits", "bytes\na token", "link\ntokens/s",
+        "compute\ntokens/s",
+    )  # fmt: skip
+    for row in made.strategies:
+        for bound in row.bounds:
+            rows.add_row(
+                row.strategy if bound.fallback_rate is None else f"{row.strategy}, r = {bound.fallback_rate:g}",
+                "yes" if row.lossless else "no",
+                f"{row.needs_slots:,}",
+                show.memory(row.needs_nbytes),
+                "yes" if row.budget_meets_needs else "no",
+                show.moved(bound.nbytes),
+                "-" if bound.link_tokens_per_s is None else show.rate(bound.link_tokens_per_s),
+                show.rate(bound.compute_tokens_per_s),
+            )
+    out.print(rows)
+    for line in _footnotes(made, hardware):
+        out.print(line)
+    if made.ceilings is not None:
+        _print_ceilings(out, made.ceilings)
+
+
+def _print_ceilings(out: Any, bounds: Ceilings) -> None:
+    table = show.table(
+        "Ceilings of MoBiLE over on-demand loading (closed forms)",
+        "fallback\nrate r", "all loading\n2 / (1 + r)", "with compute\n1 / (1 - f/2 + r phi)",
+    )  # fmt: skip
+    for rate, loading, whole in bounds.speedups:
+        table.add_row(f"{rate:g}", f"{loading:.2f}x", f"{whole:.2f}x")
+    out.print()
+    out.print(table)
+    even = "at no rate" if bounds.break_even is None else f"at r = {bounds.break_even:.2f}"
+    out.print(
+        f"On-demand loading, which takes turns with compute: {show.rate(bounds.on_demand_tokens_per_s)} tokens/s at "
+        f"most. f = {bounds.loading_share:.3f} of its step grows with the experts run; a fallback costs "
+        f"phi = {bounds.fallback_cost:.3f} of a step; both are as fast {even}. Overlap or a cache on the other side "
+        "makes f smaller."
+    )
+
+
+def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
+    geometry = made.geometry
+    full, little = geometry.top_k, geometry.little_k
+    times = "2 / (1 + r)" if full == 2 * little else f"{full} / ({little} + {full - little} r)"
+    lines = [
+        "",
+        f"link: {hardware.link_gb_per_s:g} GB/s over the bytes of one token's experts, without any cache. Strategies "
+        "that keep experts beat it by 1 / (1 - hit rate); routing decides the hit rate. Copy latency is left out.",
+        f"mobile: at the fallback rate r a token moves {little} + {full - little} r experts a layer, so the bound is "
+        f"{times} times plain offloading's, if its needs fit and every prefetch is in time.",
+        f"compute: nothing waited for; max(bytes / {hardware.memory_gb_per_s:g} GB/s, flops / {hardware.tflops:g} "
+        f"TFLOP/s) + {hardware.launch_seconds * 1e6:g} us a launch. Attention over the KV cache is left out.",
+        "The lower of both bounds holds. needs: slots with which a strategy does what it is for; with fewer it still "
+        "runs exactly, only slower (resident does not run).",
+        *(f"{hardware.name}: {source}" for source in hardware.sources),
+    ]
+    if any(row.strategy == "cpu-hybrid" for row in made.strategies):
+        lines.append(
+            "cpu-hybrid: what is missing is parted between link and CPU, and its bound is the slower one's. The "
+            f"CPU reads at {hardware.cpu_gb_per_s:g} GB/s."
+        )
+    if made.slots == geometry.keys:
+        lines.append("Every expert has a slot here, so a strategy that keeps experts loads each of them only once.")
+    return lines

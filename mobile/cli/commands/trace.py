@@ -1,0 +1,87 @@
+"""`mobile trace`: run prompts and save which experts every token chose, for replay under other strategies."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mobile import outputs
+from mobile.cli import options, prompts, session, show
+from mobile.cli.reader import Reader
+from mobile.errors import Refused
+from mobile.machine.host import package
+from mobile.replay import trace as traces
+
+EXAMPLES = """
+examples:
+  mobile trace FOLDER --prompts prompts.jsonl --out trace.npz --max-new-tokens 64
+  grep -v '^#' questions.txt | mobile trace FOLDER --prompts - --out trace.npz --strategy on-demand --force
+
+Prompts are lines of text, or JSON objects with a "prompt", one a line; empty lines are skipped. The trace holds expert
+numbers and confidences, no text and no weights.
+"""
+
+
+def declare(commands: Any) -> None:
+    parser = options.command(
+        commands, "trace", run, help="run prompts and save the routing",
+        description="Run prompts one by one and save which experts every token chose.", epilog=EXAMPLES,
+    )  # fmt: skip
+    options.loading(parser, geometry=False)  # the trace keeps the model's own sizes; a replay dresses it
+    options.text(parser)
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="lines or JSONL; - reads stdin")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the trace to write, such as trace.npz")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing trace")
+    options.json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    outputs.check_file(out)
+    if out.exists() and not arguments.force:
+        raise Refused(f"{outputs.shown(out)} exists; add --force to overwrite it.")
+    asked = prompts.of_file(arguments.prompts)
+    reader, sampled = session.opening(arguments)
+    read = [_encoded(reader, prompt, f"Prompt {number} of {len(asked)}") for number, prompt in enumerate(asked, 1)]
+    opened = session.start(arguments, reader, sampled)
+    engine = opened.model.mobile
+    before = engine.stats()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
+    with engine.recording(ahead=True) as requests, progress:
+        for ids in progress.track(read, description="prompts"):
+            opened.generate(ids)
+    about = {
+        "geometry": asdict(engine.geometry),
+        "model": arguments.model,
+        "strategy": engine.strategy.name,
+        "gamma": getattr(engine.strategy.gating, "gamma", None),
+        "chat_template": opened.template,
+        "max_new_tokens": arguments.max_new_tokens,
+        "prompt_sha256": [hashlib.sha256(prompt.encode()).hexdigest() for prompt in asked],
+        "versions": {name: package(name) for name in ("mobile-moe", "torch", "transformers")},
+    }
+    traces.save(out, requests, len(engine.layers), about)
+    steps, nbytes = sum(map(len, requests)), out.stat().st_size
+    if arguments.json:
+        show.as_json(
+            {"path": str(out), "requests": len(requests), "steps": steps, "nbytes": nbytes, "stats": engine.stats()}
+        )
+    else:
+        print(f"{out}: {len(requests)} requests, {steps:,} forward passes, {nbytes:,} bytes")
+    show.note(session.line(opened.model, before))
+    return 0
+
+
+def _encoded(reader: Reader, prompt: str, which: str) -> Any:
+    """The ids of a prompt. Raises Refused, saying which prompt it is that cannot be read."""
+    try:
+        return reader.encode([{"role": "user", "content": prompt}])
+    except Refused as refused:
+        raise Refused(f"{which} cannot be traced: {refused}") from refused

@@ -1,0 +1,131 @@
+"""What a model costs to move and to run: layers, experts, bytes. Arithmetic only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mobile.errors import Refused
+from mobile.suggest import offer
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One model's sizes, in bytes of the dtype it is stored in.
+
+    `moe_layers`, `experts` (routed, per layer), `top_k`, `expert_nbytes` (one routed expert, as copied),
+    `dense_nbytes` (everything else a token reads per MoE layer: attention, norms, router, shared experts;
+    dense layers spread evenly), `router_nbytes` (per layer, part of the dense bytes), `head_nbytes` (output
+    projection), `embedding_nbytes` (held on the device, one row read per token), `width` (bytes of one weight).
+    """
+
+    name: str
+    moe_layers: int
+    experts: int
+    top_k: int
+    expert_nbytes: int
+    dense_nbytes: int
+    router_nbytes: int
+    head_nbytes: int
+    embedding_nbytes: int
+    width: int
+
+    @property
+    def little_k(self) -> int:
+        """Experts a little pass runs per layer: half of the top-k."""
+        return max(1, self.top_k // 2)
+
+    @property
+    def keys(self) -> int:
+        """Routed experts in the whole model."""
+        return self.moe_layers * self.experts
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes that always stay on the device."""
+        return self.moe_layers * self.dense_nbytes + self.head_nbytes + self.embedding_nbytes
+
+    def on_demand_ceiling(self, link_gb_per_s: float) -> float:
+        """Tokens per second no cache-less engine can pass: bandwidth over the bytes of one token's experts."""
+        return link_gb_per_s * 1e9 / (self.moe_layers * self.top_k * self.expert_nbytes)
+
+
+def _preset(
+    name: str, *, layers: int, dense_layers: int, experts: int, top_k: int, hidden: int, width: int,
+    attention: int, shared: int, dense_mlp: int, vocabulary: int,
+) -> Geometry:  # fmt: skip
+    """A published bf16 model from its configuration; `attention` counts weights per layer."""
+    moe_layers = layers - dense_layers
+    router = experts * hidden
+    dense = layers * attention + moe_layers * (router + 3 * hidden * shared) + dense_layers * 3 * hidden * dense_mlp
+    return Geometry(
+        name=name, moe_layers=moe_layers, experts=experts, top_k=top_k, expert_nbytes=2 * 3 * hidden * width,
+        dense_nbytes=2 * dense // moe_layers, router_nbytes=2 * router, head_nbytes=2 * hidden * vocabulary,
+        embedding_nbytes=2 * hidden * vocabulary, width=2,
+    )  # fmt: skip
+
+
+# Sizes from the models' published config.json files; norms and biases (below 0.1 %) are left out.
+GEOMETRIES: Mapping[str, Geometry] = {
+    preset.name: preset
+    for preset in (
+        _preset(
+            "olmoe-1b-7b", layers=16, dense_layers=0, experts=64, top_k=8, hidden=2048, width=1024,
+            attention=4 * 2048 * 2048, shared=0, dense_mlp=0, vocabulary=50304,
+        ),
+        _preset(
+            "qwen1.5-moe-a2.7b", layers=24, dense_layers=0, experts=60, top_k=4, hidden=2048, width=1408,
+            attention=4 * 2048 * 2048, shared=5632, dense_mlp=0, vocabulary=151936,
+        ),
+        _preset(
+            # MLA: query 16 x 192, compressed key-value 512 + 64, its expansion to 16 x (128 + 128), output 16 x 128.
+            "deepseek-v2-lite", layers=27, dense_layers=1, experts=64, top_k=6, hidden=2048, width=1408,
+            attention=2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048, shared=2816, dense_mlp=10944,
+            vocabulary=102400,
+        ),
+        _preset(
+            "qwen3-30b-a3b", layers=48, dense_layers=0, experts=128, top_k=8, hidden=2048, width=768,
+            attention=2 * 2048 * 4096 + 2 * 2048 * 512, shared=0, dense_mlp=0, vocabulary=151936,
+        ),
+    )
+}  # fmt: skip
+
+
+def dress(own: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, ...], ...]]:
+    """The geometry to charge for, and for each of the model's own MoE layers the layers it stands for.
+
+    None charges the model's own sizes. A preset's layers are dealt out evenly and in order, so a 4-layer
+    model dressed as a 16-layer one stands for layers 0-3, 4-7, 8-11 and 12-15. Raises Refused for an unknown
+    preset, or one whose experts, top-k or layer count the model cannot stand for.
+    """
+    if name is None:
+        return own, tuple((layer,) for layer in range(own.moe_layers))
+    if name not in GEOMETRIES:
+        raise Refused(f"Unknown geometry {name!r}; {offer(name, sorted(GEOMETRIES))}.")
+    worn = GEOMETRIES[name]
+    if (worn.experts, worn.top_k) != (own.experts, own.top_k) or worn.moe_layers < own.moe_layers:
+        raise Refused(
+            f"Geometry {name} has {worn.moe_layers} layers of {worn.experts} experts, top {worn.top_k}; this model has "
+            f"{own.moe_layers} of {own.experts}, top {own.top_k}, and cannot stand for it."
+        )
+    owner = [layer * own.moe_layers // worn.moe_layers for layer in range(worn.moe_layers)]
+    return worn, tuple(
+        tuple(layer for layer in range(worn.moe_layers) if owner[layer] == mine) for mine in range(own.moe_layers)
+    )
+
+
+def slots_for(geometry: Geometry, memory_nbytes: int, reserve_nbytes: int, staging: int) -> int:
+    """Expert slots that fit beside the resident weights, the reserve and `staging` prefill buffers.
+
+    Never more than the model has experts. Raises Refused when fewer than `top_k` slots fit.
+    """
+    left = memory_nbytes - reserve_nbytes - geometry.resident_nbytes
+    slots = left // geometry.expert_nbytes - staging
+    if slots < geometry.top_k:
+        need = reserve_nbytes + geometry.resident_nbytes + (geometry.top_k + staging) * geometry.expert_nbytes
+        raise Refused(
+            f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, "
+            f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB and {geometry.top_k} + {staging} expert slots "
+            f"need {need / 2**20:,.0f} MiB."
+        )
+    return min(slots, geometry.keys)

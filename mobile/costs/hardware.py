@@ -1,0 +1,173 @@
+"""Hardware profiles: the numbers a virtual run charges time with, each with its source."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from numbers import Real
+from pathlib import Path
+
+from mobile import outputs
+from mobile.errors import Refused
+from mobile.suggest import offer
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A GPU, the link that feeds it, and the processor at the link's other end.
+
+    `link_gb_per_s` and `memory_gb_per_s` are decimal gigabytes per second that copies and kernels reach,
+    `tflops` is dense bf16 with fp32 accumulation, `launch_seconds` the cost of one kernel launch in an
+    eager decode step, `reserve_nbytes` what the context, the workspace and the KV cache take. The processor
+    reads its memory at `cpu_gb_per_s` while it computes an expert, and reaches `cpu_tflops` where that is no limit.
+
+    What only a measurement can tell is nothing where nobody measured: `layer_seconds` is what the engine and the
+    model's own code take in a layer beyond bytes and launches, `step_seconds` the same of a forward pass beyond its
+    layers. `mobile.machine.fit_profile` fits all of it to a machine.
+    """
+
+    name: str
+    vram_nbytes: int
+    memory_gb_per_s: float
+    tflops: float
+    link_gb_per_s: float
+    link_latency_seconds: float
+    launch_seconds: float
+    reserve_nbytes: int
+    cpu_gb_per_s: float
+    cpu_tflops: float
+    sources: tuple[str, ...]
+    layer_seconds: float = 0.0
+    step_seconds: float = 0.0
+
+
+_RTX4080 = HardwareProfile(
+    name="rtx4080-pcie4",
+    vram_nbytes=16 * GIB,
+    memory_gb_per_s=716.8,
+    tflops=97.5,
+    link_gb_per_s=25.0,
+    link_latency_seconds=10e-6,
+    launch_seconds=4e-6,
+    reserve_nbytes=1 * GIB,
+    cpu_gb_per_s=41.0,
+    cpu_tflops=0.5,
+    sources=(
+        "vram, memory bandwidth, bf16 rate: NVIDIA's published RTX 4080 figures (16 GB, 256 bit at 22.4 Gb/s)",
+        "link: PCIe 4.0 x16 carries 31.5 GB/s, of which large page-locked copies usually reach 25 (assumed)",
+        "link latency 10 us a copy, 4 us a launch, 1 GiB reserve: our assumptions, not measured on this card",
+        "processor: dual-channel DDR4-3200 carries 51.2 GB/s, of which 80 % are assumed to be reached; what the "
+        "link reads of it meanwhile is not taken off, which flatters a strategy that computes on the processor",
+        "processor rate: eight cores of two 8-wide fp32 multiply-adds at 4 GHz are 1.02 TFLOP/s; half is assumed",
+    ),
+)
+_SHARED_MEMORY = replace(
+    _RTX4080,
+    name="rtx4080-pcie4-shared-memory",
+    cpu_gb_per_s=16.0,
+    sources=(
+        *_RTX4080.sources[:3],
+        "processor: of the 41 GB/s that two DDR4-3200 channels are assumed to reach, the 16 that a link at 25 leaves "
+        "(assumed, and as if it never paused): against rtx4080-pcie4 it bounds what computing on the processor gains",
+        _RTX4080.sources[-1],
+    ),
+)
+PROFILES = {card.name: card for card in (_RTX4080, _SHARED_MEMORY)}
+
+
+def profile(name: str) -> HardwareProfile:
+    """The profile of that name, or in that file (a path that ends in .json); "auto" is the paper's probable card.
+
+    Raises Refused for a name that is not in `PROFILES`, or a file that holds no profile.
+    """
+    if name == "auto":
+        return PROFILES["rtx4080-pcie4"]
+    if name.endswith(".json"):
+        return read_profile(Path(name))
+    if name not in PROFILES:
+        raise Refused(
+            f"Unknown hardware {name!r}; {offer(name, ('auto', *sorted(PROFILES)))}, or give a .json file that "
+            "`mobile doctor --calibrate --out` wrote."
+        )
+    return PROFILES[name]
+
+
+def write_profile(card: HardwareProfile, path: Path) -> None:
+    """Write the profile as JSON, for `profile` to read. Raise Refused where it cannot be written."""
+    with outputs.whole(path) as file:
+        file.write(f"{json.dumps(asdict(card), indent=1)}\n".encode())
+
+
+def read_profile(path: Path) -> HardwareProfile:
+    """The profile in a file. Raises Refused unless it holds every field of one, nothing else, and sound numbers."""
+    try:
+        return profile_from(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(
+            f"Cannot read the hardware profile {path} ({error}); make one with: mobile doctor --calibrate --out {path}"
+        ) from error
+    except Refused as refused:
+        raise Refused(f"{path} is no hardware profile: {refused}") from refused
+
+
+def profile_from(data: object) -> HardwareProfile:
+    """The profile that `asdict` made this of. Raises Refused for anything else."""
+    named = {field.name: field for field in fields(HardwareProfile)}
+    if not isinstance(data, dict) or set(data) != set(named):
+        unlike = sorted(set(data) ^ set(named)) if isinstance(data, dict) else ["all of it"]
+        raise Refused(f"{', '.join(map(str, unlike))} missing or unknown; it has exactly: {', '.join(named)}.")
+    for name, value in data.items():
+        if name == "name" and isinstance(value, str) and value:
+            continue
+        if name == "sources" and isinstance(value, list) and all(isinstance(line, str) for line in value):
+            continue
+        least = 0 if name.endswith("_seconds") or name == "reserve_nbytes" else math.ulp(0.0)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = whole or (isinstance(value, float) and not name.endswith("nbytes") and math.isfinite(value))
+        if name in ("name", "sources") or not number or value < least:
+            raise Refused(f"{name} cannot be {value!r}.")
+    return HardwareProfile(**{**data, "sources": tuple(data["sources"])})
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    name: 2 ** (10 * power) for power, letter in enumerate("KMGT", 1) for name in (letter, f"{letter}IB")
+}
+MOST_GIB, FEWEST_NBYTES = 1024, 2**20  # a number without a unit is GiB up to the one, and bytes from the other on
+MOST_NBYTES = 2**63 - 1
+
+
+def parse_nbytes(memory: int | str) -> int:
+    """Return the bytes of "8GiB", "8 GB" (decimal), "8G" or "512M" (binary); an int is bytes.
+
+    Of a text without a unit, "8" is 8 GiB and "8589934592" bytes; what lies between could be either. Raise Refused for
+    that, for anything else, and for a size that is not positive.
+    """
+    if isinstance(memory, str):
+        nbytes = _written(memory)
+    elif isinstance(memory, Real) and not isinstance(memory, bool) and math.isfinite(memory):
+        nbytes = int(memory)
+    else:
+        nbytes = None
+    if nbytes is None:
+        raise Refused(f"Cannot read the memory size {memory!r}; write it like 8GiB or 8589934592.")
+    if not 0 < nbytes <= MOST_NBYTES:
+        raise Refused(f"No memory is of the size {memory!r}; write it like 8GiB or 8589934592.")
+    return nbytes
+
+
+def _written(memory: str) -> int | None:
+    """Return the bytes, or None where it cannot be read. Raise Refused for a number that lacks its unit."""
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})\s*([A-Za-z]*)\s*", memory, re.ASCII)
+    if match is None:
+        return None
+    number, unit = Fraction(match[1]), match[2].upper()
+    if unit:
+        return int(number * UNITS[unit]) if unit in UNITS else None
+    if MOST_GIB < number < FEWEST_NBYTES:
+        raise Refused(f"The memory size {memory!r} lacks its unit; write it like {match[1]}MiB or {match[1]}GiB.")
+    return int(number * (GIB if number <= MOST_GIB else 1))

@@ -1,0 +1,250 @@
+"""What is read of Transformers: the version gate, experts modules, their routers, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel
+
+from mobile.costs.geometry import Geometry
+from mobile.errors import Refused
+from mobile.store.layout import ExpertLayout, layout_of
+
+OLDEST, NEWEST_BELOW = "5.17", "5.25"
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+NORM = "post_expert_norm"  # the norm of what an expert gives, which all experts of a layer share; since 5.20
+CACHES = ("cache", "past_key_values", "cache_params")
+PLAIN = {nn.Parameter, torch.Tensor}  # of what classes a weight and its data are, unless something quantised them
+KNOBS = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a live model: its stacked experts, the router that chooses among them, and where K is set."""
+
+    experts: Any
+    router: Any
+    name: str
+    knob: tuple[Any, str]
+
+    @property
+    def count(self) -> int:
+        return int(self.experts.num_experts)
+
+    @property
+    def top_k(self) -> int:
+        return int(getattr(*self.knob))
+
+    def route(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The expert ids (tokens, top_k) that the router chooses for these inputs; runs no hook.
+
+        A router that returns scores alone is taken at its highest ones: its block may correct them, so use this to
+        foresee a choice, never to make one.
+        """
+        parts = self._ask(args, kwargs)
+        for part in parts:
+            if not part.is_floating_point() and part.shape[-1] < self.count:
+                return part.reshape(-1, part.shape[-1])
+        return self._scores(parts).topk(self.top_k).indices
+
+    def choice(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The expert ids and weights (tokens, top_k) that the router gives for these inputs; runs no hook."""
+        parts = self._ask(args, kwargs)
+        for index in parts:
+            for weights in parts:
+                if not index.is_floating_point() and weights.is_floating_point() and weights.shape == index.shape:
+                    return index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
+        raise Refused(f"{type(self.router).__name__} gives no weights with its choice, so no layer is routed ahead.")
+
+    def logits(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The router's scores of every expert (tokens, experts) for these inputs; runs no hook."""
+        return self._scores(self._ask(args, kwargs))
+
+    def _ask(self, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        output = type(self.router).forward(self.router, *args, **kwargs)
+        return [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+
+    def _scores(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        scores = next((part for part in parts if part.is_floating_point() and part.shape[-1] >= self.count), None)
+        if scores is None:
+            raise Refused(f"{type(self.router).__name__} shows no scores of all experts, so nothing can be foreseen.")
+        return scores.reshape(-1, scores.shape[-1])[:, : self.count]
+
+
+def check_version() -> None:
+    """Raises Refused unless Transformers is in the tested range."""
+    if not Version(OLDEST) <= Version(Version(transformers.__version__).base_version) < Version(NEWEST_BELOW):
+        raise Refused(
+            f"Transformers {transformers.__version__} is not supported; install transformers>={OLDEST},<{NEWEST_BELOW}."
+        )
+
+
+def cache_of(named: Mapping[str, Any]) -> Any:
+    """Return the cache of keys and values among arguments or outputs by name; None if there is none.
+
+    Transformers 5.24 calls it `cache`, and everything before `past_key_values`, or after the kind of model.
+    """
+    return next((named[name] for name in CACHES if named.get(name) is not None), None)
+
+
+def going_on(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument with which the model's forward goes on with this cache."""
+    known = inspect.signature(type(model).forward).parameters
+    return {next(name for name in CACHES if name in known): cache}
+
+
+def model_inside(model: Any) -> PreTrainedModel:
+    """Return the Transformers model that `model` is, or that an adapter, a compiler or a class of the caller's wraps.
+
+    Raises Refused if there is none, or several that hold experts.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel):
+        raise Refused("DataParallel makes copies of the model, and an offloaded one has no copy; attach its .module.")
+    if not isinstance(model, nn.Module):
+        raise Refused(f"A {kind} is no Transformers model; give what from_pretrained returns.")
+    found = [inner for inner in _outermost(model) if any(map(is_experts, inner.modules()))]
+    if len(found) != 1:
+        raise Refused(
+            f"{kind} holds {len(found) or 'no'} Transformers model{'s' * (len(found) > 1)} with Mixture-of-Experts "
+            "layers; give the one to offload, as from_pretrained returns it."
+        )
+    return found[0]
+
+
+def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the Transformers models inside, but none that lies in another."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield child
+        else:
+            yield from _outermost(child)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether it is one of the stacked experts modules that Transformers decorates."""
+    return all(hasattr(module, flag) for flag in FLAGS)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise Refused unless all weights are loaded floating-point tensors on one device, and no part is compiled."""
+    weights = list(model.parameters())
+    if any(w.is_meta for w in weights):
+        raise Refused("The model's weights are not in memory, but on the meta device; load it without a device_map.")
+    if any(not w.is_floating_point() or {type(w), type(w.data)} != PLAIN for w in weights):
+        raise Refused("The model's weights are quantised; load them in a floating-point dtype.")
+    places = sorted({str(w.device) for w in weights if w.numel()})
+    if len(places) > 1:
+        raise Refused(
+            f"The model's weights lie on {' and '.join(places)}; load it on one device, without a device_map."
+        )
+    for name, part in model.named_modules():
+        if name and getattr(part, "_compiled_call_impl", None) is not None:
+            raise Refused(
+                f"{name} is compiled by itself, so nothing in it can be replaced; attach first, then compile."
+            )
+
+
+def weight_names(experts: Any) -> tuple[str, ...]:
+    """The stacked weights of an experts module, each (experts, ...), in the order they lie in a row."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    return (up, f"{up}_bias", "down_proj", "down_proj_bias") if experts.has_bias else (up, "down_proj")
+
+
+def stacked(experts: Any) -> list[nn.Parameter]:
+    """Return those weights themselves: all that an experts module holds, but for a norm that its experts share."""
+    return [getattr(experts, name) for name in weight_names(experts)]
+
+
+def moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """The model's MoE layers in order. Raises Refused if it has none, or one that cannot be offloaded."""
+    kind = type(model).__name__
+    layers = []
+    for name, experts in model.named_modules():
+        if not is_experts(experts):
+            continue
+        _refuse_adapters(model, name, experts)
+        normed = getattr(experts, f"has_{NORM}", False)
+        weights = {label for label, _ in experts.named_parameters() if not (normed and label.startswith(f"{NORM}."))}
+        if weights != set(weight_names(experts)) or (getattr(experts, NORM, None) is not None) != normed:
+            raise Refused(f"{kind} keeps {', '.join(sorted(weights))} in {name}, a layout this version cannot offload.")
+        layers.append(_layer(kind, model, name, experts))
+    owned = [weight for layer in layers for weight in stacked(layer.experts)]
+    if len({id(weight) for weight in owned}) != len(owned):
+        raise Refused(f"{kind} has experts that several layers share, and a row of the store is of one layer.")
+    if not layers:
+        raise Refused(f"{kind} has no Mixture-of-Experts layers, so there is nothing to offload; use it as it is.")
+    return layers
+
+
+def _refuse_adapters(model: nn.Module, name: str, experts: nn.Module) -> None:
+    """Raise Refused if the experts' weights go through something else before they are used, as an adapter's do."""
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    if any(type(part).__name__ == "ParamWrapper" for part in around) or hasattr(experts, "parametrizations"):
+        raise Refused(
+            f"An adapter (LoRA) or a parametrization lies on the experts {name}, which are computed without it here; "
+            "merge it into them first, as merge_and_unload() does, or leave the experts out of its targets."
+        )
+
+
+def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
+    block = model.get_submodule(name.rpartition(".")[0])
+    children = {label: child for label, child in block.named_children() if child is not experts}
+    routers = [children[label] for label in ("gate", "router") if label in children] or [
+        child
+        for label, child in children.items()
+        if "shared" not in label and any(w.ndim == 2 and w.shape[0] == experts.num_experts for w in child.parameters())
+    ]
+    if len(routers) != 1:
+        raise Refused(f"{kind} has no router beside {name} that this version understands.")
+    for holder in (routers[0], block, getattr(routers[0], "config", None), getattr(experts, "config", None)):
+        for knob in KNOBS:
+            if isinstance(getattr(holder, knob, None), int):
+                return MoeLayer(experts, routers[0], name, (holder, knob))
+    raise Refused(f"{kind} does not say how many experts {name} runs for a token, in any place this version knows.")
+
+
+def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
+    """The row layout that all layers share. Raises Refused if they differ."""
+    weights = [{name: getattr(layer.experts, name) for name in weight_names(layer.experts)} for layer in layers]
+    layouts = {layout_of(named) for named in weights}
+    if len({w.dtype for named in weights for w in named.values()}) != 1:
+        raise Refused("The experts' weights are of several dtypes; load the model with one, like dtype=torch.bfloat16.")
+    if len(layouts) != 1 or len({layer.count for layer in layers}) != 1:
+        raise Refused("The model's MoE layers differ in size, and one slot must hold any expert of any layer.")
+    return layouts.pop()
+
+
+def device_of(layers: Sequence[MoeLayer]) -> torch.device:
+    """Where the model computes: its routers' device, since its experts may be nowhere."""
+    return next(iter(layers[0].router.parameters())).device
+
+
+def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) -> Geometry:
+    """The live model's own sizes, read from its parameters, whether or not the experts are still among them."""
+    routed = {id(w) for layer in layers for w in stacked(layer.experts)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = {id(module.weight) for module in (embedding, head) if module is not None}
+    dense = sum(p.nbytes for p in model.parameters() if id(p) not in routed | apart)
+    return Geometry(
+        name=type(model).__name__,
+        moe_layers=len(layers),
+        experts=layers[0].count,
+        top_k=layers[0].top_k,
+        expert_nbytes=layout.nbytes,
+        dense_nbytes=dense // len(layers),
+        router_nbytes=sum(p.nbytes for p in layers[0].router.parameters()),
+        head_nbytes=head.weight.nbytes if head is not None else 0,
+        embedding_nbytes=embedding.weight.nbytes if head is None or head.weight is not embedding.weight else 0,
+        width=layout.dtype.itemsize,
+    )

@@ -1,0 +1,158 @@
+"""Fit a hardware profile to measurements, by least squares. numpy only; `mobile.machine.measure` makes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mobile.costs.cost_model import EXPERT_LAUNCHES, CostModel
+from mobile.costs.geometry import Geometry
+from mobile.costs.hardware import HardwareProfile
+from mobile.errors import Refused
+
+SIZES = 3  # fewer cannot tell a latency from a bandwidth and show how well the line fits
+WORKSPACE_NBYTES = 512 * 2**20  # for workspaces and the KV cache, assumed
+
+
+class Timing(NamedTuple):
+    """Bytes moved or read once, with so many launches (or copies), and the seconds that took."""
+
+    nbytes: int
+    launches: int
+    seconds: float
+
+
+class Depth(NamedTuple):
+    """A decode step of a model of so many layers, everything resident."""
+
+    layers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was timed on a machine, and when and on what (`about`).
+
+    `copies` are of rows over the link; `kernels` are weights read by the device, one big product (1 launch) or one
+    expert (`cost.EXPERT_LAUNCHES`); `cpu_kernels` are experts on the processor. `depths` are decode steps of models
+    whose layers have the sizes of `layer`. Rates are of large products. `memory_nbytes` is the device's, and
+    `taken_nbytes` what of it this process could not have.
+    """
+
+    device: str
+    about: str
+    copies: tuple[Timing, ...]
+    kernels: tuple[Timing, ...]
+    cpu_kernels: tuple[Timing, ...]
+    depths: tuple[Depth, ...]
+    layer: Geometry
+    tflops: float
+    cpu_tflops: float
+    memory_nbytes: int
+    taken_nbytes: int
+
+
+class Line(NamedTuple):
+    """seconds = launches x `each_seconds` + bytes / `gb_per_s`; `worst` is the largest relative miss of a timing."""
+
+    each_seconds: float
+    gb_per_s: float
+    worst: float
+
+
+def line(timings: Sequence[Timing], what: str) -> Line:
+    """The line through timings, by least squares of relative error; a latency below nothing is nothing.
+
+    Raises Refused for too few sizes, for times that are not positive, and where more bytes do not take longer.
+    """
+    if len({timing.nbytes for timing in timings}) < SIZES:
+        raise Refused(f"Measure {what} at {SIZES} sizes at least; there are {len({t.nbytes for t in timings})}.")
+    if not all(math.isfinite(timing.seconds) and timing.seconds > 0 for timing in timings):
+        raise Refused(f"A time measured of {what} is not positive; measure again.")
+    each, per_byte = _positive(
+        np.array([[t.launches, t.nbytes] for t in timings], dtype=float), np.array([t.seconds for t in timings])
+    )
+    if not per_byte > 0:
+        raise Refused(f"More bytes did not take longer in {what}; measure again with nothing else running.")
+    worst = max(abs((t.launches * each + t.nbytes * per_byte) / t.seconds - 1) for t in timings)
+    return Line(each, 1e-9 / per_byte, worst)
+
+
+def _positive(columns: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """The two factors of the columns that miss the seconds least, relatively; the first is not below nothing."""
+    scaled, ones = columns / seconds[:, None], np.ones(len(seconds))
+    size = np.abs(scaled).max(axis=0)
+    first, second = np.linalg.lstsq(scaled / size, ones, rcond=None)[0] / size
+    if first >= 0:
+        return float(first), float(second)
+    return 0.0, float(scaled[:, 1].sum() / (scaled[:, 1] ** 2).sum())
+
+
+def fit(measured: Measurements) -> HardwareProfile:
+    """The profile under which the virtual clock comes closest to what was measured. Raises Refused as `line` does."""
+    copies, kernels = line(measured.copies, "copies"), line(measured.kernels, "kernels")
+    cpu = line(measured.cpu_kernels, "experts on the processor")
+    rates = (measured.tflops, measured.cpu_tflops)
+    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise Refused("A rate measured of products is not positive; measure again.")
+    bare = HardwareProfile(
+        name=f"{measured.device}, calibrated",
+        vram_nbytes=measured.memory_nbytes,
+        memory_gb_per_s=kernels.gb_per_s,
+        tflops=measured.tflops,
+        link_gb_per_s=copies.gb_per_s,
+        link_latency_seconds=copies.each_seconds,
+        launch_seconds=kernels.each_seconds,
+        reserve_nbytes=measured.taken_nbytes + WORKSPACE_NBYTES,
+        cpu_gb_per_s=cpu.gb_per_s,
+        cpu_tflops=measured.cpu_tflops,
+        sources=(),
+    )
+    layer, step = _beyond(measured, bare)
+    sources = _sources(measured, copies, kernels, cpu)
+    return replace(bare, sources=sources, layer_seconds=layer, step_seconds=step)
+
+
+def _beyond(measured: Measurements, bare: HardwareProfile) -> tuple[float, float]:
+    """What a layer, and a step beside its layers, took more than the bare profile says; never less than nothing."""
+    if len({depth.layers for depth in measured.depths}) < 2:
+        raise Refused("Measure decode steps of models of two depths at least, to tell layers from the rest of a step.")
+    if not all(math.isfinite(depth.seconds) and depth.seconds > 0 for depth in measured.depths):
+        raise Refused("A time measured of decode steps is not positive; measure again.")
+    cost = CostModel(bare, measured.layer)
+    columns = np.array([[1, depth.layers] for depth in measured.depths], dtype=float)
+    step, layer = _positive(columns, np.array([depth.seconds for depth in measured.depths]))
+    charged = cost.dense_ns(1) + measured.layer.top_k * cost.expert_ns(1)
+    return max(0.0, layer - charged / 1e9), max(0.0, step - cost.head_ns(1) / 1e9)
+
+
+def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> tuple[str, ...]:
+    def fitted(timings: Sequence[Timing], found: Line) -> str:
+        sizes = sorted({timing.nbytes for timing in timings})
+        return (
+            f"least squares over {len(timings)} sizes of {sizes[0] / 1e6:.2g} to {sizes[-1] / 1e6:.3g} MB, "
+            f"the worst missed by {found.worst:.1%}"
+        )
+
+    depths = ", ".join(str(depth.layers) for depth in measured.depths)
+    return (
+        f"measured: {measured.about}",
+        f"link: copies of rows as the engine makes them; {fitted(measured.copies, copies)}",
+        f"memory bandwidth and launches ({EXPERT_LAUNCHES} an expert): {fitted(measured.kernels, kernels)}",
+        f"processor: experts computed where they lie; {fitted(measured.cpu_kernels, cpu)}",
+        "rates: the largest product that was timed, on the device and on the processor",
+        f"layer and step: decode steps of {depths} layers with everything resident, less what the rest explains",
+        f"reserve: what could not be had when it was measured, and {WORKSPACE_NBYTES // 2**20} MiB assumed for "
+        "workspaces and the KV cache",
+    )
+
+
+def measurements_from(data: dict[str, Any]) -> Measurements:
+    """What `asdict` made this of, back from JSON."""
+    several = {name: tuple(Timing(*row) for row in data[name]) for name in ("copies", "kernels", "cpu_kernels")}
+    depths = tuple(Depth(*row) for row in data["depths"])
+    return Measurements(**{**data, **several, "depths": depths, "layer": Geometry(**data["layer"])})

@@ -1,0 +1,175 @@
+"""A strategy: which experts a token runs, what stays in the slots, and what is loaded ahead."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from mobile.costs.cost_model import CostModel
+from mobile.costs.geometry import Geometry
+from mobile.errors import Refused
+from mobile.policies.protocols import Eviction, Lookahead, Placement, Recent, Setting
+from mobile.suggest import offer
+
+Retain = Literal["nothing", "some", "everything"]
+GROUP = "mobile.strategies"  # of entry points
+PROJECT = "mobile-moe"
+CHECKOUT = Path(__file__).resolve().parents[2] / "pyproject.toml"  # there in a checkout, not in an installed wheel
+
+
+@dataclass(frozen=True)
+class FullK:
+    """Every token runs all K experts the router chose."""
+
+
+@dataclass(frozen=True)
+class HalfK:
+    """Every decode token runs the router's top K/2; prefill runs K."""
+
+
+@dataclass(frozen=True)
+class BigLittle:
+    """MoBiLE: run K/2 first, and again with K if the highest softmax probability is below `gamma`."""
+
+    gamma: float = 0.7
+
+
+@dataclass(frozen=True)
+class Rerouted:
+    """Every decode token runs what `choose` makes of the router's choice; prefill runs K.
+
+    `choose(layer, routed, foreseen)` takes and returns (expert ids, weights), (tokens, K) each. `routed` is what the
+    layer's router says, `foreseen` what it says of the previous layer's input: None in the first layer, and
+    everywhere if not `foresees`. An expert of weight 0 is not run. The tensors' own methods suffice: no torch here.
+    """
+
+    choose: Callable[[int, Chosen, Chosen | None], Chosen]
+    foresees: bool = False
+
+
+Chosen = tuple[Any, Any]
+Gating = FullK | HalfK | BigLittle | Rerouted
+
+
+def _top_k(geometry: Geometry) -> int:
+    return geometry.top_k
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to run a model that does not fit.
+
+    - `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and drops those that `evict`
+      names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
+    - `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
+      layer. Of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
+      a wrong one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. Where `evict` and
+      `lookahead` are one callable, one object answers both. `quasi` asks the next layer's router about what this layer
+      will probably leave (see `mobile.runtime.quasi_hidden_state`) instead of about its input.
+    - `on_cpu` has missing experts computed where they lie instead of loaded.
+    - `foresight` says that a policy needs the future, which only a replay has.
+    - `needs` gives the fewest slots with which the strategy does what it is for; fewer, down to top-k, still run
+      exactly.
+    """
+
+    name: str
+    summary: str
+    source: str
+    lossless: bool
+    gating: Gating = FullK()
+    retain: Retain = "nothing"
+    overlap: bool = True
+    prefetch: bool = False
+    evict: Callable[[Setting], Eviction] = Recent
+    lookahead: Callable[[Setting], Lookahead] | None = None
+    staging: int = 0
+    guesses: int = 0
+    quasi: bool = False
+    on_cpu: Callable[[CostModel], Placement] | None = None
+    foresight: bool = False
+    needs: Callable[[Geometry], int] = _top_k
+
+    @property
+    def gamma(self) -> float | None:
+        """Below which confidence a token falls back; None where none does."""
+        return self.gating.gamma if isinstance(self.gating, BigLittle) else None
+
+    @property
+    def acts_on_decode(self) -> bool:
+        """Whether a token that is written runs, or finds its experts, otherwise than a prompt's tokens do."""
+        return self.retain == "some" or not isinstance(self.gating, FullK)
+
+    @property
+    def routes_as_full_k(self) -> bool:
+        """Whether its routing is the full-K run's, so that one trace serves it and all others like it.
+
+        Not where it foresees from something else than a layer's input, which only its own trace holds.
+        """
+        return self.lossless and isinstance(self.gating, FullK) and not self.quasi
+
+
+@cache
+def strategies() -> Mapping[str, Strategy]:
+    """Return every strategy by name: those of this package, and of each installed plug-in.
+
+    A plug-in is an entry point in the group "mobile.strategies" that is a Strategy. In a checkout, which need not be
+    installed, this package's own are those of its pyproject.toml. Raises Refused if two share a name.
+    """
+    found: dict[str, Strategy] = {}
+    for point in _entry_points():
+        strategy = point.load()
+        if not isinstance(strategy, Strategy):
+            raise Refused(f"The plug-in {point.value} is not a mobile Strategy; uninstall it or fix its entry point.")
+        if strategy.name in found:
+            raise Refused(f"Two installed packages name a strategy {strategy.name!r}; uninstall one of them.")
+        found[strategy.name] = strategy
+    return dict(sorted(found.items()))
+
+
+def _entry_points() -> list[EntryPoint]:
+    """Return the group's entry points: those of the checkout, if this is one, and of the installed packages.
+
+    Metadata of this package itself is left out in a checkout: it may be of another one, or older than the code.
+    """
+    own, installed = _entry_points_of_checkout(), list(entry_points(group=GROUP))
+    if own is None:
+        return installed
+    return own + [point for point in installed if point.dist is None or not _is_this(point.dist.name)]
+
+
+def _is_this(package: str | None) -> bool:
+    return package is not None and package.replace("_", "-") == PROJECT
+
+
+def _entry_points_of_checkout() -> list[EntryPoint] | None:
+    """Return what the pyproject.toml beside this package lists; None where there is none, or another project has it."""
+    try:
+        project = tomllib.loads(CHECKOUT.read_text(encoding="utf-8")).get("project", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return None
+    if project.get("name") != PROJECT:
+        return None
+    return [EntryPoint(name, value, GROUP) for name, value in project["entry-points"][GROUP].items()]
+
+
+def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
+    """The Strategy of that name, with its gamma replaced where given.
+
+    Raises Refused for an unknown name, or a gamma for a strategy that has none.
+    """
+    if isinstance(strategy, str):
+        if strategy not in strategies():
+            raise Refused(f"Unknown strategy {strategy!r}; {offer(strategy, strategies())}.")
+        strategy = strategies()[strategy]
+    if gamma is None:
+        return strategy
+    if not isinstance(strategy.gating, BigLittle):
+        raise Refused(f"Strategy {strategy.name} has no gamma; leave it out, or use the strategy mobile.")
+    if not gamma >= 0:
+        raise Refused(f"gamma is a probability to compare with, and {gamma} is negative; the default is 0.7.")
+    return replace(strategy, gating=BigLittle(gamma))

@@ -1,0 +1,151 @@
+"""Comparing strategies on one trace: cold engines without a model behind them, in virtual time. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mobile.costs.cost_model import CostModel
+from mobile.costs.geometry import Geometry
+from mobile.costs.hardware import HardwareProfile
+from mobile.ledger import Counters, Ledger
+from mobile.links.base import VirtualLink
+from mobile.policies.protocols import Learner, Training, Visit
+from mobile.policies.strategy import BigLittle, Strategy
+from mobile.replay.fast_residency import Replayer
+from mobile.replay.trace import Request, replay, visits
+from mobile.residency.prefill import STAGING
+from mobile.slots import SlotPool
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a trace is charged on: a strategy, a geometry worn by the recorded model, a card, a number of slots."""
+
+    strategy: Strategy
+    geometry: Geometry
+    stands_for: tuple[tuple[int, ...], ...]
+    hardware: HardwareProfile
+    slots: int
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Device memory that so many slots take, with everything beside them."""
+        held = self.geometry.resident_nbytes + (self.slots + STAGING) * self.geometry.expert_nbytes
+        return self.hardware.reserve_nbytes + held
+
+    def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> Replayer:
+        """A cold engine; its ledger keeps the newest `events`."""
+        ledger = Ledger(events)
+        cost = CostModel(self.hardware, self.geometry)
+        link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
+        made = Replayer(
+            self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, stands_for=self.stands_for
+        )
+        link.arrived = made.arrived
+        made.preload_all()
+        return made
+
+
+class Timed(NamedTuple):
+    """What each request took, the totals, and what a strategy that learns from data took to be fitted."""
+
+    requests: list[Counters]
+    ledger: Ledger
+    training: Training | None
+
+
+def timed(on: Bench, requests: Sequence[Request]) -> Timed:
+    """Replay requests in order on one engine that starts cold and stays warm."""
+    residency = on.residency(future=visits(requests, on.stands_for) if on.strategy.foresight else None)
+    taken = replay(requests, residency, on.stands_for)
+    learner = residency.lookahead
+    return Timed(taken, residency.ledger, learner.training if isinstance(learner, Learner) else None)
+
+
+def time_requests(on: Bench, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
+    """What each request takes, and the totals: `timed`, for those who do not ask about training."""
+    return timed(on, requests)[:2]
+
+
+# --- which strategies a trace can stand for ---------------------------------------------------------
+
+
+def misfit(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+    """Why a trace that `recorder` made says nothing about `strategy`; None if it does. For the end of a sentence."""
+    if recorder.routes_as_full_k and strategy.routes_as_full_k:
+        return _unguessed(strategy, recorder, requests)
+    if isinstance(recorder.gating, BigLittle) and isinstance(strategy.gating, BigLittle):
+        wrong = _decided_otherwise(strategy.gating.gamma, requests)
+        return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise" if wrong else None
+    if (strategy.gating, strategy.lossless) == (recorder.gating, recorder.lossless):
+        return _unguessed(strategy, recorder, requests)
+    return f"it would choose other experts than {recorder.name} did, so its tokens would differ"
+
+
+def _unguessed(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+    if strategy.lookahead is not None and strategy.quasi is not recorder.quasi:
+        return f"the router logits that {recorder.name} recorded are of another foresight"
+    decoded = [step for request in requests for step in request if step.kind != "prefill" and len(step.experts) > 1]
+    if strategy.lookahead is not None and decoded and all(step.ahead is None for step in decoded):
+        return "the trace lacks the router logits that lookaheads guess from"
+    return None
+
+
+def _decided_otherwise(gamma: float, requests: Sequence[Request]) -> int:
+    """Little passes after which this gamma would have done what the trace did not do."""
+    return sum(
+        (step.confidence < gamma) is not (following is not None and following.kind == "big")
+        for request in requests for step, following in zip(request, [*request[1:], None], strict=True)
+        if step.kind == "little" and step.confidence is not None
+    )  # fmt: skip
+
+
+# --- one line of a comparison -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trace under one strategy at one size. Rates are of decode; None where there is nothing to divide by.
+
+    `prefetch_recall` is the share of needed experts that were foreseen, `prefetch_precision` the share of foreseen
+    ones that were needed, both of layers something was foreseen of. `wasted_prefetch_gb` were copied and never used.
+    `tokens_per_s` is in virtual time, a projection. `training` is what a predictor took, in real time.
+    """
+
+    strategy: str
+    slots: int
+    memory_nbytes: int
+    resident_share: float
+    hit_rate: float | None
+    fallback_rate: float | None
+    gb_per_token: float
+    tokens_per_s: float
+    stall_share: float
+    prefetch_recall: float | None
+    prefetch_precision: float | None
+    wasted_prefetch_gb: float
+    training: Training | None
+
+
+def outcome(on: Bench, requests: Sequence[Request]) -> Outcome:
+    """Replay a trace with at least one decoded token, from cold slots."""
+    _, ledger, training = timed(on, requests)
+    counters = ledger.counters
+    foreseen, right, needed = (sum(column) for column in zip((0, 0, 0), *ledger.guesses.values(), strict=True))
+    return Outcome(
+        strategy=on.strategy.name,
+        slots=on.slots,
+        memory_nbytes=on.memory_nbytes,
+        resident_share=on.slots / on.geometry.keys,
+        hit_rate=counters.hits / counters.touches if counters.touches else None,
+        fallback_rate=counters.fallbacks / counters.tokens if isinstance(on.strategy.gating, BigLittle) else None,
+        gb_per_token=counters.decode_bytes / counters.tokens / 1e9,
+        tokens_per_s=counters.tokens / (counters.decode_ns / 1e9),
+        stall_share=counters.decode_stall_ns / counters.decode_ns,
+        prefetch_recall=right / needed if needed else None,
+        prefetch_precision=right / foreseen if foreseen else None,
+        wasted_prefetch_gb=(counters.prefetch_loads - counters.prefetch_useful) * on.geometry.expert_nbytes / 1e9,
+        training=training,
+    )

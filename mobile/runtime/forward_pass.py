@@ -1,0 +1,95 @@
+"""What one forward pass does with routing: which experts it may use, and what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from mobile.replay.trace import Experts, Kind, Step
+
+RouterInput = tuple[tuple, dict[str, Any]]
+Selection = tuple[torch.Tensor, torch.Tensor]  # expert ids and their weights, (tokens, K) each
+
+
+@dataclass
+class Pass:
+    """One forward pass over `rows` sequences; `valid` (rows, length) marks tokens that are not padding.
+
+    `live` (rows,) marks the rows of a decode step that are still being written; None: all of them.
+    `confident` and `settled` make a big pass keep the little selection of rows that were sure of themselves,
+    so that no row's output depends on the others in its batch.
+    """
+
+    kind: Kind
+    valid: torch.Tensor
+    live: torch.Tensor | None = None
+    selections: list[Selection] = field(default_factory=list)
+    router_inputs: dict[int, RouterInput] = field(default_factory=dict)
+    ahead: dict[int, np.ndarray] = field(default_factory=dict)  # by layer, the next one's router logits on its input
+    confident: torch.Tensor | None = None
+    experts: int = 0  # of a layer; known once one has selected
+    settled: Sequence[Selection] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed, those of padding and of rows that ended among them."""
+        return self.valid.numel()
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are read or written: all but padding and rows that ended. Waits for the device."""
+        if self.kind == "prefill":
+            return int(self.valid.sum())
+        return self.valid.shape[0] if self.live is None else int(self.live.sum())
+
+    def select(self, layer: int, index: torch.Tensor, weights: torch.Tensor, experts: int) -> Selection:
+        """The selection this pass runs in `layer`, given the router's; entries equal to `experts` are nobody's."""
+        self.experts = experts
+        if self.confident is not None:
+            kept_index, kept_weights = self.settled[layer]
+            kept = kept_index.shape[1]
+            index, weights = index.clone(), weights.clone()
+            index[self.confident] = experts
+            weights[self.confident] = 0
+            index[self.confident, :kept] = kept_index[self.confident]
+            weights[self.confident, :kept] = kept_weights[self.confident]
+        self.selections.append((index, weights))
+        return index, weights
+
+    def row_step(self, row: int, confidence: float | None = None, predicted: Sequence[list[list[int]]] = ()) -> Step:
+        """This pass as one row of the batch would have run it alone."""
+        foreseen = tuple(tuple(sorted(layer[row])) for layer in predicted)
+        if self.kind != "prefill":
+            ran, counts = self._chosen(row)
+            return Step(self.kind, 1, ran, counts, confidence, foreseen, self._ahead(row))
+        rows, length = self.valid.shape
+        active, times_each = [], []
+        for index, _ in self.selections:
+            mine = index.view(rows, length, -1)[row][self.valid[row]]
+            ids, times = mine[mine < self.experts].unique(return_counts=True)
+            active.append(tuple(ids.tolist()))
+            times_each.append(tuple(times.tolist()))
+        return Step(self.kind, int(self.valid[row].sum()), tuple(active), tuple(times_each), confidence, foreseen)
+
+    def _chosen(self, row: int) -> tuple[Experts, Experts]:
+        """Return the active experts of one token by layer, and how often it was routed to each; empty: once to all."""
+        chosen = [[e for e in layer[row] if e < self.experts] for layer in self._selected]
+        ran = tuple(tuple(sorted(set(each))) for each in chosen)
+        if all(len(each) == len(unique) for each, unique in zip(chosen, ran, strict=True)):
+            return ran, ()
+        return ran, tuple(tuple(map(each.count, unique)) for each, unique in zip(chosen, ran, strict=True))
+
+    @cached_property
+    def _selected(self) -> list[list[list[int]]]:
+        """By layer and row, the experts of one token. For when the pass is over: a device is read once a layer."""
+        return [index.tolist() for index, _ in self.selections]
+
+    def _ahead(self, row: int) -> np.ndarray | None:
+        if not self.ahead or len(self.ahead) < len(self.selections) - 1:  # some routers could not be asked
+            return None
+        return np.stack([self.ahead[layer][row] for layer in range(len(self.selections) - 1)])

@@ -1,0 +1,134 @@
+"""Checks at attach: that a token runs each layer once, routers obey a smaller top-k, rollback leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mobile.errors import Refused
+from mobile.live_model import compat
+from mobile.live_model.overrides import Overrides
+from mobile.replay.trace import Kind
+from mobile.runtime import rollback
+from mobile.runtime.engine import Engine
+from mobile.runtime.experts import bind
+from mobile.runtime.forward_pass import Pass
+
+Forward = Callable[..., Any]  # the model's own, its experts already served by the engine
+
+
+@torch.no_grad()
+def _run(stock: Forward, engine: Engine, kind: Kind, *ids: int, **extra: Any) -> tuple[Any, Pass]:
+    tokens = torch.tensor([ids], device=engine.device)
+    running = Pass(kind, torch.ones_like(tokens, dtype=torch.bool))
+    with engine.passing(running):
+        return stock(input_ids=tokens, **extra), running
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Inside the block the caller's random numbers are not used up, which dropout in training mode would do."""
+    place = next(model.parameters()).device
+    with torch.random.fork_rng([place] if place.type == "cuda" else [], enabled=model.training):
+        yield
+
+
+class _Visits:
+    """Stands behind the experts in the engine's place: computes nothing, and notes which layers are run, in order."""
+
+    def __init__(self) -> None:
+        self.order: list[int] = []
+
+    def run_experts(self, layer: int, hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        self.order.append(layer)
+        return torch.zeros_like(hidden)
+
+
+@torch.no_grad()
+def check_order(model: Any, layers: Sequence[compat.MoeLayer], overrides: Overrides) -> None:
+    """Raise Refused unless text runs every MoE layer once, in order: the engine keeps its account of a pass by layer.
+
+    Found by running two tokens past experts that compute nothing. A forward that token ids are not enough for shows
+    nothing, and is let through.
+    """
+    visits, before = _Visits(), len(overrides)
+    for number, layer in enumerate(layers):
+        bind(layer.experts, visits, number, overrides)
+    try:
+        with undisturbed(model):
+            model.forward(input_ids=torch.tensor([[0, 1]], device=compat.device_of(layers)))
+    except Exception:  # of whatever kind: what else it wants is its own
+        return
+    finally:
+        overrides.undo(before)
+    kind = type(model).__name__
+    for number, layer in enumerate(layers):
+        times = visits.order.count(number)
+        if times > 1:
+            raise Refused(
+                f"{kind} runs {layer.name} {times} times for a token, and only layers that run once are offloaded; "
+                "use it as it is."
+            )
+        if not times:
+            raise Refused(
+                f"{kind} does not run {layer.name} for text, and only layers that every token runs are offloaded; "
+                "use it as it is, or its text model alone."
+            )
+    if visits.order != sorted(visits.order):
+        raise Refused(f"{kind} runs its MoE layers in another order than it lists them; use it as it is.")
+
+
+def check_confidence(model: Any) -> None:
+    """Raise Refused for a model that writes no text: a base model without its head, or one with another head."""
+    if not model.can_generate():
+        raise Refused(
+            f"{type(model).__name__} has no next-token logits to be confident of; use a lossless strategy, or load the "
+            "model for text generation."
+        )
+
+
+def check_routers(stock: Forward, engine: Engine) -> None:
+    """Run a token with every router told to choose K/2.
+
+    Raises Refused if one does not oblige: halving its choice would need a rule this version does not have.
+    """
+    try:
+        with engine.little_k():
+            _, running = _run(stock, engine, "little", 0, 1, use_cache=False)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Refused(f"The model does not run on token ids alone ({error}); use a lossless strategy.") from error
+    for layer, (index, _) in zip(engine.layers, running.selections, strict=True):
+        if index.shape[-1] != engine.little:
+            raise Refused(
+                f"{type(layer.router).__name__} always chooses {index.shape[-1]} experts, so no token can run with "
+                f"{engine.little}; use a strategy that runs all of them."
+            )
+
+
+def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:
+    """The types of the model's own cache and its layers, if a little step can be undone in them; else nothing.
+
+    A little step undone and a big step taken must equal, bit for bit, the big step on an untouched cache.
+    """
+    prompt = (0, 1, 2)
+    cache = compat.cache_of(_run(stock, engine, "prefill", *prompt, use_cache=True)[0])
+    if not getattr(cache, "layers", None):
+        return frozenset()
+    untouched = copy.deepcopy(cache)
+    more: dict[str, Any] = {"use_cache": True}
+    if "position_ids" in inspect.signature(type(model).forward).parameters:  # else some go by what they wrote last
+        more["position_ids"] = torch.tensor([[len(prompt)]], device=engine.device)
+    undo = rollback.before_step(cache)
+    with engine.little_k():
+        _run(stock, engine, "little", 1, **compat.going_on(model, cache), **more)
+    undo()
+    redraw = rollback.random_numbers(engine.device)
+    again = _run(stock, engine, "full", 1, **compat.going_on(model, cache), **more)[0]
+    redraw()
+    expected = _run(stock, engine, "full", 1, **compat.going_on(model, untouched), **more)[0]
+    return rollback.types_of(cache) if torch.equal(again.logits, expected.logits) else frozenset()

@@ -1,0 +1,68 @@
+"""The host store: every expert of the model in CPU memory, one contiguous row each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mobile.store.layout import ExpertLayout
+from mobile.store.placeholder import Placeholder
+
+
+class HostStore:
+    """`rows` holds one tensor a MoE layer, (experts, layout.numel). Memory is taken as rows are written."""
+
+    def __init__(self, layout: ExpertLayout, layers: int, experts: int) -> None:
+        self.layout = layout
+        self.rows = [torch.empty(experts, layout.numel, dtype=layout.dtype, device="cpu") for _ in range(layers)]
+        self._views = [layout.views(rows) for rows in self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for rows in self.rows)
+
+    def weights(self, layer: int, name: str) -> torch.Tensor:
+        """One stacked weight of a layer, (experts, ...): a view of its rows, to read or to fill."""
+        return self._views[layer][name]
+
+    def views(self, layer: int) -> dict[str, torch.Tensor]:
+        """All stacked weights of a layer by name, (experts, ...) each, where they lie."""
+        return self._views[layer]
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Layer i becomes the one that was at `order[i]`."""
+        self.rows = [self.rows[number] for number in order]
+        self._views = [self._views[number] for number in order]
+
+    def take(self, modules: Sequence[nn.Module]) -> None:
+        """Move every module's experts into its rows; the parameters stay as empty placeholders.
+
+        Modules move one at a time, so the peak is the model plus one layer. Broken off anywhere, every expert is in
+        its row or in its parameter, and `give_back` makes the modules whole.
+        """
+        for layer, module in enumerate(modules):
+            for name, view in self._views[layer].items():
+                weight = getattr(module, name)
+                if weight.numel():
+                    view.copy_(weight.data)
+                    with torch.inference_mode(weight.is_inference()):  # as it was made, so that it stays what it was
+                        weight.data = weight.data.new_empty(0)
+                weight.__class__ = Placeholder
+
+    def give_back(self, modules: Sequence[nn.Module]) -> None:
+        """Put every expert back into its module's own parameters, bit for bit, on their own device.
+
+        Each layer's rows are let go of before the next: the peak is again the model plus one layer. Broken off
+        anywhere, it can be called again, and goes on.
+        """
+        for layer, module in enumerate(modules):
+            for name, view in self._views[layer].items():
+                weight = getattr(module, name)
+                if not weight.numel():
+                    with torch.inference_mode(weight.is_inference()):
+                        weight.data = view.to(weight.device, copy=True).contiguous()
+                weight.__class__ = nn.Parameter
+            self._views[layer] = {}
+            self.rows[layer] = self.rows[layer].new_empty(0)

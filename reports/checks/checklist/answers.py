@@ -1,0 +1,35 @@
+"""Accuracy: lines 18 to 20."""
+
+from __future__ import annotations
+
+from reports.checks.checklist.evidence import ByReader, Evidence, Missing
+from reports.stats.power import PUBLISHED
+
+
+def answers_are_kept(seen: Evidence) -> str:
+    """Every answer is stored, and differences are paired with an interval and an exact test"""
+    if empty := [r.id for r in seen.results.records if not r.items]:
+        raise Missing(f"{len(empty)} records hold no item")
+    if "McNemar" not in seen.page or "difference to full K" not in seen.page:
+        raise Missing("the page shows no paired difference")
+    return f"{sum(len(r.items) for r in seen.results.records):,} answers; differences are paired"
+
+
+def margin_came_first(seen: Evidence) -> str:
+    """The margin was fixed before the run, and the page says what so many items can show"""
+    margin = seen.paper["accuracy"]["margin_points"]
+    if f"-{margin:g} point" not in seen.page or not all(name in seen.page for name, _ in PUBLISHED):
+        raise Missing("the page does not state the margin, or not what so many items can show")
+    return f"{margin:g} point, with the power of the comparison beside it"
+
+
+def drawn_not_taken(seen: Evidence) -> str:
+    """Items are the whole set or a seeded random part of it, never the first ones"""
+    for record in seen.results.records:
+        docs, whole = [item.doc for item in record.items], record.config.get("task_items")
+        if len(docs) < 8 or docs != list(range(len(docs))) or len(docs) == whole:
+            continue
+        if whole is None:
+            raise ByReader(f"{record.model} on {record.task} has items 0 to {docs[-1]}; of how many is not recorded")
+        raise Missing(f"{record.model} on {record.task}: the items are the first {len(docs)} of {whole}")
+    return "seeded; the numbers of the items are in the records"

@@ -1,0 +1,63 @@
+"""What the lines of the checklist look at, and how they answer."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reports.data.results import Results, read
+from reports.pages.content import PAPER
+from suites.record import Record, RunFolder, read_json
+
+
+class Missing(Exception):
+    """A line does not hold; the message says what is missing."""
+
+
+class ByReader(Exception):
+    """No test can decide this line; the message says where a reader should look."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run folder, its records and its page, read once."""
+
+    run: Path
+    results: Results
+    plan: dict[str, Any]
+    paper: dict[str, Any]
+    page: str
+
+    @property
+    def measured(self) -> list[Record]:
+        """Records whose times come from a GPU's clock."""
+        return [record for record in self.results.records if record.scope.startswith("gpu")]
+
+    def same_work(self) -> Iterator[list[Record]]:
+        """Cells that must have been given the same work: one model, task, hardware and seed."""
+        groups: dict[tuple, list[Record]] = {}
+        for record in self.results.records:
+            groups.setdefault((record.model, record.task, record.hardware, record.seed), []).append(record)
+        yield from groups.values()
+
+    def everywhere(self, *names: str) -> None:
+        """Raises Missing unless every record's config has all of these."""
+        for name in names:
+            lacking = [r.id for r in self.results.records if r.config.get(name) is None]
+            if lacking:
+                raise Missing(f"{len(lacking)} records do not say their {name}")
+
+
+def gather(run: Path) -> Evidence:
+    """Raises NoResults as `results.read` does; a run without a page has an empty one."""
+    page = run / "report.md"
+    return Evidence(
+        run,
+        read(run),
+        read_json(RunFolder(run).plan),
+        tomllib.loads(PAPER.read_text()),
+        page.read_text(encoding="utf-8") if page.is_file() else "",
+    )

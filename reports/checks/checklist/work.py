@@ -1,0 +1,74 @@
+"""Same work: lines 6 to 11."""
+
+from __future__ import annotations
+
+from reports.checks.checklist.evidence import ByReader, Evidence, Missing
+from suites.record import Record
+
+
+def same_prompts(seen: Evidence) -> str:
+    """Every strategy was given the same prompts, precision and memory"""
+    groups = list(seen.same_work())
+    for cells in groups:
+        prompts: dict[int, set[str]] = {}
+        for item in (item for cell in cells for item in cell.items):
+            prompts.setdefault(item.doc, set()).add(item.prompt_sha256)
+        if any(len(hashes) > 1 for hashes in prompts.values()):
+            raise Missing(f"{cells[0].model} on {cells[0].task}: one number stands for several prompts")
+        if len({cell.config.get("dtype") for cell in cells}) > 1:
+            raise Missing(f"{cells[0].model} on {cells[0].task}: cells differ in precision")
+    if any(r.slots is None and r.strategy != "resident" for r in seen.results.records):
+        raise Missing("some records do not say how many slots they had")
+    return f"{len(groups)} groups of cells, items paired by number and prompt hash; slots in every record"
+
+
+def fixed_length(seen: Evidence) -> str:
+    """Times that are compared are of the same number of tokens"""
+    for cells in seen.same_work():
+        lengths: dict[int, set[int]] = {}
+        for cell in (c for c in cells if c.lossless):
+            for item in cell.items:
+                lengths.setdefault(item.doc, set()).add(item.decode_tokens)
+        if uneven := [doc for doc, found in lengths.items() if len(found) > 1]:
+            raise Missing(f"{cells[0].model} on {cells[0].task}: items {uneven[:3]} differ in length between cells")
+    return "lossless cells decode the same tokens; others are compared by time per token"
+
+
+def modes_are_told(seen: Evidence) -> str:
+    """Replayed and free timing are told apart"""
+    modes = {_mode(record) for record in seen.results.records}
+    return " and ".join(sorted(modes))
+
+
+def _mode(record: Record) -> str:
+    if mode := record.config.get("timing"):
+        return str(mode)
+    if record.config.get("generation"):
+        return "replay of recorded routing"
+    raise Missing(f"record {record.id} does not say how it was timed")
+
+
+def one_path(seen: Evidence) -> str:
+    """What is scored is what is timed"""
+    loose = [
+        r.id for r in seen.results.records for item in r.items if item.decode_tokens is None or not item.prompt_sha256
+    ]
+    if loose:
+        raise Missing(f"{len(loose)} items have a score and no time, or a time and no prompt")
+    live = [name for r in seen.results.records for name in r.checks if "live ledger equals replay" in name]
+    if not live and not seen.measured:
+        raise Missing("no live run was held against its replay")
+    return "each item holds its score and its time; live runs equal their replays"
+
+
+def baselines_are_sourced(seen: Evidence) -> str:
+    """Every baseline names its paper, and tuning was equal"""
+    seen.everywhere("strategy_source")
+    return "strategy_source in every record; no baseline has a knob tuned to these items"
+
+
+def state_of_caches(seen: Evidence) -> str:
+    """Cold or warm, and where the experts lie, is said"""
+    if "cache starts cold" not in seen.page:
+        raise ByReader("the page does not say in what state the caches start")
+    return "the page says it, beside the speeds"

@@ -1,0 +1,97 @@
+"""Two runs side by side: what changed, and whether it matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reports.data.compare import seconds_per_token, speedup
+from reports.data.fingerprint import VIRTUAL, changed_outputs, essences, label
+from reports.data.results import Results
+from reports.elements.page import Table
+from reports.verdict import likeness, machine
+from suites.record import Record
+
+MATERIAL = 0.02  # a wall time that moved by less is not told from noise
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the runs were made with, what came out otherwise in which cell, and what of it matters."""
+
+    surroundings: Table
+    cells: Table
+    matters: tuple[str, ...]
+
+
+def difference(first: Results, second: Results) -> Difference:
+    """Compare cells by what they are, not by their ids, which change with the code."""
+    old, new = ({label(r): r for r in run.everything} for run in (first, second))
+    ones, others = essences(first), essences(second)
+    rows, matters = [], []
+    for cell in dict.fromkeys((*old, *new)):
+        if cell not in old or cell not in new:
+            rows.append((cell, "only in the second run" if cell in new else "only in the first run", "-", "-", "cells"))
+            continue
+        found = _cell(old[cell], new[cell], ones[cell] == others[cell])
+        if found:
+            rows.append((cell, *found))
+    kinds = {row[-1] for row in rows}
+    told = {
+        "cells": "the runs do not hold the same cells",
+        "outputs": "texts changed: accuracies are of different answers, and counters need not agree",
+        "counters": "the texts are the same and the work is not: a change of the engine, not of the model",
+        "time": "the work is the same and the time is not",
+    }
+    matters = [f"{sum(row[-1] == kind for row in rows)} cells: {says}" for kind, says in told.items() if kind in kinds]
+    head = ("cell", "what changed", "speed, second over first", "texts changed", "kind")
+    return Difference(_surroundings(first, second), Table("Cells that differ", head, tuple(rows)), tuple(matters))
+
+
+def _cell(old: Record, new: Record, same: bool) -> tuple[str, str, str, str] | None:
+    """What changed in one cell: words, the ratio of times where it may be formed, texts changed, the kind of change."""
+    changed, shared = changed_outputs(old, new)
+    texts = f"{changed} of {shared}"
+    if old.scope != new.scope:
+        return f"scope {old.scope} became {new.scope}", "not compared", texts, "cells"
+    if len(old.items) != len(new.items) or shared < len(old.items):
+        return f"{len(old.items)} items became {len(new.items)}", _ratio(old, new), texts, "cells"
+    if changed:
+        return "texts", _ratio(old, new), texts, "outputs"
+    moved = [
+        f"{counter} {old.counters.get(counter)} to {new.counters.get(counter)}"
+        for counter in sorted({*old.counters, *new.counters})
+        if old.counters.get(counter) != new.counters.get(counter) and not counter.endswith("seconds")
+    ]
+    if moved:
+        return "; ".join(moved[:4]), _ratio(old, new), texts, "counters"
+    if old.scope == VIRTUAL:
+        return None if same else ("virtual time", _ratio(old, new), texts, "time")
+    ratio = speedup([new], [old]) if likeness(old) == likeness(new) else None
+    if ratio is None or (ratio.low <= 1 + MATERIAL and ratio.high >= 1 - MATERIAL):
+        return None
+    return "wall time", _ratio(old, new), texts, "time"
+
+
+def _ratio(old: Record, new: Record) -> str:
+    """A ratio of times; none across unlike machines, unless the clock is virtual and does not depend on them."""
+    if old.scope != VIRTUAL and likeness(old) != likeness(new):
+        return "not compared: unlike machines"
+    if not any(map(seconds_per_token, old.items)):
+        return "-"
+    ratio = speedup([new], [old])
+    return "-" if ratio is None else f"{ratio.value:.4f}x"
+
+
+def _surroundings(first: Results, second: Results) -> Table:
+    one, other = first.everything[0], second.everything[0]
+    facts = [
+        ("preset", first.preset, second.preset),
+        ("scope", one.scope, other.scope),
+        ("machine", machine(one), machine(other)),
+        *((what, one.environment.get(what), other.environment.get(what))
+          for what in ("python", "platform", "git_commit", "git_dirty")),
+    ]  # fmt: skip
+    packages = one.environment["packages"], other.environment["packages"]
+    facts += [(f"package {n}", packages[0].get(n), packages[1].get(n)) for n in sorted({*packages[0], *packages[1]})]
+    rows = tuple((what, str(a), str(b)) for what, a, b in facts if a != b)
+    return Table("What the runs were made with, where it differs", ("what", "first", "second"), rows)

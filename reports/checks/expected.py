@@ -1,0 +1,120 @@
+"""What a run of a preset is expected to give, kept small enough to commit, and the gate that holds a run against it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reports.data import groups
+from reports.data.compare import name, speedup
+from reports.data.fingerprint import TIMES, VIRTUAL, essences
+from reports.data.results import Results
+
+FOLDER = Path(__file__).parents[1] / "expected"
+CELLS = "cells.json"
+
+
+class NoExpectation(ValueError):
+    """There is nothing to hold the run against."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """T0 are tokens and counters, T1 virtual times and speedups; a line for each that is not as expected."""
+
+    cells: int
+    speedups: int
+    t0: tuple[str, ...]
+    t1: tuple[str, ...]
+
+
+def expectation(results: Results) -> dict[str, Any]:
+    """Exact facts of each cell, and the virtual speedups of the report."""
+    record = results.everything[0]
+    return {
+        "preset": results.preset,
+        "made_on": {"cpu": record.environment["cpu"], "packages": record.environment["packages"]},
+        "cells": essences(results),
+        "speedups": speedups(results),
+    }
+
+
+def speedups(results: Results) -> dict[str, float]:
+    """Virtual speedups of every strategy over every baseline, tasks together, by label; wall times are no part of it.
+
+    Nine digits: the times they are made of are integers and held exactly, while the last bits of a logarithm depend on
+    the processor.
+    """
+    found = {}
+    for model in results.values("model"):
+        for budget in results.budgets(model):
+            bases = groups.baselines(results, budget, model)
+            for group in groups.strategies(results, budget, model):
+                for base, reference in bases.items():
+                    ratio = speedup(group, reference)
+                    if ratio and group != reference and all(r.scope == VIRTUAL for r in (*group, *reference)):
+                        found[f"{model} / {name(group[0])} / {budget} / over {base}"] = float(f"{ratio.value:.9g}")
+    return found
+
+
+def save(results: Results, page: str, folder: Path) -> list[Path]:
+    """Write the expectation, a line a cell, and the page beside it; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = expectation(results)
+    lines = [
+        f" {json.dumps(name)}: {_block(value) if name in ('cells', 'speedups') else json.dumps(value, sort_keys=True)}"
+        for name, value in data.items()
+    ]
+    (folder / CELLS).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (folder / "report.md").write_text(page, encoding="utf-8")
+    return [folder / CELLS, folder / "report.md"]
+
+
+def _block(entries: dict[str, Any]) -> str:
+    inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in entries.items())
+    return "{\n" + inner + "\n }" if inner else "{}"
+
+
+def gate(results: Results, against: Path) -> Gate:
+    """Hold a run against an expectation, tolerance zero. Raises NoExpectation if there is none at that place."""
+    path = against / CELLS if against.is_dir() else against
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8"))
+        cells, ratios = dict(expected["cells"]), dict(expected["speedups"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NoExpectation(
+            f"{path} holds no expectation ({error}); make one with: python -m reports expect RUN"
+        ) from error
+    found = essences(results)
+    t1 = [*_facts(cells, found, TIMES), *_speedups(ratios, speedups(results))]
+    return Gate(len(cells), len(ratios), tuple(_t0(cells, found)), tuple(t1))
+
+
+def _t0(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Cells, then tokens and scores, then counters."""
+    lines = [f"{cell}: not expected" for cell in found if cell not in expected]
+    lines += [f"{cell}: no record" for cell in expected if cell not in found]
+    lines += _facts(expected, found, ("items", "outputs", "correct"))
+    wanted, here = ({cell: facts["counters"] for cell, facts in side.items()} for side in (expected, found))
+    return lines + _facts(wanted, here)
+
+
+def _facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ...] | None = None) -> list[str]:
+    """A line for each fact that differs, of the cells that both have; all facts where none is named."""
+    return [
+        f"{cell}: {fact} is {found[cell].get(fact, 0)}, expected {expected[cell].get(fact, 0)}"
+        for cell in expected
+        if cell in found
+        for fact in names or sorted({*expected[cell], *found[cell]})
+        if expected[cell].get(fact, 0) != found[cell].get(fact, 0)
+    ]
+
+
+def _speedups(expected: dict[str, float], found: dict[str, float]) -> list[str]:
+    return [
+        f"{what}: speedup is {found.get(what)}, expected {expected.get(what)}"
+        for what in dict.fromkeys((*expected, *found))
+        if expected.get(what) != found.get(what)
+    ]

@@ -1,0 +1,53 @@
+"""What of a cell must repeat exactly: its tokens and its counters, and in virtual time its times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from reports.data.compare import matched, name, total
+from reports.data.results import Results
+from suites.record import Record
+
+VIRTUAL = "cpu+virtual"
+TIMES = ("decode_ns", "ttft_ns")
+
+
+def label(record: Record) -> str:
+    """What a cell is, whatever run it belongs to."""
+    parts: tuple[str, ...] = (record.model, record.task, name(record), record.hardware, record.budget)
+    parts += (f"seed {record.seed}",)
+    if record.config.get("kind") == "shape":
+        link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
+        parts += (f"{record.scope} {'native' if link is None else f'{link:g} GB/s'}",)
+        parts += () if rate is None else (f"fallback {rate:g}",)
+    return " / ".join((*parts, *((str(record.config["control"]),) if record.config.get("control") else ())))
+
+
+def essence(record: Record) -> dict[str, Any]:
+    """Exact facts of a cell: JSON-ready, the same on every machine unless the arithmetic of its model differs.
+
+    Counters of nothing are left out.
+    """
+    outputs = [[item.doc, item.prompt_sha256, item.output, item.correct] for item in record.items]
+    kept = {
+        "items": len(record.items),
+        "outputs": hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:32],
+        "correct": total([record], "correct"),
+        "counters": {k: v for k, v in record.counters.items() if isinstance(v, int) and v},
+    }
+    if record.scope == VIRTUAL:
+        kept |= {f: total([record], f) for f in TIMES}
+    return kept
+
+
+def essences(results: Results) -> dict[str, dict[str, Any]]:
+    """By label, in the order of the plan."""
+    return {label(record): essence(record) for record in results.everything}
+
+
+def changed_outputs(record: Record, other: Record) -> tuple[int, int]:
+    """How many of the items that two cells share have another text, and how many they share."""
+    pairs = [pair for group in matched([record], [other]) for pair in group]
+    return sum(a.output != b.output for a, b in pairs), len(pairs)

@@ -1,0 +1,163 @@
+"""What the report says, once, for every output format: an overview, a chapter a family, and what can be trusted."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from reports.data.results import Results
+from reports.elements.page import Report, Section, Table
+from reports.plots import forest
+from reports.sections import clock, controls, references, sentences, synthetic
+from reports.sections.family_sections import chapter
+from reports.tables import overview, scores, telemetry
+from reports.verdict import RULE, likeness
+
+ALARMS = 5  # that the first line names
+PAPER = Path(__file__).parents[1] / "paper.toml"
+
+
+def build(results: Results) -> Report:
+    """The report of a run."""
+    paper = tomllib.loads(PAPER.read_text())
+    broken = controls.broken(results)
+    sections = [
+        *(_overview(results, paper, trusted=not broken) if results.records else ()),
+        *(section for model in results.models for section in chapter(results, model, paper)),
+        *synthetic.chapters(results, paper, trusted=not broken),
+        *clock.sections(results),
+        *references.sections(results),
+        *_seeds(results, paper["accuracy"]["margin_points"]),
+        _controls(results),
+        _watched(results),
+        _absent(results),
+        _provenance(paper),
+        Section("Limits", (*sentences.limits(results), *(synthetic.LIMITS if results.shapes else ()))),
+    ]
+    return Report(
+        title=f"How far does MoBiLE hold? ({results.preset})",
+        opening=_opening(results, paper),
+        alarm=_alarm(broken),
+        sections=tuple(section for section in sections if not section.empty),
+        facts=_facts(results),
+    )
+
+
+def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
+    told = sentences.opening(results, paper)
+    if not results.shapes:
+        return told
+    return (*(told if results.records else told[:1]), synthetic.opening(results))
+
+
+def _alarm(broken: list[str]) -> str | None:
+    """The first line of a page that cannot be trusted; the chapter on controls has all of it."""
+    if not broken:
+        return None
+    more = f"; and {len(broken) - ALARMS} more under Controls" if len(broken) > ALARMS else ""
+    return f"Nothing below can be trusted: {'; '.join(broken[:ALARMS])}{more}."
+
+
+def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
+    margin = paper["accuracy"]["margin_points"]
+    drawn = forest.speedups(results, paper)
+    return [
+        Section(
+            "Overview",
+            (
+                f"The margin was fixed before the run: a loss is negligible if the whole 95 % interval of the paired "
+                f"difference to full K lies above -{margin:g} point. \"Not shown\" means that it reaches below. No "
+                "speed stands here without its accuracy.",
+            ),
+            (overview.families(results, margin),),
+            (drawn,) if drawn else (),
+        ),
+        Section("Verdicts", (RULE,), (overview.verdicts(results, paper, trusted),)),
+        Section("What so many questions can show", (), (overview.shows(results, margin),), level=3, folded=True),
+    ]  # fmt: skip
+
+
+def _seeds(results: Results, margin_points: float) -> list[Section]:
+    families = [models for models in results.families.values() if len(models) > 1]
+    tables = tuple(scores.seeds(results, models, margin_points) for models in families)
+    text = "The same recipe trained from other seeds: how much of a result is the luck of one training."
+    return [Section("Seeds", (text,), tables)] if any(table.rows for table in tables) else []
+
+
+def _controls(results: Results) -> Section:
+    text = (
+        "Each live run begins its first item again, alone, at batch 1, under every strategy it stands for: the "
+        "tokens must equal the batch's, and every counter of the live ledger, times included, the replayed one's. "
+        "Offloaded full K must equal the resident model, token for token."
+    )
+    if not results.records:
+        text = synthetic.CHECKS
+    tables = tuple(table for table in (controls.canary_table(results), controls.checks(results)) if table.rows)
+    nothing = (
+        ()
+        if results.controls or not results.records
+        else ("This run has no canary cell: that a scrambled router fails is not shown.",)
+    )
+    return Section("Controls", (text, *nothing), tables)
+
+
+def _watched(results: Results) -> Section:
+    table = telemetry.by_strategy(results)
+    text = (
+        "Sampled while the cells ran. The card's own count of what came over the link is held against the ledger's: it "
+        "looks at 20 ms at a time, so it is a check of the order, not of the byte."
+    )
+    return Section("What the card did", (text,) if table.rows else (), (table,))
+
+
+def _absent(results: Results) -> Section:
+    if not results.absent:
+        return Section("Failed and missing cells", ("None.",))
+    table = Table("Cells without a record", ("cell", "why"), results.absent)
+    return Section("Failed and missing cells", (), (table,), logs=_logs(results))
+
+
+def _logs(results: Results) -> tuple[tuple[str, str], ...]:
+    """How the logs of failed cells ended, each text once."""
+    cells: dict[str, list[str]] = {}
+    for label, tail in results.logs:
+        cells.setdefault(tail, []).append(label)
+    return tuple(
+        (labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more", tail)
+        for tail, labels in cells.items()
+    )
+
+
+def _provenance(paper: dict[str, Any]) -> Section:
+    known = paper["known"]
+    return Section(
+        "Whose is what",
+        tuple(
+            f"{who}: {'; '.join(known[key])}."
+            for who, key in (
+                (f"The paper's ({paper['citation']})", "paper"), ("Reported second-hand", "secondary"),
+                ("Ours", "ours"), ("Unknown to us", "unknown"),
+            )
+        ),
+    )  # fmt: skip
+
+
+def _facts(results: Results) -> tuple[tuple[str, str], ...]:
+    """What a reader needs to repeat the run; nothing that changes when it is repeated."""
+    record = results.everything[0]
+    packages = record.environment["packages"]
+    made = (*results.records, *results.shapes, *results.besides)
+    machines = {likeness(r) for r in made}
+    dirty = any(r.environment["git_dirty"] for r in made)
+    commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)
+    return (
+        ("preset", results.preset),
+        ("cells", f"{len(made)} recorded, {len(results.absent)} without a record"),
+        ("scope", "; ".join(dict.fromkeys(f"{r.scope}, weights {r.weights}" for r in made))),
+        ("code", f"{', '.join(commits)}{' (with changes not committed)' if dirty else ''}"),
+        ("machine", f"{record.environment['cpu']}, {record.environment['cores']} cores, GPU "
+                    f"{record.environment['gpu']}" if len(machines) == 1 else f"{len(machines)} unlike machines"),
+        ("packages", ", ".join(f"{name} {number}" for name, number in packages.items() if number)),
+        ("time and bandwidth", "; ".join(record.config["profile_sources"])),
+    )  # fmt: skip

@@ -1,0 +1,65 @@
+"""Put a report on disk: one HTML file that needs nothing else, and Markdown, LaTeX, CSV and a timeline beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from reports.data.results import Results
+from reports.elements.page import Report, Run
+from reports.pages import csv_cells, latex, perfetto
+
+# An SVG opened by itself, or shown in a Markdown page, has no text colour of its own.
+STANDALONE = "<style>:root{color:#1b1b1b}@media (prefers-color-scheme:dark){:root{color:#e8e8e8}}</style>"
+
+
+def write(report: Report, results: Results, folder: Path) -> list[Path]:
+    """Write every output into `folder`; returns the paths, the HTML page first."""
+    texts = {
+        "report.html": _render("report.html.j2", report),
+        "report.md": markdown(report),
+        "tables.tex": latex.tables(results, report.alarm),
+        "cells.csv": csv_cells.csv_of(results).csv,
+        "timeline.json": perfetto.trace(results),
+    }
+    for figure in report.figures:
+        texts[f"figures/{figure.name}.svg"] = figure.svg.replace(">", f">{STANDALONE}", 1)
+        texts[f"figures/{figure.name}.csv"] = figure.data.csv
+    (folder / "figures").mkdir(exist_ok=True)
+    for stale in (folder / "figures").iterdir():
+        stale.unlink()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def markdown(report: Report, figures: bool = True) -> str:
+    """The page as Markdown; without figures it needs no file beside it."""
+    if not figures:
+        report = replace(report, sections=tuple(replace(section, figures=()) for section in report.sections))
+    return _render("report.md.j2", report)
+
+
+def _render(template: str, report: Report) -> str:
+    templates = Environment(
+        loader=PackageLoader("reports.pages"), autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined,
+        trim_blocks=False, keep_trailing_newline=True,
+    )  # fmt: skip
+    templates.filters |= {"cell": _cell, "code": _code, "marked": _marked}
+    return templates.get_template(template).render(report=report).lstrip()
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """A code block; each line is indented, so that no text can close it."""
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+
+def _marked(runs: Iterable[Run]) -> str:
+    return "".join(f"⟦{run.text}⟧" if run.fell_back else run.text for run in runs)

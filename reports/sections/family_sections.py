@@ -1,0 +1,107 @@
+"""The chapter of one family: accuracy, speed, what was foreseen, and where the time goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reports.data.results import Results
+from reports.elements.page import Section
+from reports.plots import confidence, foresight, pareto, parts, timeline
+from reports.sections import sentences
+from reports.sections.examples import disagreements
+from reports.tables import foresight as foreseen
+from reports.tables import scores, speed
+
+ACCURACY = (
+    "Greedy decoding scored on the engine that is timed. Lossless strategies give full K's answers by construction, "
+    "so they have no row. Prefill runs all K experts in every row. Brackets are 95 % intervals: Wilson's of a score, "
+    "Bonett and Price's of a paired difference; lost and gained are the discordant items."
+)
+SPEED = (
+    "A speedup is the geometric mean over prompts of the baseline's time per token over the strategy's own, on the "
+    "prompts that both were timed on, with a 95 % interval from a two-level bootstrap (tasks, then prompts). Batch 1, "
+    "decode only; prefill (TTFT) stands apart. Slots are of the real model's experts; the cache starts cold and stays "
+    "warm from prompt to prompt. Plain offloading keeps nothing between tokens, so memory beyond its smallest does not "
+    "help it: where a budget holds much of the model, compare with lru instead."
+)
+FORESIGHT = (
+    "Recall is the share of the experts a layer needed that had been foreseen, precision the share of the foreseen "
+    "that were needed; MoBiLE foresees only when it falls back. What was fetched and not used is wasted on the link. "
+    "A layer of the small model stands for several of the real one; each is foreseen as well as a recorded layer is."
+)
+EXAMPLES = (
+    "The first items of each task on which MoBiLE's text differs from full K's: two answers lost and one gained where "
+    "there are so many. What the big pass wrote is marked."
+)
+
+
+def chapter(results: Results, model: str, paper: dict[str, Any]) -> list[Section]:
+    """A heading with the numbers that matter, then its parts, most of them folded away."""
+    margin, first = paper["accuracy"]["margin_points"], results.pick(model=model)[0]
+    stands = (
+        f"{model} ({first.weights}) stands for {first.geometry} on {first.hardware}: its own routing and fallbacks, "
+        "the real model's bytes, layers and memory budget, on a virtual clock. Projected."
+        if first.scope == "cpu+virtual"
+        else f"{model} ({first.weights}) on {first.hardware}, {first.scope}."
+    )
+    examples = tuple(e for task in results.tasks(model) for e in disagreements(results, model, task))
+    parts_of = [
+        Section(f"{model}: accuracy", (ACCURACY,), (scores.by_task(results, model, margin),), level=3),
+        Section(
+            f"{model}: accuracy against speed",
+            (),
+            (scores.gammas(results, model, margin),),
+            tuple(f for f in (pareto.accuracy_against_speed(results, model),
+                              confidence.histogram(results, model)) if f),
+            level=3,
+        ),
+        Section(
+            f"{model}: examples of disagreement", (EXAMPLES,) if examples else (), examples=examples, level=3,
+            folded=True,
+        ),
+        Section(
+            f"{model}: speed",
+            (SPEED,),
+            tuple(speed.by_strategy(results, model, budget) for budget in results.budgets(model)),
+            level=3,
+            folded=True,
+        ),
+        Section(
+            f"{model}: speed by task, and the ceiling of the link",
+            (),
+            (*(speed.by_task(results, model, budget) for budget in results.budgets(model)[:1]),
+             speed.ceilings(results, model)),
+            level=3,
+            folded=True,
+        ),
+        Section(
+            f"{model}: where a token's time goes",
+            (),
+            (),
+            tuple(f for f in (parts.token_time(results, model), timeline.token_timeline(results, model)) if f),
+            level=3,
+            folded=True,
+        ),
+        _foresight(results, model),
+    ]  # fmt: skip
+    return [
+        Section(model, (stands, sentences.arithmetic(results, model))),
+        *(part for part in parts_of if not part.empty),
+    ]
+
+
+def _foresight(results: Results, model: str) -> Section:
+    tables = tuple(foreseen.by_strategy(results, model, budget) for budget in results.budgets(model))
+    tables = tuple(table for table in (*tables, foreseen.by_layer(results, model)) if table.rows)
+    figures = tuple(
+        figure for figure in (foresight.recall_by_depth(results, model), foresight.hits_by_memory(results, model))
+        if figure
+    )  # fmt: skip
+    return Section(
+        f"{model}: what can be foreseen, and what a cache holds",
+        (FORESIGHT,) if tables else (),
+        tables,
+        figures,
+        level=3,
+        folded=True,
+    )

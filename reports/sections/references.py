@@ -1,0 +1,97 @@
+"""Beside the strategies in a run of shapes: plain Transformers on the same sizes, and what the engine itself costs."""
+
+from __future__ import annotations
+
+from reports.data.compare import name, tokens_per_s, total
+from reports.data.results import Results
+from reports.elements.page import Section, Table
+from reports.tables.shapes import main, rate_of
+from suites.record import Record
+
+AIM_SECONDS = 60e-6  # of the engine's own time a MoE layer
+PLAIN = (
+    "What a user would otherwise do, in the same run on synthetic weights of the same sizes: plain Transformers with "
+    "everything on the device, where it fits, and with device_map offload, where accelerate moves whole layers, all of "
+    "their experts, over pageable memory. Our rows are over the link as it is, on the shipped models' routing. Plain "
+    "rows run random routing, which changes no byte that they move."
+)
+ENGINE = (
+    "Decode steps of the engine and of the stock model in one process, on the same weights, everything resident, in "
+    "blocks of stock, ours, ours, stock; the median over blocks of the difference a layer, between its quartiles. "
+    "Against eager, whose products are ours, it is the engine's own time a layer beside copies and kernels; the aim is "
+    f"under {AIM_SECONDS * 1e6:.0f} microseconds. Where it is below nothing, the engine's way to the same products is "
+    "the shorter one."
+)
+COST = "engine against stock"
+OURS = ("on-demand-overlap", "lru", "mobile")
+
+
+def sections(results: Results) -> list[Section]:
+    """Nothing where nothing was measured beside shapes."""
+    if not results.besides:
+        return []
+    found = [
+        Section("Beside plain Transformers", (PLAIN,), (plain(results),)),
+        Section("What the engine costs a layer", (ENGINE,), (engine(results.besides),)),
+    ]
+    return [section for section in found if any(table.rows for table in section.tables)]
+
+
+def plain(results: Results) -> Table:
+    """Each geometry: stock rows, then ours."""
+    rows = []
+    for model in dict.fromkeys(record.model for record in results.besides):
+        rows += [_stock(r) for r in results.besides if r.model == model and r.strategy != COST]  # fmt: skip
+        rows += [_ours(r) for r in main(results.shapes) if r.model == model and _comparable(r)]
+    head = ("geometry", "MoE layers", "what", "device memory", "fallbacks", "TPOT ms", "tokens/s", "TTFT ms", "how")
+    return Table("The same sizes with plain Transformers, and here", head, tuple(rows))
+
+
+def _comparable(record: Record) -> bool:
+    return record.config["link_gb_per_s"] is None and record.strategy in OURS
+
+
+def _layers(record: Record) -> str:
+    return f"{record.config['moe_layers']} of {record.config['real_moe_layers']}"
+
+
+def _times(record: Record) -> tuple[str, str, str]:
+    rate = tokens_per_s([record]) if record.items else None
+    if not rate:
+        return "-", "-", "-"
+    return f"{1000 / rate:,.2f}", f"{rate:,.2f}", f"{total([record], 'ttft_ns') / 1e6 / len(record.items):,.1f}"
+
+
+def _stock(record: Record) -> tuple[str, ...]:
+    how = record.config["refused"] or record.config["stock"] or "-"
+    return (record.model, _layers(record), record.strategy, record.budget, "-", *_times(record), how)
+
+
+def _ours(record: Record) -> tuple[str, ...]:
+    rate = f"{rate_of(record):.1%}" if record.gamma is not None else "-"
+    return (record.model, _layers(record), name(record), record.budget, rate, *_times(record), "single experts move")
+
+
+def engine(besides: tuple[Record, ...]) -> Table:
+    """The engine against each way in which Transformers computes experts; a refusal in its own words."""
+    rows: list[tuple[str, ...]] = []
+    for record in (r for r in besides if r.strategy == COST):
+        if record.config["refused"]:
+            rows.append((record.model, "-", "-", "-", "-", "-", "-", record.config["refused"]))
+        for cost in record.config["engine"] or ():
+            ours = cost["stock"] == "eager"
+            met = cost["layer_seconds"] < AIM_SECONDS
+            rows.append(
+                (
+                    record.model,
+                    cost["stock"],
+                    str(cost["layers"]),
+                    *(f"{cost[f'{which}_seconds'] * 1e3:,.3f}" for which in ("stock", "ours")),
+                    f"{cost['layer_seconds'] * 1e6:,.1f}",
+                    f"{cost['low_seconds'] * 1e6:,.1f} to {cost['high_seconds'] * 1e6:,.1f}",
+                    ("met" if met else "not met") if ours else "-",
+                )
+            )
+    head = ("geometry", "stock experts", "layers", "stock step ms", "engine's step ms", "difference us a layer",
+            "quartiles", "aim")  # fmt: skip
+    return Table("Everything resident: the engine against stock", head, tuple(rows))

@@ -1,0 +1,123 @@
+"""The chapters of cells that played a script on a real geometry with synthetic weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from reports import verdict
+from reports.data.results import Results
+from reports.elements.page import Section
+from reports.plots import band
+from reports.tables import shapes
+from suites.record import Record
+
+METHOD = (
+    "Stock classes of the real sizes with made-up weights: nothing is answered, so nothing is scored, and no number "
+    "here is set against the paper. Routers and the head compute what trained ones compute, on inputs that a script "
+    "gives them, so that each layer chooses the script's experts and the little pass is sure or not where the script "
+    "says. Every strategy plays the same scripts, one a repeat, teacher-forced, batch 1, on its real code. Recorded "
+    "scripts are routing and confidence of the shipped model on its test items, each of its layers standing for an "
+    "equal share of the real ones; there MoBiLE's prediction is as good as it was when it was recorded. In scripts "
+    "drawn from a distribution every prediction is right."
+)
+READING = (
+    "A speedup is the geometric mean over repeats of the baseline's time per token over the strategy's own on the same "
+    "script, with a 95 % interval from a bootstrap over repeats. Prefill (TTFT) is timed apart. The first steps of "
+    "each repeat are not counted. The ceiling is what no engine can pass that keeps nothing between tokens: bytes of a "
+    "token's experts over the bandwidth of the copies as they were timed. A link is slowed by copying more behind each "
+    "expert; the bytes shown are the experts' own."
+)
+CHECKS = (
+    "Each cell holds what it did against its script: how many tokens were decoded, how many of them fell back, and, "
+    "for strategies that keep nothing, that exactly the script's experts were copied. There is no canary: nothing is "
+    "answered, and a router that obeys a script cannot be scrambled."
+)
+LIMITS = (
+    "Shapes say how fast, never how well: weights are synthetic, so that fallback rates are the shipped small models' "
+    "or ours to state, and layers that one small layer stands for make the same choices.",
+)
+
+
+def opening(results: Results) -> str:
+    """What stands on top where the run has nothing else."""
+    models = len({record.model for record in results.shapes})
+    scopes = "; ".join(dict.fromkeys(str(verdict.stamp([record])) for record in results.shapes))
+    return (
+        f"This run timed {models} {'geometry' if models == 1 else 'geometries'} of real models with synthetic weights "
+        f"({scopes}). It says how fast offloading is at these sizes, and nothing of accuracy; nothing on this page is "
+        "judged by the published numbers."
+    )
+
+
+def chapters(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
+    """An overview, the verdicts that may not be given, and a chapter a geometry; nothing for a run without shapes."""
+    if not results.shapes:
+        return []
+    models = dict.fromkeys(record.model for record in results.shapes)
+    of = {model: [record for record in results.shapes if record.model == model] for model in models}
+    rows = tuple(row for own in of.values() for row in shapes.verdicts(own, paper["speedup"], trusted).rows)
+    judged = shapes.verdicts([], paper["speedup"], trusted)
+    return [
+        Section("Shapes: wall-clock speed of the real sizes", (METHOD,), (shapes.families(list(results.shapes)),)),
+        Section(
+            "Shapes: beside the published band", (verdict.RULE,), (type(judged)(judged.caption, judged.head, rows),),
+            level=3, folded=True,
+        ),
+        *(section for own in of.values() for section in _chapter(own, paper)),
+    ]  # fmt: skip
+
+
+def _chapter(records: list[Record], paper: dict[str, Any]) -> list[Section]:
+    first = records[0]
+    drawn = band.by_rate(records, paper["speedup"])
+    parts = [
+        Section(
+            f"{first.model}, synthetic: speed",
+            (READING,),
+            tuple(t for link in shapes.links(records) if (t := shapes.by_link(records, link)).rows),
+            level=3,
+        ),
+        Section(
+            f"{first.model}, synthetic: the fallback rate", (), (shapes.by_rate(records),), (drawn,) if drawn else (),
+            level=3,
+        ),
+        Section(f"{first.model}, synthetic: other routing", (), (shapes.by_routing(records),), level=3, folded=True),
+    ]  # fmt: skip
+    return [Section(f"{first.model}, synthetic", (_stands(records),)), *(part for part in parts if not part.empty)]
+
+
+def _stands(records: list[Record]) -> str:
+    config = records[0].config
+    scopes = ", ".join(dict.fromkeys(record.scope for record in records))
+    made, real = config["moe_layers"], config["real_moe_layers"]
+    few = (
+        ""
+        if made == real
+        else " Times, tokens per second and ceilings are of the layers made, and a memory budget holds the share of "
+        "their experts that it would hold of the real model's."
+    )
+    other = "".join(f" {told}" for told in dict.fromkeys(_otherwise(records)))
+    narrow = "" if config["shrink"] == 1 else f" Every width was divided by {config['shrink']}: this is a test."
+    return (
+        f"{records[0].geometry} (synthetic) on {records[0].hardware}, {scopes}: {made} of {real} MoE layers, "
+        f"{config['experts']} experts of {config['expert_nbytes']:,} bytes, K = {config['top_k']}, {config['dtype']}. "
+        f"{config['repeats']} repeats of {config['prompt_tokens']} prompt tokens, {config['warmup_tokens']} decode "
+        f"steps not counted and {config['decode_tokens']} counted. Experts lie in host memory.{few}{narrow}{other}"
+    )
+
+
+def _otherwise(records: list[Record]) -> Iterator[str]:
+    """Where the machine was a little less than a cell asked for and was taken as that."""
+    for record in records:
+        config = record.config
+        if config["link_gb_per_s"] is not None and config.get("link_throttled") is False:
+            yield (
+                f"The link carries {config['link_native_gb_per_s']:.1f} GB/s by itself, which was taken as the "
+                f"{config['link_gb_per_s']:g} asked for."
+            )
+        if config.get("link_page_locked") is False:
+            yield "The driver did not page-lock the host memory: copies read ordinary memory, which is slower."
+        had, asked = config.get("memory_nbytes"), config.get("memory_asked_nbytes")
+        if had is not None and asked is not None and had < asked:
+            yield f"A budget of {record.budget} was all that the card has, {had / 2**30:.2f} GiB."

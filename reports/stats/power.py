@@ -1,0 +1,55 @@
+"""What a paired comparison of so many items can show at all: known before a run, so it is said before a result."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.stats import binom, norm
+
+from reports.stats.intervals import LEVEL, bonett_price
+
+PUBLISHED = (("HumanEval", 164), ("GSM8K", 1319), ("BIG-Bench-Hard", 6511))
+DISCORDANT = (0.02, 0.05, 0.10)  # shares of items on which two runs of one model were seen to differ
+WANTED = 0.8
+
+
+def power(items: int, discordant: float, margin_points: float, true_points: float = 0.0) -> float:
+    """Probability that the interval clears the margin, exactly, when the true difference is `true_points`.
+
+    `discordant` is the share of items that only one of the two runs gets right. Raises ValueError where the true
+    difference is larger than that share can make it.
+    """
+    gained = (discordant + true_points / 100) / 2
+    if not 0 <= gained <= discordant <= 1:
+        raise ValueError(
+            f"a difference of {true_points} points needs more than {100 * discordant:g} % discordant items"
+        )
+    if not discordant:
+        return float(bonett_price(0, 0, items)[0] > -margin_points / 100)
+    total = 0.0
+    for count in range(int(binom.ppf(1e-9, items, discordant)), int(binom.isf(1e-9, items, discordant)) + 1):
+        up = np.arange(count + 1)
+        shown = bonett_price(count - up, up, items)[0] > -margin_points / 100
+        total += binom.pmf(count, items, discordant) * binom.pmf(up[shown], count, gained / discordant).sum()
+    return float(total)
+
+
+def half_width(items: int, discordant: float) -> float:
+    """Half of the 95 % interval in points, where the discordant items are lost and gained alike."""
+    low, high = bonett_price(items * discordant / 2, items * discordant / 2, items)
+    return 100 * float(high - low) / 2
+
+
+def fewest_items(margin_points: float) -> int:
+    """Fewer items than this cannot clear the margin even if not one of them is discordant."""
+    items = 1
+    while power(items, 0.0, margin_points) < 1:
+        items += 1
+    return items
+
+
+def items_needed(discordant: float, margin_points: float) -> int:
+    """About how many items show the margin four times in five if there is no difference (normal approximation)."""
+    z = norm.ppf((1 + LEVEL) / 2) + norm.ppf(WANTED)
+    return max(fewest_items(margin_points), math.ceil(discordant * (100 * z / margin_points) ** 2))

@@ -1,0 +1,171 @@
+"""Time two sides in turn, a process each, in the order A B, B A, A B, ...: `python -m suites.abba regression|compare`.
+
+What drifts while this runs, drifts for both sides. Nothing is judged here: `python -m reports abba` does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mobile import outputs
+from mobile.cli.parsing import Parser
+from mobile.errors import Refused
+from suites.abba import variants
+from suites.environment import environment
+from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, write_json
+
+WORKLOAD = Path(__file__).resolve().parent / "workload.py"
+STRATEGIES = ("mobile", "on-demand-overlap")
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m suites.abba", description=__doc__.split("\n\n")[0])
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    regression = verbs.add_parser(
+        "regression", help="the working tree against an earlier commit",
+        description="Is the working tree slower than an earlier commit? The same decode steps for both, in one job.",
+    )  # fmt: skip
+    regression.add_argument(
+        "--base", metavar="REV", help="default: where this branch left the default branch, else the commit before HEAD"
+    )
+    compare = verbs.add_parser(
+        "compare", help="two strategies, or two commits",
+        description="Set two strategies or two commits against each other: speed, counters and tokens.",
+    )  # fmt: skip
+    compare.add_argument("first", metavar="A", help="a strategy's name, or a revision of this repository")
+    compare.add_argument("second", metavar="B", help="another of the same kind")
+    for verb in (regression, compare):
+        verb.add_argument(
+            "--strategy", action="append",
+            help=f"to time on both sides; may be given again (default: {', '.join(STRATEGIES)})",
+        )  # fmt: skip
+        verb.add_argument(
+            "--pairs", type=_pairs, default=6, help=f"processes a side, {FEWEST_PROCESSES} at least (default: 6)"
+        )
+        verb.add_argument(
+            "--out", type=Path, default=Path("runs") / verb.prog.split()[-1], help="folder (default: %(default)s)"
+        )
+        work(verb)
+    return top
+
+
+def work(to: argparse.ArgumentParser) -> None:
+    """What every process is told."""
+    group = to.add_argument_group(
+        "the work", "passed on; `python -m suites.abba.workload --help` says more and the defaults"
+    )
+    group.add_argument("--model", type=Path, metavar="FOLDER")
+    for name in ("layers", "slots", "steps", "repeats", "warm-up"):
+        group.add_argument(f"--{name}", type=int, metavar="N")
+    group.add_argument("--link", metavar="auto|cuda|paced|virtual")
+
+
+def _pairs(text: str) -> int:
+    if not text.isdecimal() or int(text) < FEWEST_PROCESSES:
+        raise argparse.ArgumentTypeError(f"an interval needs {FEWEST_PROCESSES} processes a side at least")
+    return int(text)
+
+
+def passed_on(options: argparse.Namespace) -> list[str]:
+    names = ("model", "layers", "slots", "steps", "repeats", "warm_up", "link")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if "model" in given:
+        given["model"] = given["model"].absolute()
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def order(pairs: int) -> list[int]:
+    """The side, 0 or 1, of each process in turn: every pair begins with the side that ended the one before."""
+    return [side for pair in range(pairs) for side in ((0, 1) if pair % 2 == 0 else (1, 0))]
+
+
+def process(side: variants.Side, before: Sequence[Path], words: list[str], out: Path) -> dict[str, Any]:
+    """Run the workload once. Raises Refused with its last line where it fails, or times the wrong tree."""
+    strategies = [word for name in side.strategies for word in ("--strategy", name)]
+    path = os.pathsep.join([*map(str, before), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-P", WORKLOAD, *strategies, *words, "--out", out],  # -P: suites/ itself is no place to import
+        env={**os.environ, "PYTHONPATH": path}, cwd=out.parent, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        last = done.stdout.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise Refused(f"{side.name} cannot do this work ({last[0]}); its whole output is above.")
+    result = json.loads(out.read_text())
+    if Path(result["tree"]) != before[-1].resolve():
+        raise Refused(f"{side.name} imported mobile from {result['tree']}, not from {before[-1]}; unset PYTHONPATH.")
+    return result
+
+
+def trial(both: tuple[variants.Side, variants.Side], pairs: int, words: list[str], console: Console) -> dict[str, Any]:
+    """Every process of both sides, in order; the trees that had to be checked out are gone afterwards."""
+    turns, results = order(pairs), ([], [])  # type: tuple[list[int], tuple[list[Any], list[Any]]]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        variants.trees(both) as found,
+        Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as shown,
+    ):
+        task = shown.add_task("", total=len(turns))
+        for number, turn in enumerate(turns, 1):
+            shown.update(task, description=both[turn].name)
+            begun = time.monotonic()
+            result = process(both[turn], found[turn], words, Path(scratch) / f"{number}.json")
+            results[turn].append(result)
+            rates = ", ".join(f"{run['strategy']} {_rate(result, run):.1f} tokens/s" for run in result["strategies"])
+            shown.advance(task)
+            console.print(
+                f"{number}/{len(turns)} {both[turn].name}: {rates} ({time.monotonic() - begun:.0f} s)", highlight=False
+            )
+    return {
+        "format": TRIAL_FORMAT,
+        "sides": [asdict(side) for side in both],
+        "order": turns,
+        "processes": results,
+        "environment": environment(),
+    }
+
+
+def _rate(result: dict[str, Any], run: dict[str, Any]) -> float:
+    return result["steps"] * len(run["repeats"]) / (sum(one["wall_ns"] for one in run["repeats"]) / 1e9)
+
+
+def main() -> int:
+    console = Console(soft_wrap=True, stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ended job, too, takes its worktree away
+    try:
+        options = parser().read()
+        outputs.check_folder(options.out)
+        strategies = tuple(dict.fromkeys(options.strategy or STRATEGIES))
+        if options.verb == "regression":
+            both = variants.regression(options.base, strategies)
+        else:
+            both = variants.named(options.first, options.second, strategies)
+        found = trial(both, options.pairs, passed_on(options), console)
+    except Refused as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    path = options.out.absolute() / TRIAL
+    write_json(path, {"kind": options.verb, **found})
+    LATEST_TRIAL.parent.mkdir(exist_ok=True)
+    LATEST_TRIAL.write_text(f"{path.parent}\n")
+    print(path)
+    return 0

@@ -1,0 +1,213 @@
+"""One timed process: the same decode steps of one model under given strategies, wall time to one JSON file.
+
+    python -m suites.abba.workload --strategy mobile --strategy on-demand --out here.json
+
+It imports torch, transformers and the public API of `mobile`, and nothing else of ours, so that this one file times
+any commit: `suites.abba` runs it by its path, with that commit's tree in front of all others on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OlmoeConfig
+
+import mobile
+
+HERE = Path(__file__).resolve().parent.parent
+SHIPPED = HERE / "models" / "olmoe-tiny"
+TEXT = HERE / "tasks" / "data" / "boolean_expressions.jsonl"  # what shipped models were taught, word for word like it
+PROMPT = 24  # tokens
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m suites.abba.workload", description=__doc__.splitlines()[0])
+    top.add_argument("--strategy", action="append", help="may be given again (default: mobile)")
+    top.add_argument("--model", type=Path, default=SHIPPED, help=f"a checkpoint's folder (default: {SHIPPED.name})")
+    top.add_argument(
+        "--layers", type=int,
+        help="instead of a checkpoint: so many layers of OLMoE-1B-7B's size with random bf16 weights, 0.8 GB each. "
+        "Their routing means nothing, the bytes they move are real",
+    )  # fmt: skip
+    top.add_argument("--slots", type=int, help="expert slots on the device (default: a quarter of all experts)")
+    top.add_argument("--steps", type=int, default=64, help="decode steps in a repeat (default: 64)")
+    top.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
+    top.add_argument("--warm-up", type=int, default=1, help="untimed repeats before them (default: 1)")
+    top.add_argument(
+        "--link", choices=("auto", "cuda", "paced", "virtual"), default="auto",
+        help="auto: cuda with a GPU; without one paced, which sleeps for as long as a PCIe 4.0 copy would take. With "
+        "virtual nothing sleeps, and the time is what the processor takes",
+    )  # fmt: skip
+    top.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    return top
+
+
+def gpu() -> dict[str, str | None] | None:
+    """Name and UUID of the GPU that is timed; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    uuid = getattr(found, "uuid", None)
+    return {"name": found.name, "uuid": None if uuid is None else str(uuid)}
+
+
+def cpu() -> str | None:
+    """What Linux calls the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of the tree that `mobile` was imported from; as in `suites.environment`, it takes no lock."""
+    words = ["git", "--no-optional-locks", "-C", str(Path(mobile.__file__).parent), *arguments]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def surroundings() -> dict[str, Any]:
+    status = git("status", "--porcelain")
+    return {
+        "tree": str(Path(mobile.__file__).resolve().parent.parent),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": cpu(),
+        "gpu": gpu(),
+    }
+
+
+def text_ids(folder: Path, length: int) -> list[int]:
+    """The first `length` tokens of the shipped text, in the model's own tokens. Raises SystemExit if it has fewer."""
+    rows = [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "\n\n".join(row["prompt"] + row["worked"] for row in rows)
+    ids = tokenizer(text, truncation=True, max_length=length).input_ids
+    if len(ids) < length:
+        raise SystemExit(f"The text has {len(ids)} tokens and {length} are needed; give fewer --steps.")
+    return ids
+
+
+def room_for(config: Any, length: int) -> None:
+    room = getattr(config, "max_position_embeddings", length)
+    if length > room:
+        raise SystemExit(f"The model has {room} positions and {length} are needed; give fewer --steps.")
+
+
+def quarter(config: Any) -> int:
+    """A quarter of all experts, and no fewer than a token uses."""
+    experts = next(getattr(config, name) for name in EXPERTS if hasattr(config, name))
+    layers = config.num_hidden_layers - (getattr(config, "first_k_dense_replace", None) or 0)
+    return max(config.num_experts_per_tok, experts * layers // 4)
+
+
+def layers_of_olmoe(number: int) -> tuple[Any, Any]:
+    """OLMoE-1B-7B cut down to `number` layers, with the same random weights every time."""
+    config = OlmoeConfig(
+        num_hidden_layers=number, vocab_size=1024, hidden_size=2048, intermediate_size=1024, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval(), config
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def sums(model: Any) -> dict[str, float]:
+    """What the engine counts; a rate does not add up, and None is unknown."""
+    counted = model.mobile.stats()
+    return {name: value for name, value in counted.items() if name != "hit_rate" and isinstance(value, int | float)}
+
+
+@torch.no_grad()
+def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
+    """Prefill, then decode `ids` (1, PROMPT + steps) whatever the model would rather write, on the wall clock.
+
+    Returns the time and what the strategy counted in the meantime, and the token the model would have written at
+    each step.
+    """
+    cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
+    before, written = sums(model), []
+    wait()
+    begun = time.perf_counter_ns()
+    for at in range(PROMPT, ids.shape[1]):
+        output = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+        written.append(int(output.logits[0, -1].argmax()))  # as generate() does, the next step waits for this one
+    wait()
+    taken = time.perf_counter_ns() - begun
+    counted = {name: value - before.get(name, 0) for name, value in sums(model).items()}
+    return {"wall_ns": taken, "counters": counted}, written
+
+
+def timed(options: argparse.Namespace, device: str, link: str) -> Iterator[dict[str, Any]]:
+    """One result a strategy, in the given order."""
+    length = PROMPT + options.steps
+    made: Any = None
+    if options.layers is not None:
+        made, config = layers_of_olmoe(options.layers)
+        made.to(device)
+    else:
+        config = AutoConfig.from_pretrained(options.model).get_text_config()
+    room_for(config, length)
+    if made is not None:
+        numbers = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    else:
+        numbers = text_ids(options.model, length)
+    ids = torch.tensor([numbers], device=device)
+    for name in options.strategy or ["mobile"]:
+        slots = None if name == "resident" else options.slots or quarter(config)  # it holds all experts
+        if made is not None:
+            model = mobile.attach(made, name, slots=slots, link=link)
+        else:
+            dtype: Any = "auto" if device == "cuda" else torch.float32
+            model = mobile.load(options.model, name, slots=slots, link=link, device=device, dtype=dtype)
+        for _ in range(options.warm_up):
+            repeat(model, ids)
+        repeats, written = zip(*(repeat(model, ids) for _ in range(options.repeats)), strict=True)
+        yield {
+            "strategy": name, "slots": slots, "repeats": repeats, "written": written[-1],
+            "ids_sha256": hashlib.sha256(json.dumps(numbers).encode()).hexdigest(),
+        }  # fmt: skip
+        mobile.detach(model)
+
+
+def main() -> None:
+    options = parser().parse_args()
+    device = "cuda" if torch.cuda.is_available() and options.link in ("auto", "cuda") else "cpu"
+    link = {"auto": "cuda" if device == "cuda" else "paced"}.get(options.link, options.link)
+    if device == "cpu":
+        torch.set_num_threads(1)  # so that the machine's other cores do not decide
+    work = {name: getattr(options, name) for name in ("layers", "steps", "repeats", "warm_up")}
+    result = {
+        **surroundings(), **work, "link": link, "model": options.model.name if options.layers is None else None,
+        "strategies": list(timed(options, device, link)),
+    }  # fmt: skip
+    partial = options.out.with_name(f"{options.out.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Batch-1 virtual time of a recorded run, by replaying each item's trace. No torch."""
+
+from __future__ import annotations
+
+from mobile.costs.geometry import Geometry, dress, slots_for
+from mobile.costs.hardware import HardwareProfile, parse_nbytes
+from mobile.ledger import Event
+from mobile.policies.strategy import Strategy
+from mobile.replay.replay import Bench
+from mobile.replay.trace import Request, run, visits
+from mobile.residency.residency import STAGING
+
+SHOWN_SHARE = 0.95  # a card sold with 16 GB shows 15.6 GiB or more; what it keeps lies in the profile's reserve
+
+
+def is_memory(budget: str) -> bool:
+    """Whether a budget is a memory size, and not a number of slots by another name."""
+    return budget not in ("all", "smallest") and not budget.endswith("%")
+
+
+def memory_on(budget: str, total_nbytes: int) -> int:
+    """Return the bytes of a memory budget on a card that shows `total_nbytes`: all of them, where the budget is more.
+
+    Whether that is near enough to call it the budget, whoever plans says before (`SHOWN_SHARE`).
+    """
+    return min(parse_nbytes(budget), total_nbytes)
+
+
+def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> Bench:
+    """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs.
+
+    "25%" is a quarter of all experts, anything else a memory size.
+    """
+    worn, stands_for = dress(own, geometry)
+    if is_memory(budget):
+        slots = slots_for(worn, parse_nbytes(budget), hardware.reserve_nbytes, STAGING)
+    elif budget.endswith("%"):
+        slots = max(worn.top_k, round(worn.keys * float(budget[:-1]) / 100))
+    else:
+        slots = strategy.needs(worn)
+    return Bench(strategy, worn, stands_for, hardware, slots)
+
+
+def timeline(on: Bench, request: Request, tokens: int) -> list[Event]:
+    """Every event of a few decode tokens: from the token before the first fallback, or from the second token."""
+    future = visits([request], on.stands_for) if on.strategy.foresight else None
+    residency = on.residency(events=100_000, future=future)
+    starts = [i for i, step in enumerate(request) if step.kind in ("full", "little")]
+    fallback = next((i for i, step in enumerate(request) if step.kind == "big"), None)
+    first = 1 if fallback is None else max(0, sum(i < fallback for i in starts) - 2)
+    wanted = starts[first : first + tokens + 1]
+    end = wanted[tokens] if len(wanted) > tokens else len(request)
+    for step in request[: wanted[0]]:
+        run(step, residency, on.stands_for)
+    begun = residency.link.now
+    residency.ledger.events.clear()
+    for step in request[wanted[0] : end]:
+        run(step, residency, on.stands_for)
+    return [e._replace(start_ns=e.start_ns - begun, end_ns=e.end_ns - begun) for e in residency.ledger.events]

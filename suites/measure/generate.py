@@ -1,0 +1,136 @@
+"""The live half of a cell: a model answers its items under one gating, scored by lm-eval, routing recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import mobile
+from mobile.costs.geometry import Geometry
+from mobile.costs.hardware import profile
+from mobile.live_model.compat import MoeLayer, common_layout, geometry_of, moe_layers
+from mobile.policies.strategy import Strategy, resolve, strategies
+from mobile.replay import trace
+from mobile.replay.replay import time_requests
+from suites.budget import bench
+from suites.plan.cells import Generation
+from suites.record import RunFolder, write_json
+from suites.scoring.lm_eval import EngineLM, evaluate, first_tokens, generate, task_config
+from suites.tasks.paper_tasks import REAL
+
+BATCH = 100
+CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy it stands for
+
+
+def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
+    """Answer, score, record, check, and write both files, the answers last."""
+    begun = time.monotonic()
+    torch.set_num_threads(1)  # so that results do not depend on the machine's cores
+    strategy = resolve(generation.strategy, generation.gamma)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        generation.model.folder, dtype=torch.float32, use_safetensors=True
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(generation.model.folder)
+    layers = moe_layers(model)
+    own = geometry_of(model, layers, common_layout(layers))
+    if generation.scrambled:
+        scramble(layers, generation.seed)
+    mobile.attach(model, strategy, slots=strategy.needs(own))
+    lm = EngineLM(model, tokenizer, BATCH)
+    answers = evaluate(lm, generation.task, generation.docs, generation.folder)
+    mobile.detach(model)
+    requests = [lm.traces[answer.prompt_sha256] for answer in answers]
+    prompts = [lm.prompts[answer.prompt_sha256] for answer in answers]
+    spans = [
+        fallback_spans(request, lm.written[answer.prompt_sha256], tokenizer, answer.output)
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    written = lm.written[answers[0].prompt_sha256]
+    checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, prompts[0], requests[0], written))
+    path = folder.trace(generation.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "geometry": asdict(own), "model": generation.model.name, "strategy": strategy.name, "gamma": generation.gamma,
+        "docs": generation.docs,
+    }  # fmt: skip
+    trace.save(path, requests, own.moe_layers, about)
+    write_json(
+        folder.answers(generation.id),
+        {
+            "answers": [
+                {**asdict(answer), "prompt": shown(generation, prompt), "fallback_spans": fell}
+                for answer, prompt, fell in zip(answers, prompts, spans, strict=True)
+            ],
+            "checks": checks,
+            "batch": BATCH,
+            "wall_seconds": time.monotonic() - begun,
+        },
+    )
+
+
+def scramble(layers: Sequence[MoeLayer], seed: int) -> None:
+    """Shuffle the rows of every router's weight: each expert gets another's tokens. The canary's whole difference."""
+    shuffled = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        weight = layer.router.weight
+        weight.data = weight.data[torch.randperm(len(weight), generator=shuffled)]
+
+
+def shown(generation: Generation, prompt: str) -> str | None:
+    """The prompt, where it is ours to print."""
+    return None if generation.task in REAL else prompt
+
+
+def fallback_spans(
+    request: trace.Request, ids: list[int], tokenizer: PreTrainedTokenizerBase, output: str
+) -> list[tuple[int, int]]:
+    """The ranges of characters of `output` that big passes wrote; prefill wrote the first of `ids`."""
+    written = [step.kind in ("full", "little") for step in request]
+    fell = [sum(written[: number + 1]) for number, step in enumerate(request) if step.kind == "big"]
+    return spans_of(fell, ids, tokenizer, output)
+
+
+def spans_of(
+    fell: Sequence[int], ids: list[int], tokenizer: PreTrainedTokenizerBase, output: str
+) -> list[tuple[int, int]]:
+    """The ranges of characters of `output` that the tokens with these numbers in `ids` wrote."""
+    spans: list[tuple[int, int]] = []
+    for number in fell:
+        start, end = (len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in (number, number + 1))
+        start, end = min(start, len(output)), min(end, len(output))
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        if end > start:
+            spans.append((start, end))
+    return spans
+
+
+def _checks(
+    generation: Generation, strategy: Strategy, own: Geometry, hardware: str, model: Any, tokenizer: Any,
+    prompt: str, request: trace.Request, written: list[int],
+) -> Iterator[tuple[str, bool]]:  # fmt: skip
+    """Begin one item again, alone, under each strategy this generation stands for: same tokens, same ledger as replay.
+
+    The batch's numbers may differ from a single row's in their last bits, so this is looked at, not assumed.
+    """
+    same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.foresight]
+    stands_for = same_routing if strategy.routes_as_full_k else [strategy]
+    options = task_config(generation.task, generation.folder)["generation_kwargs"]
+    options = {**options, "max_gen_toks": min(options["max_gen_toks"], CHECKED_TOKENS)}
+    begun = first_tokens(request, CHECKED_TOKENS)
+    for one in stands_for:
+        on = bench(one, own, generation.model.geometry, profile(hardware), "smallest")
+        mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
+        [(_, ids)] = generate(model, tokenizer, [prompt], options)
+        model.mobile.residency.end_token()
+        live = model.mobile.ledger
+        mobile.detach(model)
+        _, replayed = time_requests(on, [begun])
+        yield f"{one.name}: tokens alone equal tokens in the batch", ids == written[:CHECKED_TOKENS]
+        equal = (live.counters, live.guesses) == (replayed.counters, replayed.guesses)
+        yield f"{one.name}: live ledger equals replay", equal

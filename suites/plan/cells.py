@@ -1,0 +1,285 @@
+"""From a preset to its cells, each named by a hash of everything that could change its result."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from itertools import product
+from pathlib import Path
+from random import Random
+from types import MappingProxyType
+from typing import Any
+
+from mobile.costs.geometry import GEOMETRIES, slots_for
+from mobile.costs.hardware import parse_nbytes, profile
+from mobile.errors import Refused
+from mobile.policies.strategy import Strategy, resolve
+from mobile.residency.residency import STAGING
+from mobile.suggest import offer
+from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
+from suites.record import SCOPES
+from suites.synthetic.cells import Shape, shapes_of
+from suites.synthetic.reference_cells import Beside
+from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of
+
+ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
+CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
+OVERRIDDEN = (  # a model's own, if it likes
+    "strategies", "budgets", "gammas", "caches", "shares", "canaries", "items", "fewer_items",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One live run: a model answers a task under one gating; gives text, scores and a trace."""
+
+    model: Model
+    task: str
+    strategy: str
+    gamma: float | None
+    items: int
+    seed: int
+    scrambled: bool = False  # the canary: every router's rows shuffled
+    data: str | None = None  # the folder with a real task's files; None is the hub
+
+    @property
+    def id(self) -> str:
+        own = {name: value for name, value in asdict(self).items() if name != "data"}  # what counts is what is in it
+        return digest(own, code_hash(), versions(), task_hash(self.task, self.folder), model_hash(self.model))
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self.data is None else Path(self.data)
+
+    @property
+    def label(self) -> str:
+        return _label(self, self.strategy, self.gamma)
+
+    @property
+    def docs(self) -> list[int]:
+        """A seeded random subset of the task's items, ascending; more items hold those of fewer."""
+        there_are = items_of(self.task, self.folder)
+        return sorted(Random(self.seed).sample(range(there_are), there_are)[: self.items])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a result: a generation timed under a strategy, on hardware with a memory budget."""
+
+    generation: Generation
+    strategy: str
+    gamma: float | None
+    hardware: str
+    budget: str
+    swept: bool = False  # one point of a sweep, over gamma or over cache sizes, beside the strategy's own
+    timed: int | None = None  # how many of the items are timed; None: all
+    link: str | None = None  # over which link it is timed live, alone, answering itself; None: its trace is replayed
+
+    @property
+    def id(self) -> str:
+        card = asdict(profile(self.hardware))  # what counts is what is in it, wherever it lies
+        return digest(self.generation.id, self.strategy, self.gamma, card, self.budget, self.timed, self.link)
+
+    @property
+    def docs(self) -> list[int]:
+        """The items that are timed, ascending: those that a live run of so few would have been asked.
+
+        A seeded random part, since a file's first items need not be like its others (real tasks are in no random
+        order), and one that other small cells of the same seed share, so that more pairs can be formed.
+        """
+        few = self.generation.items if self.timed is None else min(self.timed, self.generation.items)
+        return replace(self.generation, items=few).docs
+
+    @property
+    def scope(self) -> str:
+        """Whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
+        return SCOPES[self.link]
+
+    @property
+    def label(self) -> str:
+        return _label(self.generation, self.strategy, self.gamma, self.budget)
+
+
+def _label(of: Generation, strategy: str, gamma: float | None, *budget: str) -> str:
+    threshold = () if gamma is None else ("gamma", str(gamma))
+    return " ".join((of.model.name, of.task, strategy, *threshold, *budget, *(["canary"] if of.scrambled else [])))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of cells and the minutes it may take on 2 cores."""
+
+    name: str
+    minutes: int
+    cells: tuple[Cell | Shape | Beside, ...]
+
+    @property
+    def scored(self) -> list[Cell]:
+        """The cells whose answers are scored."""
+        return [cell for cell in self.cells if isinstance(cell, Cell)]
+
+    @property
+    def replayed(self) -> list[Cell]:
+        """Of them, those that are timed by replaying a live run."""
+        return [cell for cell in self.scored if cell.link is None]
+
+    @property
+    def generations(self) -> list[Generation]:
+        """The live runs that replayed cells need, each once, in order."""
+        return list(dict.fromkeys(cell.generation for cell in self.replayed))
+
+    @property
+    def live(self) -> list[Cell]:
+        """Of them, those that are timed live."""
+        return [cell for cell in self.scored if cell.link is not None]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The cells that are timed live on a script."""
+        return [cell for cell in self.cells if isinstance(cell, Shape)]
+
+    @property
+    def besides(self) -> list[Beside]:
+        """What is measured beside them."""
+        return [cell for cell in self.cells if isinstance(cell, Beside)]
+
+    def only(self, pattern: str | None) -> Preset:
+        """The cells whose label holds the pattern (with * and ? as in file names). Raises Refused where none does."""
+        chosen = self.cells if pattern is None else tuple(c for c in self.cells if fnmatch(c.label, f"*{pattern}*"))
+        if not chosen:
+            raise Refused(f"No cell of {self.name} is called {pattern!r}; one is called {self.cells[0].label!r}.")
+        return replace(self, cells=chosen)
+
+
+_MADE = "makes its models itself; leave --model out"
+_SAYS = "says itself how it is timed; leave --link out"
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in (HERE / "presets").glob("*.toml"))
+
+
+def read_preset(
+    name: str, folder: Path | None = None, folders: Mapping[str, Path] = MappingProxyType({}), link: str | None = None
+) -> Preset:
+    """The preset of that name, or at that path, with real tasks' files from `folder` and models from `folders`.
+
+    `link` is another for a preset of shapes. Raises Refused for one that is unknown or asks for unknown things.
+    """
+    path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
+    if not path.is_file():
+        raise Refused(f"Unknown preset {name!r}; {offer(name, presets())}, or give a .toml file.")
+    try:
+        data = tomllib.loads(path.read_text())
+        if "runs" in data and not folders:
+            return Preset(path.stem, data["minutes"], tuple(shapes_of(data, link)))
+        if "runs" in data or link is not None:
+            raise Refused(f"Preset {path.stem} {_MADE if 'runs' in data else _SAYS}.")
+        return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
+    except Refused:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:  # no TOML, no text, or a value of another kind
+        raise Refused(f"Preset {path} cannot be read: {error}.") from error
+    except KeyError as error:
+        raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
+
+
+def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> list[Cell]:
+    tasks = expand(data["tasks"])
+    there_are = {task: items_of(task, folder) for task in tasks}
+    most = max(there_are.values(), default=SHIPPED)
+    for count in ("items", "swept_items", "timed_items"):
+        if not 1 <= data.get(count, most) <= most:
+            raise Refused(f"{count} must be between 1 and {most}, not {data[count]}.")
+    models = {model["name"]: _at(Model(**_own(model)), folders) for model in data["models"]}
+    if strangers := set(folders) - set(models):
+        raise Refused(f"The preset has no model {sorted(strangers)[0]}; it has: {', '.join(models)}.")
+    link = data.get("link")
+    if link not in SCOPES:
+        raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
+    at_most = {task: min(data.get("task_items", {}).get(asked, most), there_are[task]) for task, asked in tasks.items()}
+    lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in REAL}
+    cells = [
+        cell
+        for model in data["models"]
+        for cell in _cells_of(models[model["name"]], {**data, **model}, link, at_most, lies_in)
+    ]
+    if not cells:
+        raise Refused(
+            "The preset asks for no cell; give it a model, task, strategy, hardware, budget and seed at least."
+        )
+    return cells
+
+
+def _at(model: Model, folders: Mapping[str, Path]) -> Model:
+    """The model, taken from a folder where one is given for it; a checkpoint with our recipe is never called real."""
+    if model.name not in folders:
+        return model
+    folder = folders[model.name].absolute()
+    weights = "shipped-tiny" if (folder / "recipe.json").is_file() else model.weights
+    return replace(model, path=str(folder), hub=None, revision=None, weights=weights)
+
+
+def _own(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's own fields, without what it overrides of the preset."""
+    return {name: value for name, value in model.items() if name not in OVERRIDDEN}
+
+
+def _cells_of(
+    model: Model, data: dict[str, Any], link: str | None, at_most: dict[str, int], lies_in: dict[str, str]
+) -> Iterator[Cell]:
+    """The cells of one model; `data` is the preset with what this model overrides of it.
+
+    By task, `at_most` is the most items that may be asked, and `lies_in` the folder of those that have one.
+    """
+    if model.geometry not in GEOMETRIES:
+        raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
+    cards = [_card(name, link) for name in data["hardware"]]
+    for found in map(profile, cards):
+        for budget in set(data["budgets"]) - {"smallest"}:
+            slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), found.reserve_nbytes, STAGING)
+    model_hash(model)
+    items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
+    chosen = [resolve(name) for name in data["strategies"]]
+    own = [strategy.gamma for strategy in chosen]
+    fewer = data.get("fewer_items", {})
+    if strangers := set(fewer) - {strategy.name for strategy in chosen}:
+        raise Refused(f"fewer_items names {sorted(strangers)[0]!r}, which is not among the strategies of {model.name}.")
+    if min((items, *fewer.values())) < 1:
+        raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
+    runs = [
+        (strategy, budget, False, min(items, fewer.get(strategy.name, items)))
+        for strategy in chosen for budget in _budgets(strategy, data["budgets"])
+    ]  # fmt: skip
+    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
+    runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
+
+    def generation(task: str, name: str, gamma: float | None, count: int, seed: int, scrambled: bool) -> Generation:
+        asked = min(count, at_most[task])
+        return Generation(model, task, name, gamma, asked, seed, scrambled, lies_in.get(task))
+
+    for seed, task, card in product(data["seeds"], at_most, cards):
+        for strategy, budget, swept, count in runs:
+            # All that was answered is timed once for each way to answer; else, and where full K's answers are given
+            # again, a part of it. What needs a live run of its own to give them again is asked no more than that part.
+            name = ORACLE if strategy.routes_as_full_k else strategy.name
+            whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
+            asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
+            live = generation(task, name, strategy.gamma, asked, seed, False)
+            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
+        if task in data.get("canaries", []):
+            scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
+            yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
+
+
+def _card(name: str, link: str | None) -> str:
+    """A profile's name, or its file, found from anywhere. Over a real link "auto" stays: the card that is there."""
+    if name.endswith(".json"):
+        return str(Path(name).absolute())
+    return name if name == "auto" and link == "cuda" else profile(name).name
+
+
+def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
+    return ["all"] if strategy.retain == "everything" else budgets

@@ -1,0 +1,86 @@
+"""The machine a run is timed on, calibrated once a run and link; and what the virtual clock says there.
+
+Measurements lie in the run folder, so that a resumed run goes on with the same profile. They are of the process that
+times, alone on its machine, with its threads and its dtype.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+
+from mobile.costs.hardware import HardwareProfile, profile
+from mobile.links.base import VirtualLink
+from mobile.machine.fit_profile import Measurements, fit, measurements_from
+from mobile.machine.measure import NARROW, Pace, measure, relinked, sizes_for
+from mobile.policies.strategy import Strategy
+from suites.environment import environment
+from suites.identity import code_hash, digest
+from suites.record import RunFolder, read_json, sound, write_json
+from suites.synthetic.cells import Shape
+from suites.synthetic.models import Synthetic
+from suites.synthetic.script import Script
+from suites.synthetic.script_player import Played, play
+
+
+def calibrated(shape: Shape, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
+    """The profile of this machine with the shape's link; None for a shape that the clock is not asked about.
+
+    Raises Refused for measurements that no profile fits.
+    """
+    if not shape.foretold:
+        return None
+    device = torch.device("cuda" if shape.link == "cuda" else "cpu")
+    sizes = NARROW if shape.shrink > 1 else sizes_for(device)
+    link: dict[str, Any] = {"link_gb_per_s": shape.link_gb_per_s}
+    if shape.link == "paced":
+        link = {"pace": pace_of(shape)}
+    base = _kept(run, [shape.link, str(dtype), asdict(sizes)], lambda: measure(device, dtype, sizes))
+    if shape.link == "cuda" and shape.link_gb_per_s is None:
+        return fit(base)
+    told = [shape.link, str(dtype), asdict(sizes), shape.link_gb_per_s, asdict(profile(shape.hardware))]
+    return fit(_kept(run, told, lambda: relinked(base, device, dtype, sizes, **link)))
+
+
+def pace_of(shape: Shape) -> Pace:
+    """What a paced link takes for a row, as attach has it from the shape's profile."""
+    card = profile(shape.hardware)
+    rate = card.link_gb_per_s if shape.link_gb_per_s is None else shape.link_gb_per_s
+    return lambda nbytes: round((card.link_latency_seconds + nbytes / (rate * 1e9)) * 1e9)
+
+
+def _kept(run: RunFolder, told: list[Any], make: Any) -> Measurements:
+    """What was measured under these settings by this code on a machine like this, or what is measured now."""
+    path = run.calibration(digest(*told, torch.get_num_threads(), environment()["fingerprint"], code_hash()))
+    if not sound(path):
+        begun = time.monotonic()
+        made = make()
+        print(f"calibrated in {time.monotonic() - begun:.1f} s: {made.about}", flush=True)
+        write_json(path, asdict(made))
+        return made
+    return measurements_from(read_json(path))
+
+
+def predicted(
+    made: Synthetic, strategy: Strategy, scripts: list[Script], slots: int, card: HardwareProfile
+) -> list[Played]:
+    """The same scripts in the same order, warm, with as many slots, on the virtual clock of that profile.
+
+    The same model and engine decide; only bytes are left where they are, since time is all that is asked for.
+    """
+    with made.attached(strategy, slots=slots, hardware=card, link="virtual") as engine:
+        cast(VirtualLink, engine.link).arrived = engine.arrived
+        return [play(made, script) for script in scripts]
+
+
+def told(card: HardwareProfile, played: list[Played]) -> dict[str, Any]:
+    """A prediction for a record: the profile, and of the first repeats what `Item` has of the measurement."""
+    return {
+        "profile": asdict(card),
+        "ttft_ns": [one.prefill_ns for one in played],
+        "decode_ns": [one.decode_ns for one in played],
+        "decode_bytes": [one.decode_bytes for one in played],
+    }

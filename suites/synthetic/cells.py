@@ -1,0 +1,142 @@
+"""Shapes: cells that are the wall-clock speed of a real geometry with synthetic weights, playing a script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from mobile.costs.geometry import GEOMETRIES
+from mobile.costs.hardware import parse_nbytes, profile
+from mobile.errors import Refused
+from mobile.policies.strategy import Strategy, resolve
+from mobile.suggest import offer
+from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
+from suites.record import SCOPES
+from suites.synthetic.reference_cells import Beside, besides_of
+
+LINKS = ("cuda", "paced", "virtual")
+RECORDED = "recorded"  # routing and fallbacks of the shipped model in the model's folder
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row of a result: so many repeats of a prompt and its decode steps, each with a script of its own.
+
+    The script of a repeat follows from `routing`, `rate`, `seed` and the tokens alone, so every strategy plays the
+    same. `rate` is the share of decode steps that fall back, None where a recorded run says it (or nobody falls back).
+    `link_gb_per_s` is what the link is throttled to, None: as it is. `layers` are the MoE layers made, None: as many
+    as fit the host memory; `shrink` divides every width, for tests.
+    """
+
+    model: Model
+    routing: str
+    rate: float | None
+    strategy: str
+    gamma: float | None
+    hardware: str
+    budget: str
+    link: str
+    link_gb_per_s: float | None
+    prompt_tokens: int
+    warmup_tokens: int
+    decode_tokens: int
+    repeats: int
+    seed: int
+    layers: int | None = None
+    shrink: int = 1
+    swept: bool = False  # a point of a sweep over fallback rates
+
+    @property
+    def id(self) -> str:
+        told = {**asdict(self), "hardware": asdict(profile(self.hardware))}  # what is in it, wherever it lies
+        return digest(told, code_hash(), versions(ENGINE), model_hash(self.model))
+
+    @property
+    def task(self) -> str:
+        return f"{self.routing} routing"
+
+    @property
+    def scope(self) -> str:
+        """Whose time it takes: this machine's GPU over its own link or a slowed one, or a stand-in's."""
+        return "gpu+throttled" if self.link == "cuda" and self.link_gb_per_s is not None else SCOPES[self.link]
+
+    @property
+    def foretold(self) -> bool:
+        """Whether the virtual clock is asked too: not where it would be asked about itself, nor at each swept rate."""
+        return self.link != "virtual" and not self.swept
+
+    @property
+    def label(self) -> str:
+        rate = () if self.rate is None else (f"fallback {self.rate:g}",)
+        return " ".join(
+            (self.model.name, speed_of(self.link_gb_per_s), self.routing, self.strategy, *rate, self.budget)
+        )
+
+
+def speed_of(link_gb_per_s: float | None) -> str:
+    """How a link's speed is called: "native", or "25GB/s"."""
+    return "native" if link_gb_per_s is None else f"{link_gb_per_s:g}GB/s"
+
+
+def shape_from(data: dict[str, Any]) -> Shape:
+    return Shape(**{**data, "model": Model(**data["model"])})
+
+
+def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape | Beside]:
+    """The cells of a preset with [[runs]]; `link` stands in for the preset's own. Raises Refused, KeyError, TypeError.
+
+    Last come those of `beside`. A model's own `budgets`, `layers` and `shrink` go before the preset's.
+    """
+    chosen = link or data["link"]
+    if chosen not in LINKS:
+        raise Refused(f"Link {chosen!r} is not available; {offer(chosen, LINKS)}.")
+    counts = {name: data[name] for name in ("prompt_tokens", "warmup_tokens", "decode_tokens", "repeats")}
+    if min(counts.values()) < 1:
+        raise Refused(f"A preset with runs needs at least one of each of: {', '.join(counts)}.")
+    known = {field.name for field in fields(Model)}
+    models: dict[str, Model] = {}
+    for told in data["models"]:
+        model = Model(**{name: value for name, value in told.items() if name in known}, weights="synthetic")
+        if strangers := set(told) - known - {"budgets", "layers", "shrink"}:
+            raise Refused(f"Model {model.name} has an unknown field {sorted(strangers)[0]!r}.")
+        if model.geometry not in GEOMETRIES:
+            raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
+        model_hash(model)
+        models[model.name] = model
+        given = {**data, **told}
+        made = {"layers": given.get("layers"), "shrink": given.get("shrink", 1)}
+        cards = [str(Path(name).absolute()) if name.endswith(".json") else name for name in data["hardware"]]
+        for seed, card, run in product(data["seeds"], cards, data["runs"]):
+            profile(card)
+            shared = {**counts, **made, "seed": seed, "hardware": card, "link": chosen}
+            yield from _run(model, run, run.get("budgets", given["budgets"]), shared)
+    yield from besides_of(data, models, chosen)
+
+
+def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str, Any]) -> Iterator[Shape]:
+    rates = run.get("rates", [None])
+    for number, name in product(run["links"], run["strategies"]):
+        strategy = resolve(name)
+        falls_back = strategy.gamma is not None
+        if falls_back and None in rates and run["routing"] != RECORDED:
+            raise Refused(
+                f"Routing {run['routing']} says nothing of fallbacks; give its run rates, like rates = [0.1]."
+            )
+        for budget, rate in product(_budgets(strategy, budgets), rates if falls_back else [None]):
+            yield Shape(
+                model=model, routing=run["routing"], rate=rate, strategy=name, gamma=strategy.gamma, budget=budget,
+                link_gb_per_s=None if number == "native" else float(number),
+                swept="rates" in run and run["routing"] == RECORDED, **shared,
+            )  # fmt: skip
+
+
+def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
+    """Where nothing is kept between tokens, memory beyond the smallest is no use; where all is, it is no question."""
+    if strategy.retain == "everything":
+        return ["all"]
+    for budget in set(budgets) - {"smallest"}:
+        parse_nbytes(budget)
+    return ["smallest"] if strategy.retain == "nothing" else budgets

@@ -1,0 +1,238 @@
+"""The four real geometries with synthetic weights: stock Transformers classes, experts made where they are kept.
+
+No checkpoint is read. Dense weights are Transformers' own initialisation, on the device. Experts are made directly in
+the host store, at the speed of a copy, and never lie on the device. Routers are rows of the identity and the head
+watches one coordinate, so that `script_player` can have a router choose, and the output be sure or not, by what it is
+given; both compute what a trained one computes, in the same time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+from mobile.costs.geometry import GEOMETRIES, Geometry
+from mobile.costs.hardware import HardwareProfile
+from mobile.errors import Refused
+from mobile.links.page_lock import page_lock
+from mobile.live_model import compat
+from mobile.machine.host import host
+from mobile.policies.strategy import Strategy
+from mobile.residency.prefill import STAGING
+from mobile.runtime.attachment import Settled, serve, settle
+from mobile.runtime.engine import Engine
+from mobile.store.layout import ExpertLayout
+from mobile.store.memory import HostStore
+from mobile.suggest import offer
+
+LEFT_FREE = 2 * 2**30  # of host memory: for this process beside the store
+GIB = 2**30
+SHRUNK_VOCABULARY = 1024
+WIDTHS = (  # what a shrunk configuration has less of; heads keep their number
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+
+# From the models' published config.json files. DeepSeek's YaRN is left out: rotary tables of the same size and cost.
+_OLMOE = {
+    "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+}  # fmt: skip
+_QWEN2 = {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+}  # fmt: skip
+_DEEPSEEK = {
+    "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "num_hidden_layers": 27,
+    "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "topk_method": "greedy", "norm_topk_prob": False,
+}  # fmt: skip
+_QWEN3 = {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+}  # fmt: skip
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "olmoe-1b-7b": (OlmoeConfig, _OLMOE),
+    "qwen1.5-moe-a2.7b": (Qwen2MoeConfig, _QWEN2),
+    "deepseek-v2-lite": (DeepseekV2Config, _DEEPSEEK),
+    "qwen3-30b-a3b": (Qwen3MoeConfig, _QWEN3),
+}
+
+
+def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
+    """The real model's configuration, with so many MoE layers (None: all of them).
+
+    `shrink` divides every width, for tests: the same layers, experts and top-k, and the same code. Raises Refused for
+    an unknown geometry, or more layers than it has.
+    """
+    if geometry not in CONFIGS:
+        raise Refused(f"Unknown geometry {geometry!r}; {offer(geometry, sorted(CONFIGS))}.")
+    real = GEOMETRIES[geometry].moe_layers
+    layers = real if layers is None else layers
+    if not 1 <= layers <= real:
+        raise Refused(f"{geometry} has {real} MoE layers; {layers} of them cannot be made.")
+    kind, fields = CONFIGS[geometry]
+    if shrink < 1 or any(fields[name] % shrink for name in WIDTHS if name in fields):
+        raise Refused(f"The widths of {geometry} cannot be divided by {shrink}; take a power of two, like 16.")
+    dense = fields["num_hidden_layers"] - real
+    narrow = {name: fields[name] // shrink for name in WIDTHS if name in fields} if shrink > 1 else {}
+    small = {"vocab_size": SHRUNK_VOCABULARY} if shrink > 1 else {}
+    ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # a script ends when it ends
+    return kind(**{**fields, **narrow, **small, **ends, "num_hidden_layers": dense + layers})
+
+
+def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+    """The largest number of MoE layers whose experts fit the host memory that is free now.
+
+    Raises Refused where not one does.
+    """
+    *_, layout = _empty(config_of(geometry, 1, shrink), dtype)
+    real = GEOMETRIES[geometry]
+    usable = host().usable_nbytes
+    if usable is None:
+        return real.moe_layers
+    layers = (usable - LEFT_FREE) // (real.experts * layout.nbytes)
+    if layers < 1:
+        raise Refused(
+            f"One layer of {geometry} takes {real.experts * layout.nbytes / GIB:.1f} GiB of host memory and "
+            f"{usable / GIB:.1f} GiB are free, of which {LEFT_FREE / GIB:.0f} are left alone; use a machine with more."
+        )
+    return min(layers, real.moe_layers)
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A model whose experts lie in `store` and nowhere else, to be attached again and again.
+
+    `geometry` are the sizes of what was made, under the real one's name; `real_layers` how many MoE layers that has.
+    """
+
+    model: Any
+    empty: Any
+    layers: list[compat.MoeLayer]
+    layout: ExpertLayout
+    store: HostStore
+    geometry: Geometry
+    real_layers: int
+
+    @property
+    def device(self) -> torch.device:
+        return compat.device_of(self.layers)
+
+    @contextmanager
+    def attached(
+        self, strategy: str | Strategy, *, memory: int | str | None = None, slots: int | None = None,
+        hardware: str | HardwareProfile = "auto", link: str = "auto", link_gb_per_s: float | None = None,
+        gamma: float | None = None, kernel: str = "auto", poison: bool = False,
+    ) -> Iterator[Engine]:  # fmt: skip
+        """The model served by an engine inside the block, by attach's own path; keywords are attach's.
+
+        Afterwards the experts are still in the store: they are never given back to the modules. Raises Refused for
+        whatever attach refuses, or if the device has no room for the slots.
+        """
+        settled = settle(
+            self.empty, compat.moe_layers(self.empty), self.layout, self.device, strategy, memory=memory, slots=slots,
+            hardware=hardware, link=link, link_gb_per_s=link_gb_per_s, gamma=gamma, geometry=None, kernel=kernel,
+        )  # fmt: skip
+        settled = replace(settled, own=self.geometry, worn=self.geometry)
+        self._refuse_full(settled)
+        serve(self.model, self.layers, self.store, settled, poison=poison)
+        engine: Engine = self.model.mobile
+        try:
+            yield engine
+        finally:
+            engine.leave()
+            _let_go(self.device)
+
+    def _refuse_full(self, settled: Settled) -> None:
+        if self.device.type != "cuda":
+            return
+        _let_go(self.device)
+        need, free = (settled.slots + STAGING) * self.layout.nbytes, torch.cuda.mem_get_info(self.device)[0]
+        if need > free:
+            raise Refused(
+                f"{settled.slots} slots for {settled.strategy.name} take {need / GIB:.1f} GiB and {self.device} has "
+                f"{free / GIB:.1f} GiB free; give fewer slots, fewer layers or a larger card."
+            )
+
+
+def make(
+    geometry: str, *, layers: int | None = None, shrink: int = 1, device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.bfloat16, seed: int = 0,
+) -> Synthetic:  # fmt: skip
+    """Make the model; `layers` None makes as many MoE layers as host memory holds.
+
+    Raises Refused for an unknown geometry, too many layers, or too little host memory.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    fit = layers_that_fit(geometry, shrink, dtype)
+    if layers is not None and layers > fit:
+        config_of(geometry, layers)
+        raise Refused(f"The free host memory holds {fit} layers of {geometry} and not {layers}; ask for less.")
+    config = config_of(geometry, layers or fit, shrink)
+    empty, described, layout = _empty(config, dtype)
+    torch.manual_seed(seed)
+    model = _dense(config, dtype, torch.device(device))
+    made = compat.moe_layers(model)
+    store = HostStore(layout, len(made), made[0].count)
+    _fill(store)
+    if torch.device(device).type == "cuda":
+        page_lock(store.rows, torch.device(device), [])  # once, for every engine that is to serve them
+    name = geometry if shrink == 1 else f"{geometry} shrunk {shrink} times"
+    own = replace(compat.geometry_of(empty, described, layout), name=name)
+    return Synthetic(model, empty, made, layout, store, own, GEOMETRIES[geometry].moe_layers)
+
+
+def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    layers = compat.moe_layers(model)
+    return model, layers, compat.common_layout(layers)
+
+
+def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Everything but the experts, on the device, initialised by Transformers; experts are empty placeholders."""
+    model, layers, _ = _empty(config, dtype)
+    for layer in layers:
+        for name in compat.weight_names(layer.experts):
+            setattr(layer.experts, name, nn.Parameter(torch.empty(0, dtype=dtype, device="meta"), requires_grad=False))
+            getattr(layer.experts, name)._is_hf_initialized = True
+        layer.experts._is_hf_initialized = True
+    model.to_empty(device=device)
+    model.initialize_weights()
+    with torch.no_grad():
+        for layer in layers:
+            nn.init.eye_(layer.router.weight.zero_())
+        head = model.get_output_embeddings().weight
+        head[:, 0] = 0
+        head[0, 0] = 1
+    return model.requires_grad_(False).eval()
+
+
+def _fill(store: HostStore) -> None:
+    """One random row; every other expert's is the same, turned around by a number of elements of its own."""
+    base = torch.empty(store.layout.numel, dtype=store.layout.dtype).normal_(0, 0.02)
+    for layer, rows in enumerate(store.rows):
+        for expert, row in enumerate(rows):
+            shift = (layer * len(rows) + expert) * 64 % len(base)
+            row[: len(base) - shift].copy_(base[shift:])
+            row[len(base) - shift :].copy_(base[:shift])
+
+
+def _let_go(device: torch.device) -> None:
+    """Give unused device memory back, so that the next engine's slots find it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

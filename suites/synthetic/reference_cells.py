@@ -1,0 +1,84 @@
+"""What stands beside the strategies in a run of shapes: plain Transformers, and what the engine itself costs a layer.
+
+No torch: `suites.synthetic.reference` does the timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mobile.errors import Refused
+from mobile.suggest import offer
+from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
+from suites.record import SCOPES
+
+ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
+KINDS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
+FEW_LAYERS = 4  # that tell what one costs; two copies of them lie on the device
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One measurement of a geometry beside its shapes; `what` is one of KINDS' values.
+
+    `memory` is what `device_map` may fill of the device. Nothing is scripted: weights and routing are random.
+    """
+
+    model: Model
+    what: str
+    link: str
+    memory: str
+    prompt_tokens: int
+    decode_tokens: int
+    repeats: int
+    seed: int
+    layers: int | None = None
+    shrink: int = 1
+
+    gamma = None
+    hardware = "auto"
+    task = "plain Transformers"
+
+    @property
+    def id(self) -> str:
+        return digest(asdict(self), code_hash(), versions(ENGINE), model_hash(self.model))
+
+    @property
+    def strategy(self) -> str:
+        return self.what
+
+    @property
+    def budget(self) -> str:
+        return self.memory if self.what == DEVICE_MAP else "all"
+
+    @property
+    def scope(self) -> str:
+        return SCOPES[self.link]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model.name} native {self.what}"
+
+
+def beside_from(data: dict[str, Any]) -> Beside:
+    return Beside(**{**data, "model": Model(**data["model"])})
+
+
+def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[Beside]:
+    """The measurements that a preset of shapes asks for with `beside`; none in virtual time. Raises Refused."""
+    asked = data.get("beside", [])
+    if strangers := set(asked) - set(KINDS):
+        raise Refused(f"Nothing beside shapes is called {(word := sorted(strangers)[0])!r}; {offer(word, KINDS)}.")
+    if link == "virtual":
+        return
+    for told in data["models"]:
+        given = {**data, **told}
+        for what in asked:
+            yield Beside(
+                model=models[told["name"]], what=KINDS[what], link=link, memory=data.get("beside_memory", "16GiB"),
+                prompt_tokens=data["prompt_tokens"], decode_tokens=data.get("beside_tokens", data["decode_tokens"]),
+                repeats=data.get("beside_repeats", data["repeats"]), seed=data["seeds"][0], layers=given.get("layers"),
+                shrink=given.get("shrink", 1),
+            )  # fmt: skip

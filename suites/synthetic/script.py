@@ -1,0 +1,129 @@
+"""What a synthetic model is made to do: each decode step's experts, and whether its little pass is sure. No torch.
+
+Routers without training mean nothing, so their choices are given: from a recorded run of a shipped model, whose layers
+are dealt out over the real ones as `mobile.costs.geometry.dress` does it, or drawn from a stated distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mobile.errors import Refused
+from mobile.replay.trace import Request, Step
+
+
+@dataclass(frozen=True)
+class Script:
+    """One prompt and its decode steps; expert ids are int64, distinct within the last axis.
+
+    `prompt` (prompt tokens, layers, K) is what prefill runs. `little` (steps, layers, K) is what routers say in a
+    step's little pass, best first: the first K/2 run, and all K are what a fallback prefetches. `full` (steps, layers,
+    K) is what they say in every pass with all experts. `unsure` (steps,) says where the little pass's confidence lies
+    below gamma. The first `warmup` steps are not counted. Where `little` equals `full`, prediction is perfect.
+    """
+
+    source: str
+    prompt: np.ndarray
+    little: np.ndarray
+    full: np.ndarray
+    unsure: np.ndarray
+    warmup: int = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.unsure)
+
+    @property
+    def layers(self) -> int:
+        return self.full.shape[1]
+
+    @property
+    def counted(self) -> int:
+        """Decode steps that are timed."""
+        return self.steps - self.warmup
+
+    @property
+    def fallbacks(self) -> int:
+        """Of the counted steps, those that fall back under MoBiLE."""
+        return int(self.unsure[self.warmup :].sum())
+
+    @property
+    def sha256(self) -> str:
+        """Of every selection: two strategies that played scripts with the same hash were given the same choices."""
+        told = b"".join(np.ascontiguousarray(each, "<i8").tobytes() for each in (self.prompt, self.little, self.full))
+        return hashlib.sha256(f"{self.prompt.shape}{self.full.shape}".encode() + told).hexdigest()
+
+    def first(self, steps: int) -> Script:
+        """The same script, ending after so many steps."""
+        return replace(self, little=self.little[:steps], full=self.full[:steps], unsure=self.unsure[:steps])
+
+
+def with_rate(script: Script, rate: float, seed: int) -> Script:
+    """The same selections with round(rate * n) of the n counted steps unsure, drawn with `seed`; so in the warm-up.
+
+    Raises Refused for a rate outside of 0 to 1.
+    """
+    if not 0 <= rate <= 1:
+        raise Refused(f"A fallback rate is a share of the decode steps, 0 to 1, and not {rate:g}.")
+    rng = np.random.default_rng([seed, 1])
+    unsure = np.zeros(script.steps, dtype=bool)
+    for start, end in ((script.warmup, script.steps), (0, script.warmup)):
+        chosen = rng.permutation(end - start)[: round(rate * (end - start))]
+        unsure[start + chosen] = True
+    return replace(script, unsure=unsure)
+
+
+def drawn(
+    routing: str, *, layers: int, experts: int, top_k: int, prompt_tokens: int, steps: int, warmup: int, seed: int
+) -> Script:
+    """Every token's K experts of every layer without replacement, "uniform" or "zipf EXPONENT"; nobody is unsure.
+
+    Under Zipf the expert of rank i is drawn with weight 1 / i ** EXPONENT; ranks are shuffled in each layer. Raises
+    Refused for another word.
+    """
+    word, _, number = routing.partition(" ")
+    try:
+        exponent = {"uniform": 0.0}[word] if not number else {"zipf": float(number)}[word]
+    except (KeyError, ValueError) as error:
+        raise Refused(f"Unknown routing {routing!r}; write recorded, uniform, or zipf with an exponent.") from error
+    rng = np.random.default_rng([seed, 0])
+    logs = np.stack([rng.permutation(-exponent * np.log(np.arange(1, experts + 1))) for _ in range(layers)])
+    # Gumbel noise on log weights: the K largest are K draws without replacement, in the order they are drawn.
+    noise = rng.gumbel(size=(prompt_tokens + steps, layers, experts))
+    chosen = np.argsort(-(logs + noise), axis=-1)[..., :top_k]
+    decode = chosen[prompt_tokens:]
+    return Script(routing, chosen[:prompt_tokens], decode, decode, np.zeros(steps, dtype=bool), warmup)
+
+
+def recorded(
+    prompt: Step, decoded: Sequence[Request], *, layers: int, gamma: float, warmup: int, source: str
+) -> Script:
+    """A run recorded with every token falling back, so that each step has what its little and its big pass chose.
+
+    `decoded` are (little, big) pairs of steps, one after another. Step `prompt` has the experts of its tokens
+    together; they are dealt out so that each token gets K and each expert as many tokens as it had. Recorded layers
+    are dealt out over `layers`. A step is unsure where its confidence is below `gamma`.
+    """
+    pairs = [pair for request in decoded for pair in zip(request[::2], request[1::2], strict=True)]
+    little = np.array(
+        [[_first(half, all_) for half, all_ in zip(a.experts, b.predicted, strict=True)] for a, b in pairs]
+    )
+    full = np.array([big.experts for _, big in pairs])
+    unsure = np.array([small.confidence is not None and small.confidence < gamma for small, _ in pairs])
+    owner = [layer * full.shape[1] // layers for layer in range(layers)]
+    dealt = np.stack([_deal(*told, prompt.tokens) for told in zip(prompt.experts, prompt.counts, strict=True)], axis=1)
+    return Script(source, dealt[:, owner], little[:, owner], full[:, owner], unsure, warmup)
+
+
+def _first(half: Sequence[int], predicted: Sequence[int]) -> list[int]:
+    """The little pass's own experts, then the others that were predicted of the big one."""
+    return [*half, *(expert for expert in predicted if expert not in half)]
+
+
+def _deal(experts: Sequence[int], counts: Sequence[int], tokens: int) -> np.ndarray:
+    """(tokens, K) with each expert as often as counted: its copies lie side by side, so no token gets two."""
+    return np.repeat(np.array(experts), counts).reshape(-1, tokens).T

@@ -1,0 +1,223 @@
+"""Shapes timed: one made model, attached once a cell, plays the cell's scripts on the clock of its link.
+
+With the link cuda this is the measurement of wall time on a GPU: real bytes over a real link, slowed where it is said.
+The links virtual and paced run the same code anywhere. Nothing here needs lm-eval.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from mobile.costs.geometry import GEOMETRIES, slots_for
+from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.errors import Refused
+from mobile.ledger import Event
+from mobile.machine.gpu import cuda_uuid
+from mobile.policies.strategy import BigLittle, FullK, HalfK, Strategy, resolve
+from mobile.residency.residency import STAGING
+from mobile.runtime.engine import Engine
+from suites.budget import is_memory, memory_on
+from suites.environment import environment
+from suites.record import Item, Record, RunFolder
+from suites.synthetic import models
+from suites.synthetic.calibrate import calibrated, predicted, told
+from suites.synthetic.cells import RECORDED, Shape
+from suites.synthetic.link_use import fallback_use
+from suites.synthetic.models import Synthetic
+from suites.synthetic.routing import scripts_of
+from suites.synthetic.script import Script, drawn, with_rate
+from suites.synthetic.script_player import Played, play
+from suites.telemetry import watched
+
+FORETOLD = 1  # repeats that the virtual clock is asked about: they start where the measured ones did, cold
+GAMMA = 0.7  # below which a recorded little pass was unsure, whatever strategy plays the script
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A made model for all shapes of it, and the scripts drawn so far, by what they follow from."""
+
+    made: Synthetic
+    scripts: dict[tuple, list[Script]] = field(default_factory=dict)
+
+
+def load(shape: Shape) -> Loaded:
+    """Raises Refused for what cannot be made here."""
+    if shape.link != "cuda":
+        torch.set_num_threads(1)  # so that results do not depend on the machine's cores
+    device = "cuda" if shape.link == "cuda" else "cpu"
+    return Loaded(models.make(shape.model.geometry, layers=shape.layers, shrink=shape.shrink, device=device))
+
+
+def save(shape: Shape, loaded: Loaded, run: RunFolder) -> None:
+    """Calibrate the machine if this run has not yet, and write the record; without a prediction where that fails."""
+    here, unpredicted = None, None
+    try:
+        here = calibrated(shape, loaded.made.layout.dtype, run)
+    except Refused as refused:
+        unpredicted = str(refused)
+    done = record(shape, loaded, here)
+    if unpredicted is not None:
+        done = replace(done, config={**done.config, "unpredicted": unpredicted})
+    done.save(run.record(shape.id))
+
+
+def scripts_for(shape: Shape, loaded: Loaded) -> list[Script]:
+    """One script a repeat, the same for every shape of the same routing, rate, tokens and seed."""
+    sizes = {"prompt_tokens": shape.prompt_tokens, "warmup": shape.warmup_tokens}
+    steps, geometry = shape.warmup_tokens + shape.decode_tokens, loaded.made.geometry
+    key = (shape.routing, *sizes.values(), steps, shape.repeats, shape.seed)
+    if key not in loaded.scripts:
+        if shape.routing == RECORDED:
+            loaded.scripts[key] = scripts_of(
+                shape.model.folder, scripts=shape.repeats, layers=geometry.moe_layers, steps=steps, gamma=GAMMA,
+                seed=shape.seed, **sizes,
+            )  # fmt: skip
+        else:
+            loaded.scripts[key] = [
+                drawn(
+                    shape.routing, layers=geometry.moe_layers, experts=geometry.experts, top_k=geometry.top_k,
+                    steps=steps, seed=_seed(shape, repeat), **sizes,
+                )
+                for repeat in range(shape.repeats)
+            ]  # fmt: skip
+    scripts = loaded.scripts[key]
+    if shape.rate is None:
+        return scripts
+    return [with_rate(script, shape.rate, _seed(shape, repeat)) for repeat, script in enumerate(scripts)]
+
+
+def _seed(shape: Shape, repeat: int) -> int:
+    return 1000 * shape.seed + repeat
+
+
+def memory_of(shape: Shape, device: torch.device) -> int | None:
+    """Return the bytes that the shape's budget comes to on this device; None for one that is no memory size."""
+    if not is_memory(shape.budget):
+        return None
+    if device.type != "cuda":
+        return parse_nbytes(shape.budget)
+    return memory_on(shape.budget, torch.cuda.mem_get_info(device)[1])
+
+
+def room_of(
+    shape: Shape, made: Synthetic, strategy: Strategy, card: HardwareProfile, memory_nbytes: int | None
+) -> dict[str, Any]:
+    """Return attach's `memory` or `slots` for a budget of `memory_nbytes`, or of what the strategy needs.
+
+    Where fewer layers, or narrower ones, were made than the real model has, a memory size holds the share of the
+    experts that it would hold of the real ones.
+    """
+    if memory_nbytes is None:
+        return {"slots": strategy.needs(made.geometry)}
+    if shape.shrink == 1 and made.geometry.moe_layers == made.real_layers:
+        return {"memory": memory_nbytes}
+    real = GEOMETRIES[shape.model.geometry]
+    slots = slots_for(real, memory_nbytes, card.reserve_nbytes, STAGING)
+    return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
+
+
+def record(shape: Shape, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
+    """Play every repeat, warm, and write down what it took, and what the virtual clock of `here` says.
+
+    Where the clock cannot be asked, the measurement stands and the record says why. Raises Refused for what this
+    machine cannot do.
+    """
+    begun = time.monotonic()
+    made, strategy = loaded.made, resolve(shape.strategy, shape.gamma)
+    card, scripts = profile(shape.hardware), scripts_for(shape, loaded)
+    memory_nbytes = memory_of(shape, made.device)
+    with made.attached(
+        strategy, **room_of(shape, made, strategy, card, memory_nbytes), hardware=shape.hardware, link=shape.link,
+        link_gb_per_s=shape.link_gb_per_s,
+    ) as engine:  # fmt: skip
+        play(made, scripts[0].first(scripts[0].warmup + 1))  # kernels are compiled, memory is touched
+        engine.restart()
+        with watched(cuda_uuid(engine.device.index) if shape.link == "cuda" else None) as telemetry:
+            played = [play(made, script) for script in scripts]
+        done = _record(shape, made, strategy, engine, scripts, played, telemetry(), time.monotonic() - begun)
+    asked_nbytes = parse_nbytes(shape.budget) if is_memory(shape.budget) else None
+    more: dict[str, Any] = {"memory_nbytes": memory_nbytes, "memory_asked_nbytes": asked_nbytes}
+    if here is not None:
+        try:
+            more["predicted"] = told(here, predicted(made, strategy, scripts[:FORETOLD], engine.slots, here))
+        except (Refused, torch.OutOfMemoryError) as error:
+            more["unpredicted"] = str(error).splitlines()[0]
+    return replace(done, config={**done.config, **more})
+
+
+def _record(
+    shape: Shape, made: Synthetic, strategy: Strategy, engine: Engine, scripts: list[Script], played: list[Played],
+    telemetry: Any, wall_seconds: float,
+) -> Record:  # fmt: skip
+    geometry, real = made.geometry, shape.link == "cuda"
+    measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
+    channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
+    how = {name: getattr(channel, name, None) for name in ("native_gb_per_s", "throttled", "page_locked")}
+    counted = sum(script.counted for script in scripts)
+    use = fallback_use(engine.ledger, geometry.expert_nbytes) if isinstance(strategy.gating, BigLittle) else None
+    return Record(
+        id=shape.id, scope=shape.scope, weights=shape.model.weights, model=shape.model.name, geometry=geometry.name,
+        task=shape.task, strategy=strategy.name, gamma=shape.gamma, lossless=strategy.lossless,
+        hardware=engine.hardware.name, budget=shape.budget, slots=engine.slots, seed=shape.seed,
+        config={
+            "kind": "shape", "timing": "live, teacher-forced on a script",
+            "swept": shape.swept, "control": None, "family": shape.model.family,
+            "training_seed": None, "generation": None, "confidence_histogram": None, "data": [],
+            "routing": scripts[0].source, "fallback_asked": shape.rate,
+            "fallback_scripted": sum(script.fallbacks for script in scripts) / counted,
+            "prompt_tokens": shape.prompt_tokens, "warmup_tokens": shape.warmup_tokens,
+            "decode_tokens": shape.decode_tokens, "repeats": shape.repeats, "items": shape.repeats,
+            "timed_items": shape.repeats, "moe_layers": geometry.moe_layers, "real_moe_layers": made.real_layers,
+            "shrink": shape.shrink, "experts": geometry.experts, "top_k": geometry.top_k,
+            "expert_nbytes": geometry.expert_nbytes, "dtype": str(made.layout.dtype).removeprefix("torch."),
+            "link": shape.link, "link_gb_per_s": shape.link_gb_per_s, "link_native_gb_per_s": how["native_gb_per_s"],
+            "link_throttled": how["throttled"], "link_page_locked": how["page_locked"],
+            "link_measured_gb_per_s": measured, "fallback_use": use and asdict(use), "predicted": None,
+            "unpredicted": None,
+            "strategy_source": strategy.source,
+            "profile_sources": [] if real else list(engine.hardware.sources),
+        },
+        environment={**environment(), "telemetry": telemetry},
+        items=tuple(
+            Item(
+                doc=number, prompt_sha256=script.sha256, prompt=None, output="", fallback_spans=(), answer=None,
+                correct=None, prompt_tokens=one.prompt_tokens, decode_tokens=one.counters.tokens,
+                fallbacks=one.fallbacks, ttft_ns=one.prefill_ns, decode_ns=one.decode_ns, decode_bytes=one.decode_bytes,
+            )
+            for number, (script, one) in enumerate(zip(scripts, played, strict=True))
+        ),
+        counters=engine.stats(), ceiling_tokens_per_s=measured and geometry.on_demand_ceiling(measured),
+        checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, played)),
+        guesses=tuple((layer, *seen) for layer, seen in sorted(engine.ledger.guesses.items())),
+        wall_seconds=wall_seconds,
+    )  # fmt: skip
+
+
+def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:
+    """Decimal gigabytes per second of the copies in a ledger while they were made; None where there are none."""
+    copies = [event.end_ns - event.start_ns for event in events if event.what in ("load", "prefetch")]
+    return len(copies) * row_nbytes / sum(copies) if copies else None
+
+
+def _checks(
+    strategy: Strategy, row_nbytes: int, scripts: list[Script], played: list[Played]
+) -> Iterable[tuple[str, bool]]:
+    """What a script fixes and a run must show: how often it fell back, what a strategy that keeps nothing copied."""
+    both = list(zip(scripts, played, strict=True))
+    wanted: dict[str, list[bool]] = defaultdict(list)
+    for script, one in both:
+        wanted["every counted token was decoded"].append(one.counters.tokens == script.counted)
+        falls_back = not isinstance(strategy.gating, FullK | HalfK)
+        wanted["fell back where the script said"].append(one.fallbacks == (script.fallbacks if falls_back else 0))
+        wanted["bytes are copies times the row"].append(one.decode_bytes == one.counters.loads * row_nbytes)
+        if strategy.retain == "nothing" and isinstance(strategy.gating, FullK):
+            chosen = script.full[script.warmup :].size
+            wanted["copied exactly the script's experts"].append(one.counters.loads == chosen)
+    return ((f"{strategy.name}: {check}", all(held)) for check, held in wanted.items())
