@@ -22,8 +22,8 @@ import numpy as np
 
 from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
-from mobile.policies.next_logits import Ahead
-from mobile.policies.protocols import Setting
+from mobile.policies.next_logits import NextLayerLogits
+from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 from mobile.slots import SlotPool
 
@@ -92,7 +92,7 @@ class Collection:
 class ActivationTrace:
     """Both policies of the paper, on one running matrix."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         geometry = setting.geometry
         self._layers, self._experts, self._top_k = geometry.moe_layers, geometry.experts, geometry.top_k
         self._collection = Collection(self._layers, self._experts)
@@ -144,7 +144,7 @@ class ActivationTrace:
 
     # --- what it is asked ---
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         self._count(layer, experts)
         self._counted = True
         nearest = self._collection.nearest()

@@ -30,8 +30,8 @@ from baselines.lru import LRU
 from baselines.next_gate import NextGate
 from baselines.signals.sensitivity import Measured
 from mobile.ledger import Key
-from mobile.policies.protocols import Setting
-from mobile.policies.strategy import Chosen, Rerouted, Strategy
+from mobile.policies.protocols import PolicyContext
+from mobile.policies.strategy import Chosen, CustomRouting, Strategy
 from mobile.slots import SlotPool
 
 TOLERANCE = 0.005
@@ -95,7 +95,7 @@ def shares(experts: int, slots: int, runs: int, accuracy: Sequence[float]) -> li
 class Shares:
     """Evict the layer's own least recently used once it has its share; before that, of a layer that has too much."""
 
-    def __init__(self, setting: Setting, accuracy: Sequence[float] | None = None) -> None:
+    def __init__(self, setting: PolicyContext, accuracy: Sequence[float] | None = None) -> None:
         geometry = setting.geometry
         guessed = [0.0] + [ACCURACY] * (geometry.moe_layers - 1)  # nothing foresees the first layer
         if accuracy is not None:
@@ -144,7 +144,7 @@ def adapmoe(
         summary="run fewer experts where their weight is small; one guess a layer; a cache share for each layer",
         source="Zhong et al., AdapMoE, arXiv 2408.10284 (2024)",
         lossless=False,
-        gating=Rerouted(choose),
+        gating=CustomRouting(choose),
         evict=lambda setting: Shares(setting, accuracy),
         lookahead=NextGate,
         guesses=1,

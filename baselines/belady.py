@@ -13,13 +13,13 @@ from dataclasses import replace
 from baselines.lru import LRU
 from baselines.signals.ranking import Ranked
 from mobile.ledger import Key
-from mobile.policies.protocols import Setting
+from mobile.policies.protocols import PolicyContext
 
 
 class Future:
     """When each expert is used next, counted in visits; `never` where it is not."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         assert setting.future is not None, "a strategy with foresight is told the future"
         self._visits = setting.future
         self.never = len(setting.future)
@@ -64,7 +64,7 @@ class Future:
 class Farthest(Ranked):
     """Evict the expert that is not needed for the longest time."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         self.future = Future(setting)
         uses, never = self.future.next_use, self.future.never
         super().__init__(lambda key: -uses.get(key, never))

@@ -17,8 +17,8 @@ from itertools import islice
 
 from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
-from mobile.policies.next_logits import Ahead
-from mobile.policies.protocols import Setting
+from mobile.policies.next_logits import NextLayerLogits
+from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 from mobile.slots import SlotPool
 
@@ -33,7 +33,7 @@ def guesses(top_k: int) -> int:
 class Fate:
     """Guess and remember how well; keep the layers where that helps least."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         geometry = setting.geometry
         self._guesses = guesses(geometry.top_k)
         self._right = [0] * geometry.moe_layers
@@ -42,7 +42,7 @@ class Fate:
         self._whole_layers = int(setting.slots * FAVOURED_SHARE) // geometry.experts
         self._favoured = frozenset(range(self._whole_layers))
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         self._right[layer] += len(self._guessed.pop(layer, set()).intersection(experts))
         self._asked[layer] += len(experts)
         if layer == 0 and self._whole_layers:

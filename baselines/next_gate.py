@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
-from mobile.policies.next_logits import Ahead
-from mobile.policies.protocols import Setting
+from mobile.policies.next_logits import NextLayerLogits
+from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 
 STAGING = 4
@@ -23,10 +23,10 @@ STAGING = 4
 class NextGate:
     """Guess the next layer's top-k experts, the likeliest first."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         self._guesses = setting.geometry.top_k
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         if ahead is None:
             return ()
         return [(layer + 1, expert) for expert in ahead.likeliest(self._guesses)]

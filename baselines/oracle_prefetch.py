@@ -19,14 +19,14 @@ from dataclasses import replace
 from baselines.belady import BELADY, Farthest
 from baselines.signals.ranking import Ranking
 from mobile.ledger import Key
-from mobile.policies.protocols import Setting
+from mobile.policies.protocols import PolicyContext
 from mobile.slots import SlotPool
 
 
 class Aggressive(Farthest):
     """Load the next missing expert whenever the link is idle and one that is needed later can give way to it."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         super().__init__(setting)
         self._slots = setting.slots
         self._delay = setting.load_ns // setting.layer_ns  # visits

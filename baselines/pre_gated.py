@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from baselines.next_gate import NEXT_GATE
 from mobile.costs.geometry import Geometry
-from mobile.policies.strategy import Chosen, Rerouted
+from mobile.policies.strategy import Chosen, CustomRouting
 
 
 def _ahead(layer: int, routed: Chosen, foreseen: Chosen | None) -> Chosen:
@@ -31,7 +31,7 @@ PRE_GATED = replace(
     summary="run what the next layer's router says of this layer's input, fetched while this layer runs",
     source="Hwang et al., Pre-gated MoE, arXiv 2308.12066 (2023)",
     lossless=False,
-    gating=Rerouted(_ahead, foresees=True),
+    gating=CustomRouting(_ahead, foresees=True),
     staging=0,
     needs=_two_blocks,
 )

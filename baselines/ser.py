@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baselines.lru import LRU
-from mobile.policies.strategy import Chosen, Rerouted, Strategy
+from mobile.policies.strategy import Chosen, CustomRouting, Strategy
 
 THRESHOLD = 0.4
 
@@ -30,7 +30,7 @@ def smart_reduction(threshold: float = THRESHOLD) -> Strategy:
         summary=f"decode with the experts whose weight is above {threshold:g} of the first one's",
         source="ik_llama.cpp, pull request 239 (2025)",
         lossless=False,
-        gating=Rerouted(choose),
+        gating=CustomRouting(choose),
     )
 
 

@@ -27,8 +27,8 @@ from baselines.next_gate import NEXT_GATE, STAGING
 from baselines.signals.ridge import Examples, Kind, Predictor
 from mobile.errors import Refused
 from mobile.ledger import Key
-from mobile.policies.next_logits import Ahead, order
-from mobile.policies.protocols import Setting, Training
+from mobile.policies.next_logits import NextLayerLogits, order
+from mobile.policies.protocols import PolicyContext, Training
 from mobile.policies.strategy import Strategy
 from mobile.replay.trace import foreseen_from
 
@@ -42,7 +42,7 @@ class Trained:
     from the recorded layer before the one to come, and never knows what it is to guess.
     """
 
-    def __init__(self, setting: Setting, predictor: Predictor | None = None, kind: Kind = "ridge") -> None:
+    def __init__(self, setting: PolicyContext, predictor: Predictor | None = None, kind: Kind = "ridge") -> None:
         geometry = setting.geometry
         stands_for = setting.stands_for
         self._layers, self._experts, self._guesses = len(stands_for), geometry.experts, geometry.top_k
@@ -59,7 +59,7 @@ class Trained:
                 f"the model has {self._layers} of {self._experts}; fit one on the model's own traces."
             )
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         mine, last = self._place[layer]
         self._chosen[mine] = experts
         source = foreseen_from(mine, last, self._layers)

@@ -6,7 +6,7 @@ from mobile.costs.geometry import Geometry, dress, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
 from mobile.ledger import Event
 from mobile.policies.strategy import Strategy
-from mobile.replay.replay import Bench
+from mobile.replay.replay import ReplaySetup
 from mobile.replay.trace import Request, run, visits
 from mobile.residency.residency import STAGING
 
@@ -26,7 +26,7 @@ def memory_on(budget: str, total_nbytes: int) -> int:
     return min(parse_nbytes(budget), total_nbytes)
 
 
-def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> Bench:
+def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> ReplaySetup:
     """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs.
 
     "25%" is a quarter of all experts, anything else a memory size.
@@ -38,10 +38,10 @@ def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: Har
         slots = max(worn.top_k, round(worn.keys * float(budget[:-1]) / 100))
     else:
         slots = strategy.needs(worn)
-    return Bench(strategy, worn, stands_for, hardware, slots)
+    return ReplaySetup(strategy, worn, stands_for, hardware, slots)
 
 
-def timeline(on: Bench, request: Request, tokens: int) -> list[Event]:
+def timeline(on: ReplaySetup, request: Request, tokens: int) -> list[Event]:
     """Every event of a few decode tokens: from the token before the first fallback, or from the second token."""
     future = visits([request], on.stands_for) if on.strategy.foresight else None
     residency = on.residency(events=100_000, future=future)

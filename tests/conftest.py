@@ -94,9 +94,9 @@ def live_and_replayed(model: PreTrainedModel, strategy: Any, slots: int, file: P
 def replayed(engine: Any, requests: list) -> Any:
     """The ledger of these requests replayed as the engine ran them."""
     from mobile.replay import trace
-    from mobile.replay.replay import Bench
+    from mobile.replay.replay import ReplaySetup
 
-    bench = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+    bench = ReplaySetup(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
     residency = bench.residency(events=200_000)
     trace.replay(requests, residency, engine.stands_for)
     return residency.ledger

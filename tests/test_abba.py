@@ -166,7 +166,7 @@ def test_the_base_is_where_the_branch_left_main_or_the_commit_before(here):
 
 
 def test_a_tree_brings_its_own_strategies_and_goes_away_when_the_work_breaks_off(here):
-    both = variants.Side("a", variants.commit_of("HEAD~1"), ()), variants.Side("b", None, ())
+    both = variants.Variant("a", variants.commit_of("HEAD~1"), ()), variants.Variant("b", None, ())
     opened = variants.trees(both)
     [names, tree], [_, working] = opened.__enter__()
     listed = (names / "mobile_moe-0.1.0.dist-info" / "entry_points.txt").read_text()

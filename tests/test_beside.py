@@ -15,7 +15,7 @@ from reports.pages.write import markdown
 from suites.plan.cells import read_preset
 from suites.synthetic import models, reference
 from suites.synthetic.cells import LINKS
-from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, Beside, beside_from
+from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, ReferenceCell, beside_from
 from tests import shapes as narrow
 
 PRESET = narrow.PRESET.replace('link = "cuda"', 'link = "paced"\nbeside = ["engine", "resident", "device_map"]\n'
@@ -31,7 +31,7 @@ def preset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def besides(preset) -> dict[str, Beside]:
+def besides(preset) -> dict[str, ReferenceCell]:
     return {beside.what: beside for beside in read_preset(str(preset)).besides}
 
 

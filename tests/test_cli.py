@@ -32,7 +32,7 @@ from mobile.machine.gpu import Gpu, LinkRates, LinkState, gpus
 from mobile.machine.host import Host, Software, container_memory, host
 from mobile.policies.strategy import strategies
 from mobile.replay import trace
-from mobile.replay.replay import Bench, time_requests
+from mobile.replay.replay import ReplaySetup, time_requests
 
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "suites/models/olmoe-tiny")
@@ -818,7 +818,7 @@ def test_a_trace_reads_back_and_replays_to_the_counters_of_the_run(cli, tmp_path
     assert ran.json["nbytes"] == out.stat().st_size
     geometry = Geometry(**about["geometry"])
     own = tuple((layer,) for layer in range(geometry.moe_layers))
-    on = Bench(strategies()[about["strategy"]], geometry, own, profile("auto"), 72)
+    on = ReplaySetup(strategies()[about["strategy"]], geometry, own, profile("auto"), 72)
     _, replayed = time_requests(on, requests)
     assert replayed.stats() == ran.json["stats"]
     assert ran.json["stats"]["tokens"] > 20

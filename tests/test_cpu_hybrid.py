@@ -21,7 +21,7 @@ from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.replay import trace
-from mobile.replay.replay import Bench, time_requests
+from mobile.replay.replay import ReplaySetup, time_requests
 from mobile.replay.trace import Request, Step
 from mobile.residency.residency import HOST
 from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
@@ -167,7 +167,7 @@ requests_of = st.lists(
 
 
 def clock(strategy, requests: list[Request], slots: int, card=CARD, events: int = 0):
-    bench = Bench(strategy, GEOMETRY, STANDS_FOR, card, slots)
+    bench = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, card, slots)
     if not events:
         return time_requests(bench, requests)[1]
     residency = bench.residency(events=events)

@@ -102,12 +102,12 @@ def test_a_wave_over_more_slots_than_one_product_takes_is_cut():
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_decode_kernel_is_the_loop_up_to_rounding(layout, tokens, dtype):
-    from mobile.kernels.triton_gemv import in_place
+    from mobile.kernels.triton_gemv import triton_gemv
 
     experts, hidden, _, scores, groups, waves, views = case(LAYOUTS[layout], dtype, tokens)
     whole = [[pair for wave in waves for pair in wave]]
     expected = loop(experts, hidden, scores, groups, waves, views)
-    results = [in_place(experts, hidden, scores, groups, some, views) for some in (waves, whole, waves[::-1])]
+    results = [triton_gemv(experts, hidden, scores, groups, some, views) for some in (waves, whole, waves[::-1])]
     assert all(close(result, expected) for result in results)
     assert all(torch.equal(result, results[0]) for result in results), "what was resident shows in the output"
 

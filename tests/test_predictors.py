@@ -26,10 +26,10 @@ from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.ledger import Ledger
 from mobile.policies.next_logits import alone
-from mobile.policies.protocols import Setting
+from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 from mobile.replay import trace
-from mobile.replay.replay import Bench, outcome, time_requests, timed
+from mobile.replay.replay import ReplaySetup, outcome, time_requests, timed
 from mobile.replay.trace import Request, Step
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, strategy
         engine.residency.end_token()
         mobile.detach(model)
         trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
-        bench = Bench(strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+        bench = ReplaySetup(strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
         residency = bench.residency(events=200_000)
         trace.replay(trace.load(tmp_path / "t.npz")[0], residency, engine.stands_for)
         assert residency.ledger.counters == engine.ledger.counters
@@ -118,7 +118,7 @@ def test_fate_guesses_a_quarter_more_than_top_k():
 
 
 def test_fate_favours_the_first_layers_until_others_prove_harder_to_guess():
-    fate = Fate(Setting(GEOMETRIES["olmoe-1b-7b"], 512))
+    fate = Fate(PolicyContext(GEOMETRIES["olmoe-1b-7b"], 512))
     assert fate._favoured == {0, 1}
     easy, hard = np.zeros((1, 64)), np.zeros((1, 64))
     easy[0, :8], hard[0, 40:48] = 1, 1
@@ -126,7 +126,7 @@ def test_fate_favours_the_first_layers_until_others_prove_harder_to_guess():
         for layer in range(16):
             fate.routed(layer, range(8), None if layer == 15 else alone(hard if layer == 6 else easy))
     assert fate._favoured == {0, 7}
-    assert not Fate(Setting(GEOMETRIES["olmoe-1b-7b"], 136))._favoured
+    assert not Fate(PolicyContext(GEOMETRIES["olmoe-1b-7b"], 136))._favoured
 
 
 # --- activation-trace -------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_the_nearest_matrix_is_the_cosine_s_choice_and_a_full_collection_stays_b
 
 def test_what_a_like_sequence_used_is_queued_by_share_and_nearness():
     geometry = replace(GEOMETRIES["olmoe-1b-7b"], moe_layers=3, experts=8, top_k=2)
-    policy = ActivationTrace(Setting(geometry, 24))
+    policy = ActivationTrace(PolicyContext(geometry, 24))
     policy.begin("prefill")
     for layer, experts, counts in ((0, [0, 1], [3, 1]), (1, [2, 3], [3, 1]), (2, [4, 5], [4, 4])):
         policy.streamed(layer, experts, counts)
@@ -169,7 +169,7 @@ def test_the_expert_that_this_sequence_uses_least_and_latest_gives_way():
     from mobile.slots import SlotPool
 
     geometry = replace(GEOMETRIES["olmoe-1b-7b"], moe_layers=2, experts=8, top_k=2)
-    policy, pool = ActivationTrace(Setting(geometry, 4)), SlotPool(4)
+    policy, pool = ActivationTrace(PolicyContext(geometry, 4)), SlotPool(4)
     policy.begin("prefill")
     for layer, experts in ((0, [0, 1]), (1, [0, 1])):
         for expert in experts:
@@ -267,7 +267,7 @@ def test_the_strategy_guesses_what_its_predictor_says_alone_or_dressed(tmp_path)
     expected = Predictor.load(tmp_path / "p.npz").recall(held_out, 8)
     for geometry in (None, "olmoe-1b-7b"):
         worn, stands_for = dress(own, geometry)
-        bench = Bench(trained_predictor(tmp_path / "p.npz"), worn, stands_for, profile("auto"), 160)
+        bench = ReplaySetup(trained_predictor(tmp_path / "p.npz"), worn, stands_for, profile("auto"), 160)
         _, ledger = time_requests(bench, requests[::3])
         per_layer = ledger.guesses
         for mine, layers in enumerate(stands_for):
@@ -286,7 +286,7 @@ def test_without_a_file_it_learns_as_it_goes_and_then_guesses_better(monkeypatch
     monkeypatch.setattr("baselines.trained_predictor.FITTED_AT", (512, 1024))
 
     def right(strategy, asked):
-        _, ledger = time_requests(Bench(strategy, worn, stands_for, profile("auto"), 96), asked)
+        _, ledger = time_requests(ReplaySetup(strategy, worn, stands_for, profile("auto"), 96), asked)
         return sum(value[1] for value in ledger.guesses.values()) / sum(value[2] for value in ledger.guesses.values())
 
     from baselines.next_gate import NEXT_GATE
@@ -331,7 +331,7 @@ def test_a_predictor_of_another_model_or_kind_or_no_predictor_is_refused(tmp_pat
         (tmp_path / "p.npz").write_bytes(content)
         with pytest.raises(Refused, match=r"python -m baselines\.trained_predictor fit"):
             trained_predictor(tmp_path / "p.npz")
-    assert Trained(Setting(GEOMETRIES["olmoe-1b-7b"], 136)).predictor is None
+    assert Trained(PolicyContext(GEOMETRIES["olmoe-1b-7b"], 136)).predictor is None
 
 
 def test_a_policy_that_follows_is_told_of_each_pass_once_and_of_its_prefill():
@@ -347,7 +347,7 @@ def test_a_policy_that_follows_is_told_of_each_pass_once_and_of_its_prefill():
     geometry = replace(GEOMETRIES["olmoe-1b-7b"], moe_layers=2, experts=4, top_k=2)
     strategy = replace(FATE, evict=Listener, lookahead=Listener)
     steps = [Step("prefill", 3, ((0, 1), (2,)), ((2, 1), (3,))), Step("full", 1, ((0, 1), (2, 3)))]
-    residency = Bench(strategy, geometry, ((0,), (1,)), profile("auto"), 4).residency()
+    residency = ReplaySetup(strategy, geometry, ((0,), (1,)), profile("auto"), 4).residency()
     trace.replay([steps], residency, ((0,), (1,)))
     assert told == ["prefill", (0, (0, 1), (2, 1)), (1, (2,), (3,)), "full"]
     assert isinstance(residency.ledger, Ledger)
@@ -358,7 +358,7 @@ def test_what_a_predictor_took_stands_beside_its_results(monkeypatch):
     monkeypatch.setattr("baselines.trained_predictor.FITTED_AT", (64, 128))
     requests, own = recorded()
     worn, stands_for = dress(own, "olmoe-1b-7b")
-    online = Bench(TRAINED_PREDICTOR, worn, stands_for, profile("auto"), 200)
+    online = ReplaySetup(TRAINED_PREDICTOR, worn, stands_for, profile("auto"), 200)
     first, again = timed(online, requests), timed(online, requests)
     assert (first.ledger.counters, first.ledger.guesses) == (again.ledger.counters, again.ledger.guesses)
     took = first.training

@@ -12,7 +12,7 @@ from mobile.costs.geometry import GEOMETRIES
 from mobile.errors import Refused
 from mobile.live_model.compat import geometry_of
 from mobile.machine.host import host
-from mobile.replay.replay import Bench, timed
+from mobile.replay.replay import ReplaySetup, timed
 from mobile.replay.trace import Request
 from suites.synthetic import models
 from suites.synthetic.models import Synthetic, config_of, layers_that_fit, make
@@ -171,7 +171,7 @@ def test_virtual_time_equals_a_replay_to_the_nanosecond(made, strategy):
         with engine.recording() as seen:
             played = [play(made, script) for script in scripts]
         live = engine.ledger.counters
-        on = Bench(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+        on = ReplaySetup(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
     taken, ledger, _ = timed(on, seen)
     assert ledger.counters == live
     for one, whole, request in zip(played, taken, seen, strict=True):

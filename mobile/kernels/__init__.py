@@ -34,11 +34,11 @@ def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         return grouped
     if name == "triton":
         try:
-            from mobile.kernels.triton_gemv import in_place, why_not
+            from mobile.kernels.triton_gemv import triton_gemv, why_not
         except ImportError as error:
             raise Refused("Kernel triton needs the package triton; install it, or use the kernel loop.") from error
         reason = why_not(device)
         if reason is not None:
             raise Refused(f"Kernel triton cannot run on {device}: {reason}; use the kernel loop.")
-        return in_place
+        return triton_gemv
     raise Refused(f"Unknown kernel {name!r}; {offer(name, KERNELS, 'choose auto, loop, grouped or triton')}.")

@@ -69,7 +69,7 @@ def products(
     return y
 
 
-def in_place(
+def triton_gemv(
     module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views
 ) -> torch.Tensor:
     """`kernels.loop`'s result for a decode step, two launches a wave; wider steps are the loop's own.

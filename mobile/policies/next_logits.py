@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class StepAhead:
+class StepLogits:
     """The `logits` (layers - 1, rows, experts), float16, of one decode step: row l is of layer l + 1's router.
 
     Layers are put in order together: a numpy call on one layer's few numbers is mostly the call.
@@ -21,7 +21,7 @@ class StepAhead:
         self._most = 0
 
     def likeliest(self, layer: int, guesses: int) -> list[int]:
-        """See `Ahead.likeliest`."""
+        """See `NextLayerLogits.likeliest`."""
         if guesses > self._most:
             scores = self.logits.max(axis=1) if self.logits.shape[1] > 1 else self.logits[:, 0]
             self._order = order(scores.astype(np.float32), guesses)
@@ -29,10 +29,10 @@ class StepAhead:
         return self._order[layer] if guesses == self._most else self._order[layer][:guesses]
 
 
-class Ahead(NamedTuple):
+class NextLayerLogits(NamedTuple):
     """What one layer's input says of the layer after it."""
 
-    step: StepAhead
+    step: StepLogits
     layer: int
 
     @property
@@ -45,9 +45,9 @@ class Ahead(NamedTuple):
         return self.step.likeliest(self.layer, guesses)
 
 
-def alone(logits: np.ndarray) -> Ahead:
+def alone(logits: np.ndarray) -> NextLayerLogits:
     """One layer's (rows, experts), as a live run has it."""
-    return Ahead(StepAhead(logits[None]), 0)
+    return NextLayerLogits(StepLogits(logits[None]), 0)
 
 
 def order(scores: np.ndarray, most: int) -> list[list[int]]:

@@ -12,14 +12,14 @@ from typing import Protocol, runtime_checkable
 
 from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
-from mobile.policies.next_logits import Ahead
+from mobile.policies.next_logits import NextLayerLogits
 from mobile.slots import SlotPool
 
 Visit = tuple[int, tuple[int, ...]]  # one decode step of one MoE layer: the layer and its active experts, ascending
 
 
 @dataclass(frozen=True)
-class Setting:
+class PolicyContext:
     """What a policy knows before it starts: the geometry charged for and the slots there are.
 
     `future` is every decode visit to come, in order; only a replay can know it. `load_ns` is what one copy takes,
@@ -53,7 +53,7 @@ class Eviction(Protocol):
 
 
 @runtime_checkable
-class Several(Eviction, Protocol):
+class BatchEviction(Eviction, Protocol):
     """What an Eviction may be besides: able to name many at once, where that is less work than one by one."""
 
     def victims(self, pool: SlotPool, coming: Sequence[Key]) -> list[Key]:
@@ -67,7 +67,7 @@ class Several(Eviction, Protocol):
 class Lookahead(Protocol):
     """Which experts of later layers will be needed. One object an engine."""
 
-    def routed(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> Sequence[Key]:
+    def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         """`layer` was routed to `experts`: the keys to bring in next, the most urgent first; called at every visit.
 
         `ahead` is what the next layer's router says of this layer's router input (under `Strategy.quasi`, of what
@@ -78,7 +78,7 @@ class Lookahead(Protocol):
 
 
 @runtime_checkable
-class Planner(Eviction, Protocol):
+class IdlePrefetcher(Eviction, Protocol):
     """An eviction that also says what an idle link should bring in. Only a policy that knows the future has an answer
     that is better than what a lookahead put in the link's queue before."""
 
@@ -102,7 +102,7 @@ class Placement(Protocol):
 
 
 @runtime_checkable
-class Follower(Protocol):
+class PassObserver(Protocol):
     """What an Eviction or a Lookahead may be besides: told of every pass, and of the steps that keep no order."""
 
     def begin(self, kind: str) -> None:
@@ -129,17 +129,17 @@ class Training:
 
 
 @runtime_checkable
-class Learner(Protocol):
+class Trainable(Protocol):
     """What a Lookahead may be besides: fitted on data. None as long as it is not."""
 
     @property
     def training(self) -> Training | None: ...
 
 
-class Recent:
+class LeastRecentlyUsed:
     """Evict the least recently used; the pool keeps that order itself."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: PolicyContext) -> None:
         """It needs to know nothing."""
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:

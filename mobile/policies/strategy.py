@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused
-from mobile.policies.protocols import Eviction, Lookahead, Placement, Recent, Setting
+from mobile.policies.protocols import Eviction, Lookahead, Placement, LeastRecentlyUsed, PolicyContext
 from mobile.suggest import offer
 
 Retain = Literal["nothing", "some", "everything"]
@@ -40,7 +40,7 @@ class BigLittle:
 
 
 @dataclass(frozen=True)
-class Rerouted:
+class CustomRouting:
     """Every decode token runs what `choose` makes of the router's choice; prefill runs K.
 
     `choose(layer, routed, foreseen)` takes and returns (expert ids, weights), (tokens, K) each. `routed` is what the
@@ -53,7 +53,7 @@ class Rerouted:
 
 
 Chosen = tuple[Any, Any]
-Gating = FullK | HalfK | BigLittle | Rerouted
+Gating = FullK | HalfK | BigLittle | CustomRouting
 
 
 def _top_k(geometry: Geometry) -> int:
@@ -85,8 +85,8 @@ class Strategy:
     retain: Retain = "nothing"
     overlap: bool = True
     prefetch: bool = False
-    evict: Callable[[Setting], Eviction] = Recent
-    lookahead: Callable[[Setting], Lookahead] | None = None
+    evict: Callable[[PolicyContext], Eviction] = LeastRecentlyUsed
+    lookahead: Callable[[PolicyContext], Lookahead] | None = None
     staging: int = 0
     guesses: int = 0
     quasi: bool = False

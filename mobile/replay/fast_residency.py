@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mobile.links.base import VirtualLink
-from mobile.policies.next_logits import Ahead
+from mobile.policies.next_logits import NextLayerLogits
 from mobile.residency.residency import Residency
 
 
-class Replayer(Residency):
+class FastResidency(Residency):
     """A residency on a virtual link."""
 
     link: VirtualLink
@@ -25,7 +25,7 @@ class Replayer(Residency):
         self._undisturbed = self.lookahead is None and self._placement is None and self._planner is None
         self._undisturbed = self._undisturbed and self.strategy.overlap
 
-    def run_layer(self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: Ahead | None = None) -> None:
+    def run_layer(self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None) -> None:
         """As `layer`, with nobody to compute on the waves. No `counts` are one token each."""
         wide = self._kind == "prefill" or len(experts) > self.pool.size
         if self.ledger.keeps_events or (wide and not self._streams_undisturbed()) or (counts and not wide):
@@ -45,7 +45,7 @@ class Replayer(Residency):
         if self._planner is not None:
             self._foresight.plan()
 
-    def _run(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> None:
+    def _run(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> None:
         """A decode step, all residents one charge."""
         link, each, ready = self.link, self._each, self.pool.ready
         keys, missing = self._route(layer, experts)

@@ -11,16 +11,16 @@ from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile
 from mobile.ledger import Counters, Ledger
 from mobile.links.base import VirtualLink
-from mobile.policies.protocols import Learner, Training, Visit
+from mobile.policies.protocols import Trainable, Training, Visit
 from mobile.policies.strategy import BigLittle, Strategy
-from mobile.replay.fast_residency import Replayer
+from mobile.replay.fast_residency import FastResidency
 from mobile.replay.trace import Request, replay, visits
 from mobile.residency.prefill import STAGING
 from mobile.slots import SlotPool
 
 
 @dataclass(frozen=True)
-class Bench:
+class ReplaySetup:
     """What a trace is charged on: a strategy, a geometry worn by the recorded model, a card, a number of slots."""
 
     strategy: Strategy
@@ -35,12 +35,12 @@ class Bench:
         held = self.geometry.resident_nbytes + (self.slots + STAGING) * self.geometry.expert_nbytes
         return self.hardware.reserve_nbytes + held
 
-    def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> Replayer:
+    def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> FastResidency:
         """A cold engine; its ledger keeps the newest `events`."""
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
-        made = Replayer(
+        made = FastResidency(
             self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, stands_for=self.stands_for
         )
         link.arrived = made.arrived
@@ -56,15 +56,15 @@ class Timed(NamedTuple):
     training: Training | None
 
 
-def timed(on: Bench, requests: Sequence[Request]) -> Timed:
+def timed(on: ReplaySetup, requests: Sequence[Request]) -> Timed:
     """Replay requests in order on one engine that starts cold and stays warm."""
     residency = on.residency(future=visits(requests, on.stands_for) if on.strategy.foresight else None)
     taken = replay(requests, residency, on.stands_for)
     learner = residency.lookahead
-    return Timed(taken, residency.ledger, learner.training if isinstance(learner, Learner) else None)
+    return Timed(taken, residency.ledger, learner.training if isinstance(learner, Trainable) else None)
 
 
-def time_requests(on: Bench, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
+def time_requests(on: ReplaySetup, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
     """What each request takes, and the totals: `timed`, for those who do not ask about training."""
     return timed(on, requests)[:2]
 
@@ -72,7 +72,7 @@ def time_requests(on: Bench, requests: Sequence[Request]) -> tuple[list[Counters
 # --- which strategies a trace can stand for ---------------------------------------------------------
 
 
-def misfit(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
     """Why a trace that `recorder` made says nothing about `strategy`; None if it does. For the end of a sentence."""
     if recorder.routes_as_full_k and strategy.routes_as_full_k:
         return _unguessed(strategy, recorder, requests)
@@ -129,7 +129,7 @@ class Outcome:
     training: Training | None
 
 
-def outcome(on: Bench, requests: Sequence[Request]) -> Outcome:
+def outcome(on: ReplaySetup, requests: Sequence[Request]) -> Outcome:
     """Replay a trace with at least one decoded token, from cold slots."""
     _, ledger, training = timed(on, requests)
     counters = ledger.counters

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from mobile.ledger import Counters
-from mobile.policies.next_logits import Ahead, StepAhead
+from mobile.policies.next_logits import NextLayerLogits, StepLogits
 from mobile.policies.protocols import Visit
 from mobile.replay import trace_file
-from mobile.replay.fast_residency import Replayer
+from mobile.replay.fast_residency import FastResidency
 
 Kind = Literal["prefill", "full", "little", "big"]
 KINDS: tuple[Kind, ...] = ("prefill", "full", "little", "big")  # a file numbers them in this order
@@ -46,7 +46,7 @@ class Step:
 Request = list[Step]  # one prompt and its decode steps, in order
 
 
-def run(step: Step, residency: Replayer, stands_for: StandsFor) -> None:
+def run(step: Step, residency: FastResidency, stands_for: StandsFor) -> None:
     """Charge one step: each recorded layer is run for all the layers it stands for."""
     if step.kind == "big":
         residency.fallback(
@@ -55,10 +55,10 @@ def run(step: Step, residency: Replayer, stands_for: StandsFor) -> None:
         )  # fmt: skip
     residency.begin(step.kind, step.tokens)
     looks = residency.lookahead is not None and step.ahead is not None
-    ahead = StepAhead(step.ahead[:, None]) if looks and step.ahead is not None else None
+    ahead = StepLogits(step.ahead[:, None]) if looks and step.ahead is not None else None
     run_layer, experts, counts = residency.run_layer, step.experts, step.counts
     for mine, layer, source in _visited(tuple(stands_for)):
-        signal = None if ahead is None or source is None else Ahead(ahead, source)
+        signal = None if ahead is None or source is None else NextLayerLogits(ahead, source)
         run_layer(layer, experts[mine], counts[mine] if counts else (), signal)
     residency.finish()
 
@@ -91,7 +91,7 @@ def visits(requests: Iterable[Request], stands_for: StandsFor) -> tuple[Visit, .
     )  # fmt: skip
 
 
-def replay(requests: Iterable[Request], residency: Replayer, stands_for: StandsFor) -> list[Counters]:
+def replay(requests: Iterable[Request], residency: FastResidency, stands_for: StandsFor) -> list[Counters]:
     """Charge every request in order on one engine's state; returns what each added to the counters."""
     taken = []
     for request in requests:

@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Sequence
 
 from mobile.ledger import Key
-from mobile.policies.protocols import Planner
-from mobile.residency.slot_allocator import Room
+from mobile.policies.protocols import IdlePrefetcher
+from mobile.residency.slot_allocator import SlotAllocator
 
 
-class Foresight:
+class PrefetchQueue:
     """What was predicted and has no slot yet (`wanted`), and by layer what was foreseen of its next visit.
 
     `guesses` is the most that one word of a lookahead fetches, 0 for all of it.
     """
 
-    def __init__(self, room: Room, guesses: int, planner: Planner | None) -> None:
+    def __init__(self, room: SlotAllocator, guesses: int, planner: IdlePrefetcher | None) -> None:
         self._room, self._most, self._planner = room, guesses or None, planner
         self.wanted: deque[Key] = deque()
         self.guessed: dict[int, set[int]] = {}

@@ -6,17 +6,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from mobile.ledger import Key
-from mobile.residency.slot_allocator import Room
+from mobile.residency.slot_allocator import SlotAllocator
 
 Wave = list[tuple[int, int]]  # (position among the active experts, slot, or HOST: its row is computed where it lies)
 HOST = -1
 STAGING = 2  # buffers that prefill, and any step wider than the pool, streams through
 
 
-class Buffers:
+class PrefillStream:
     """The two slots behind the pool's own, `size` and `size + 1`, and what has landed in them."""
 
-    def __init__(self, room: Room, *, overlap: bool, settles: bool) -> None:
+    def __init__(self, room: SlotAllocator, *, overlap: bool, settles: bool) -> None:
         """`overlap`: both are filled at a time. `settles`: missing experts may stay in slots that are still free."""
         self._room, self._overlap, self._settles = room, overlap, settles
         self._landed: dict[int, Key] = {}

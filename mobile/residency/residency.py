@@ -13,12 +13,12 @@ from typing import cast
 from mobile.costs.cost_model import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
-from mobile.policies.next_logits import Ahead
-from mobile.policies.protocols import Follower, Lookahead, Planner, Setting, Visit
+from mobile.policies.next_logits import NextLayerLogits
+from mobile.policies.protocols import PassObserver, Lookahead, IdlePrefetcher, PolicyContext, Visit
 from mobile.policies.strategy import Strategy
-from mobile.residency.prefetch_queue import Foresight
-from mobile.residency.prefill import HOST, STAGING, Buffers, Wave
-from mobile.residency.slot_allocator import Room
+from mobile.residency.prefetch_queue import PrefetchQueue
+from mobile.residency.prefill import HOST, STAGING, PrefillStream, Wave
+from mobile.residency.slot_allocator import SlotAllocator
 from mobile.slots import SlotPool
 
 __all__ = ["HOST", "STAGING", "Residency", "Wave"]
@@ -37,21 +37,21 @@ class Residency:
     ) -> None:  # fmt: skip
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
         layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)
-        setting = Setting(cost.geometry, pool.size, future, cost.load_ns, layer_ns, stands_for)
+        setting = PolicyContext(cost.geometry, pool.size, future, cost.load_ns, layer_ns, stands_for)
         self._evict = strategy.evict(setting)
         self.lookahead: Lookahead | None = None
         if strategy.lookahead is strategy.evict:
             self.lookahead = cast(Lookahead, self._evict)
         elif strategy.lookahead is not None:
             self.lookahead = strategy.lookahead(setting)
-        self._followers: list[Follower] = [self._evict] if isinstance(self._evict, Follower) else []
-        if self.lookahead is not self._evict and isinstance(self.lookahead, Follower):
+        self._followers: list[PassObserver] = [self._evict] if isinstance(self._evict, PassObserver) else []
+        if self.lookahead is not self._evict and isinstance(self.lookahead, PassObserver):
             self._followers.append(self.lookahead)
-        self._planner = self._evict if isinstance(self._evict, Planner) else None
+        self._planner = self._evict if isinstance(self._evict, IdlePrefetcher) else None
         self._placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
-        self._room = Room(strategy, pool, link, ledger, self._evict, emptied)
-        self._foresight = Foresight(self._room, strategy.guesses, self._planner)
-        self._buffers = Buffers(self._room, overlap=strategy.overlap, settles=strategy.retain != "nothing")
+        self._room = SlotAllocator(strategy, pool, link, ledger, self._evict, emptied)
+        self._foresight = PrefetchQueue(self._room, strategy.guesses, self._planner)
+        self._buffers = PrefillStream(self._room, overlap=strategy.overlap, settles=strategy.retain != "nothing")
         self._keys = [[(layer, expert) for expert in range(cost.geometry.experts)]
                       for layer in range(cost.geometry.moe_layers)]  # fmt: skip
         self._kind = ""
@@ -156,7 +156,7 @@ class Residency:
     # --- one layer ----------------------------------------------------------------------------------
 
     def layer(
-        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: Ahead | None = None
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None
     ) -> Iterator[Wave]:
         """Run one MoE layer: yields waves of (position in `experts`, slot), ready until the next wave is asked for.
 
@@ -171,7 +171,7 @@ class Residency:
         self._foresight.pump()
         self._foresight.plan()
 
-    def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: Ahead | None) -> Iterator[Wave]:
+    def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None) -> Iterator[Wave]:
         """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
         pool, link, expert_ns = self.pool, self.link, self.cost.expert_ns
         keys, missing = self._route(layer, experts)
@@ -240,7 +240,7 @@ class Residency:
             self._room.demand(missing)
         return late + missing if late else missing, on_cpu
 
-    def _look(self, layer: int, experts: Sequence[int], ahead: Ahead | None) -> None:
+    def _look(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> None:
         if self.lookahead is not None:
             self._foresight.look(self.lookahead.routed(layer, experts, ahead))
 

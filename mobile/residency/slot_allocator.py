@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
-from mobile.policies.protocols import Eviction, Several
+from mobile.policies.protocols import Eviction, BatchEviction
 from mobile.policies.strategy import Strategy
 from mobile.slots import SlotPool
 
 
-class Room:
+class SlotAllocator:
     """The pool's slots, given out under an eviction rule. `emptied(slot)` is told of every slot that lost its expert.
 
     Where a strategy has staging slots, experts in use take no more than the others, and a copy never takes a slot from
@@ -26,7 +26,7 @@ class Room:
         self.emptied = emptied
         self._staging = strategy.staging
         self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
-        self._several = evict if isinstance(evict, Several) else None
+        self._several = evict if isinstance(evict, BatchEviction) else None
 
     # --- for what is asked for ----------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class Room:
             given += len(victims)
         return given
 
-    def _give_beside_staging(self, keys: Sequence[Key], several: Several) -> int:
+    def _give_beside_staging(self, keys: Sequence[Key], several: BatchEviction) -> int:
         pool = self.pool
         slots, unproven = pool.slots, pool.unproven
         victims: Iterator[Key] | None = None

@@ -25,7 +25,7 @@ from mobile.runtime import quasi_hidden_state, selftest
 from mobile.runtime.decoding import Decoder
 from mobile.runtime.engine import Engine
 from mobile.runtime.experts import bind, bound
-from mobile.runtime.forward_pass import Pass
+from mobile.runtime.forward_pass import ForwardPass
 from mobile.store.layout import ExpertLayout
 from mobile.store.memory import HostStore
 from mobile.suggest import offer
@@ -85,7 +85,7 @@ def attach(
 
 
 @dataclass(frozen=True)
-class Settled:
+class AttachPlan:
     """What attach decided before it touched anything."""
 
     strategy: Strategy
@@ -104,7 +104,7 @@ def settle(
     model: Any, layers: Sequence[compat.MoeLayer], layout: ExpertLayout, device: torch.device,
     strategy: str | Strategy, *, memory: int | str | None, slots: int | None, hardware: str | HardwareProfile,
     link: str, link_gb_per_s: float | None, gamma: float | None, geometry: str | None, kernel: str,
-) -> Settled:  # fmt: skip
+) -> AttachPlan:  # fmt: skip
     """Decide everything, or raise Refused. `model` may lie on the meta device: no weight is read."""
     chosen = resolve(strategy, gamma)
     if chosen.foresight:
@@ -128,7 +128,7 @@ def settle(
     computes = kernel_named(kernel, device, layout.dtype)
     if chosen.on_cpu is not None and computes is not loop:
         raise Refused(f"Strategy {chosen.name} computes experts on the CPU, and only the kernel loop can; leave it so.")
-    return Settled(
+    return AttachPlan(
         chosen, own, worn, stands_for, min(slots, worn.keys), None if memory is None else budget, card, link,
         link_gb_per_s, computes,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def settle(
 
 @caller_modes.in_plain_modes
 def serve(
-    model: Any, layers: Sequence[compat.MoeLayer], store: HostStore, settled: Settled, *, poison: bool = False,
+    model: Any, layers: Sequence[compat.MoeLayer], store: HostStore, settled: AttachPlan, *, poison: bool = False,
     around: Any = None,
 ) -> Any:  # fmt: skip
     """Attach as settled. The store is empty, or holds the experts where the modules have none any more.
@@ -184,7 +184,7 @@ def _prove(engine: Engine, decoder: Decoder, overrides: Overrides) -> None:
 
     def prefill(ids: torch.Tensor) -> None:
         ids = ids.to(device)
-        with engine.passing(Pass("prefill", torch.ones_like(ids, dtype=torch.bool))):
+        with engine.passing(ForwardPass("prefill", torch.ones_like(ids, dtype=torch.bool))):
             decoder.stock(input_ids=ids, use_cache=False)
 
     with selftest.undisturbed(decoder.model):
@@ -273,7 +273,7 @@ def _link_and_card(
     return link, card
 
 
-def _link(settled: Settled, engine: Engine, cost: CostModel) -> Link:
+def _link(settled: AttachPlan, engine: Engine, cost: CostModel) -> Link:
     row_nbytes = engine.store.layout.nbytes
     if settled.link == "virtual":
 

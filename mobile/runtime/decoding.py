@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from mobile.errors import Refused
 from mobile.live_model import compat, generate_calls
 from mobile.live_model.overrides import Overrides
-from mobile.policies.strategy import BigLittle, FullK, HalfK, Rerouted
+from mobile.policies.strategy import BigLittle, FullK, HalfK, CustomRouting
 from mobile.runtime import rollback
 from mobile.runtime.engine import Engine
-from mobile.runtime.forward_pass import Pass
+from mobile.runtime.forward_pass import ForwardPass
 
 BROKEN_OFF = "Attaching or detaching this model was broken off; call mobile.detach(model), which finishes it."
 AS_A_PROMPT = "runs as a prompt's does, with all experts and none kept: the strategy {} does not act on it."
@@ -70,7 +70,7 @@ class Decoder:
         settings = getattr(self.model, "generation_config", None) or self.model.config
         overrides.put(settings, "disable_compile", True)  # generate() would compile this forward for a static cache
         for number, layer in enumerate(self.engine.layers):
-            heard = torch.compiler.disable(functools.partial(self._heard, number))
+            heard = torch.compiler.disable(functools.partial(self._record_router_input, number))
             overrides.hook(layer.router.register_forward_hook, heard, with_kwargs=True)
         generate_calls.watch(self.model, overrides)
         for module in entrances(self.model, [layer.experts for layer in self.engine.layers]):
@@ -85,7 +85,7 @@ class Decoder:
 
         return torch.compiler.disable(forward)  # the engine decides in Python, for every layer anew
 
-    def _heard(self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
+    def _record_router_input(self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
         running = self.engine.running
         if running is not None and running.kind != "prefill":
             running.router_inputs[number] = (args, kwargs)
@@ -117,26 +117,26 @@ class Decoder:
             valid = torch.ones(rows, length, dtype=torch.bool, device=source.device)
             if isinstance(mask, torch.Tensor) and mask.ndim == 2:
                 valid = mask[:, -length:].to(torch.bool)
-            output = self._one(Pass("prefill", valid), asked, fresh=not begun)
+            output = self._one(ForwardPass("prefill", valid), asked, fresh=not begun)
             if call is not None:
                 call.read()
             return output
         valid = torch.ones(rows, 1, dtype=torch.bool, device=source.device)
         live = None if call is None else call.live(rows)
-        if isinstance(self.gating, FullK | Rerouted):
-            return self._one(Pass("full", valid, live), asked)
+        if isinstance(self.gating, FullK | CustomRouting):
+            return self._one(ForwardPass("full", valid, live), asked)
         if isinstance(self.gating, HalfK):
             with engine.little_k():
-                return self._one(Pass("little", valid, live), asked)
-        return self._two(Pass("little", valid, live), asked, given, self.gating)
+                return self._one(ForwardPass("little", valid, live), asked)
+        return self._two(ForwardPass("little", valid, live), asked, given, self.gating)
 
-    def _one(self, running: Pass, asked: Forward, fresh: bool = False) -> Any:
+    def _one(self, running: ForwardPass, asked: Forward, fresh: bool = False) -> Any:
         with self.engine.passing(running):
             output = asked.run()
         self.engine.remember(running, running.live, fresh=fresh)
         return output
 
-    def _two(self, little: Pass, asked: Forward, given: dict[str, Any], gating: BigLittle) -> Any:
+    def _two(self, little: ForwardPass, asked: Forward, given: dict[str, Any], gating: BigLittle) -> Any:
         """Little pass, confidence, and for the rows that were unsure: roll back and run the big pass.
 
         A row that has ended decides nothing: it makes no pass happen, and goes along with one that does.
@@ -161,7 +161,7 @@ class Decoder:
         if again is not None:
             again()
         confident = None if bool(unsure.all()) else ~unsure
-        big = Pass("big", little.valid, little.live, confident=confident, settled=little.selections)
+        big = ForwardPass("big", little.valid, little.live, confident=confident, settled=little.selections)
         engine.fall_back(predicted, falls)
         with engine.passing(big):
             result = asked.run(return_dict=True)
@@ -171,11 +171,11 @@ class Decoder:
         engine.remember(big, falls, confidence, predicted)
         return _as_asked(result, self.model, given)
 
-    def _all_experts(self, little: Pass, asked: Forward, because: str) -> Any:
+    def _all_experts(self, little: ForwardPass, asked: Forward, because: str) -> Any:
         self._warn(
             f"The model {because}, so every token runs with all experts, and {self.engine.strategy.name} does not act."
         )
-        return self._one(Pass("full", little.valid, little.live), asked)
+        return self._one(ForwardPass("full", little.valid, little.live), asked)
 
     # --- what does not act says so ------------------------------------------------------------------
 

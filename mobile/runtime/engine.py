@@ -20,12 +20,12 @@ from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
-from mobile.policies.next_logits import Ahead, alone
-from mobile.policies.strategy import Rerouted, Strategy
+from mobile.policies.next_logits import NextLayerLogits, alone
+from mobile.policies.strategy import CustomRouting, Strategy
 from mobile.replay.trace import Request, foreseen_from
 from mobile.residency.residency import STAGING, Residency
-from mobile.runtime.forward_pass import Pass, RouterInput, Selection
-from mobile.runtime.quasi_hidden_state import Quasi
+from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
+from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.slots import SlotPool
 from mobile.store.memory import HostStore
 
@@ -49,11 +49,11 @@ class Engine:
         self.hardware, self.stands_for, self.store = hardware, stands_for, store
         self.little = little_k
         self.ledger = Ledger()
-        self.running: Pass | None = None
+        self.running: ForwardPass | None = None
         self.undoable: frozenset[type] = frozenset()  # cache types in which the self-test undid a step
         self.recorded: list[Request] | None = None
         self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
-        self.quasi: Quasi | None = None  # set by attach, for a strategy that foresees from it
+        self.quasi: QuasiHiddenState | None = None  # set by attach, for a strategy that foresees from it
         self._records_ahead = False
         self._foreseen: dict[int, Selection] = {}  # by layer, its router's word on the layer before's input
         self.lock = threading.RLock()
@@ -200,7 +200,7 @@ class Engine:
             return result
 
     @contextmanager
-    def passing(self, running: Pass) -> Iterator[None]:
+    def passing(self, running: ForwardPass) -> Iterator[None]:
         """One forward pass: opens and closes it on the clock."""
         self.running = running
         self.residency.begin(running.kind, running.tokens, running.counted)
@@ -221,7 +221,7 @@ class Engine:
     def _reroute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> Selection:
         """What the gating makes of the router's choice; an expert of weight 0 becomes nobody's."""
         gating = self.strategy.gating
-        if not isinstance(gating, Rerouted):
+        if not isinstance(gating, CustomRouting):
             return index, weights
         index, weights = gating.choose(layer, (index, weights), self._foreseen.pop(layer, None))
         return index.masked_fill(weights == 0, self.experts), weights
@@ -264,9 +264,9 @@ class Engine:
 
     @property
     def _routes_ahead(self) -> bool:
-        return isinstance(self.strategy.gating, Rerouted) and self.strategy.gating.foresees
+        return isinstance(self.strategy.gating, CustomRouting) and self.strategy.gating.foresees
 
-    def _look_ahead(self, layer: int, running: Pass, index: torch.Tensor, weights: torch.Tensor) -> None:
+    def _look_ahead(self, layer: int, running: ForwardPass, index: torch.Tensor, weights: torch.Tensor) -> None:
         """Ask the next layer's router about this layer's input, where it is known what else to give it."""
         if layer + 1 == len(self.layers):
             return
@@ -282,7 +282,7 @@ class Engine:
         if self._routes_ahead:
             self._foreseen[layer + 1] = following.choice(given, named)
 
-    def _beside(self, layer: int, running: Pass, hidden: torch.Tensor) -> RouterInput | None:
+    def _beside(self, layer: int, running: ForwardPass, hidden: torch.Tensor) -> RouterInput | None:
         """Return what the next layer's router is probably given beside hidden states; None if that is not known.
 
         A router of this layer's class is given what this one is where that belongs to the tokens, and the rest as the
@@ -304,12 +304,12 @@ class Engine:
             return None
         return tuple(others), named
 
-    def _signal(self, layer: int, *, last: bool) -> Ahead | None:
+    def _signal(self, layer: int, *, last: bool) -> NextLayerLogits | None:
         source = foreseen_from(layer, last, len(self.layers))
         logits = self.running.ahead.get(source) if self.running is not None and source is not None else None
         return None if logits is None else alone(logits)
 
-    def predict(self, little: Pass) -> list[torch.Tensor]:
+    def predict(self, little: ForwardPass) -> list[torch.Tensor]:
         """Per layer the K experts (tokens, K) that the little pass's recorded router inputs name."""
         return [layer.route(*little.router_inputs[number]) for number, layer in enumerate(self.layers)]
 
@@ -320,7 +320,7 @@ class Engine:
         self.residency.fallback(keys, int(unsure.sum()))
 
     def remember(
-        self, done: Pass, live: torch.Tensor | None = None, confidence: torch.Tensor | None = None,
+        self, done: ForwardPass, live: torch.Tensor | None = None, confidence: torch.Tensor | None = None,
         predicted: list[torch.Tensor] | None = None, *, fresh: bool = False,
     ) -> None:  # fmt: skip
         """Append the pass to the trace of each live row, if a recording is on; `fresh` begins new requests."""

@@ -17,7 +17,7 @@ Selection = tuple[torch.Tensor, torch.Tensor]  # expert ids and their weights, (
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass over `rows` sequences; `valid` (rows, length) marks tokens that are not padding.
 
     `live` (rows,) marks the rows of a decode step that are still being written; None: all of them.

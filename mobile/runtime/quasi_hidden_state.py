@@ -20,28 +20,28 @@ from mobile.errors import Refused
 from mobile.kernels.loop import Views, expert_output, group, normed
 from mobile.live_model.compat import MoeLayer
 from mobile.live_model.overrides import Overrides
-from mobile.runtime.forward_pass import Pass
+from mobile.runtime.forward_pass import ForwardPass
 from mobile.store.memory import HostStore
 
 ROWS, LENGTH, SEED = 8, 64, 0  # the random tokens that mean outputs are taken over
 
 
-class Quasi:
+class QuasiHiddenState:
     """The norms before each MoE layer's router, and `vectors` (layers, experts + 1, H), the last row nobody's: zero.
 
     `running` tells the pass under way; of a prefill nothing is kept.
     """
 
-    def __init__(self, norms: Sequence[nn.Module], vectors: torch.Tensor, running: Callable[[], Pass | None]) -> None:
+    def __init__(self, norms: Sequence[nn.Module], vectors: torch.Tensor, running: Callable[[], ForwardPass | None]) -> None:
         self.norms, self.vectors, self._running = norms, vectors, running
         self._residual: dict[int, torch.Tensor] = {}
 
     def listen(self, overrides: Overrides) -> None:
         """Take note of what the norms are given from now on, until the overrides are undone."""
         for layer, norm in enumerate(self.norms):
-            overrides.hook(norm.register_forward_hook, partial(self._heard, layer))
+            overrides.hook(norm.register_forward_hook, partial(self._record_router_input, layer))
 
-    def _heard(self, layer: int, _norm: nn.Module, args: tuple, _output: Any) -> None:
+    def _record_router_input(self, layer: int, _norm: nn.Module, args: tuple, _output: Any) -> None:
         running = self._running()
         if running is not None and running.kind != "prefill":
             self._residual[layer] = args[0]
@@ -58,8 +58,8 @@ class Quasi:
 @torch.no_grad()
 def learn(
     model: nn.Module, layers: Sequence[MoeLayer], store: HostStore, prefill: Callable[[torch.Tensor], Any],
-    running: Callable[[], Pass | None], overrides: Overrides,
-) -> Quasi:  # fmt: skip
+    running: Callable[[], ForwardPass | None], overrides: Overrides,
+) -> QuasiHiddenState:  # fmt: skip
     """Find the norms and take the experts' mean outputs, from one `prefill` of random token ids (rows, length).
 
     `store` has the experts of `layers`, and `running` tells the pass under way from then on. Mean outputs are the same
@@ -105,7 +105,7 @@ def learn(
         overrides.hook(layer.experts.register_forward_pre_hook, partial(given, number), with_kwargs=True)
     prefill(ids)
     overrides.undo(before_it)
-    return Quasi(norms, torch.stack(means), running)
+    return QuasiHiddenState(norms, torch.stack(means), running)
 
 
 def _norm_of(router: nn.Module, asked: torch.Tensor, ran: Sequence[tuple]) -> nn.Module:

@@ -71,8 +71,8 @@ def _before_step(layer: Any) -> Undo:
     return _put_back(layer, IN_PLACE)
 
 
-def _put_back(holder: Any, in_place: frozenset[str], leave: frozenset[str] = frozenset()) -> Undo:
-    before = {name: _saved(value, name in in_place) for name, value in vars(holder).items() if name not in leave}
+def _put_back(holder: Any, triton_gemv: frozenset[str], leave: frozenset[str] = frozenset()) -> Undo:
+    before = {name: _saved(value, name in triton_gemv) for name, value in vars(holder).items() if name not in leave}
 
     def undo() -> None:
         for name, saved in before.items():
@@ -81,15 +81,15 @@ def _put_back(holder: Any, in_place: frozenset[str], leave: frozenset[str] = fro
     return undo
 
 
-def _saved(value: Any, in_place: bool) -> Callable[[], Any]:
+def _saved(value: Any, triton_gemv: bool) -> Callable[[], Any]:
     """How to get the value back as it is now; containers are rebuilt, their items looked at one by one."""
     if isinstance(value, dict):
-        parts = {key: _saved(item, in_place) for key, item in value.items()}
+        parts = {key: _saved(item, triton_gemv) for key, item in value.items()}
         return lambda: {key: part() for key, part in parts.items()}
     if isinstance(value, list):
-        items = [_saved(item, in_place) for item in value]
+        items = [_saved(item, triton_gemv) for item in value]
         return lambda: [item() for item in items]
-    if isinstance(value, torch.Tensor) and (in_place or value.ndim == 0):
+    if isinstance(value, torch.Tensor) and (triton_gemv or value.ndim == 0):
         kept = value.clone()
         return lambda: value.copy_(kept)
     return lambda: value

@@ -17,15 +17,15 @@ from mobile.replay.trace import Kind
 from mobile.runtime import rollback
 from mobile.runtime.engine import Engine
 from mobile.runtime.experts import bind
-from mobile.runtime.forward_pass import Pass
+from mobile.runtime.forward_pass import ForwardPass
 
 Forward = Callable[..., Any]  # the model's own, its experts already served by the engine
 
 
 @torch.no_grad()
-def _run(stock: Forward, engine: Engine, kind: Kind, *ids: int, **extra: Any) -> tuple[Any, Pass]:
+def _run(stock: Forward, engine: Engine, kind: Kind, *ids: int, **extra: Any) -> tuple[Any, ForwardPass]:
     tokens = torch.tensor([ids], device=engine.device)
-    running = Pass(kind, torch.ones_like(tokens, dtype=torch.bool))
+    running = ForwardPass(kind, torch.ones_like(tokens, dtype=torch.bool))
     with engine.passing(running):
         return stock(input_ids=tokens, **extra), running
 

@@ -25,7 +25,7 @@ def label(record: Record) -> str:
     return " / ".join((*parts, *((str(record.config["control"]),) if record.config.get("control") else ())))
 
 
-def essence(record: Record) -> dict[str, Any]:
+def fingerprint(record: Record) -> dict[str, Any]:
     """Exact facts of a cell: JSON-ready, the same on every machine unless the arithmetic of its model differs.
 
     Counters of nothing are left out.
@@ -44,7 +44,7 @@ def essence(record: Record) -> dict[str, Any]:
 
 def essences(results: Results) -> dict[str, dict[str, Any]]:
     """By label, in the order of the plan."""
-    return {label(record): essence(record) for record in results.everything}
+    return {label(record): fingerprint(record) for record in results.everything}
 
 
 def changed_outputs(record: Record, other: Record) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def order(pairs: int) -> list[int]:
     return [side for pair in range(pairs) for side in ((0, 1) if pair % 2 == 0 else (1, 0))]
 
 
-def process(side: variants.Side, before: Sequence[Path], words: list[str], out: Path) -> dict[str, Any]:
+def process(side: variants.Variant, before: Sequence[Path], words: list[str], out: Path) -> dict[str, Any]:
     """Run the workload once. Raises Refused with its last line where it fails, or times the wrong tree."""
     strategies = [word for name in side.strategies for word in ("--strategy", name)]
     path = os.pathsep.join([*map(str, before), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -112,7 +112,7 @@ def process(side: variants.Side, before: Sequence[Path], words: list[str], out: 
     return result
 
 
-def trial(both: tuple[variants.Side, variants.Side], pairs: int, words: list[str], console: Console) -> dict[str, Any]:
+def trial(both: tuple[variants.Variant, variants.Variant], pairs: int, words: list[str], console: Console) -> dict[str, Any]:
     """Every process of both sides, in order; the trees that had to be checked out are gone afterwards."""
     turns, results = order(pairs), ([], [])  # type: tuple[list[int], tuple[list[Any], list[Any]]]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

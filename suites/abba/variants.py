@@ -19,7 +19,7 @@ GROUP = "mobile.strategies"
 
 
 @dataclass(frozen=True)
-class Side:
+class Variant:
     """`commit` None is the working tree as it stands; `strategies` run one after another in each process."""
 
     name: str
@@ -47,23 +47,23 @@ def default_base() -> str:
     return base
 
 
-def regression(base: str | None, strategies: tuple[str, ...]) -> tuple[Side, Side]:
+def regression(base: str | None, strategies: tuple[str, ...]) -> tuple[Variant, Variant]:
     """A revision against the working tree. Raises Refused for a revision that git does not know."""
     chosen = default_base() if base is None else base
     commit = commit_of(chosen)
     if commit is None:
         raise Refused(f"Git knows no revision {chosen!r} here; fetch it, or give another --base.")
-    return Side(f"base {commit[:12]}", commit, strategies), Side("head", None, strategies)
+    return Variant(f"base {commit[:12]}", commit, strategies), Variant("head", None, strategies)
 
 
-def named(first: str, second: str, strategies: tuple[str, ...]) -> tuple[Side, Side]:
+def named(first: str, second: str, strategies: tuple[str, ...]) -> tuple[Variant, Variant]:
     """Two strategies in the working tree, or two revisions. Raises Refused where that is not what the names are."""
     kinds = [_kind(name) for name in (first, second)]
     if kinds[0] != kinds[1]:
         raise Refused(f"{first} is a {kinds[0]} and {second} a {kinds[1]}; give two of one kind.")
     if kinds[0] == "strategy":
-        return Side(first, None, (first,)), Side(second, None, (second,))
-    sides = [Side(name, commit_of(name), strategies) for name in (first, second)]
+        return Variant(first, None, (first,)), Variant(second, None, (second,))
+    sides = [Variant(name, commit_of(name), strategies) for name in (first, second)]
     return sides[0], sides[1]
 
 
@@ -83,7 +83,7 @@ def _kind(name: str) -> str:
 
 
 @contextmanager
-def trees(sides: tuple[Side, Side]) -> Iterator[list[list[Path]]]:
+def trees(sides: tuple[Variant, Variant]) -> Iterator[list[list[Path]]]:
     """For each side, the folders to put in front on PYTHONPATH: its code, and its own list of strategies.
 
     A commit is checked out with `git worktree` into a temporary folder, which is removed whatever happens.

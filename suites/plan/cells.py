@@ -20,8 +20,8 @@ from mobile.residency.residency import STAGING
 from mobile.suggest import offer
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
 from suites.record import SCOPES
-from suites.synthetic.cells import Shape, shapes_of
-from suites.synthetic.reference_cells import Beside
+from suites.synthetic.cells import SyntheticCell, shapes_of
+from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
@@ -113,7 +113,7 @@ class Preset:
 
     name: str
     minutes: int
-    cells: tuple[Cell | Shape | Beside, ...]
+    cells: tuple[Cell | SyntheticCell | ReferenceCell, ...]
 
     @property
     def scored(self) -> list[Cell]:
@@ -136,14 +136,14 @@ class Preset:
         return [cell for cell in self.scored if cell.link is not None]
 
     @property
-    def shapes(self) -> list[Shape]:
+    def shapes(self) -> list[SyntheticCell]:
         """The cells that are timed live on a script."""
-        return [cell for cell in self.cells if isinstance(cell, Shape)]
+        return [cell for cell in self.cells if isinstance(cell, SyntheticCell)]
 
     @property
-    def besides(self) -> list[Beside]:
+    def besides(self) -> list[ReferenceCell]:
         """What is measured beside them."""
-        return [cell for cell in self.cells if isinstance(cell, Beside)]
+        return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
 
     def only(self, pattern: str | None) -> Preset:
         """The cells whose label holds the pattern (with * and ? as in file names). Raises Refused where none does."""

@@ -21,8 +21,8 @@ from typing import Any
 from suites.plan.cells import Cell, Generation, Preset
 from suites.record import VIRTUAL, Finished, RunFolder, sound
 from suites.run.worker import TAIL, ending
-from suites.synthetic.cells import Shape
-from suites.synthetic.reference_cells import Beside
+from suites.synthetic.cells import SyntheticCell
+from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.paper_tasks import locate
 
 RUNS_A_JOB = 15  # live runs in one child, which takes seconds to import what answers and scores
@@ -94,7 +94,7 @@ def live_jobs(preset: Preset, run: RunFolder) -> list[Job]:
 def shape_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     """The shapes not done yet, all of one made model in one job: making 61 GB of experts takes longer than a cell."""
 
-    def made(shape: Shape) -> tuple:
+    def made(shape: SyntheticCell) -> tuple:
         return shape.model.name, shape.layers or 0, shape.shrink, shape.link
 
     missing = [shape for shape in preset.shapes if not run.record(shape.id).is_file()]
@@ -113,12 +113,12 @@ def _pieces(things: list[Any], size: int) -> list[list[Any]]:
 
 
 def _job(
-    things: Sequence[Generation | Cell | Shape | Beside], kind: str, run: RunFolder,
+    things: Sequence[Generation | Cell | SyntheticCell | ReferenceCell], kind: str, run: RunFolder,
     about: dict[str, Any] | None = None, **options: Any,
 ) -> Job:  # fmt: skip
     """The job that does these, of one type; `about` is what else its child is told."""
     labels = {one.id: one.label for one in things}
-    named = {Generation: "generations", Shape: "shapes", Beside: "besides"}.get(type(things[0]), "cells")
+    named = {Generation: "generations", SyntheticCell: "shapes", ReferenceCell: "besides"}.get(type(things[0]), "cells")
     return Job(
         spec={"run": str(run.path), "ids": list(labels), named: list(map(asdict, things)), **(about or {})},
         labels=labels, log=run.log(f"{kind}-{next(iter(labels))}"), **options,

@@ -31,8 +31,8 @@ from suites.record import Finished, RunFolder, sound, write_json
 from suites.run.executors import Workers
 from suites.run.jobs import Job, beside_jobs, cell_jobs, generation_jobs, live_jobs, put_damaged_aside, shape_jobs, work
 from suites.synthetic import plan
-from suites.synthetic.cells import Shape
-from suites.synthetic.reference_cells import Beside
+from suites.synthetic.cells import SyntheticCell
+from suites.synthetic.reference_cells import ReferenceCell
 
 FULL_NBYTES = 2**20  # a disk with less room than this may not hold another record
 RATE_OVER_SECONDS = 600
@@ -192,8 +192,8 @@ def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
 
 
 def _expected(preset: Preset) -> list[dict[str, Any]]:
-    def named(cell: Cell | Shape | Beside) -> dict[str, Any]:
-        of = cell if isinstance(cell, Shape | Beside) else cell.generation
+    def named(cell: Cell | SyntheticCell | ReferenceCell) -> dict[str, Any]:
+        of = cell if isinstance(cell, SyntheticCell | ReferenceCell) else cell.generation
         return {"id": cell.id, "label": cell.label, "model": of.model.name, "task": of.task,
                 "strategy": cell.strategy, "gamma": cell.gamma, "budget": cell.budget}  # fmt: skip
 

@@ -27,8 +27,8 @@ from suites.environment import environment
 from suites.measure.replayed import Trace, cell_from, generation_from, time_cell
 from suites.plan.cells import Cell, Generation
 from suites.record import Finished, RunFolder, sound
-from suites.synthetic.cells import Shape, shape_from
-from suites.synthetic.reference_cells import Beside, beside_from
+from suites.synthetic.cells import SyntheticCell, shape_from
+from suites.synthetic.reference_cells import ReferenceCell, beside_from
 
 TAIL = 4000  # characters of a log that a failure keeps
 UNLIKE = (
@@ -118,7 +118,7 @@ def main() -> None:
     def say(done: Finished) -> None:
         print(json.dumps(asdict(done)), file=answers, flush=True)
 
-    def undone(name: str, one: Generation | Cell | Shape | Beside, left_behind: Path) -> bool:
+    def undone(name: str, one: Generation | Cell | SyntheticCell | ReferenceCell, left_behind: Path) -> bool:
         """Whether it is to be done here; otherwise says why not."""
         if one.id != name:
             say(Finished(name, one.label, 0.0, UNLIKE))
@@ -145,7 +145,7 @@ def main() -> None:
 
         things, left_behind = list(map(beside_from, job["besides"])), run.record
 
-        def measured(beside: Beside) -> Finished:
+        def measured(beside: ReferenceCell) -> Finished:
             return attempt(beside.id, beside.label, partial(reference.save, beside, run))
 
         do = measured

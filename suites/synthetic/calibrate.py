@@ -20,13 +20,13 @@ from mobile.policies.strategy import Strategy
 from suites.environment import environment
 from suites.identity import code_hash, digest
 from suites.record import RunFolder, read_json, sound, write_json
-from suites.synthetic.cells import Shape
+from suites.synthetic.cells import SyntheticCell
 from suites.synthetic.models import Synthetic
 from suites.synthetic.script import Script
 from suites.synthetic.script_player import Played, play
 
 
-def calibrated(shape: Shape, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
+def calibrated(shape: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
     """The profile of this machine with the shape's link; None for a shape that the clock is not asked about.
 
     Raises Refused for measurements that no profile fits.
@@ -45,7 +45,7 @@ def calibrated(shape: Shape, dtype: torch.dtype, run: RunFolder) -> HardwareProf
     return fit(_kept(run, told, lambda: relinked(base, device, dtype, sizes, **link)))
 
 
-def pace_of(shape: Shape) -> Pace:
+def pace_of(shape: SyntheticCell) -> Pace:
     """What a paced link takes for a row, as attach has it from the shape's profile."""
     card = profile(shape.hardware)
     rate = card.link_gb_per_s if shape.link_gb_per_s is None else shape.link_gb_per_s

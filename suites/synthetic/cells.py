@@ -15,14 +15,14 @@ from mobile.policies.strategy import Strategy, resolve
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
 from suites.record import SCOPES
-from suites.synthetic.reference_cells import Beside, besides_of
+from suites.synthetic.reference_cells import ReferenceCell, besides_of
 
 LINKS = ("cuda", "paced", "virtual")
 RECORDED = "recorded"  # routing and fallbacks of the shipped model in the model's folder
 
 
 @dataclass(frozen=True)
-class Shape:
+class SyntheticCell:
     """One row of a result: so many repeats of a prompt and its decode steps, each with a script of its own.
 
     The script of a repeat follows from `routing`, `rate`, `seed` and the tokens alone, so every strategy plays the
@@ -81,11 +81,11 @@ def speed_of(link_gb_per_s: float | None) -> str:
     return "native" if link_gb_per_s is None else f"{link_gb_per_s:g}GB/s"
 
 
-def shape_from(data: dict[str, Any]) -> Shape:
-    return Shape(**{**data, "model": Model(**data["model"])})
+def shape_from(data: dict[str, Any]) -> SyntheticCell:
+    return SyntheticCell(**{**data, "model": Model(**data["model"])})
 
 
-def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape | Beside]:
+def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[SyntheticCell | ReferenceCell]:
     """The cells of a preset with [[runs]]; `link` stands in for the preset's own. Raises Refused, KeyError, TypeError.
 
     Last come those of `beside`. A model's own `budgets`, `layers` and `shrink` go before the preset's.
@@ -116,7 +116,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[Shape | Beside
     yield from besides_of(data, models, chosen)
 
 
-def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str, Any]) -> Iterator[Shape]:
+def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str, Any]) -> Iterator[SyntheticCell]:
     rates = run.get("rates", [None])
     for number, name in product(run["links"], run["strategies"]):
         strategy = resolve(name)
@@ -126,7 +126,7 @@ def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str
                 f"Routing {run['routing']} says nothing of fallbacks; give its run rates, like rates = [0.1]."
             )
         for budget, rate in product(_budgets(strategy, budgets), rates if falls_back else [None]):
-            yield Shape(
+            yield SyntheticCell(
                 model=model, routing=run["routing"], rate=rate, strategy=name, gamma=strategy.gamma, budget=budget,
                 link_gb_per_s=None if number == "native" else float(number),
                 swept="rates" in run and run["routing"] == RECORDED, **shared,

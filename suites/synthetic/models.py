@@ -26,7 +26,7 @@ from mobile.live_model import compat
 from mobile.machine.host import host
 from mobile.policies.strategy import Strategy
 from mobile.residency.prefill import STAGING
-from mobile.runtime.attachment import Settled, serve, settle
+from mobile.runtime.attachment import AttachPlan, serve, settle
 from mobile.runtime.engine import Engine
 from mobile.store.layout import ExpertLayout
 from mobile.store.memory import HostStore
@@ -155,7 +155,7 @@ class Synthetic:
             engine.leave()
             _let_go(self.device)
 
-    def _refuse_full(self, settled: Settled) -> None:
+    def _refuse_full(self, settled: AttachPlan) -> None:
         if self.device.type != "cuda":
             return
         _let_go(self.device)

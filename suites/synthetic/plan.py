@@ -13,8 +13,8 @@ from mobile.errors import Refused
 from mobile.machine.host import host
 from mobile.policies.strategy import BigLittle, HalfK, resolve
 from suites.budget import SHOWN_SHARE, is_memory
-from suites.synthetic.cells import Shape
-from suites.synthetic.reference_cells import DEVICE_MAP, Beside
+from suites.synthetic.cells import SyntheticCell
+from suites.synthetic.reference_cells import DEVICE_MAP, ReferenceCell
 
 GB, GIB = 1e9, 2**30
 ATTACH_SECONDS = 5  # an assumption: self-tests, and the link's own measurement
@@ -25,7 +25,7 @@ PAGEABLE_GB_PER_S = 6  # an assumption: what whole layers move at
 RESIDENT_TOKEN_SECONDS = 0.03  # an assumption: launches of an eager step
 
 
-def describe(shapes: Sequence[tuple[Shape, bool]]) -> list[str]:
+def describe(shapes: Sequence[tuple[SyntheticCell, bool]]) -> list[str]:
     """Lines for the plan: by model what it takes; each shape with whether it is done."""
     lines, total = [], 0.0
     for name, members in groupby(shapes, key=lambda each: each[0].model.name):
@@ -43,7 +43,7 @@ def describe(shapes: Sequence[tuple[Shape, bool]]) -> list[str]:
     ]
 
 
-def _memory(shape: Shape) -> str:
+def _memory(shape: SyntheticCell) -> str:
     geometry = GEOMETRIES[shape.model.geometry]
     whole = geometry.keys * geometry.expert_nbytes
     if shape.shrink > 1:
@@ -57,7 +57,7 @@ def _memory(shape: Shape) -> str:
     return f"host memory {whole * layers / geometry.moe_layers / GIB:.0f} GiB for {layers} layers' experts"
 
 
-def seconds_of(shapes: Sequence[Shape]) -> float:
+def seconds_of(shapes: Sequence[SyntheticCell]) -> float:
     """An estimate for shapes of one model."""
     if not shapes:
         return 0.0
@@ -70,7 +70,7 @@ def seconds_of(shapes: Sequence[Shape]) -> float:
     return START_SECONDS + making + clock + sum(ATTACH_SECONDS + _playing(shape) for shape in shapes)
 
 
-def beside_seconds(besides: Sequence[Beside]) -> float:
+def beside_seconds(besides: Sequence[ReferenceCell]) -> float:
     """An estimate for what is measured beside shapes."""
     total = 0.0
     for beside in besides:
@@ -82,12 +82,12 @@ def beside_seconds(besides: Sequence[Beside]) -> float:
     return total
 
 
-def _steps(shape: Shape) -> int:
+def _steps(shape: SyntheticCell) -> int:
     """Decode steps of every repeat, and of the warm-up before them."""
     return shape.repeats * (shape.warmup_tokens + shape.decode_tokens) + shape.warmup_tokens + 1
 
 
-def _playing(shape: Shape) -> float:
+def _playing(shape: SyntheticCell) -> float:
     """Prefills and decode steps of every repeat, and of the warm-up before them."""
     geometry, strategy = GEOMETRIES[shape.model.geometry], resolve(shape.strategy, shape.gamma)
     steps = _steps(shape)
@@ -102,7 +102,7 @@ def _playing(shape: Shape) -> float:
     return (shape.repeats + 1) * prefill + steps * token
 
 
-def check(name: str, shapes: Sequence[Shape]) -> list[str]:
+def check(name: str, shapes: Sequence[SyntheticCell]) -> list[str]:
     """Return what will be other here than the preset says, a sentence each.
 
     Raises Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small.
@@ -126,7 +126,7 @@ def check(name: str, shapes: Sequence[Shape]) -> list[str]:
     return list(_remarks(shapes, total))
 
 
-def _remarks(shapes: Sequence[Shape], total_nbytes: int) -> Iterator[str]:
+def _remarks(shapes: Sequence[SyntheticCell], total_nbytes: int) -> Iterator[str]:
     from mobile.links.cuda import NEAR
 
     budgets = dict.fromkeys(shape.budget for shape in shapes if is_memory(shape.budget))

@@ -25,7 +25,7 @@ from suites.environment import environment
 from suites.record import Item, Record, RunFolder
 from suites.synthetic import models
 from suites.synthetic.models import Synthetic
-from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, FEW_LAYERS, Beside
+from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, FEW_LAYERS, ReferenceCell
 from suites.telemetry import watched
 
 GIB = 2**30
@@ -51,11 +51,11 @@ class EngineCost:
     high_seconds: float
 
 
-def save(beside: Beside, run: RunFolder) -> None:
+def save(beside: ReferenceCell, run: RunFolder) -> None:
     record(beside).save(run.record(beside.id))
 
 
-def record(beside: Beside) -> Record:
+def record(beside: ReferenceCell) -> Record:
     """Measure it. What cannot be done on this machine is a record that says why, with nothing measured."""
     begun = time.monotonic()
     device = torch.device("cuda" if beside.link == "cuda" else "cpu")
@@ -147,7 +147,7 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
 
 
 @torch.no_grad()
-def timed(model: Any, device: torch.device, beside: Beside) -> tuple[int, int]:
+def timed(model: Any, device: torch.device, beside: ReferenceCell) -> tuple[int, int]:
     """Nanoseconds of prefill and of the decode steps, after one step that is not counted."""
     vocabulary = model.config.vocab_size
     tokens = (torch.arange(beside.prompt_tokens + beside.decode_tokens + 1) % vocabulary).to(device)[None]
@@ -166,7 +166,7 @@ def timed(model: Any, device: torch.device, beside: Beside) -> tuple[int, int]:
     return prefilled - begun, time.perf_counter_ns() - started
 
 
-def _item(number: int, beside: Beside, prefill_ns: int, decode_ns: int) -> Item:
+def _item(number: int, beside: ReferenceCell, prefill_ns: int, decode_ns: int) -> Item:
     return Item(
         doc=number, prompt_sha256="", prompt=None, output="", fallback_spans=(), answer=None, correct=None,
         prompt_tokens=beside.prompt_tokens, decode_tokens=beside.decode_tokens, fallbacks=0, ttft_ns=prefill_ns,

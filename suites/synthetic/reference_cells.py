@@ -20,7 +20,7 @@ FEW_LAYERS = 4  # that tell what one costs; two copies of them lie on the device
 
 
 @dataclass(frozen=True)
-class Beside:
+class ReferenceCell:
     """One measurement of a geometry beside its shapes; `what` is one of KINDS' values.
 
     `memory` is what `device_map` may fill of the device. Nothing is scripted: weights and routing are random.
@@ -62,11 +62,11 @@ class Beside:
         return f"{self.model.name} native {self.what}"
 
 
-def beside_from(data: dict[str, Any]) -> Beside:
-    return Beside(**{**data, "model": Model(**data["model"])})
+def beside_from(data: dict[str, Any]) -> ReferenceCell:
+    return ReferenceCell(**{**data, "model": Model(**data["model"])})
 
 
-def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[Beside]:
+def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[ReferenceCell]:
     """The measurements that a preset of shapes asks for with `beside`; none in virtual time. Raises Refused."""
     asked = data.get("beside", [])
     if strangers := set(asked) - set(KINDS):
@@ -76,7 +76,7 @@ def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Ite
     for told in data["models"]:
         given = {**data, **told}
         for what in asked:
-            yield Beside(
+            yield ReferenceCell(
                 model=models[told["name"]], what=KINDS[what], link=link, memory=data.get("beside_memory", "16GiB"),
                 prompt_tokens=data["prompt_tokens"], decode_tokens=data.get("beside_tokens", data["decode_tokens"]),
                 repeats=data.get("beside_repeats", data["repeats"]), seed=data["seeds"][0], layers=given.get("layers"),

@@ -45,7 +45,7 @@ class Played:
         return self.counters.fallbacks
 
 
-class Prompter:
+class ScriptPlayer:
     """Hooks on the routers and the head of an attached model; `at` is the decode step, or PROMPT.
 
     Its tensors are made before the clock runs: a hook does no more than look one up.
@@ -110,7 +110,7 @@ def play(made: Synthetic, script: Script, tokens: torch.Tensor | None = None) ->
     if tokens is None:
         tokens = torch.arange(length + script.steps) % model.config.vocab_size
     tokens = tokens.to(made.device)[None]
-    prompter = Prompter(made, script)
+    prompter = ScriptPlayer(made, script)
     try:
         begun = _now(made)
         output = model(input_ids=tokens[:, :length], use_cache=True, logits_to_keep=1)

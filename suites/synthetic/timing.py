@@ -27,7 +27,7 @@ from suites.environment import environment
 from suites.record import Item, Record, RunFolder
 from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated, predicted, told
-from suites.synthetic.cells import RECORDED, Shape
+from suites.synthetic.cells import RECORDED, SyntheticCell
 from suites.synthetic.link_use import fallback_use
 from suites.synthetic.models import Synthetic
 from suites.synthetic.routing import scripts_of
@@ -47,7 +47,7 @@ class Loaded:
     scripts: dict[tuple, list[Script]] = field(default_factory=dict)
 
 
-def load(shape: Shape) -> Loaded:
+def load(shape: SyntheticCell) -> Loaded:
     """Raises Refused for what cannot be made here."""
     if shape.link != "cuda":
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
@@ -55,7 +55,7 @@ def load(shape: Shape) -> Loaded:
     return Loaded(models.make(shape.model.geometry, layers=shape.layers, shrink=shape.shrink, device=device))
 
 
-def save(shape: Shape, loaded: Loaded, run: RunFolder) -> None:
+def save(shape: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
     """Calibrate the machine if this run has not yet, and write the record; without a prediction where that fails."""
     here, unpredicted = None, None
     try:
@@ -68,7 +68,7 @@ def save(shape: Shape, loaded: Loaded, run: RunFolder) -> None:
     done.save(run.record(shape.id))
 
 
-def scripts_for(shape: Shape, loaded: Loaded) -> list[Script]:
+def scripts_for(shape: SyntheticCell, loaded: Loaded) -> list[Script]:
     """One script a repeat, the same for every shape of the same routing, rate, tokens and seed."""
     sizes = {"prompt_tokens": shape.prompt_tokens, "warmup": shape.warmup_tokens}
     steps, geometry = shape.warmup_tokens + shape.decode_tokens, loaded.made.geometry
@@ -93,11 +93,11 @@ def scripts_for(shape: Shape, loaded: Loaded) -> list[Script]:
     return [with_rate(script, shape.rate, _seed(shape, repeat)) for repeat, script in enumerate(scripts)]
 
 
-def _seed(shape: Shape, repeat: int) -> int:
+def _seed(shape: SyntheticCell, repeat: int) -> int:
     return 1000 * shape.seed + repeat
 
 
-def memory_of(shape: Shape, device: torch.device) -> int | None:
+def memory_of(shape: SyntheticCell, device: torch.device) -> int | None:
     """Return the bytes that the shape's budget comes to on this device; None for one that is no memory size."""
     if not is_memory(shape.budget):
         return None
@@ -107,7 +107,7 @@ def memory_of(shape: Shape, device: torch.device) -> int | None:
 
 
 def room_of(
-    shape: Shape, made: Synthetic, strategy: Strategy, card: HardwareProfile, memory_nbytes: int | None
+    shape: SyntheticCell, made: Synthetic, strategy: Strategy, card: HardwareProfile, memory_nbytes: int | None
 ) -> dict[str, Any]:
     """Return attach's `memory` or `slots` for a budget of `memory_nbytes`, or of what the strategy needs.
 
@@ -123,7 +123,7 @@ def room_of(
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 
-def record(shape: Shape, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
+def record(shape: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
     """Play every repeat, warm, and write down what it took, and what the virtual clock of `here` says.
 
     Where the clock cannot be asked, the measurement stands and the record says why. Raises Refused for what this
@@ -153,7 +153,7 @@ def record(shape: Shape, loaded: Loaded, here: HardwareProfile | None = None) ->
 
 
 def _record(
-    shape: Shape, made: Synthetic, strategy: Strategy, engine: Engine, scripts: list[Script], played: list[Played],
+    shape: SyntheticCell, made: Synthetic, strategy: Strategy, engine: Engine, scripts: list[Script], played: list[Played],
     telemetry: Any, wall_seconds: float,
 ) -> Record:  # fmt: skip
     geometry, real = made.geometry, shape.link == "cuda"

@@ -15,7 +15,7 @@ from suites.plan.cells import read_preset
 from suites.record import RunFolder
 from suites.synthetic import calibrate, reference, timing
 from suites.synthetic.models import make
-from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, Beside
+from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, ReferenceCell
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_time_per_token_is_predicted_from_what_was_calibrated(shapes, tmp_path):
 
 @pytest.mark.parametrize("what", [ENGINE_COST, RESIDENT, DEVICE_MAP])
 def test_plain_transformers_is_timed_beside(shapes, what):
-    beside = Beside(shapes[0].model, what, "cuda", "2GiB", 8, 3, 1, 0, layers=2)
+    beside = ReferenceCell(shapes[0].model, what, "cuda", "2GiB", 8, 3, 1, 0, layers=2)
     record = reference.record(beside)
     if record.config["refused"] is not None:
         assert "accelerate" in record.config["refused"]

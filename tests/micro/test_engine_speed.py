@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import mobile
-from mobile.runtime.forward_pass import Pass
+from mobile.runtime.forward_pass import ForwardPass
 
 LAYERS = 2
 
@@ -62,7 +62,7 @@ def test_router_probe_of_a_layer(benchmark, model):
     """Asking a router again on a recorded input: what a fallback's prediction costs a layer."""
     mobile.attach(model, "mobile", slots=64 * LAYERS, gamma=0.0)
     try:
-        engine, running = model.mobile, Pass("little", torch.ones(1, 1, dtype=torch.bool))
+        engine, running = model.mobile, ForwardPass("little", torch.ones(1, 1, dtype=torch.bool))
         with torch.no_grad(), engine.passing(running):
             model.mobile.layers[0].router(torch.randn(1, 2048, dtype=torch.bfloat16))
         args, kwargs = running.router_inputs[0]

@@ -18,7 +18,7 @@ from mobile.ledger import Ledger
 from mobile.links.base import VirtualLink
 from mobile.policies.strategy import strategies
 from mobile.replay import trace
-from mobile.replay.replay import Bench, time_requests
+from mobile.replay.replay import ReplaySetup, time_requests
 from mobile.replay.trace import Step
 from mobile.slots import SlotPool
 
@@ -73,7 +73,7 @@ def test_replay_of_olmoe_decode_tokens(benchmark, strategy):
     elif strategy == "mobile":
         request = two_pass(request, geometry)
     alone = tuple((layer,) for layer in range(geometry.moe_layers))
-    bench = Bench(strategies()[strategy], geometry, alone, profile("auto"), geometry.keys // 2)
+    bench = ReplaySetup(strategies()[strategy], geometry, alone, profile("auto"), geometry.keys // 2)
     counters = benchmark(lambda: time_requests(bench, [request])[1].counters)
     assert counters.tokens == TOKENS
     benchmark.extra_info["decode_tokens_per_s"] = TOKENS / benchmark.stats.stats.median

@@ -23,8 +23,8 @@ from baselines.lru import LRU
 from baselines.signals.sensitivity import Measured, fisher_traces, guess_accuracy, relative
 from mobile.errors import Refused
 from mobile.live_model.compat import moe_layers
-from mobile.policies.protocols import Setting
-from mobile.policies.strategy import Rerouted
+from mobile.policies.protocols import PolicyContext
+from mobile.policies.strategy import CustomRouting
 from mobile.replay.trace import Step
 from mobile.slots import SlotPool
 from tests.unit.test_limits import GEOMETRY, clock
@@ -74,7 +74,7 @@ def test_tau_is_the_root_of_tolerance_over_sensitivity():
     weights = torch.tensor([[0.8, 0.2]])
     index = torch.tensor([[0, 1]])
     gating = adapmoe(tolerance=0.01, sensitivities=[1.0, 0.01]).gating
-    assert isinstance(gating, Rerouted)
+    assert isinstance(gating, CustomRouting)
     assert sqrt(0.01 / 1.0) < 0.2 < sqrt(0.01 / 0.01)
     assert gating.choose(0, (index, weights), None)[1].count_nonzero() == 2
     assert gating.choose(1, (index, weights), None)[1].count_nonzero() == 1
@@ -114,7 +114,7 @@ def test_equal_layers_get_equal_shares_and_the_unforeseen_first_one_more():
 
 
 def test_a_layer_at_its_share_drops_its_own_least_recent():
-    setting = Setting(GEOMETRY, 12)
+    setting = PolicyContext(GEOMETRY, 12)
     evict, pool = Shares(setting, accuracy=[0.5] * 3), SlotPool(12)
     assert evict.share == [4, 4, 4]
     for layer in (0, 1, 2):
@@ -127,7 +127,7 @@ def test_a_layer_at_its_share_drops_its_own_least_recent():
 
 
 def test_a_layer_below_its_share_takes_from_one_above():
-    evict, pool = Shares(Setting(GEOMETRY, 12), accuracy=[0.5] * 3), SlotPool(12)
+    evict, pool = Shares(PolicyContext(GEOMETRY, 12), accuracy=[0.5] * 3), SlotPool(12)
     for layer, held in ((0, 3), (1, 6), (2, 3)):
         for expert in range(held):
             pool.take_free((layer, expert))
@@ -147,7 +147,7 @@ def test_only_the_first_guess_that_is_not_resident_is_fetched():
 
 
 def test_a_guess_that_was_not_chosen_gives_way_first():
-    evict, pool = Shares(Setting(GEOMETRY, 6), accuracy=[0.5] * 3), SlotPool(6)
+    evict, pool = Shares(PolicyContext(GEOMETRY, 6), accuracy=[0.5] * 3), SlotPool(6)
     for key in ((1, 5), (0, 0), (0, 1), (1, 0), (1, 7), (2, 0)):
         pool.take_free(key)
         pool.arrived(key)
@@ -216,7 +216,7 @@ def test_what_was_measured_makes_the_strategy_and_other_files_are_refused(tmp_pa
     weights, index = torch.tensor([[0.85, 0.15]]), torch.tensor([[0, 1]])
     ran = [int(strategy.gating.choose(layer, (index, weights), None)[1].count_nonzero()) for layer in range(3)]
     assert ran == [2, 2, 1], "thresholds 0.05, 0.1 and 0.2"
-    dressed = Setting(replace(GEOMETRY, moe_layers=6), 40, stands_for=((0, 1), (2, 3), (4, 5)))
+    dressed = PolicyContext(replace(GEOMETRY, moe_layers=6), 40, stands_for=((0, 1), (2, 3), (4, 5)))
     assert strategy.evict(dressed).share == shares(12, 40, GEOMETRY.top_k, [0.0, 0.0, 0.5, 0.5, 0.9, 0.9])
     whole = path.read_text()
     for content in (

@@ -12,7 +12,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import GIB, profile
 from mobile.policies.strategy import strategies
-from mobile.replay.replay import Bench, time_requests
+from mobile.replay.replay import ReplaySetup, time_requests
 from mobile.replay.trace import Step
 
 
@@ -73,7 +73,7 @@ FAMILIES = sorted(GEOMETRIES)
 
 def decode_ns(name: str, geometry, steps: list[Step], slots: int) -> int:
     alone = tuple((layer,) for layer in range(geometry.moe_layers))
-    return time_requests(Bench(strategies()[name], geometry, alone, CARD, slots), [steps])[1].counters.decode_ns
+    return time_requests(ReplaySetup(strategies()[name], geometry, alone, CARD, slots), [steps])[1].counters.decode_ns
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,7 +101,7 @@ def test_a_fallback_costs_its_other_half_and_a_full_compute_pass(name):
     steps = [Step("little", 1, little, confidence=0.1), Step("big", 1, big, confidence=0.1, predicted=big)]
     alone = tuple((layer,) for layer in range(geometry.moe_layers))
     serial = replace(strategies()["mobile"], overlap=False, prefetch=False)
-    timed = time_requests(Bench(serial, geometry, alone, CARD, slots), [steps])[1].counters.decode_ns
+    timed = time_requests(ReplaySetup(serial, geometry, alone, CARD, slots), [steps])[1].counters.decode_ns
     cost = CostModel(CARD, geometry)
     step = decode_ns("on-demand", geometry, [Step("full", 1, big)], geometry.top_k)
     found = ceilings(cost, (1.0,))

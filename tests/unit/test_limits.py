@@ -22,9 +22,9 @@ from baselines.oracle_prefetch import ORACLE_PREFETCH, Aggressive
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import profile
 from mobile.ledger import Counters
-from mobile.policies.protocols import Setting
+from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import FullK, Strategy
-from mobile.replay.replay import Bench, time_requests
+from mobile.replay.replay import ReplaySetup, time_requests
 from mobile.replay.trace import Request, Step
 from mobile.slots import SlotPool
 from tests.toy import EXPERTS, GEOMETRY, LAYERS, PREFILL, TOP_K, chosen
@@ -55,7 +55,7 @@ def written(prompts) -> list[Request]:
 def clock(strategy: Strategy, requests: list[Request], slots: int, geometry: Geometry = GEOMETRY) -> Counters:
     """Counters after replaying the requests on a cold engine."""
     stands_for = tuple((layer,) for layer in range(geometry.moe_layers))
-    return time_requests(Bench(strategy, geometry, stands_for, profile("auto"), slots), requests)[1].counters
+    return time_requests(ReplaySetup(strategy, geometry, stands_for, profile("auto"), slots), requests)[1].counters
 
 
 @settings(max_examples=200, deadline=None)
@@ -150,7 +150,7 @@ def test_belady_misses_no_more_than_the_best_of_all_choices(sequence, slots):
 def policy(kind, future: list[int], held: list[int], slots: int, load_ns: int = 1):
     """A policy before the first visit of `future`, and a pool that holds these experts."""
     visits = tuple((0, (expert,)) for expert in future)
-    made, pool = kind(Setting(ALONE, slots, visits, load_ns=load_ns, layer_ns=10)), SlotPool(slots)
+    made, pool = kind(PolicyContext(ALONE, slots, visits, load_ns=load_ns, layer_ns=10)), SlotPool(slots)
     for expert in held:
         pool.take_free((0, expert))
         pool.arrived((0, expert))

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from mobile.costs.cost_model import CostModel
 from mobile.policies.big_little import MOBILE
-from mobile.policies.protocols import Recent
+from mobile.policies.protocols import LeastRecentlyUsed
 from mobile.policies.strategy import Strategy, strategies
-from mobile.replay.replay import Bench, time_requests
+from mobile.replay.replay import ReplaySetup, time_requests
 from mobile.replay.trace import Request, Step, replay, visits
 from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
 
 
 def clock(strategy, requests: list[Request], slots: int):
     """Counters after replaying the requests on a cold engine."""
-    bench = Bench(strategy, GEOMETRY, STANDS_FOR, CARD, slots)
+    bench = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, CARD, slots)
     return time_requests(bench, requests)[1].counters
 
 
@@ -122,7 +122,7 @@ def test_the_same_calls_give_the_same_events():
     requests = [[PREFILL, *[Step("full", 1, ((0, 1, 2, 3), (4, 5, 6, 7), (0, 5, 10, 11)))] * 3]]
     runs = []
     for _ in range(2):
-        bench = Bench(strategies()["lru"], GEOMETRY, STANDS_FOR, CARD, 8)
+        bench = ReplaySetup(strategies()["lru"], GEOMETRY, STANDS_FOR, CARD, 8)
         residency = bench.residency(events=10_000)
         replay(requests, residency, STANDS_FOR)
         runs.append(list(residency.ledger.events))
@@ -148,7 +148,7 @@ class OneByOne:
     """Least recently used, asked for one victim at a time."""
 
     def __init__(self, setting):
-        self._recent = Recent(setting)
+        self._recent = LeastRecentlyUsed(setting)
 
     def used(self, layer, keys):
         self._recent.used(layer, keys)
@@ -173,7 +173,7 @@ def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests,
     told = with_signals(requests, seed)
     for strategy in strategies().values():
         size = slots_of(strategy, slots)
-        on = Bench(strategy, GEOMETRY, STANDS_FOR, CARD, size)
+        on = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, CARD, size)
         future = visits(told, STANDS_FOR) if strategy.foresight else None
         ledgers = []
         for events in (0, 10_000):

@@ -96,7 +96,7 @@ class ByHand:
         self.closed = True
 
 
-class Bench:
+class ReplaySetup:
     """A stream link over such a channel, and what it announced."""
 
     def __init__(self, failing: Sequence[Key] = ()) -> None:
@@ -123,7 +123,7 @@ class Bench:
 
 
 def test_at_most_two_copies_are_begun():
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(*range(5), demand=True)
     assert bench.began == [0, 1]
     bench.complete()
@@ -131,7 +131,7 @@ def test_at_most_two_copies_are_begun():
 
 
 def test_demand_goes_before_prefetches_that_have_not_begun():
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(0, 1, 2, 3, demand=False)
     bench.ask(4, 5, demand=True)
     for _ in range(6):
@@ -140,7 +140,7 @@ def test_demand_goes_before_prefetches_that_have_not_begun():
 
 
 def test_a_promoted_prefetch_goes_behind_the_demand_loads_before_it_and_no_others():
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(0, 1, 2, 3, demand=False)
     bench.ask(4, demand=True)
     bench.link.promote((0, 3))
@@ -152,7 +152,7 @@ def test_a_promoted_prefetch_goes_behind_the_demand_loads_before_it_and_no_other
 
 
 def test_only_a_prefetch_that_has_not_begun_is_cancelled():
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(0, 1, 2, demand=False)
     bench.ask(3, demand=True)
     assert [bench.link.cancel((0, expert)) for expert in (0, 2, 3, 9)] == [False, True, False, False]
@@ -163,7 +163,7 @@ def test_only_a_prefetch_that_has_not_begun_is_cancelled():
 
 
 def test_waiting_announces_a_copy_once_and_no_other_sooner():
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(0, 1, 2, demand=True)
     bench.link.wait((0, 2))
     assert bench.announced == [0, 2], "0 made way; 1 is begun before 2 and nobody has looked at it yet"
@@ -173,7 +173,7 @@ def test_waiting_announces_a_copy_once_and_no_other_sooner():
 
 
 def test_a_wait_for_what_has_arrived_returns():
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(0, demand=True)
     bench.complete()
     bench.link.wait((0, 0))
@@ -182,7 +182,7 @@ def test_a_wait_for_what_has_arrived_returns():
 
 def test_a_slot_has_one_copy_at_a_time():
     """A staging buffer is asked for again while its last copy is under way: that one ends first."""
-    bench = Bench()
+    bench = ReplaySetup()
     bench.link.submit((0, 0), 8, demand=True)
     bench.link.submit((0, 1), 8, demand=True)  # ByHand asserts
     assert bench.channel.landed == [(0, 0)]
@@ -190,7 +190,7 @@ def test_a_slot_has_one_copy_at_a_time():
 
 
 def test_a_failed_prefetch_that_nobody_needs_harms_nobody():
-    bench = Bench(failing=[(0, 0)])
+    bench = ReplaySetup(failing=[(0, 0)])
     bench.ask(0, 1, demand=False)
     bench.ask(2, demand=True)
     bench.link.wait((0, 2))
@@ -200,7 +200,7 @@ def test_a_failed_prefetch_that_nobody_needs_harms_nobody():
 
 
 def test_a_failed_prefetch_can_be_taken_back_so_that_its_slot_is_free_again():
-    bench = Bench(failing=[(0, 0)])
+    bench = ReplaySetup(failing=[(0, 0)])
     bench.ask(0, 1, demand=False)
     assert not bench.link.cancel((0, 0)), "its copy is under way and may still write"
     bench.complete(2)
@@ -229,7 +229,7 @@ def test_the_slot_of_a_failed_prefetch_is_given_back_when_the_token_ends():
 
 @pytest.mark.parametrize("noticed", [True, False], ids=["noticed before the wait", "noticed by the wait"])
 def test_a_failed_copy_raises_to_its_waiter_once_and_can_be_asked_for_again(noticed):
-    bench = Bench(failing=[(0, 0)])
+    bench = ReplaySetup(failing=[(0, 0)])
     bench.ask(0, 1, demand=True)
     if noticed:
         bench.complete()
@@ -248,7 +248,7 @@ def test_a_failed_copy_raises_to_its_waiter_once_and_can_be_asked_for_again(noti
 
 
 def test_a_failure_is_forgotten_when_the_expert_is_asked_for_again():
-    bench = Bench(failing=[(0, 0)])
+    bench = ReplaySetup(failing=[(0, 0)])
     bench.ask(0, demand=False)
     bench.complete()
     bench.ask(0, demand=True)
@@ -257,7 +257,7 @@ def test_a_failure_is_forgotten_when_the_expert_is_asked_for_again():
 
 
 def test_reset_leaves_nothing_running_nothing_queued_and_no_failure_behind():
-    bench = Bench(failing=[(0, 0)])
+    bench = ReplaySetup(failing=[(0, 0)])
     bench.ask(0, 1, 2, 3, demand=True)
     bench.complete()
     bench.link.reset()
@@ -270,7 +270,7 @@ def test_reset_leaves_nothing_running_nothing_queued_and_no_failure_behind():
 
 def test_a_reset_broken_off_is_finished_by_the_next(monkeypatch):
     """Ctrl-C while it waits for a copy: that copy is still under way, and must not be forgotten."""
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(0, demand=True)
     finish = bench.channel.finish
 
@@ -287,7 +287,7 @@ def test_a_reset_broken_off_is_finished_by_the_next(monkeypatch):
 
 def test_compute_is_put_in_order_where_a_layer_begins_and_after_a_reset_and_at_no_expert():
     """A caller may be on another stream than the last one; asking at each expert would cost more than it tells."""
-    bench = Bench()
+    bench = ReplaySetup()
     bench.link.compute(0, "dense")
     for expert in range(4):
         bench.link.compute(0, (0, expert))
@@ -315,7 +315,7 @@ def test_a_close_broken_off_closes_the_channel_all_the_same(monkeypatch):
 
 
 def test_close_waits_and_closes_the_channel():
-    bench = Bench()
+    bench = ReplaySetup()
     bench.ask(0, 1, 2, demand=True)
     bench.link.close()
     assert bench.channel.closed
@@ -328,7 +328,7 @@ def test_any_sequence_of_calls_keeps_the_books(data):
     keys = [(0, number) for number in range(8)]
     failing = data.draw(st.sets(st.sampled_from(keys)))
     buffers = data.draw(st.booleans())
-    bench, asked, gone = Bench(sorted(failing)), set(), 0
+    bench, asked, gone = ReplaySetup(sorted(failing)), set(), 0
     link, channel = bench.link, bench.channel
     for _ in range(data.draw(st.integers(1, 40))):
         action = data.draw(st.sampled_from(["demand", "prefetch", "promote", "cancel", "complete", "wait", "reset"]))

@@ -18,7 +18,7 @@ from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.policies.strategy import BigLittle, Strategy, resolve, strategies
 from mobile.replay import trace as traces
-from mobile.replay.replay import Bench, Outcome, misfit, outcome
+from mobile.replay.replay import ReplaySetup, Outcome, why_not_replayable, outcome
 from mobile.residency.residency import STAGING
 
 EXAMPLES = """
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     worn, stands_for = dress(read.geometry, arguments.geometry)
     chosen, left_out = choose(read, arguments.strategy, arguments.gamma)
     benches = [
-        Bench(strategy, worn, stands_for, card, slots)
+        ReplaySetup(strategy, worn, stands_for, card, slots)
         for strategy in chosen
         for slots in sizes(arguments, strategy, worn, card)
     ]
@@ -133,7 +133,7 @@ def choose(read: Trace, names: Sequence[str] | None, gamma: float | None) -> tup
         strategy = resolve(name)
         if _two_pass(strategy):
             strategy = resolve(strategy, gamma_of_all)
-        reason = misfit(strategy, read.recorder, read.requests)
+        reason = why_not_replayable(strategy, read.recorder, read.requests)
         if reason is None:
             found.append(strategy)
             continue
@@ -173,7 +173,7 @@ def _asked(
         yield from (max(worn.top_k, round(share * worn.keys)) for share in SWEPT)
         return
     yield strategy.needs(worn)
-    if card.vram_nbytes >= Bench(strategy, worn, (), card, worn.top_k).memory_nbytes:
+    if card.vram_nbytes >= ReplaySetup(strategy, worn, (), card, worn.top_k).memory_nbytes:
         yield slots_for(worn, card.vram_nbytes, card.reserve_nbytes, STAGING)
 
 
