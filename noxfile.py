@@ -31,10 +31,19 @@ print(sys.executable, shown, "CUDA", torch.version.cuda if torch.cuda.is_availab
 COMPAT = [
     f"tests/test_{name}.py"
     for name in (
-        "families", "exactness", "two_pass", "generation", "loading", "rows_end", "inert", "guards", "callers_modes",
-        "odd_routing", "serve",
+        "families",
+        "exactness",
+        "two_pass",
+        "generation",
+        "loading",
+        "rows_end",
+        "inert",
+        "guards",
+        "callers_modes",
+        "odd_routing",
+        "serve",
     )
-]  # fmt: skip
+]
 interpreter = sys.executable
 WORKFLOWS = sorted(str(path) for path in Path(".github/workflows").glob("*.yml"))
 BENCHMARKS = Path("runs/benchmarks.json")

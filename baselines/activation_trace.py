@@ -102,7 +102,7 @@ class ActivationTrace:
         ahead = (np.arange(self._layers) - np.arange(self._layers)[:, None] - 1) % self._layers  # [at, of]
         self._nearness = (1 - ahead / (self._layers + 1))[:, :, None]
         self._keys = [(layer, expert) for layer in range(self._layers) for expert in range(self._experts)]
-        self._absent = array("d", [np.inf]) * geometry.keys  # 0: may be in the pool
+        self._absent = array("d", [np.inf]) * geometry.total_experts  # 0: may be in the pool
         self._issued: Sequence[Key] = ()
         self._at = 0
         self._counted = False
@@ -217,7 +217,7 @@ class ActivationTrace:
 
 
 def _one_token_and_queue(geometry: Geometry) -> int:
-    return min(geometry.keys, (geometry.moe_layers + 1) * geometry.top_k)
+    return min(geometry.total_experts, (geometry.moe_layers + 1) * geometry.top_k)
 
 
 ACTIVATION_TRACE = Strategy(
@@ -228,5 +228,5 @@ ACTIVATION_TRACE = Strategy(
     retain="some",
     evict=ActivationTrace,
     lookahead=ActivationTrace,
-    needs=_one_token_and_queue,
+    min_slots=_one_token_and_queue,
 )

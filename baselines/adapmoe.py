@@ -99,7 +99,7 @@ class Shares:
         geometry = setting.geometry
         guessed = [0.0] + [ACCURACY] * (geometry.moe_layers - 1)  # nothing foresees the first layer
         if accuracy is not None:
-            guessed = [each for each, layers in zip(accuracy, setting.stands_for, strict=True) for _ in layers]
+            guessed = [each for each, layers in zip(accuracy, setting.layer_map, strict=True) for _ in layers]
         self.share = shares(geometry.experts, setting.slots, geometry.top_k, guessed)
         self._keys = [[(layer, expert) for expert in range(geometry.experts)] for layer in range(geometry.moe_layers)]
         self._layer = -1  # the last that ran
@@ -147,7 +147,7 @@ def adapmoe(
         gating=CustomRouting(choose),
         evict=lambda setting: Shares(setting, accuracy),
         lookahead=NextGate,
-        guesses=1,
+        max_prefetch_per_layer=1,
     )
 
 

@@ -81,5 +81,5 @@ BELADY = replace(
     summary="evict the expert whose next use is farthest away; needs the future",
     source="Belady, IBM Systems Journal 5(2), 1966",
     evict=Farthest,
-    foresight=True,
+    needs_future=True,
 )

@@ -72,7 +72,7 @@ class Fate:
 
 
 def _one_token_and_guesses(geometry: Geometry) -> int:
-    return min(geometry.keys, geometry.moe_layers * geometry.top_k + guesses(geometry.top_k))
+    return min(geometry.total_experts, geometry.moe_layers * geometry.top_k + guesses(geometry.top_k))
 
 
 FATE = Strategy(
@@ -83,5 +83,5 @@ FATE = Strategy(
     retain="some",
     evict=Fate,
     lookahead=Fate,
-    needs=_one_token_and_guesses,
+    min_slots=_one_token_and_guesses,
 )

@@ -11,7 +11,7 @@ from mobile.policies.strategy import Strategy
 
 def _one_token(geometry: Geometry) -> int:
     """Below one token's experts, least-recently-used order evicts each expert just before its next use."""
-    return min(geometry.keys, geometry.moe_layers * geometry.top_k)
+    return min(geometry.total_experts, geometry.moe_layers * geometry.top_k)
 
 
 LRU = Strategy(
@@ -20,5 +20,5 @@ LRU = Strategy(
     source="Eliseev and Mazur, arXiv 2312.17238 (2023)",
     lossless=True,
     retain="some",
-    needs=_one_token,
+    min_slots=_one_token,
 )

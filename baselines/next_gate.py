@@ -17,7 +17,7 @@ from mobile.policies.next_logits import NextLayerLogits
 from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 
-STAGING = 4
+GUESS_SLOTS = 4
 
 
 class NextGate:
@@ -33,7 +33,7 @@ class NextGate:
 
 
 def _one_token_and_staging(geometry: Geometry) -> int:
-    return min(geometry.keys, geometry.moe_layers * geometry.top_k + STAGING)
+    return min(geometry.total_experts, geometry.moe_layers * geometry.top_k + GUESS_SLOTS)
 
 
 NEXT_GATE = Strategy(
@@ -43,6 +43,6 @@ NEXT_GATE = Strategy(
     lossless=True,
     retain="some",
     lookahead=NextGate,
-    staging=STAGING,
-    needs=_one_token_and_staging,
+    guess_slots=GUESS_SLOTS,
+    min_slots=_one_token_and_staging,
 )

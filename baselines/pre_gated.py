@@ -22,7 +22,7 @@ def _ahead(layer: int, routed: Chosen, foreseen: Chosen | None) -> Chosen:
 
 
 def _two_blocks(geometry: Geometry) -> int:
-    return min(geometry.keys, 2 * geometry.top_k)
+    return min(geometry.total_experts, 2 * geometry.top_k)
 
 
 PRE_GATED = replace(
@@ -32,6 +32,6 @@ PRE_GATED = replace(
     source="Hwang et al., Pre-gated MoE, arXiv 2308.12066 (2023)",
     lossless=False,
     gating=CustomRouting(_ahead, foresees=True),
-    staging=0,
-    needs=_two_blocks,
+    guess_slots=0,
+    min_slots=_two_blocks,
 )

@@ -5,7 +5,7 @@ from mobile.policies.strategy import Strategy
 
 
 def _all(geometry: Geometry) -> int:
-    return geometry.keys
+    return geometry.total_experts
 
 
 RESIDENT = Strategy(
@@ -14,5 +14,5 @@ RESIDENT = Strategy(
     source="the model as it is, had the card room for it",
     lossless=True,
     retain="everything",
-    needs=_all,
+    min_slots=_all,
 )

@@ -15,5 +15,5 @@ STATIC_HALF = replace(
     summary="decode with the router's top K/2 and MoBiLE's cache; never fall back",
     source="the ablation of MoBiLE's fallback",
     gating=HalfK(),
-    prefetch=False,
+    prefetch_on_fallback=False,
 )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from baselines.next_gate import NEXT_GATE, STAGING
+from baselines.next_gate import GUESS_SLOTS, NEXT_GATE
 from baselines.signals.ridge import Examples, Kind, Predictor
 from mobile.errors import Refused
 from mobile.ledger import Key
@@ -44,9 +44,9 @@ class Trained:
 
     def __init__(self, setting: PolicyContext, predictor: Predictor | None = None, kind: Kind = "ridge") -> None:
         geometry = setting.geometry
-        stands_for = setting.stands_for
-        self._layers, self._experts, self._guesses = len(stands_for), geometry.experts, geometry.top_k
-        self._place = {each: (mine, each == layers[-1]) for mine, layers in enumerate(stands_for) for each in layers}
+        layer_map = setting.layer_map
+        self._layers, self._experts, self._guesses = len(layer_map), geometry.experts, geometry.top_k
+        self._place = {each: (mine, each == layers[-1]) for mine, layers in enumerate(layer_map) for each in layers}
         self._chosen: list[Sequence[int]] = [()] * self._layers  # by recorded layer, in the step that runs
         self._logits: list[np.ndarray | None] = [None] * self._layers
         self._kind = kind
@@ -82,9 +82,13 @@ class Trained:
             return None
         about, online = self.predictor.about, self._fits > 0
         return Training(
-            tokens=about["tokens"], fits=self._fits or 1, seconds=self._seconds if online else about["seconds"],
-            parameters=about["parameters"], nbytes=about["nbytes"], online=online,
-        )  # fmt: skip
+            tokens=about["tokens"],
+            fits=self._fits or 1,
+            seconds=self._seconds if online else about["seconds"],
+            parameters=about["parameters"],
+            nbytes=about["nbytes"],
+            online=online,
+        )
 
     def _learn(self, seen: Examples) -> None:
         """A step has come to its last layer: keep it if it was of one token, and fit where enough were seen."""
@@ -116,8 +120,8 @@ def trained_predictor(source: str | PathLike[str] | Predictor | None = None, kin
         lossless=True,
         retain="some",
         lookahead=partial(Trained, predictor=predictor, kind=chosen),
-        staging=STAGING,
-        needs=NEXT_GATE.needs,
+        guess_slots=GUESS_SLOTS,
+        min_slots=NEXT_GATE.min_slots,
     )
 
 

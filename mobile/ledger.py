@@ -149,9 +149,15 @@ class Ledger:
             for tid, name in ((1, "link"), (2, "GPU"), (3, "CPU"))
         ]
         spans = [
-            {"ph": "X", "pid": 1, "tid": rows[e.what], "name": e.name,
-             "ts": e.start_ns / 1e3, "dur": (e.end_ns - e.start_ns) / 1e3}
+            {
+                "ph": "X",
+                "pid": 1,
+                "tid": rows[e.what],
+                "name": e.name,
+                "ts": e.start_ns / 1e3,
+                "dur": (e.end_ns - e.start_ns) / 1e3,
+            }
             for e in self.events
-        ]  # fmt: skip
+        ]
         with outputs.whole(Path(path)) as file:
             file.write(json.dumps({"traceEvents": names + spans}).encode())

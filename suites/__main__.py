@@ -35,33 +35,41 @@ def parser() -> Parser:
         sub.add_argument("--preset", default="cpu", help=f"{', '.join(presets())}, or a .toml file (default: cpu)")
         sub.add_argument("--out", type=Path, help="run folder (default: runs/PRESET)")
         sub.add_argument(
-            "--data-dir", type=Path, metavar="FOLDER",
+            "--data-dir",
+            type=Path,
+            metavar="FOLDER",
             help="real tasks' files: gsm8k/test.jsonl, humaneval/HumanEval.jsonl, bbh/NAME.json (default: the hub)",
-        )  # fmt: skip
+        )
         sub.add_argument(
-            "--model", action="append", default=[], metavar="NAME=FOLDER",
+            "--model",
+            action="append",
+            default=[],
+            metavar="NAME=FOLDER",
             help="take this model of the preset from a folder; may be given again",
-        )  # fmt: skip
+        )
         sub.add_argument(
-            "--only", metavar="PATTERN",
-            help="the cells whose label holds this, as in \"olmoe-1b-7b 25GB/s\" (* and ? as in file names); the "
+            "--only",
+            metavar="PATTERN",
+            help='the cells whose label holds this, as in "olmoe-1b-7b 25GB/s" (* and ? as in file names); the '
             "others stay to be done",
-        )  # fmt: skip
+        )
         sub.add_argument(
             "--link", choices=LINKS, help="of the preset shapes: another link than its own, to try it without a GPU"
         )
         if verb != "plan":
             sub.add_argument(
-                "--run-generated-code", action="store_true",
+                "--run-generated-code",
+                action="store_true",
                 help="allow tasks that run what a model wrote, in the sandbox, where model or tests are not ours",
-            )  # fmt: skip
+            )
             sub.add_argument(
-                "--dask", metavar="ADDRESS",
+                "--dask",
+                metavar="ADDRESS",
                 help="spread the run over the workers of this dask.distributed scheduler (tcp://HOST:8786). The run "
                 "folder must be on a disk that all machines share, and all need this code, its packages and the "
                 "models. A cell timed on the wall clock has its machine to itself: it goes to workers started with "
                 "--resources GPU=1, of which there should be one on each machine",
-            )  # fmt: skip
+            )
     profile.declare(verbs)
     return top
 

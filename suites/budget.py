@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mobile.costs.geometry import Geometry, dress, slots_for
+from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
 from mobile.ledger import Event
 from mobile.policies.strategy import Strategy
 from mobile.replay.replay import ReplaySetup
 from mobile.replay.trace import Request, run, visits
-from mobile.residency.residency import STAGING
+from mobile.residency.residency import PREFILL_BUFFERS
 
 SHOWN_SHARE = 0.95  # a card sold with 16 GB shows 15.6 GiB or more; what it keeps lies in the profile's reserve
 
@@ -26,24 +26,26 @@ def memory_on(budget: str, total_nbytes: int) -> int:
     return min(parse_nbytes(budget), total_nbytes)
 
 
-def bench(strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str) -> ReplaySetup:
+def replay_setup(
+    strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str
+) -> ReplaySetup:
     """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs.
 
     "25%" is a quarter of all experts, anything else a memory size.
     """
-    worn, stands_for = dress(own, geometry)
+    charged, layer_map = project(own, geometry)
     if is_memory(budget):
-        slots = slots_for(worn, parse_nbytes(budget), hardware.reserve_nbytes, STAGING)
+        slots = slots_for(charged, parse_nbytes(budget), hardware.reserve_nbytes, PREFILL_BUFFERS)
     elif budget.endswith("%"):
-        slots = max(worn.top_k, round(worn.keys * float(budget[:-1]) / 100))
+        slots = max(charged.top_k, round(charged.total_experts * float(budget[:-1]) / 100))
     else:
-        slots = strategy.needs(worn)
-    return ReplaySetup(strategy, worn, stands_for, hardware, slots)
+        slots = strategy.min_slots(charged)
+    return ReplaySetup(strategy, charged, layer_map, hardware, slots)
 
 
 def timeline(on: ReplaySetup, request: Request, tokens: int) -> list[Event]:
     """Every event of a few decode tokens: from the token before the first fallback, or from the second token."""
-    future = visits([request], on.stands_for) if on.strategy.foresight else None
+    future = visits([request], on.layer_map) if on.strategy.needs_future else None
     residency = on.residency(events=100_000, future=future)
     starts = [i for i, step in enumerate(request) if step.kind in ("full", "little")]
     fallback = next((i for i, step in enumerate(request) if step.kind == "big"), None)
@@ -51,9 +53,9 @@ def timeline(on: ReplaySetup, request: Request, tokens: int) -> list[Event]:
     wanted = starts[first : first + tokens + 1]
     end = wanted[tokens] if len(wanted) > tokens else len(request)
     for step in request[: wanted[0]]:
-        run(step, residency, on.stands_for)
+        run(step, residency, on.layer_map)
     begun = residency.link.now
     residency.ledger.events.clear()
     for step in request[wanted[0] : end]:
-        run(step, residency, on.stands_for)
+        run(step, residency, on.layer_map)
     return [e._replace(start_ns=e.start_ns - begun, end_ns=e.end_ns - begun) for e in residency.ledger.events]

@@ -27,26 +27,51 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and what it starts would, too
 
 COMMON = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS = {
     "olmoe": lambda: OlmoeConfig(**COMMON, intermediate_size=16, num_experts=8, num_experts_per_tok=4),
     "qwen2_moe": lambda: Qwen2MoeConfig(
-        **COMMON, intermediate_size=32, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=8,
+        **COMMON,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=8,
         num_experts_per_tok=4,
     ),
     "deepseek_v2": lambda: DeepseekV2Config(
-        **COMMON, intermediate_size=32, moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=4,
-        n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8,
+        **COMMON,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=None,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **COMMON, head_dim=8, intermediate_size=32, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=4,
+        **COMMON,
+        head_dim=8,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=4,
         norm_topk_prob=True,
     ),
     "mixtral": lambda: MixtralConfig(**COMMON, intermediate_size=16, num_local_experts=8, num_experts_per_tok=2),
-}  # fmt: skip
+}
 FAMILIES = sorted(CONFIGS)
 
 
@@ -69,9 +94,14 @@ def prompt(rows: int = 1, length: int = 9, seed: int = 1) -> torch.Tensor:
 def greedy(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 10, **extra: object) -> tuple:
     """Generated ids and the stacked logits behind them, through stock generate()."""
     out = model.generate(
-        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True,
-        output_logits=True, **extra,
-    )  # fmt: skip
+        ids,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **extra,
+    )
     return out.sequences, torch.stack(out.logits)
 
 
@@ -96,9 +126,9 @@ def replayed(engine: Any, requests: list) -> Any:
     from mobile.replay import trace
     from mobile.replay.replay import ReplaySetup
 
-    bench = ReplaySetup(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+    bench = ReplaySetup(engine.strategy, engine.geometry, engine.layer_map, engine.hardware, engine.slots)
     residency = bench.residency(events=200_000)
-    trace.replay(requests, residency, engine.stands_for)
+    trace.replay(requests, residency, engine.layer_map)
     return residency.ledger
 
 

@@ -211,9 +211,13 @@ def card(monkeypatch) -> Iterator[Card]:
     monkeypatch.setattr(Stream, "card", card, raising=False)
     monkeypatch.setattr(Event, "card", card, raising=False)
     for name, stand_in in {
-        "Stream": Stream, "Event": Event, "stream": stream, "current_stream": card.current,
-        "synchronize": synchronize, "cudart": lambda: card,
-    }.items():  # fmt: skip
+        "Stream": Stream,
+        "Event": Event,
+        "stream": stream,
+        "current_stream": card.current,
+        "synchronize": synchronize,
+        "cudart": lambda: card,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, device=None: card.is_pinned(self))
     gc.freeze()  # so that collecting looks at what a test made, and is quick

@@ -45,8 +45,11 @@ class Hub(ThreadingHTTPServer):
         return self._sent(lambda part: part is not None)
 
     def _sent(self, counts: Callable[[str | None], bool]) -> set[str]:
-        files = (re.search(r"/resolve/[^/]+/(.+)", path) for method, path, part in self.asked
-                 if method == "GET" and counts(part))  # fmt: skip
+        files = (
+            re.search(r"/resolve/[^/]+/(.+)", path)
+            for method, path, part in self.asked
+            if method == "GET" and counts(part)
+        )
         return {file[1] for file in files if file}
 
 

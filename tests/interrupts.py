@@ -18,9 +18,12 @@ class Interrupt:
     """
 
     def __init__(
-        self, at: int = 0, only: tuple[str, ...] = (), events: tuple[str, ...] = (),
+        self,
+        at: int = 0,
+        only: tuple[str, ...] = (),
+        events: tuple[str, ...] = (),
         beside: tuple[str, ...] = ("contextlib.py", "threading.py"),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`only` some functions or `events`; the lines of Python's own files `beside` the engine's count as well."""
         self.at, self.only, self.events, self.beside = at, only, events, beside
         self.seen, self.where = 0, ""

@@ -11,8 +11,14 @@ from reports.data.results import Results, read
 from suites.record import Item, Record, RunFolder, write_json
 
 ITEMS = 40
-NANOSECONDS = {"resident": 5_000_000, "on-demand": 66_000_000, "on-demand-overlap": 64_000_000, "lru": 56_000_000,
-               "static-half": 32_000_000, "mobile": 40_000_000}  # a token  # fmt: skip
+NANOSECONDS = {
+    "resident": 5_000_000,
+    "on-demand": 66_000_000,
+    "on-demand-overlap": 64_000_000,
+    "lru": 56_000_000,
+    "static-half": 32_000_000,
+    "mobile": 40_000_000,
+}  # a token
 LOSSY = ("static-half", "mobile")
 PACKAGES = {"torch": "2.13.0", "numpy": "2.4.6"}
 
@@ -40,11 +46,20 @@ def item(rule: Rule, task: str, strategy: str, doc: int) -> Item:
     text = f" {doc} + 1 = {doc + 1 if right else doc}. So the answer is {doc + 1 if right else doc}."
     nanoseconds = NANOSECONDS[strategy] * (1 + doc / 1000)
     return Item(
-        doc=doc, prompt_sha256=hashlib.sha256(f"{task} {doc}".encode()).hexdigest(), prompt=f"What is {doc} + 1? <b>&",
-        output=text, fallback_spans=((1, 3), (4, 5)) if strategy == "mobile" else (), answer=str(doc), correct=right,
-        prompt_tokens=8, decode_tokens=10, fallbacks=2 if strategy == "mobile" else 0, ttft_ns=300_000_000,
-        decode_ns=round(10 * nanoseconds), decode_bytes=1_000_000,
-    )  # fmt: skip
+        doc=doc,
+        prompt_sha256=hashlib.sha256(f"{task} {doc}".encode()).hexdigest(),
+        prompt=f"What is {doc} + 1? <b>&",
+        output=text,
+        fallback_spans=((1, 3), (4, 5)) if strategy == "mobile" else (),
+        answer=str(doc),
+        correct=right,
+        prompt_tokens=8,
+        decode_tokens=10,
+        fallbacks=2 if strategy == "mobile" else 0,
+        ttft_ns=300_000_000,
+        decode_ns=round(10 * nanoseconds),
+        decode_bytes=1_000_000,
+    )
 
 
 def record(
@@ -55,34 +70,72 @@ def record(
     items = tuple(item(rule, task, strategy, doc) for doc in range(ITEMS) if doc % (ITEMS // few) == 0)
     tokens, seconds = sum(i.decode_tokens for i in items), sum(i.decode_ns for i in items) / 1e9
     counters = {
-        "tokens": tokens, "fallbacks": sum(i.fallbacks for i in items), "hits": 10 * tokens,
+        "tokens": tokens,
+        "fallbacks": sum(i.fallbacks for i in items),
+        "hits": 10 * tokens,
         "demand_loads": 90 * tokens,
-        "late_prefetches": 0, "prefetch_loads": 20, "prefetch_useful": 15, "loads": 110,
+        "late_prefetches": 0,
+        "prefetch_loads": 20,
+        "prefetch_useful": 15,
+        "loads": 110,
         "decode_bytes": len(items) * 1000,
-        "bytes_loaded": 2_000_000, "decode_seconds": seconds, "decode_stall_seconds": 0.9 * seconds,
-    }  # fmt: skip
+        "bytes_loaded": 2_000_000,
+        "decode_seconds": seconds,
+        "decode_stall_seconds": 0.9 * seconds,
+    }
     config = {
-        "generation": "g", "swept": swept, "control": None, "family": model[1], "training_seed": model[2],
+        "generation": "g",
+        "swept": swept,
+        "control": None,
+        "family": model[1],
+        "training_seed": model[2],
         "dtype": "float32",
-        "items": ITEMS, "task_items": ITEMS, "expert_nbytes": 12_582_912, "moe_layers": 16, "experts": 64, "top_k": 8,
-        "link_gb_per_s": 25.0, "profile_sources": ["assumed"], "strategy_source": "a paper",
+        "items": ITEMS,
+        "task_items": ITEMS,
+        "expert_nbytes": 12_582_912,
+        "moe_layers": 16,
+        "experts": 64,
+        "top_k": 8,
+        "link_gb_per_s": 25.0,
+        "profile_sources": ["assumed"],
+        "strategy_source": "a paper",
         "confidence_histogram": [[edge / 20, edge] for edge in range(20)] if strategy == "mobile" else None,
-    }  # fmt: skip
+    }
     named = "-".join(str(part) for part in (model[0], task, strategy, gamma, budget))
     made = Record(
-        id=hashlib.sha256(named.encode()).hexdigest()[:16], scope=rule.scope, weights=rule.weights, model=model[0],
-        geometry="olmoe-1b-7b", task=task, strategy=strategy, gamma=gamma, lossless=strategy not in LOSSY,
-        hardware="rtx4080-pcie4", budget="all" if strategy == "resident" else budget,
-        slots=None if strategy == "resident" else 64, seed=0, config=config,
-        environment={"cpu": "a processor",
-            "fingerprint": f"{rule.gpu}", "telemetry": rule.telemetry, "cores": 2, "gpu": rule.gpu,
-            "packages": PACKAGES, "python": "3.11",
-                     "platform": "Linux", "git_commit": "0" * 40, "git_dirty": False},
-        items=items, counters=counters, ceiling_tokens_per_s=16.0,
+        id=hashlib.sha256(named.encode()).hexdigest()[:16],
+        scope=rule.scope,
+        weights=rule.weights,
+        model=model[0],
+        geometry="olmoe-1b-7b",
+        task=task,
+        strategy=strategy,
+        gamma=gamma,
+        lossless=strategy not in LOSSY,
+        hardware="rtx4080-pcie4",
+        budget="all" if strategy == "resident" else budget,
+        slots=None if strategy == "resident" else 64,
+        seed=0,
+        config=config,
+        environment={
+            "cpu": "a processor",
+            "fingerprint": f"{rule.gpu}",
+            "telemetry": rule.telemetry,
+            "cores": 2,
+            "gpu": rule.gpu,
+            "packages": PACKAGES,
+            "python": "3.11",
+            "platform": "Linux",
+            "git_commit": "0" * 40,
+            "git_dirty": False,
+        },
+        items=items,
+        counters=counters,
+        ceiling_tokens_per_s=16.0,
         checks={f"{strategy}: live ledger equals replay": True},
         timeline=(("load", 0, 500, "load 0.1"), ("compute", 500, 900, "compute dense")) if budget == "smallest" else (),
         guesses=((0, 8, 6, 8), (1, 8, 4, 8)) if strategy == "mobile" else (),
-    )  # fmt: skip
+    )
     return replace(made, **rule.overrides)
 
 

@@ -49,10 +49,28 @@ path = "models/olmoe-tiny"
 """
 CELLS = 7
 ABSENT = (  # there: packages of this project's extras and tests, what only comes with them, and the project installed
-    "lm_eval", "lm-eval", "datasets", "scipy", "sklearn", "scikit-learn", "pandas", "matplotlib", "accelerate", "nox",
-    "pynvml", "nvidia-ml-py", "distributed", "psutil", "pytest_benchmark", "pytest-benchmark", "hypothesis",
-    "statsmodels", "importlinter", "import-linter", "mobile-moe",
-)  # fmt: skip
+    "lm_eval",
+    "lm-eval",
+    "datasets",
+    "scipy",
+    "sklearn",
+    "scikit-learn",
+    "pandas",
+    "matplotlib",
+    "accelerate",
+    "nox",
+    "pynvml",
+    "nvidia-ml-py",
+    "distributed",
+    "psutil",
+    "pytest_benchmark",
+    "pytest-benchmark",
+    "hypothesis",
+    "statsmodels",
+    "importlinter",
+    "import-linter",
+    "mobile-moe",
+)
 BARE = f"""
 import importlib.machinery, importlib.metadata, sys
 ABSENT = {ABSENT!r}

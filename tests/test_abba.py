@@ -61,9 +61,12 @@ def repository(tmp_path_factory) -> Path:
 def python(folder: Path, *words: object) -> subprocess.CompletedProcess:
     """Run that repository's own code."""
     return subprocess.run(
-        [sys.executable, "-m", *map(str, words)], cwd=folder, capture_output=True, text=True,
+        [sys.executable, "-m", *map(str, words)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(folder)},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

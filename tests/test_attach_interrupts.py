@@ -18,8 +18,12 @@ from mobile.live_model.overrides import Overrides
 from mobile.runtime.attachment import Engine
 from mobile.store.memory import HostStore
 
-STRATEGIES = [("lru", None, "virtual"), ("lru", None, "paced"), ("mobile", 1.1, "virtual"),
-              ("speculating-experts-verify", None, "virtual")]  # fmt: skip
+STRATEGIES = [
+    ("lru", None, "virtual"),
+    ("lru", None, "paced"),
+    ("mobile", 1.1, "virtual"),
+    ("speculating-experts-verify", None, "virtual"),
+]
 
 BESIDE = ("contextlib.py",)  # a thread's start is not ours, and Python's own leaves a lock behind
 
@@ -38,10 +42,14 @@ class Whole:
             (sorted(vars(module)), *(len(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")))
             for module in self.model.modules()
         ] + [
-            (self.model.generation_config.disable_compile if hasattr(self.model.generation_config, "disable_compile")
-             else None, *(type(weight) for weight in self.model.parameters()),
-             *(weight.requires_grad for weight in self.model.parameters()))
-        ]  # fmt: skip
+            (
+                self.model.generation_config.disable_compile
+                if hasattr(self.model.generation_config, "disable_compile")
+                else None,
+                *(type(weight) for weight in self.model.parameters()),
+                *(weight.requires_grad for weight in self.model.parameters()),
+            )
+        ]
 
     def check(self, where: str) -> None:
         after = self.model.state_dict()

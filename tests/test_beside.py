@@ -18,8 +18,9 @@ from suites.synthetic.cells import LINKS
 from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, ReferenceCell, beside_from
 from tests import shapes as narrow
 
-PRESET = narrow.PRESET.replace('link = "cuda"', 'link = "paced"\nbeside = ["engine", "resident", "device_map"]\n'
-                               "beside_tokens = 3").replace("repeats = 2", "repeats = 1")  # fmt: skip
+PRESET = narrow.PRESET.replace(
+    'link = "cuda"', 'link = "paced"\nbeside = ["engine", "resident", "device_map"]\nbeside_tokens = 3'
+).replace("repeats = 2", "repeats = 1")
 CPU = torch.device("cpu")
 
 
@@ -96,9 +97,15 @@ def test_each_is_recorded_with_its_times(besides):
 def test_a_run_on_a_bare_machine_has_their_chapters(preset, tmp_path):
     """accelerate is not there: its row says so, and the run is whole."""
     ran = narrow.suites(
-        "run", "--preset", str(preset), "--out", str(tmp_path / "run"), "--only", "native [se]*",
+        "run",
+        "--preset",
+        str(preset),
+        "--out",
+        str(tmp_path / "run"),
+        "--only",
+        "native [se]*",
         environment=narrow.bare(tmp_path / "bare"),
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     results = read(tmp_path / "run")
     assert len(results.besides) == 3

@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 import mobile
 from mobile.policies.strategy import strategies
 
-LIVE = [name for name, strategy in strategies().items() if not strategy.foresight and name != "resident"]
+LIVE = [name for name, strategy in strategies().items() if not strategy.needs_future and name != "resident"]
 LOSSLESS = [name for name in LIVE if strategies()[name].lossless]
 
 
@@ -121,11 +121,22 @@ def dropping() -> PreTrainedModel:
     torch.manual_seed(0)
     model = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-            max_position_embeddings=128, intermediate_size=16, num_local_experts=8, num_experts_per_tok=4,
-            attention_dropout=0.5, router_jitter_noise=0.3, pad_token_id=None, bos_token_id=1, eos_token_id=None,
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            intermediate_size=16,
+            num_local_experts=8,
+            num_experts_per_tok=4,
+            attention_dropout=0.5,
+            router_jitter_noise=0.3,
+            pad_token_id=None,
+            bos_token_id=1,
+            eos_token_id=None,
         )
-    )  # fmt: skip
+    )
     model.set_experts_implementation("eager")
     return model.train()
 
@@ -147,11 +158,17 @@ def test_a_dtype_or_device_asked_for_after_attach_is_refused_with_nothing_conver
     model = attached(tiny("olmoe"), "lru")
     whole = [weight.dtype for weight in model.parameters()]
     for convert in (
-        lambda: model.half(), lambda: model.bfloat16(), lambda: model.double(), lambda: model.to(torch.bfloat16),
-        lambda: model.to("meta"), lambda: model.type(torch.float16), lambda: model.model.half(),
-        lambda: model.model.layers.double(), lambda: model.model.layers[1].mlp.experts.half(),
+        lambda: model.half(),
+        lambda: model.bfloat16(),
+        lambda: model.double(),
+        lambda: model.to(torch.bfloat16),
+        lambda: model.to("meta"),
+        lambda: model.type(torch.float16),
+        lambda: model.model.half(),
+        lambda: model.model.layers.double(),
+        lambda: model.model.layers[1].mlp.experts.half(),
         lambda: torch.nn.Sequential(model).half(),
-    ):  # fmt: skip
+    ):
         with pytest.raises(mobile.Refused, match=r"stays float32 on cpu.*mobile\.detach"):
             convert()
         assert [weight.dtype for weight in model.parameters()] == whole

@@ -148,9 +148,20 @@ def no_settings_of_generation(folder: Path) -> None:
 
 
 CHOICES = [
-    stale_index, broken_index, named, named_index, in_a_subfolder, key_twice, not_in_the_index, names_of_nonsense,
-    a_folder_of_that_name, a_second_whole_set, a_variant, broken_settings_of_generation, no_settings_of_generation,
-]  # fmt: skip
+    stale_index,
+    broken_index,
+    named,
+    named_index,
+    in_a_subfolder,
+    key_twice,
+    not_in_the_index,
+    names_of_nonsense,
+    a_folder_of_that_name,
+    a_second_whole_set,
+    a_variant,
+    broken_settings_of_generation,
+    no_settings_of_generation,
+]
 
 
 @pytest.mark.parametrize("prepare", CHOICES, ids=lambda prepare: prepare.__name__)
@@ -319,19 +330,24 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "says that its dtype is 'wide'",
     ),
     "named weights outside": (
-        lambda folder: edit(folder / "config.json", transformers_weights="../x.safetensors"), "lies outside"
+        lambda folder: edit(folder / "config.json", transformers_weights="../x.safetensors"),
+        "lies outside",
     ),
     "named weights that are absent": (
-        lambda folder: edit(folder / "config.json", transformers_weights="x.safetensors"), "lacks x.safetensors"
+        lambda folder: edit(folder / "config.json", transformers_weights="x.safetensors"),
+        "lacks x.safetensors",
     ),
     "a named index that is absent": (
-        lambda folder: edit(folder / "config.json", transformers_weights="x.safetensors.index.json"), "lacks x"
+        lambda folder: edit(folder / "config.json", transformers_weights="x.safetensors.index.json"),
+        "lacks x",
     ),
     "named weights of another kind": (
-        lambda folder: edit(folder / "config.json", transformers_weights="adapter_model.bin"), "take it out"
+        lambda folder: edit(folder / "config.json", transformers_weights="adapter_model.bin"),
+        "take it out",
     ),
     "named weights that are no name": (
-        lambda folder: edit(folder / "config.json", transformers_weights=["x.safetensors"]), "take it out"
+        lambda folder: edit(folder / "config.json", transformers_weights=["x.safetensors"]),
+        "take it out",
     ),
     "weights cut in the header": (cut(20), "damaged or cut short"),
     "weights cut at the end": (cut(-1), "damaged or cut short"),
@@ -343,18 +359,21 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "more experts than the configuration says": (an_expert_too_many, "has more weights of model.layers.0.mlp.experts"),
     "another vocabulary than the configuration says": (
-        lambda folder: edit(folder / "config.json", vocab_size=63), "do not fit its configuration; copy it again"
+        lambda folder: edit(folder / "config.json", vocab_size=63),
+        "do not fit its configuration; copy it again",
     ),
     "pickles": (only("pytorch_model.bin"), "lacks model.safetensors; only .* are read, and pytorch_model.bin is not"),
     "GGUF": (only("model-Q4_K_M.gguf"), "and model-Q4_K_M.gguf is not; take the checkpoint"),
     "parts without an index": (
-        lambda folder: (folder / INDEX).unlink(), "is one of several that model.safetensors.index.json should list"
+        lambda folder: (folder / INDEX).unlink(),
+        "is one of several that model.safetensors.index.json should list",
     ),
     "weights under another name": (only("model.fp16.safetensors"), "if model.fp16.safetensors is the whole model"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "a configuration cut short": (text("config.json", '{"model_type": '), "config.json is no valid JSON"),
     "a configuration with a byte order mark": (
-        lambda folder: text("config.json", (folder / "config.json").read_text(), "utf-8-sig")(folder), "no valid JSON"
+        lambda folder: text("config.json", (folder / "config.json").read_text(), "utf-8-sig")(folder),
+        "no valid JSON",
     ),
     "a configuration that is a list": (text("config.json", '["olmoe"]'), "holds list where a JSON object"),
     "a configuration that is a word": (text("config.json", '"olmoe"'), "holds str where a JSON object"),
@@ -363,7 +382,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a type that is no word": (lambda folder: edit(folder / "config.json", model_type=["a"]), "configuration"),
     "a dtype that is none": (lambda folder: edit(folder / "config.json", dtype="bfloat17"), "bfloat17"),
     "a number that is a word": (lambda folder: edit(folder / "config.json", num_experts="many"), "num_experts"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("prepare", "says"), BROKEN.values(), ids=BROKEN)
@@ -464,11 +483,21 @@ def test_a_device_that_is_not_here_is_one_sentence(folder, device):
 @pytest.mark.parametrize(
     ("device", "gpus", "found"),
     [
-        (None, 0, "cpu"), ("auto", 0, "cpu"), ("cpu", 2, "cpu"), ("cpu:0", 2, "cpu"), (torch.device("cpu"), 2, "cpu"),
-        (None, 2, "cuda"), ("auto", 2, "cuda"), ("cuda", 2, "cuda"), ("cuda:1", 2, "cuda:1"), (0, 2, "cuda:0"),
-        (1, 2, "cuda:1"), ("1", 2, "cuda:1"), (torch.device("cuda", 1), 2, "cuda:1"),
+        (None, 0, "cpu"),
+        ("auto", 0, "cpu"),
+        ("cpu", 2, "cpu"),
+        ("cpu:0", 2, "cpu"),
+        (torch.device("cpu"), 2, "cpu"),
+        (None, 2, "cuda"),
+        ("auto", 2, "cuda"),
+        ("cuda", 2, "cuda"),
+        ("cuda:1", 2, "cuda:1"),
+        (0, 2, "cuda:0"),
+        (1, 2, "cuda:1"),
+        ("1", 2, "cuda:1"),
+        (torch.device("cuda", 1), 2, "cuda:1"),
     ],
-)  # fmt: skip
+)
 def test_a_device_is_a_name_a_number_or_left_to_what_is_here(device, gpus, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)

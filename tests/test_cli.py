@@ -180,9 +180,13 @@ def test_output_into_a_pipe_has_no_colours_and_a_closed_pipe_no_traceback():
     os.close(read)
     with os.fdopen(write, "w") as closed:
         done = subprocess.run(
-            [sys.executable, "-m", "mobile", "plan", "olmoe-1b-7b", "--json"], cwd=ROOT, stdout=closed,
-            stderr=subprocess.PIPE, text=True, timeout=60,
-        )  # fmt: skip
+            [sys.executable, "-m", "mobile", "plan", "olmoe-1b-7b", "--json"],
+            cwd=ROOT,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
     assert done.returncode == 1
     assert done.stderr == ""
 
@@ -420,9 +424,13 @@ CARD = Gpu("Card", "GPU-1", "600.1", 16 * 2**30, 15 * 2**30, "8.9", LinkState(1,
 SOUND = doctor.Report(
     software=Software("3.11", "2.13", "13.0", "5.17.0", "3.9", "13", None),
     host=Host("cpu", 8, 128 * 2**30, 100 * 2**30, "unlimited", None, 0, 0, "unlimited"),
-    memcpy_gb_per_s=10.0, memcpy_threads=1, gpus=(CARD,), cuda=True,
-    rates=LinkRates(25.0, 6.0, LinkState(4, 16), True), rates_of="GPU-1",
-)  # fmt: skip
+    memcpy_gb_per_s=10.0,
+    memcpy_threads=1,
+    gpus=(CARD,),
+    cuda=True,
+    rates=LinkRates(25.0, 6.0, LinkState(4, 16), True),
+    rates_of="GPU-1",
+)
 
 
 def test_nothing_is_advised_where_nothing_is_off_even_if_the_idle_link_is_slow():
@@ -516,13 +524,21 @@ def test_what_a_driver_does_not_tell_is_unknown(monkeypatch):
         raise RuntimeError("not supported")
 
     fake = SimpleNamespace(
-        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
-        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetName=lambda _: b"Old Card",
-        nvmlDeviceGetMemoryInfo=silent, nvmlDeviceGetUUID=lambda _: "GPU-1",
-        nvmlDeviceGetCudaComputeCapability=lambda _: (8, 9), nvmlSystemGetDriverVersion=lambda: "600.1",
-        nvmlDeviceGetCurrPcieLinkGeneration=lambda _: 1, nvmlDeviceGetCurrPcieLinkWidth=silent,
-        nvmlDeviceGetMaxPcieLinkWidth=lambda _: 16, nvmlDeviceGetClockInfo=lambda _, clock: {1: 210}[clock],
-    )  # fmt: skip
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda _: b"Old Card",
+        nvmlDeviceGetMemoryInfo=silent,
+        nvmlDeviceGetUUID=lambda _: "GPU-1",
+        nvmlDeviceGetCudaComputeCapability=lambda _: (8, 9),
+        nvmlSystemGetDriverVersion=lambda: "600.1",
+        nvmlDeviceGetCurrPcieLinkGeneration=lambda _: 1,
+        nvmlDeviceGetCurrPcieLinkWidth=silent,
+        nvmlDeviceGetMaxPcieLinkWidth=lambda _: 16,
+        nvmlDeviceGetClockInfo=lambda _, clock: {1: 210}[clock],
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     assert gpus() == [
         Gpu("Old Card", "GPU-1", "600.1", None, None, "8.9", LinkState(1, None), LinkState(None, 16), 210)
@@ -700,8 +716,9 @@ def test_a_chat_goes_on_after_a_line_that_is_no_text(cli):
     ran = cli("chat", MODEL, *BUDGET, stdin=b"\xff\n" + fine + b"Q: \xff is\n/reset\n" + fine)
     assert ran.code == 0
     assert [line[:42] for line in ran.err.splitlines() if line.startswith("error")] == [
-        "error: Line 1 of standard input is not UTF", "error: Line 3 of standard input is not UTF",
-    ]  # fmt: skip
+        "error: Line 1 of standard input is not UTF",
+        "error: Line 3 of standard input is not UTF",
+    ]
     first, second = answers(ran)
     assert first == second
 
@@ -816,7 +833,7 @@ def test_a_trace_reads_back_and_replays_to_the_counters_of_the_run(cli, tmp_path
     assert ran.json["requests"] == len(requests) == len(about["prompt_sha256"]) == 3
     assert ran.json["steps"] == sum(map(len, requests))
     assert ran.json["nbytes"] == out.stat().st_size
-    geometry = Geometry(**about["geometry"])
+    geometry = Geometry.from_record(about["geometry"])
     own = tuple((layer,) for layer in range(geometry.moe_layers))
     on = ReplaySetup(strategies()[about["strategy"]], geometry, own, profile("auto"), 72)
     _, replayed = time_requests(on, requests)
@@ -914,9 +931,21 @@ def test_a_replay_says_what_the_live_run_of_each_strategy_says(cli, recorded):
     ran = cli("replay", path, "--strategy", "lru", "--strategy", "next-gate", "--slots", "40", "--json")
     for name, (projected,) in by_strategy(ran).items():
         live = cli(
-            "trace", MODEL, "--prompts", str(Path(path).parent / "prompts.txt"), "--out", f"{path}.{name}.npz",
-            "--strategy", name, "--max-new-tokens", "24", "--slots", "40", "--json", *FP32,
-        ).json["stats"]  # fmt: skip
+            "trace",
+            MODEL,
+            "--prompts",
+            str(Path(path).parent / "prompts.txt"),
+            "--out",
+            f"{path}.{name}.npz",
+            "--strategy",
+            name,
+            "--max-new-tokens",
+            "24",
+            "--slots",
+            "40",
+            "--json",
+            *FP32,
+        ).json["stats"]
         assert projected["hit_rate"] == live["hit_rate"]
         assert projected["tokens_per_s"] == pytest.approx(live["tokens"] / live["decode_seconds"], rel=1e-12)
         assert projected["stall_share"] == pytest.approx(live["decode_stall_seconds"] / live["decode_seconds"])
@@ -1028,9 +1057,13 @@ def test_the_table_of_a_replay_names_what_is_left_out_on_stderr(cli, recorded):
 
 def test_as_a_process_it_answers_through_pipes_and_survives_ctrl_c_at_the_prompt():
     process = subprocess.Popen(
-        [sys.executable, "-m", "mobile", "chat", MODEL, *BUDGET], cwd=ROOT, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "mobile", "chat", MODEL, *BUDGET],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     assert "no chat template" in process.stderr.readline()  # it is loaded, and about to read
     time.sleep(0.3)

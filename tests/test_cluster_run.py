@@ -165,8 +165,9 @@ def test_a_machine_that_does_not_share_the_folder_is_named(tmp_path):
         worker = [sys.executable, "-m", "distributed.cli.dask_worker", local.scheduler_address, "--no-dashboard"]
         child = subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", elsewhere, "sh", str(tmp_path), *worker, "--no-nanny"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             with (
                 pytest.raises(Refused, match=f"does not see {tmp_path}; give --out a folder that every machine sees"),

@@ -8,7 +8,9 @@ from conftest import FAMILIES, greedy, prompt, tiny
 
 import mobile
 
-LOSSLESS = [strategy.name for strategy in mobile.strategies().values() if strategy.lossless and not strategy.foresight]
+LOSSLESS = [
+    strategy.name for strategy in mobile.strategies().values() if strategy.lossless and not strategy.needs_future
+]
 
 
 def pool_sizes(model) -> dict[str, int]:

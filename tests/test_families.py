@@ -136,8 +136,8 @@ def _halves(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Against a second model whose configuration says half as many experts, on the first one's prompt cache."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
-    knob = next(name for name in K_NAMES if isinstance(getattr(text, name, None), int))
-    setattr(text, knob, getattr(text, knob) // 2)
+    top_k_attribute = next(name for name in K_NAMES if isinstance(getattr(text, name, None), int))
+    setattr(text, top_k_attribute, getattr(text, top_k_attribute) // 2)
     half = type(model)._from_config(config).eval()
     half.load_state_dict(model.state_dict())
     half.set_experts_implementation("eager")

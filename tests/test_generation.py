@@ -67,9 +67,12 @@ def written(ids: torch.Tensor, tokens: int = 12, **options: object) -> Call:
 
     def call(model: PreTrainedModel) -> list[torch.Tensor]:
         out = model.generate(
-            ids, max_new_tokens=tokens, **{"do_sample": False} | options,
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
+            ids,
+            max_new_tokens=tokens,
+            **{"do_sample": False} | options,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         return [out.sequences, *out.logits]
 
     return call
@@ -188,9 +191,13 @@ def test_hidden_states_of_every_token(family):
 
     def call(model: PreTrainedModel) -> list[torch.Tensor]:
         out = model.generate(
-            prompt(), max_new_tokens=6, min_new_tokens=6, do_sample=False, output_hidden_states=True,
+            prompt(),
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            output_hidden_states=True,
             return_dict_in_generate=True,
-        )  # fmt: skip
+        )
         assert len(out.hidden_states) == 6
         return [out.sequences, *(layer for token in out.hidden_states for layer in token)]
 
@@ -294,9 +301,14 @@ def answers(model: PreTrainedModel, tokenizer, batch_size: int) -> list[str]:
     """What it writes for four items of a task."""
     lm = hflm(model, tokenizer, batch_size)
     result = simple_evaluate(
-        lm, tasks=[task_config("arithmetic")], limit=4, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
+        lm,
+        tasks=[task_config("arithmetic")],
+        limit=4,
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
         task_manager=TaskManager(include_defaults=False),
-    )  # fmt: skip
+    )
     samples = sorted(result["samples"]["arithmetic"], key=lambda sample: sample["doc_id"])
     return [sample["resps"][0][0] for sample in samples]
 

@@ -215,8 +215,9 @@ def test_layers_called_by_hand_say_that_no_strategy_acts():
         positions = torch.arange(9)[None]
         for _ in range(2):
             for layer in model.model.layers:
-                hidden = layer(hidden, position_embeddings=model.model.rotary_emb(hidden, positions),
-                               position_ids=positions)  # fmt: skip
+                hidden = layer(
+                    hidden, position_embeddings=model.model.rotary_emb(hidden, positions), position_ids=positions
+                )
     assert [INERT in sentence for sentence in said] == [True]
 
 
@@ -252,9 +253,11 @@ def test_continuous_batching_says_that_no_strategy_acts():
 
     def written(model: PreTrainedModel) -> list[int]:
         out = model.generate_batch(
-            inputs=[prompt()[0].tolist()], generation_config=settings, progress_bar=False,
+            inputs=[prompt()[0].tolist()],
+            generation_config=settings,
+            progress_bar=False,
             continuous_batching_config=continuous(num_blocks=16, max_batch_tokens=64),
-        )  # fmt: skip
+        )
         return next(iter(out.values())).generated_tokens
 
     expected = written(tiny("qwen3_moe"))

@@ -34,9 +34,17 @@ def folder(tmp_path_factory) -> Path:
     """A checkpoint of one layer in several files."""
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
     where = tmp_path_factory.mktemp("checkpoint")
     AutoModelForCausalLM.from_config(config).save_pretrained(where, max_shard_size="5KB")
     return where

@@ -21,9 +21,12 @@ from mobile.store.layout import layout_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest output
 LAYOUTS = {
-    "gated": "qwen2_moe", "transposed, biased": "gpt_oss", "ungated": "nemotron_h", "transposed": "aria",
+    "gated": "qwen2_moe",
+    "transposed, biased": "gpt_oss",
+    "ungated": "nemotron_h",
+    "transposed": "aria",
     "normed": "muse_spark",
-}  # fmt: skip
+}
 LAYOUTS = {layout: family for layout, family in LAYOUTS.items() if family in FAMILIES}
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process that interprets Triton: the test below"
@@ -128,8 +131,10 @@ def test_the_decode_kernel_under_tritons_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", Path(__file__), "-q", "-k", "decode_kernel_is or on_the_decode_kernel"],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout
 

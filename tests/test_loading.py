@@ -86,9 +86,15 @@ print(peak - before, model.mobile.store.nbytes, row)
 def test_host_memory_peaks_at_the_checkpoint_and_one_layer(tmp_path, path):
     """Anonymous memory above what the process had before: 1.05 of the files, one layer, and the slots."""
     config = OlmoeConfig(
-        hidden_size=512, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4,
-        num_experts=32, num_experts_per_tok=4, vocab_size=256,
-    )  # fmt: skip
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=32,
+        num_experts_per_tok=4,
+        vocab_size=256,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     files = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -107,10 +113,21 @@ def test_an_mxfp4_checkpoint_is_dequantised_into_the_store(tmp_path):
     """gpt-oss as published: 4-bit blocks and their scales, with the biases and everything else in bf16."""
     experts, hidden, width = 4, 64, 32
     config = GptOssConfig(
-        vocab_size=64, hidden_size=hidden, intermediate_size=width, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=experts, num_experts_per_tok=2, sliding_window=6,
-        layer_types=["sliding_attention", "full_attention"], pad_token_id=0, eos_token_id=2, dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        pad_token_id=0,
+        eos_token_id=2,
+        dtype="bfloat16",
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -138,9 +155,17 @@ def test_an_mxfp4_checkpoint_is_dequantised_into_the_store(tmp_path):
 def test_an_fp8_checkpoint_is_dequantised_into_the_store(tmp_path):
     """Blocks of 128 by 128 with a scale each, as DeepSeek-V3 is published."""
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-        intermediate_size=128, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=128,
+        moe_intermediate_size=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -152,9 +177,11 @@ def test_an_fp8_checkpoint_is_dequantised_into_the_store(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     written = json.loads((tmp_path / "config.json").read_text())
     written["quantization_config"] = {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
         "modules_to_not_convert": ["lm_head"],
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(written))
     stock = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True), experts_implementation="eager"

@@ -14,7 +14,9 @@ import mobile
 from mobile.kernels import group
 from mobile.policies.strategy import strategies
 
-STRATEGIES = [name for name, one in strategies().items() if one.lossless and not one.foresight and name != "resident"]
+STRATEGIES = [
+    name for name, one in strategies().items() if one.lossless and not one.needs_future and name != "resident"
+]
 
 
 def rerouted(model: PreTrainedModel, choice: Any) -> PreTrainedModel:

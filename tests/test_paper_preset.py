@@ -57,7 +57,7 @@ def test_the_plan_says_what_it_takes():
     assert done.returncode == 0, done.stderr
     for name, geometry in GEOMETRIES.items():
         [line] = [line for line in done.stdout.splitlines() if line.startswith(f"{name}: ")]
-        store = geometry.keys * geometry.expert_nbytes
+        store = geometry.total_experts * geometry.expert_nbytes
         assert f"download {(store + geometry.resident_nbytes) / 1e9:.0f} GB" in line
         assert f"host memory {store / 2**30:.0f} GiB" in line
         assert "GPU memory 16.0 GiB" in line
@@ -77,8 +77,11 @@ def test_the_estimate_is_what_the_arithmetic_of_the_page_gives():
 def test_the_models_are_the_papers_families_by_hub_id():
     hubs = {cell.generation.model.hub for cell in read_preset("paper").cells}
     assert hubs == {
-        "allenai/OLMoE-1B-7B-0924", "Qwen/Qwen1.5-MoE-A2.7B", "deepseek-ai/DeepSeek-V2-Lite", "Qwen/Qwen3-30B-A3B",
-    }  # fmt: skip
+        "allenai/OLMoE-1B-7B-0924",
+        "Qwen/Qwen1.5-MoE-A2.7B",
+        "deepseek-ai/DeepSeek-V2-Lite",
+        "Qwen/Qwen3-30B-A3B",
+    }
     tasks = {cell.generation.task for cell in read_preset("paper").cells}
     assert len(tasks) == 1 + 1 + 27
 
@@ -172,8 +175,9 @@ def live(tmp_path_factory) -> list:
     """The preset over the virtual link, on a shipped task, with the shipped model for OLMoE."""
     folder = tmp_path_factory.mktemp("live")
     (folder / "p.toml").write_text(small("virtual", ["object_counting"], strategies=COMPARED, budgets=["8GiB"]))
-    done = suites("run", "--preset", str(folder / "p.toml"), "--out", str(folder / "run"),
-                  "--model", f"olmoe-1b-7b={SHIPPED}")  # fmt: skip
+    done = suites(
+        "run", "--preset", str(folder / "p.toml"), "--out", str(folder / "run"), "--model", f"olmoe-1b-7b={SHIPPED}"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return sorted((load(path) for path in (folder / "run/records").iterdir()), key=lambda r: (r.strategy, r.budget))
 
@@ -184,8 +188,9 @@ def replayed(tmp_path_factory) -> list:
     folder = tmp_path_factory.mktemp("replayed")
     text = small("virtual", ["object_counting"], strategies=COMPARED, budgets=["8GiB"])
     (folder / "p.toml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("link")))
-    done = suites("run", "--preset", str(folder / "p.toml"), "--out", str(folder / "run"),
-                  "--model", f"olmoe-1b-7b={SHIPPED}")  # fmt: skip
+    done = suites(
+        "run", "--preset", str(folder / "p.toml"), "--out", str(folder / "run"), "--model", f"olmoe-1b-7b={SHIPPED}"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return sorted((load(path) for path in (folder / "run/records").iterdir()), key=lambda r: (r.strategy, r.budget))
 

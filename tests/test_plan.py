@@ -91,7 +91,8 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "no weights but others": lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
     "a damaged file": lambda f: (f / "model.safetensors").write_bytes(b"short"),
     "an index of nothing": lambda f: [
-        (f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text("{}"),
+        (f / "model.safetensors").unlink(),
+        (f / "model.safetensors.index.json").write_text("{}"),
     ],
     "an adapter": lambda f: (f / "adapter_config.json").write_text("{}"),
     "a broken configuration": lambda f: (f / "config.json").write_text("{"),
@@ -104,7 +105,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "weights that are named and absent": lambda f: (f / "config.json").write_text(
         json.dumps({**json.loads((f / "config.json").read_text()), "transformers_weights": "x.safetensors"})
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -130,7 +131,7 @@ def test_on_a_cpu_the_model_and_its_slots_need_host_memory_as_well(monkeypatch):
 
     known = examine.examine(examine.find(MODEL))
     own = compat.geometry_of(known.empty, known.layers, known.layout)
-    needed = known.experts_nbytes + own.resident_nbytes + (8 + loading.STAGING) * known.layout.nbytes
+    needed = known.experts_nbytes + own.resident_nbytes + (8 + loading.PREFILL_BUFFERS) * known.layout.nbytes
 
     class Small:
         usable_nbytes = needed - 1

@@ -21,7 +21,7 @@ from baselines.fate import FATE, Fate, guesses
 from baselines.lru import LRU
 from baselines.signals.ridge import Examples, Predictor, recall
 from baselines.trained_predictor import TRAINED_PREDICTOR, Trained, trained_predictor
-from mobile.costs.geometry import GEOMETRIES, Geometry, dress
+from mobile.costs.geometry import GEOMETRIES, Geometry, project
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.ledger import Ledger
@@ -29,7 +29,7 @@ from mobile.policies.next_logits import alone
 from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 from mobile.replay import trace
-from mobile.replay.replay import ReplaySetup, outcome, time_requests, timed
+from mobile.replay.replay import ReplaySetup, outcome, replay_requests, time_requests
 from mobile.replay.trace import Request, Step
 
 ROOT = Path(__file__).parent.parent
@@ -101,9 +101,9 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, strategy
         engine.residency.end_token()
         mobile.detach(model)
         trace.save(tmp_path / "t.npz", requests, len(engine.layers), {})
-        bench = ReplaySetup(strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
+        bench = ReplaySetup(strategy, engine.geometry, engine.layer_map, engine.hardware, engine.slots)
         residency = bench.residency(events=200_000)
-        trace.replay(trace.load(tmp_path / "t.npz")[0], residency, engine.stands_for)
+        trace.replay(trace.load(tmp_path / "t.npz")[0], residency, engine.layer_map)
         assert residency.ledger.counters == engine.ledger.counters
         assert residency.ledger.events == engine.ledger.events
         assert residency.ledger.guesses == engine.ledger.guesses
@@ -266,11 +266,11 @@ def test_the_strategy_guesses_what_its_predictor_says_alone_or_dressed(tmp_path)
     Predictor.fit(learnt).save(tmp_path / "p.npz")
     expected = Predictor.load(tmp_path / "p.npz").recall(held_out, 8)
     for geometry in (None, "olmoe-1b-7b"):
-        worn, stands_for = dress(own, geometry)
-        bench = ReplaySetup(trained_predictor(tmp_path / "p.npz"), worn, stands_for, profile("auto"), 160)
+        charged, layer_map = project(own, geometry)
+        bench = ReplaySetup(trained_predictor(tmp_path / "p.npz"), charged, layer_map, profile("auto"), 160)
         _, ledger = time_requests(bench, requests[::3])
         per_layer = ledger.guesses
-        for mine, layers in enumerate(stands_for):
+        for mine, layers in enumerate(layer_map):
             for layer in layers:
                 source = mine - 1
                 if source < 0:
@@ -282,11 +282,11 @@ def test_the_strategy_guesses_what_its_predictor_says_alone_or_dressed(tmp_path)
 
 def test_without_a_file_it_learns_as_it_goes_and_then_guesses_better(monkeypatch):
     requests, own = recorded()
-    worn, stands_for = dress(own, None)
+    charged, layer_map = project(own, None)
     monkeypatch.setattr("baselines.trained_predictor.FITTED_AT", (512, 1024))
 
     def right(strategy, asked):
-        _, ledger = time_requests(ReplaySetup(strategy, worn, stands_for, profile("auto"), 96), asked)
+        _, ledger = time_requests(ReplaySetup(strategy, charged, layer_map, profile("auto"), 96), asked)
         return sum(value[1] for value in ledger.guesses.values()) / sum(value[2] for value in ledger.guesses.values())
 
     from baselines.next_gate import NEXT_GATE
@@ -357,9 +357,9 @@ def test_what_a_predictor_took_stands_beside_its_results(monkeypatch):
     """Not in the ledger, which stays the same from run to run."""
     monkeypatch.setattr("baselines.trained_predictor.FITTED_AT", (64, 128))
     requests, own = recorded()
-    worn, stands_for = dress(own, "olmoe-1b-7b")
-    online = ReplaySetup(TRAINED_PREDICTOR, worn, stands_for, profile("auto"), 200)
-    first, again = timed(online, requests), timed(online, requests)
+    charged, layer_map = project(own, "olmoe-1b-7b")
+    online = ReplaySetup(TRAINED_PREDICTOR, charged, layer_map, profile("auto"), 200)
+    first, again = replay_requests(online, requests), replay_requests(online, requests)
     assert (first.ledger.counters, first.ledger.guesses) == (again.ledger.counters, again.ledger.guesses)
     took = first.training
     assert (took.tokens, took.fits, took.online) == (128, 2, True)
@@ -367,9 +367,12 @@ def test_what_a_predictor_took_stands_beside_its_results(monkeypatch):
     assert took.parameters == (own.moe_layers - 1) * (2 * own.experts + 1) * own.experts
     assert outcome(online, requests).training.tokens == 128
     fitted = Predictor.fit(Examples.of(requests[:12]))
-    before = timed(replace(online, strategy=trained_predictor(fitted)), requests).training
+    before = replay_requests(replace(online, strategy=trained_predictor(fitted)), requests).training
     assert (before.tokens, before.seconds, before.fits, before.online) == (
-        fitted.about["tokens"], fitted.about["seconds"], 1, False,
-    )  # fmt: skip
-    assert timed(replace(online, strategy=FATE), requests).training is None
-    assert timed(online, requests[:1]).training is None, "nothing was fitted yet"
+        fitted.about["tokens"],
+        fitted.about["seconds"],
+        1,
+        False,
+    )
+    assert replay_requests(replace(online, strategy=FATE), requests).training is None
+    assert replay_requests(online, requests[:1]).training is None, "nothing was fitted yet"

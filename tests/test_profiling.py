@@ -58,15 +58,32 @@ def test_without_a_gpu_operators_that_others_call_count_once():
     events = [
         event("user_annotation", "mobile: full pass", 0, 100),
         event("user_annotation", "mobile: experts", 40, 30),
-        event("cpu_op", "aten::linear", 10, 20), event("cpu_op", "aten::addmm", 12, 10),
+        event("cpu_op", "aten::linear", 10, 20),
+        event("cpu_op", "aten::addmm", 12, 10),
         event("cpu_op", "aten::linear", 45, 20),
-    ]  # fmt: skip
+    ]
     assert spans_of(events) == [Span("other kernels", 10, 30), Span("expert kernels", 45, 65)]
 
 
 def test_the_command_profiles_a_narrow_model_on_this_processor(tmp_path, monkeypatch, capsys):
-    argv = ["suites", "profile", "--geometry", "olmoe-1b-7b", "--layers", "2", "--shrink", "16", "--link", "paced",
-            "--tokens", "3", "--strategy", "on-demand-overlap", "--out", str(tmp_path / "profile")]  # fmt: skip
+    argv = [
+        "suites",
+        "profile",
+        "--geometry",
+        "olmoe-1b-7b",
+        "--layers",
+        "2",
+        "--shrink",
+        "16",
+        "--link",
+        "paced",
+        "--tokens",
+        "3",
+        "--strategy",
+        "on-demand-overlap",
+        "--out",
+        str(tmp_path / "profile"),
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     assert main() == 0
     out = capsys.readouterr().out

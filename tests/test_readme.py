@@ -51,9 +51,13 @@ def test_its_commands_run(tmp_path):
         if words[0] == "serve":
             words = [*words, "--help"]
         done = subprocess.run(
-            [sys.executable, "-m", "mobile", *words], cwd=tmp_path, input="hello\n", capture_output=True, text=True,
+            [sys.executable, "-m", "mobile", *words],
+            cwd=tmp_path,
+            input="hello\n",
+            capture_output=True,
+            text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, (line, done.stderr)
 
 

@@ -12,7 +12,7 @@ import mobile
 from mobile.policies.strategy import BigLittle
 
 
-@pytest.mark.parametrize("name", [name for name, s in mobile.strategies().items() if not s.foresight])
+@pytest.mark.parametrize("name", [name for name, s in mobile.strategies().items() if not s.needs_future])
 def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, name, tmp_path):
     model = tiny(family)
     strategy = mobile.strategies()[name]

@@ -226,9 +226,14 @@ WARM = {"warmup": {"tokens": 20, "ns": 1}, "processes": 3, "link_measured_gb_per
 
 
 @pytest.mark.parametrize(
-    ("number", "lacking"), [(12, {"warmup": None}), (13, {"processes": 1}), (17, {"link_measured_gb_per_s": None}),
-                            (17, {"link_measured_gb_per_s": 1e-6})],
-)  # fmt: skip
+    ("number", "lacking"),
+    [
+        (12, {"warmup": None}),
+        (13, {"processes": 1}),
+        (17, {"link_measured_gb_per_s": None}),
+        (17, {"link_measured_gb_per_s": 1e-6}),
+    ],
+)
 def test_what_is_measured_says_how(run, number, lacking):
     """A run that calls itself measured holds lines 12, 13, 16 and 17 only with what live cells write down."""
     seen = _records(

@@ -113,8 +113,12 @@ def test_examples_are_two_lost_and_what_fell_back_is_marked():
     assert [example.title.split(":")[0] for example in found] == ["arithmetic 2", "arithmetic 7"]
     assert all(example.full_right and not example.other_right for example in found)
     assert [(run.text, run.fell_back) for run in found[0].other[:5]] == [
-        (" ", False), ("2 ", True), ("+", False), (" ", True), ("1 = 2. So the answer is 2.", False)
-    ]  # fmt: skip
+        (" ", False),
+        ("2 ", True),
+        ("+", False),
+        (" ", True),
+        ("1 = 2. So the answer is 2.", False),
+    ]
 
 
 @given(some.text(max_size=30), some.lists(some.tuples(some.integers(0, 35), some.integers(0, 35)), max_size=5))
@@ -231,8 +235,9 @@ def test_every_output_of_one_record_set_can_be_read(four, page_of_four, tmp_path
     assert {row["control"] for row in rows} == {"", "canary"}
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} >= {
-        "olmoe-tiny arithmetic mobile (gamma 0.7)", "qwen3-moe-tiny arithmetic on-demand"
-    }  # fmt: skip
+        "olmoe-tiny arithmetic mobile (gamma 0.7)",
+        "qwen3-moe-tiny arithmetic on-demand",
+    }
 
 
 def test_the_latex_tables_compile(four, page_of_four, tmp_path):
@@ -292,9 +297,16 @@ def test_unknown_times_are_dashes_and_never_zero():
 
 def test_what_a_card_told_is_printed_and_what_it_did_not_is_a_dash():
     spread = {"min": 3.0, "mean": 4.0, "max": 5.0}
-    told = {"energy_joules": 80.0, "power_milliwatts": {**spread, "mean": 250_000.0}, "sm_clock_mhz": None,
-            "temperature_celsius": spread, "link_generation": spread, "link_width": {**spread, "min": 16},
-            "link_received_kb_per_s": {**spread, "mean": 2e7}, "clock_limits": {"power cap": 0.25}}  # fmt: skip
+    told = {
+        "energy_joules": 80.0,
+        "power_milliwatts": {**spread, "mean": 250_000.0},
+        "sm_clock_mhz": None,
+        "temperature_celsius": spread,
+        "link_generation": spread,
+        "link_width": {**spread, "min": 16},
+        "link_received_kb_per_s": {**spread, "mean": 2e7},
+        "clock_limits": {"power cap": 0.25},
+    }
     page = content.build(results(Rule(scope="gpu+pcie", gpu={"name": "a card"}, telemetry=told)))
     table = next(section for section in page.sections if section.heading == "What the card did").tables[0]
     row = dict(zip(table.head, table.rows[0], strict=True))

@@ -33,9 +33,13 @@ KILLS = 50  # one of them while a model answers, which takes many times longer t
 def start(preset: Path, out: Path, *more: str, **options) -> subprocess.Popen:
     """A run whose processes can be killed together."""
     return subprocess.Popen(
-        command(preset, out, *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, **options,
-    )  # fmt: skip
+        command(preset, out, *more),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        **options,
+    )
 
 
 # --- killed -----------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ def test_budgets_replays_and_reports_need_no_torch(module):
 
 def test_only_one_module_imports_lm_eval():
     rooms = [path for room in ("mobile", "baselines", "suites", "reports") for path in (ROOT / room).rglob("*.py")]
-    assert [path.name for path in rooms if "lm_eval" in path.read_text().split("import", 1)[-1]
-            and any(line.startswith(("import lm_eval", "from lm_eval")) for line in path.read_text().splitlines())
-            ] == ["lm_eval.py"]  # fmt: skip
+    assert [
+        path.name
+        for path in rooms
+        if "lm_eval" in path.read_text().split("import", 1)[-1]
+        and any(line.startswith(("import lm_eval", "from lm_eval")) for line in path.read_text().splitlines())
+    ] == ["lm_eval.py"]

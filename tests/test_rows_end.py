@@ -105,9 +105,12 @@ def alone_and_together(model: PreTrainedModel, **options: Any) -> None:
     with engine.recording() as alone:
         for row in range(ROWS):
             single = model.generate(
-                ids[row : row + 1], attention_mask=torch.ones(1, LENGTH, dtype=torch.long), do_sample=False,
-                max_new_tokens=TOKENS, **options,
-            )  # fmt: skip
+                ids[row : row + 1],
+                attention_mask=torch.ones(1, LENGTH, dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=TOKENS,
+                **options,
+            )
             assert single[0].tolist() == tokens[row, : single.shape[1]].tolist()
     assert len({len(request) for request in alone}) > 1, "the rows should end at different steps"
     single = engine.stats()
@@ -253,9 +256,13 @@ def test_a_turn_of_one_token_is_a_prompt():
             model(ids, past_key_values=cache, use_cache=True)
         turn = torch.cat([ids, torch.tensor([[7]])], dim=1)
         out = model.generate(
-            turn, past_key_values=cache, max_new_tokens=1, do_sample=False, return_dict_in_generate=True,
+            turn,
+            past_key_values=cache,
+            max_new_tokens=1,
+            do_sample=False,
+            return_dict_in_generate=True,
             output_logits=True,
-        )  # fmt: skip
+        )
         seen.append(out.logits[0])
     assert torch.equal(*seen)
     assert model.mobile.stats()["tokens"] == 0

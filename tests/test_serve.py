@@ -34,8 +34,11 @@ def server(tmp_path_factory):
     environment = {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("empty") / "absent")}
     process = subprocess.Popen(
         [sys.executable, "-m", "mobile", "serve", MODEL, "--port", "0", *OPTIONS],
-        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     said = next((line for line in process.stderr if "is served at" in line), "it ended")
     found = re.search(r"http://\S+:\d+", said)

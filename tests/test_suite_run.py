@@ -167,11 +167,14 @@ def test_the_parts_of_a_tokens_time_add_up_to_it(finished):
     assert {f"{part} (ms)" for part in ("waiting for the link", "experts")} < set(data.head)
     whole = {
         name: 1e3 * r.counters["decode_seconds"] / r.counters["tokens"]
-        for r in results.records for name in [compare.name(r)] if r.budget in ("smallest", "all")
-    }  # fmt: skip
+        for r in results.records
+        for name in [compare.name(r)]
+        if r.budget in ("smallest", "all")
+    }
     assert {row[0]: sum(map(float, row[1:])) for row in data.rows} == pytest.approx(whole, abs=3e-4)
     unknown = dict.fromkeys(("decode_dense_seconds", "decode_expert_seconds", "decode_cpu_stall_seconds"))
     untold = tuple(replace(r, counters={**r.counters, **unknown}) for r in results.records)
     assert parts.token_time(replace(results, records=untold), "olmoe-tiny").data.head[1:] == (
-        "waiting (ms)", "everything else (ms)",
-    )  # fmt: skip
+        "waiting (ms)",
+        "everything else (ms)",
+    )

@@ -12,7 +12,7 @@ from mobile.costs.geometry import GEOMETRIES
 from mobile.errors import Refused
 from mobile.live_model.compat import geometry_of
 from mobile.machine.host import host
-from mobile.replay.replay import ReplaySetup, timed
+from mobile.replay.replay import ReplaySetup, replay_requests
 from mobile.replay.trace import Request
 from suites.synthetic import models
 from suites.synthetic.models import Synthetic, config_of, layers_that_fit, make
@@ -38,9 +38,15 @@ def made(request) -> Synthetic:
 def script_for(made: Synthetic, routing: str = "uniform", rate: float = 0.25) -> Script:
     sizes = made.geometry
     script = drawn(
-        routing, layers=sizes.moe_layers, experts=sizes.experts, top_k=sizes.top_k, prompt_tokens=5,
-        steps=WARMUP + COUNTED, warmup=WARMUP, seed=3,
-    )  # fmt: skip
+        routing,
+        layers=sizes.moe_layers,
+        experts=sizes.experts,
+        top_k=sizes.top_k,
+        prompt_tokens=5,
+        steps=WARMUP + COUNTED,
+        warmup=WARMUP,
+        seed=3,
+    )
     return with_rate(script, rate, seed=3)
 
 
@@ -53,7 +59,7 @@ def test_the_configurations_have_the_published_sizes(name):
     real = GEOMETRIES[name]
     empty, layers, layout = models._empty(config_of(name), torch.bfloat16)
     sizes = geometry_of(empty, layers, layout)
-    for exact in ("moe_layers", "experts", "top_k", "expert_nbytes", "router_nbytes", "head_nbytes", "width"):
+    for exact in ("moe_layers", "experts", "top_k", "expert_nbytes", "router_nbytes", "head_nbytes", "weight_nbytes"):
         assert getattr(sizes, exact) == getattr(real, exact), exact
     assert sizes.dense_nbytes == pytest.approx(real.dense_nbytes, rel=1e-3)  # norms and biases
     assert sizes.embedding_nbytes == real.embedding_nbytes
@@ -69,8 +75,8 @@ def test_a_shrunk_configuration_keeps_layers_experts_and_top_k(made):
 def test_experts_lie_in_the_store_and_nowhere_else_and_differ(made):
     assert all(weight.numel() == 0 for layer in made.layers for weight in layer.experts.parameters())
     rows = torch.cat(made.store.rows)
-    assert made.store.nbytes == rows.nbytes == made.geometry.keys * made.geometry.expert_nbytes
-    assert len({row.numpy().tobytes() for row in rows}) == made.geometry.keys
+    assert made.store.nbytes == rows.nbytes == made.geometry.total_experts * made.geometry.expert_nbytes
+    assert len({row.numpy().tobytes() for row in rows}) == made.geometry.total_experts
     assert 0.015 < rows.std() < 0.025
 
 
@@ -135,7 +141,7 @@ def test_what_a_recorded_little_pass_predicted_is_what_is_prefetched(made):
     drawn_ = script_for(made, rate=1.0)
     other = script_for(made, "zipf 1.0", rate=1.0)
     script = Script("mixed", drawn_.prompt, drawn_.little, other.full, drawn_.unsure, WARMUP)
-    with made.attached("mobile", slots=made.geometry.keys, poison=True) as engine, engine.recording() as seen:
+    with made.attached("mobile", slots=made.geometry.total_experts, poison=True) as engine, engine.recording() as seen:
         play(made, script)
     big = [step for step in seen[0] if step.kind == "big"]
     for step, little, full in zip(big, script.little.tolist(), script.full.tolist(), strict=True):
@@ -149,14 +155,18 @@ def test_bytes_are_loads_times_the_row_and_loads_are_the_scripts(made):
         played = play(made, script)
     assert played.counters.loads == COUNTED * geometry.moe_layers * geometry.top_k
     assert played.decode_bytes == played.counters.loads * geometry.expert_nbytes
-    with made.attached("static-half", slots=geometry.keys) as engine:  # nothing is evicted: each expert is copied once
+    with made.attached(
+        "static-half", slots=geometry.total_experts
+    ) as engine:  # nothing is evicted: each expert is copied once
         play(made, script)
         stats = engine.stats()
     touched = {
         (layer, expert)
         for choice in (script.prompt, script.little[..., : geometry.little_k])
-        for token in choice.tolist() for layer, experts in enumerate(token) for expert in experts
-    }  # fmt: skip
+        for token in choice.tolist()
+        for layer, experts in enumerate(token)
+        for expert in experts
+    }
     assert stats["loads"] == len(touched)
     assert stats["bytes_loaded"] == len(touched) * geometry.expert_nbytes
     assert stats["fallbacks"] == 0
@@ -166,19 +176,19 @@ def test_bytes_are_loads_times_the_row_and_loads_are_the_scripts(made):
 def test_virtual_time_equals_a_replay_to_the_nanosecond(made, strategy):
     scripts = [script_for(made), script_for(made, "zipf 1.0", 0.5)]
     geometry = made.geometry
-    slots = geometry.keys if strategy == "resident" else 3 * geometry.top_k
+    slots = geometry.total_experts if strategy == "resident" else 3 * geometry.top_k
     with made.attached(strategy, slots=slots, link="virtual", link_gb_per_s=12) as engine:
         with engine.recording() as seen:
             played = [play(made, script) for script in scripts]
         live = engine.ledger.counters
-        on = ReplaySetup(engine.strategy, engine.geometry, engine.stands_for, engine.hardware, engine.slots)
-    taken, ledger, _ = timed(on, seen)
+        on = ReplaySetup(engine.strategy, engine.geometry, engine.layer_map, engine.hardware, engine.slots)
+    taken, ledger, _ = replay_requests(on, seen)
     assert ledger.counters == live
     for one, whole, request in zip(played, taken, seen, strict=True):
         assert one.prefill_ns == whole.prefill_ns
         warm = [n for n, step in enumerate(request) if step.kind in ("full", "little")][WARMUP]
         earlier = seen[: seen.index(request)]
-        before = timed(on, [*earlier, request[:warm]]).requests[-1]
+        before = replay_requests(on, [*earlier, request[:warm]]).requests[-1]
         assert one.decode_ns == whole.decode_ns - before.decode_ns
 
 

@@ -124,7 +124,7 @@ def test_switching_the_prefetch_off_changes_nothing_but_time(family):
     for slots in (top_k, top_k + 3, 12, 24):
         seen = {}
         for prefetch in (True, False):
-            strategy = replace(MOBILE, prefetch=prefetch, gating=BigLittle(0.2))
+            strategy = replace(MOBILE, prefetch_on_fallback=prefetch, gating=BigLittle(0.2))
             mobile.attach(model, strategy, slots=slots, poison=True)
             seen[prefetch] = *greedy(model, ids, tokens=20), model.mobile.stats()
             mobile.detach(model)
@@ -142,7 +142,7 @@ def test_without_the_prefetch_the_shipped_model_is_later():
     ids = torch.tensor([AutoTokenizer.from_pretrained(SHIPPED)("Q: I have a cat, two dogs, and a plum.")["input_ids"]])
     seconds, tokens = {}, {}
     for prefetch in (True, False):
-        strategy = replace(MOBILE, prefetch=prefetch, gating=BigLittle(0.95))
+        strategy = replace(MOBILE, prefetch_on_fallback=prefetch, gating=BigLittle(0.95))
         mobile.attach(model, strategy, slots=72, geometry="olmoe-1b-7b")
         tokens[prefetch] = greedy(model, ids, tokens=30)[0].tolist()
         stats = model.mobile.stats()

@@ -10,9 +10,17 @@ from mobile.replay.trace import Step
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 4
 GEOMETRY = Geometry(
-    name="toy", moe_layers=LAYERS, experts=EXPERTS, top_k=TOP_K, expert_nbytes=10_000_000, dense_nbytes=20_000_000,
-    router_nbytes=50_000, head_nbytes=1_000_000, embedding_nbytes=1_000_000, width=2,
-)  # fmt: skip
+    name="toy",
+    moe_layers=LAYERS,
+    experts=EXPERTS,
+    top_k=TOP_K,
+    expert_nbytes=10_000_000,
+    dense_nbytes=20_000_000,
+    router_nbytes=50_000,
+    head_nbytes=1_000_000,
+    embedding_nbytes=1_000_000,
+    weight_nbytes=2,
+)
 STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
 CARD = profile("auto")
 PREFILL = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)

@@ -122,9 +122,11 @@ class Predictor:
             weights.append(tuple(matrix.astype(np.float16).astype(np.float64) for matrix in matrices))
         parameters = sum(matrix.size for matrices in weights for matrix in matrices)
         about = {
-            "tokens": len(examples), "seconds": time.process_time() - begun, "parameters": parameters,
+            "tokens": len(examples),
+            "seconds": time.process_time() - begun,
+            "parameters": parameters,
             "nbytes": 2 * parameters,
-        }  # fmt: skip
+        }
         return cls(kind, examples.experts, tuple(weights), about)
 
     def recall(self, examples: Examples, guesses: int) -> list[float]:
@@ -195,9 +197,11 @@ def mlp(features: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> l
     x, y = ((features - mean) / spread).astype(np.float32), labels.astype(np.float32)
     prior = np.clip(y.mean(axis=0), 1e-3, 1 - 1e-3)
     layers = [
-        rng.normal(0, np.sqrt(2 / x.shape[1]), (x.shape[1], HIDDEN)), np.zeros(HIDDEN),
-        rng.normal(0, np.sqrt(1 / HIDDEN), (HIDDEN, y.shape[1])), np.log(prior / (1 - prior)),
-    ]  # fmt: skip
+        rng.normal(0, np.sqrt(2 / x.shape[1]), (x.shape[1], HIDDEN)),
+        np.zeros(HIDDEN),
+        rng.normal(0, np.sqrt(1 / HIDDEN), (HIDDEN, y.shape[1])),
+        np.log(prior / (1 - prior)),
+    ]
     first, bias, second, base = values = [np.asarray(value, dtype=np.float32) for value in layers]
     moments = [(np.zeros_like(value), np.zeros_like(value)) for value in values]
     step = 0

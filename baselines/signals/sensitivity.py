@@ -66,9 +66,11 @@ class Measured:
                 raise ValueError("another format")
             read = cls(**data)
             read = replace(
-                read, sensitivities=tuple(read.sensitivities), raw=tuple(read.raw),
+                read,
+                sensitivities=tuple(read.sensitivities),
+                raw=tuple(read.raw),
                 accuracy=None if read.accuracy is None else tuple(read.accuracy),
-            )  # fmt: skip
+            )
             if not read.sensitivities or not all(value > 0 for value in read.sensitivities):
                 raise ValueError("a sensitivity is not positive")
             if read.accuracy is not None and len(read.accuracy) != len(read.sensitivities):

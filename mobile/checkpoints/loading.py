@@ -30,8 +30,8 @@ from mobile.live_model import caller_modes, compat
 from mobile.live_model.cleanup import Cleanup, with_cleanup
 from mobile.machine.host import host, memory_shortage
 from mobile.policies.strategy import Strategy, resolve
-from mobile.residency.residency import STAGING
-from mobile.runtime.attachment import serve, settle
+from mobile.residency.residency import PREFILL_BUFFERS
+from mobile.runtime.attachment import install, plan_attach
 from mobile.store.memory import HostStore
 
 Advance = Callable[[int], None]  # told of bytes read
@@ -75,10 +75,21 @@ def load(
     def work() -> Any:
         found = examine.find(source, revision=revision, trust_remote_code=trust_remote_code)
         known = with_cleanup(lambda cleanup: _examine(found, dtype, trust_remote_code, cleanup))
-        settled = settle(
-            known.empty, known.layers, known.layout, place, strategy, memory=memory, slots=slots, hardware=hardware,
-            link=link, link_gb_per_s=link_gb_per_s, gamma=None, geometry=geometry, kernel=kernel,
-        )  # fmt: skip
+        settled = plan_attach(
+            known.empty,
+            known.layers,
+            known.layout,
+            place,
+            strategy,
+            memory=memory,
+            slots=slots,
+            hardware=hardware,
+            link=link,
+            link_gb_per_s=link_gb_per_s,
+            gamma=None,
+            geometry=geometry,
+            kernel=kernel,
+        )
         if place.type == "cpu":
             beside = _beside_nbytes(known, settled.slots)
             _check_host_memory(known.experts_nbytes + beside, "the experts, the other weights and the slots")
@@ -88,7 +99,7 @@ def load(
         _fetch(known, shown)
         model, store = with_cleanup(lambda cleanup: _read(known, shown, cleanup))
         model = model.eval().to(place)
-        return serve(model, compat.moe_layers(model), store, settled)
+        return install(model, compat.moe_layers(model), store, settled)
 
     try:
         return caller_modes.plain(work)()
@@ -125,7 +136,7 @@ def _device(device: str | int | torch.device | None) -> torch.device:
 def _beside_nbytes(known: Examined, slots: int) -> int:
     """Bytes that lie in host memory beside the store where the model does, too: its other weights, and the slots."""
     own = compat.geometry_of(known.empty, known.layers, known.layout)
-    return own.resident_nbytes + (slots + STAGING) * known.layout.nbytes
+    return own.resident_nbytes + (slots + PREFILL_BUFFERS) * known.layout.nbytes
 
 
 def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
@@ -208,9 +219,12 @@ def _read_directly(
     _keep_experts_out(lambda module, name, weight: None, cleanup)
     kind: Any = type(known.empty)
     model, info = kind.from_pretrained(
-        None, config=known.config, output_loading_info=True, dtype=known.options["dtype"],
+        None,
+        config=known.config,
+        output_loading_info=True,
+        dtype=known.options["dtype"],
         state_dict={key: one for key, one in slices.items() if key not in experts},
-    )  # fmt: skip
+    )
     ours = {f"{layer.name}.{name}" for layer in compat.moe_layers(model) for name in compat.weight_names(layer.experts)}
     _check_complete([key for key in info["missing_keys"] if key not in ours])
     renaming = Renaming(model)
@@ -219,10 +233,19 @@ def _read_directly(
     model._weight_conversions = renaming.used()  # as Transformers does, which has seen the dense weights alone
     if hasattr(model, "adjust_generation_fn"):
         model.adjust_generation_fn(
-            None, False, None, str(known.source.folder), cache_dir=None, force_download=False, proxies=None,
-            local_files_only=True, token=None, revision="main", subfolder="",
+            None,
+            False,
+            None,
+            str(known.source.folder),
+            cache_dir=None,
+            force_download=False,
+            proxies=None,
+            local_files_only=True,
+            token=None,
+            revision="main",
+            subfolder="",
             trust_remote_code=known.options["trust_remote_code"],
-        )  # fmt: skip
+        )
     return model
 
 

@@ -15,9 +15,18 @@ DEVICES = "cpu, cuda (a GPU) or cuda:N (the GPU of that number)"
 MOST_SEEDS = 2**64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADING = (
-    "strategy", "memory", "slots", "gamma", "hardware", "link", "link_gb_per_s", "geometry", "kernel", "device",
+    "strategy",
+    "memory",
+    "slots",
+    "gamma",
+    "hardware",
+    "link",
+    "link_gb_per_s",
+    "geometry",
+    "kernel",
+    "device",
     "dtype",
-)  # fmt: skip
+)
 
 
 def command(commands: Any, name: str, run: Any, *, help: str, description: str, epilog: str) -> argparse.ArgumentParser:

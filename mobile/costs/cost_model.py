@@ -39,11 +39,11 @@ class CostModel:
         """One expert on the processor, its inputs brought there and its outputs back at the link's latency each."""
         profile, nbytes = self.profile, self.geometry.expert_nbytes
         reading = nbytes / (profile.cpu_gb_per_s * 1e9)
-        computing = 2 * nbytes / self.geometry.width * tokens / (profile.cpu_tflops * 1e12)
+        computing = 2 * nbytes / self.geometry.weight_nbytes * tokens / (profile.cpu_tflops * 1e12)
         return round((max(reading, computing) + 2 * profile.link_latency_seconds) * 1e9)
 
     def _step(self, nbytes: int, tokens: int, launches: int, beyond_seconds: float = 0.0) -> int:
-        flops = 2 * nbytes / self.geometry.width * tokens
+        flops = 2 * nbytes / self.geometry.weight_nbytes * tokens
         reading = nbytes / (self.profile.memory_gb_per_s * 1e9)
         computing = flops / (self.profile.tflops * 1e12)
         return round((max(reading, computing) + launches * self.profile.launch_seconds + beyond_seconds) * 1e9)

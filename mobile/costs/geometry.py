@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mobile.errors import Refused
 from mobile.suggest import offer
@@ -16,7 +17,7 @@ class Geometry:
     `moe_layers`, `experts` (routed, per layer), `top_k`, `expert_nbytes` (one routed expert, as copied),
     `dense_nbytes` (everything else a token reads per MoE layer: attention, norms, router, shared experts;
     dense layers spread evenly), `router_nbytes` (per layer, part of the dense bytes), `head_nbytes` (output
-    projection), `embedding_nbytes` (held on the device, one row read per token), `width` (bytes of one weight).
+    projection), `embedding_nbytes` (held on the device, one row read per token), `weight_nbytes` (bytes of one weight).
     """
 
     name: str
@@ -28,7 +29,17 @@ class Geometry:
     router_nbytes: int
     head_nbytes: int
     embedding_nbytes: int
-    width: int
+    weight_nbytes: int
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Geometry:
+        """Return the geometry that `as_record` wrote. Raise TypeError for others, KeyError for too few."""
+        return cls(**{name: value for name, value in record.items() if name != "width"}, weight_nbytes=record["width"])
+
+    def as_record(self) -> dict[str, Any]:
+        """Return its fields as traces, records and `--json` write them, where `weight_nbytes` is called `width`."""
+        fields = asdict(self)
+        return fields | {"width": fields.pop("weight_nbytes")}
 
     @property
     def little_k(self) -> int:
@@ -36,7 +47,7 @@ class Geometry:
         return max(1, self.top_k // 2)
 
     @property
-    def keys(self) -> int:
+    def total_experts(self) -> int:
         """Routed experts in the whole model."""
         return self.moe_layers * self.experts
 
@@ -51,18 +62,35 @@ class Geometry:
 
 
 def _preset(
-    name: str, *, layers: int, dense_layers: int, experts: int, top_k: int, hidden: int, width: int,
-    attention: int, shared: int, dense_mlp: int, vocabulary: int,
-) -> Geometry:  # fmt: skip
+    name: str,
+    *,
+    layers: int,
+    dense_layers: int,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    attention: int,
+    shared: int,
+    dense_mlp: int,
+    vocabulary: int,
+) -> Geometry:
     """A published bf16 model from its configuration; `attention` counts weights per layer."""
     moe_layers = layers - dense_layers
     router = experts * hidden
     dense = layers * attention + moe_layers * (router + 3 * hidden * shared) + dense_layers * 3 * hidden * dense_mlp
     return Geometry(
-        name=name, moe_layers=moe_layers, experts=experts, top_k=top_k, expert_nbytes=2 * 3 * hidden * width,
-        dense_nbytes=2 * dense // moe_layers, router_nbytes=2 * router, head_nbytes=2 * hidden * vocabulary,
-        embedding_nbytes=2 * hidden * vocabulary, width=2,
-    )  # fmt: skip
+        name=name,
+        moe_layers=moe_layers,
+        experts=experts,
+        top_k=top_k,
+        expert_nbytes=2 * 3 * hidden * intermediate,
+        dense_nbytes=2 * dense // moe_layers,
+        router_nbytes=2 * router,
+        head_nbytes=2 * hidden * vocabulary,
+        embedding_nbytes=2 * hidden * vocabulary,
+        weight_nbytes=2,
+    )
 
 
 # Sizes from the models' published config.json files; norms and biases (below 0.1 %) are left out.
@@ -70,28 +98,63 @@ GEOMETRIES: Mapping[str, Geometry] = {
     preset.name: preset
     for preset in (
         _preset(
-            "olmoe-1b-7b", layers=16, dense_layers=0, experts=64, top_k=8, hidden=2048, width=1024,
-            attention=4 * 2048 * 2048, shared=0, dense_mlp=0, vocabulary=50304,
+            "olmoe-1b-7b",
+            layers=16,
+            dense_layers=0,
+            experts=64,
+            top_k=8,
+            hidden=2048,
+            intermediate=1024,
+            attention=4 * 2048 * 2048,
+            shared=0,
+            dense_mlp=0,
+            vocabulary=50304,
         ),
         _preset(
-            "qwen1.5-moe-a2.7b", layers=24, dense_layers=0, experts=60, top_k=4, hidden=2048, width=1408,
-            attention=4 * 2048 * 2048, shared=5632, dense_mlp=0, vocabulary=151936,
+            "qwen1.5-moe-a2.7b",
+            layers=24,
+            dense_layers=0,
+            experts=60,
+            top_k=4,
+            hidden=2048,
+            intermediate=1408,
+            attention=4 * 2048 * 2048,
+            shared=5632,
+            dense_mlp=0,
+            vocabulary=151936,
         ),
         _preset(
             # MLA: query 16 x 192, compressed key-value 512 + 64, its expansion to 16 x (128 + 128), output 16 x 128.
-            "deepseek-v2-lite", layers=27, dense_layers=1, experts=64, top_k=6, hidden=2048, width=1408,
-            attention=2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048, shared=2816, dense_mlp=10944,
+            "deepseek-v2-lite",
+            layers=27,
+            dense_layers=1,
+            experts=64,
+            top_k=6,
+            hidden=2048,
+            intermediate=1408,
+            attention=2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048,
+            shared=2816,
+            dense_mlp=10944,
             vocabulary=102400,
         ),
         _preset(
-            "qwen3-30b-a3b", layers=48, dense_layers=0, experts=128, top_k=8, hidden=2048, width=768,
-            attention=2 * 2048 * 4096 + 2 * 2048 * 512, shared=0, dense_mlp=0, vocabulary=151936,
+            "qwen3-30b-a3b",
+            layers=48,
+            dense_layers=0,
+            experts=128,
+            top_k=8,
+            hidden=2048,
+            intermediate=768,
+            attention=2 * 2048 * 4096 + 2 * 2048 * 512,
+            shared=0,
+            dense_mlp=0,
+            vocabulary=151936,
         ),
     )
-}  # fmt: skip
+}
 
 
-def dress(own: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, ...], ...]]:
+def project(own: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, ...], ...]]:
     """The geometry to charge for, and for each of the model's own MoE layers the layers it stands for.
 
     None charges the model's own sizes. A preset's layers are dealt out evenly and in order, so a 4-layer
@@ -102,15 +165,15 @@ def dress(own: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, .
         return own, tuple((layer,) for layer in range(own.moe_layers))
     if name not in GEOMETRIES:
         raise Refused(f"Unknown geometry {name!r}; {offer(name, sorted(GEOMETRIES))}.")
-    worn = GEOMETRIES[name]
-    if (worn.experts, worn.top_k) != (own.experts, own.top_k) or worn.moe_layers < own.moe_layers:
+    charged = GEOMETRIES[name]
+    if (charged.experts, charged.top_k) != (own.experts, own.top_k) or charged.moe_layers < own.moe_layers:
         raise Refused(
-            f"Geometry {name} has {worn.moe_layers} layers of {worn.experts} experts, top {worn.top_k}; this model has "
-            f"{own.moe_layers} of {own.experts}, top {own.top_k}, and cannot stand for it."
+            f"Geometry {name} has {charged.moe_layers} layers of {charged.experts} experts, top {charged.top_k}; this "
+            f"model has {own.moe_layers} of {own.experts}, top {own.top_k}, and cannot stand for it."
         )
-    owner = [layer * own.moe_layers // worn.moe_layers for layer in range(worn.moe_layers)]
-    return worn, tuple(
-        tuple(layer for layer in range(worn.moe_layers) if owner[layer] == mine) for mine in range(own.moe_layers)
+    owner = [layer * own.moe_layers // charged.moe_layers for layer in range(charged.moe_layers)]
+    return charged, tuple(
+        tuple(layer for layer in range(charged.moe_layers) if owner[layer] == mine) for mine in range(own.moe_layers)
     )
 
 
@@ -128,4 +191,4 @@ def slots_for(geometry: Geometry, memory_nbytes: int, reserve_nbytes: int, stagi
             f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB and {geometry.top_k} + {staging} expert slots "
             f"need {need / 2**20:,.0f} MiB."
         )
-    return min(slots, geometry.keys)
+    return min(slots, geometry.total_experts)

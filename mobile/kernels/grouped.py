@@ -38,9 +38,13 @@ def grouped(
             slots = torch.tensor([s for p, s in window for _ in range(groups.counts[p])], device=device)
 
             def project(
-                x: torch.Tensor, name: str, first: int = first, last: int = last, offs: torch.Tensor = offs,
+                x: torch.Tensor,
+                name: str,
+                first: int = first,
+                last: int = last,
+                offs: torch.Tensor = offs,
                 slots: torch.Tensor = slots,
-            ) -> torch.Tensor:  # fmt: skip
+            ) -> torch.Tensor:
                 weight = views[name][first : last + 1]
                 y = nn.functional.grouped_mm(x, weight if module.is_transposed else weight.transpose(1, 2), offs=offs)
                 return y + views[f"{name}_bias"][slots] if module.has_bias else y

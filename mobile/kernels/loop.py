@@ -65,9 +65,14 @@ def group(index: torch.Tensor, experts: int) -> Groups:
 
 
 def loop(
-    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views,
+    module: Any,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    groups: Groups,
+    waves: Iterable[Wave],
+    views: Views,
     host: Views | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Sum of weighted expert outputs, (tokens, H), in ascending expert order: the reference, one product at a time.
 
     hidden (tokens, H), weights (tokens, K). What a wave leaves in HOST is computed on the CPU from `host`, the layer's

@@ -20,9 +20,21 @@ BLOCK_N, BLOCK_K = 16, 256
 
 @triton.jit
 def _products(
-    w, x, y, slots, rows, n_total, k_total, w_slot, w_n, w_k, x_row, y_pair,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    w,
+    x,
+    y,
+    slots,
+    rows,
+    n_total,
+    k_total,
+    w_slot,
+    w_n,
+    w_k,
+    x_row,
+    y_pair,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """y[pair] = W[slots[pair]] @ x[rows[pair]], summed in fp32; one program a pair and BLOCK_N outputs."""
     pair = tl.program_id(0)
     slot = tl.load(slots + pair).to(tl.int64)

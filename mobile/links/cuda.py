@@ -33,9 +33,12 @@ class CudaChannel:
     """
 
     def __init__(
-        self, store: HostStore, slots: torch.Tensor, row_of: Callable[[Key], torch.Tensor],
+        self,
+        store: HostStore,
+        slots: torch.Tensor,
+        row_of: Callable[[Key], torch.Tensor],
         link_gb_per_s: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._store, self._slots, self._row_of = store, slots, row_of
         self._device = slots.device
         self._padding: list[torch.Tensor] = []

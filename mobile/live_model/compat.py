@@ -32,7 +32,7 @@ class MoeLayer:
     experts: Any
     router: Any
     name: str
-    knob: tuple[Any, str]
+    top_k_attribute: tuple[Any, str]
 
     @property
     def count(self) -> int:
@@ -40,7 +40,7 @@ class MoeLayer:
 
     @property
     def top_k(self) -> int:
-        return int(getattr(*self.knob))
+        return int(getattr(*self.top_k_attribute))
 
     def route(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The expert ids (tokens, top_k) that the router chooses for these inputs; runs no hook.
@@ -208,9 +208,9 @@ def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
     if len(routers) != 1:
         raise Refused(f"{kind} has no router beside {name} that this version understands.")
     for holder in (routers[0], block, getattr(routers[0], "config", None), getattr(experts, "config", None)):
-        for knob in KNOBS:
-            if isinstance(getattr(holder, knob, None), int):
-                return MoeLayer(experts, routers[0], name, (holder, knob))
+        for top_k_attribute in KNOBS:
+            if isinstance(getattr(holder, top_k_attribute, None), int):
+                return MoeLayer(experts, routers[0], name, (holder, top_k_attribute))
     raise Refused(f"{kind} does not say how many experts {name} runs for a token, in any place this version knows.")
 
 
@@ -246,5 +246,5 @@ def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) ->
         router_nbytes=sum(p.nbytes for p in layers[0].router.parameters()),
         head_nbytes=head.weight.nbytes if head is not None else 0,
         embedding_nbytes=embedding.weight.nbytes if head is None or head.weight is not embedding.weight else 0,
-        width=layout.dtype.itemsize,
+        weight_nbytes=layout.dtype.itemsize,
     )

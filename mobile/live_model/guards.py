@@ -68,9 +68,12 @@ def _refuse_to_load(keys: Sequence[str], _module: nn.Module, state: Mapping[str,
 
 
 def _apply_unless_it_converts(
-    module: nn.Module, apply: Callable[..., nn.Module], convert: Callable[[torch.Tensor], torch.Tensor], *more: Any,
+    module: nn.Module,
+    apply: Callable[..., nn.Module],
+    convert: Callable[[torch.Tensor], torch.Tensor],
+    *more: Any,
     **named: Any,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Stand in for Module._apply, through which go to(), half(), cuda() and all their like: they may change nothing.
 
     Raises Refused, with nothing converted, if one of the module's tensors would get another dtype or device.

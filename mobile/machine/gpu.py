@@ -130,12 +130,17 @@ def _gpus_of_torch() -> list[Gpu]:
         known = torch.cuda.get_device_properties(index)
         found.append(
             Gpu(
-                name=known.name, uuid=_uuid(known), driver=None, memory_total_nbytes=int(known.total_memory),
+                name=known.name,
+                uuid=_uuid(known),
+                driver=None,
+                memory_total_nbytes=int(known.total_memory),
                 memory_free_nbytes=int(torch.cuda.mem_get_info(index)[0]),
-                compute_capability=f"{known.major}.{known.minor}", link_now=UNKNOWN_LINK, link_max=UNKNOWN_LINK,
+                compute_capability=f"{known.major}.{known.minor}",
+                link_now=UNKNOWN_LINK,
+                link_max=UNKNOWN_LINK,
                 sm_clock_mhz=None,
             )
-        )  # fmt: skip
+        )
     return found
 
 

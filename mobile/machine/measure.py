@@ -66,19 +66,39 @@ class Sizes:
 
 # A GPU is read in pieces large enough to outlast their launch. Widths give rows like the real families'.
 ON_GPU = Sizes(
-    hidden=2048, widths=(512, 768, 1024, 1408, 2048, 4096),
-    reads_nbytes=(64 * MIB, 128 * MIB, 256 * MIB), pool_nbytes=512 * MIB, matmul=8192, depths=(2, 4, 8),
-)  # fmt: skip
+    hidden=2048,
+    widths=(512, 768, 1024, 1408, 2048, 4096),
+    reads_nbytes=(64 * MIB, 128 * MIB, 256 * MIB),
+    pool_nbytes=512 * MIB,
+    matmul=8192,
+    depths=(2, 4, 8),
+)
 ON_CPU = Sizes(
-    hidden=512, widths=(128, 256, 512, 1024), reads_nbytes=(4 * MIB, 8 * MIB, 16 * MIB), pool_nbytes=64 * MIB,
-    matmul=512, depths=(1, 3), tokens=8, repeats=9, at_least_seconds=0.004,
-)  # fmt: skip
+    hidden=512,
+    widths=(128, 256, 512, 1024),
+    reads_nbytes=(4 * MIB, 8 * MIB, 16 * MIB),
+    pool_nbytes=64 * MIB,
+    matmul=512,
+    depths=(1, 3),
+    tokens=8,
+    repeats=9,
+    at_least_seconds=0.004,
+)
 
 # For tests: the same path in seconds. A profile of it is as good as that.
 NARROW = Sizes(
-    hidden=256, widths=(32, 128, 512), reads_nbytes=(MIB // 4, MIB, 4 * MIB), pool_nbytes=16 * MIB, matmul=64,
-    depths=(1, 2), experts=4, top_k=2, tokens=4, repeats=15, at_least_seconds=0.001,
-)  # fmt: skip
+    hidden=256,
+    widths=(32, 128, 512),
+    reads_nbytes=(MIB // 4, MIB, 4 * MIB),
+    pool_nbytes=16 * MIB,
+    matmul=64,
+    depths=(1, 2),
+    experts=4,
+    top_k=2,
+    tokens=4,
+    repeats=15,
+    at_least_seconds=0.001,
+)
 
 
 def sizes_for(device: torch.device) -> Sizes:
@@ -107,16 +127,29 @@ def measure(
     say("decode steps")
     layer, depths = steps(device, dtype, sizes)
     return Measurements(
-        device=about.partition(",")[0], about=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {about}, {_name(dtype)}",
-        copies=copied, kernels=(*matrices, *experts), cpu_kernels=processor, depths=depths, layer=layer, tflops=rate,
-        cpu_tflops=cpu_rate, memory_nbytes=total, taken_nbytes=taken,
-    )  # fmt: skip
+        device=about.partition(",")[0],
+        about=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {about}, {_name(dtype)}",
+        copies=copied,
+        kernels=(*matrices, *experts),
+        cpu_kernels=processor,
+        depths=depths,
+        layer=layer,
+        tflops=rate,
+        cpu_tflops=cpu_rate,
+        memory_nbytes=total,
+        taken_nbytes=taken,
+    )
 
 
 def relinked(
-    measured: Measurements, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None, *,
-    link_gb_per_s: float | None = None, pace: Pace | None = None,
-) -> Measurements:  # fmt: skip
+    measured: Measurements,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes | None = None,
+    *,
+    link_gb_per_s: float | None = None,
+    pace: Pace | None = None,
+) -> Measurements:
     """The same machine with another link: only the copies are timed again.
 
     `link_gb_per_s` throttles a real link, `pace` a paced one, as they do in `attach`. Raises Refused as the link does.
@@ -186,9 +219,13 @@ def _seconds(device: torch.device, jobs: Sequence[Callable[[int], Any]], sizes: 
 
 
 def copies(
-    device: torch.device, dtype: torch.dtype, sizes: Sizes, *, link_gb_per_s: float | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    *,
+    link_gb_per_s: float | None = None,
     pace: Pace | None = None,
-) -> tuple[Timing, ...]:  # fmt: skip
+) -> tuple[Timing, ...]:
     """Runs of row copies by the engine's own channel, each size's time a row by the channel's own clock."""
     unreached: Refused | None = None
     with ExitStack() as open_ones:
@@ -362,10 +399,19 @@ def _model(
     device: torch.device, dtype: torch.dtype, layers: int, hidden: int, width: int, experts: int, top_k: int
 ) -> Any:
     config = OlmoeConfig(
-        vocab_size=1024, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 128), num_key_value_heads=max(1, hidden // 128), num_experts=experts,
-        num_experts_per_tok=top_k, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 128),
+        num_key_value_heads=max(1, hidden // 128),
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.set_experts_implementation("eager")

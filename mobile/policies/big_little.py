@@ -8,7 +8,7 @@ from mobile.policies.strategy import BigLittle, Strategy
 
 def _little_set_and_one_layer(geometry: Geometry) -> int:
     """The little pass's experts of every layer stay until the token is accepted, beside one full layer."""
-    return min(geometry.keys, geometry.moe_layers * geometry.little_k + geometry.top_k)
+    return min(geometry.total_experts, geometry.moe_layers * geometry.little_k + geometry.top_k)
 
 
 MOBILE = Strategy(
@@ -18,6 +18,6 @@ MOBILE = Strategy(
     lossless=False,
     gating=BigLittle(),
     retain="some",
-    prefetch=True,
-    needs=_little_set_and_one_layer,
+    prefetch_on_fallback=True,
+    min_slots=_little_set_and_one_layer,
 )

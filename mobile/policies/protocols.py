@@ -24,7 +24,7 @@ class PolicyContext:
 
     `future` is every decode visit to come, in order; only a replay can know it. `load_ns` is what one copy takes,
     `layer_ns` what one token's compute of one layer does, all its experts resident.
-    `stands_for` names, for each layer of the recorded model, the layers of `geometry` charged with its routing (left
+    `layer_map` names, for each layer of the recorded model, the layers of `geometry` charged with its routing (left
     out: each its own).
     """
 
@@ -33,12 +33,12 @@ class PolicyContext:
     future: tuple[Visit, ...] | None = None
     load_ns: int = 0
     layer_ns: int = 0
-    stands_for: tuple[tuple[int, ...], ...] = ()
+    layer_map: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.stands_for:
+        if not self.layer_map:
             each_its_own = tuple((layer,) for layer in range(self.geometry.moe_layers))
-            object.__setattr__(self, "stands_for", each_its_own)
+            object.__setattr__(self, "layer_map", each_its_own)
 
 
 class Eviction(Protocol):

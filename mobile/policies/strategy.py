@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused
-from mobile.policies.protocols import Eviction, Lookahead, Placement, LeastRecentlyUsed, PolicyContext
+from mobile.policies.protocols import Eviction, LeastRecentlyUsed, Lookahead, Placement, PolicyContext
 from mobile.suggest import offer
 
 Retain = Literal["nothing", "some", "everything"]
@@ -84,15 +84,15 @@ class Strategy:
     gating: Gating = FullK()
     retain: Retain = "nothing"
     overlap: bool = True
-    prefetch: bool = False
+    prefetch_on_fallback: bool = False
     evict: Callable[[PolicyContext], Eviction] = LeastRecentlyUsed
     lookahead: Callable[[PolicyContext], Lookahead] | None = None
-    staging: int = 0
-    guesses: int = 0
+    guess_slots: int = 0
+    max_prefetch_per_layer: int = 0
     quasi: bool = False
     on_cpu: Callable[[CostModel], Placement] | None = None
-    foresight: bool = False
-    needs: Callable[[Geometry], int] = _top_k
+    needs_future: bool = False
+    min_slots: Callable[[Geometry], int] = _top_k
 
     @property
     def gamma(self) -> float | None:

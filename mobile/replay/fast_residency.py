@@ -25,7 +25,9 @@ class FastResidency(Residency):
         self._undisturbed = self.lookahead is None and self._placement is None and self._planner is None
         self._undisturbed = self._undisturbed and self.strategy.overlap
 
-    def run_layer(self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None) -> None:
+    def run_layer(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None
+    ) -> None:
         """As `layer`, with nobody to compute on the waves. No `counts` are one token each."""
         wide = self._kind == "prefill" or len(experts) > self.pool.size
         if self.ledger.keeps_events or (wide and not self._streams_undisturbed()) or (counts and not wide):

@@ -15,7 +15,7 @@ from mobile.policies.protocols import Trainable, Training, Visit
 from mobile.policies.strategy import BigLittle, Strategy
 from mobile.replay.fast_residency import FastResidency
 from mobile.replay.trace import Request, replay, visits
-from mobile.residency.prefill import STAGING
+from mobile.residency.prefill import PREFILL_BUFFERS
 from mobile.slots import SlotPool
 
 
@@ -25,14 +25,14 @@ class ReplaySetup:
 
     strategy: Strategy
     geometry: Geometry
-    stands_for: tuple[tuple[int, ...], ...]
+    layer_map: tuple[tuple[int, ...], ...]
     hardware: HardwareProfile
     slots: int
 
     @property
     def memory_nbytes(self) -> int:
         """Device memory that so many slots take, with everything beside them."""
-        held = self.geometry.resident_nbytes + (self.slots + STAGING) * self.geometry.expert_nbytes
+        held = self.geometry.resident_nbytes + (self.slots + PREFILL_BUFFERS) * self.geometry.expert_nbytes
         return self.hardware.reserve_nbytes + held
 
     def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> FastResidency:
@@ -41,7 +41,7 @@ class ReplaySetup:
         cost = CostModel(self.hardware, self.geometry)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
         made = FastResidency(
-            self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, stands_for=self.stands_for
+            self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, layer_map=self.layer_map
         )
         link.arrived = made.arrived
         made.preload_all()
@@ -56,17 +56,17 @@ class Timed(NamedTuple):
     training: Training | None
 
 
-def timed(on: ReplaySetup, requests: Sequence[Request]) -> Timed:
+def replay_requests(on: ReplaySetup, requests: Sequence[Request]) -> Timed:
     """Replay requests in order on one engine that starts cold and stays warm."""
-    residency = on.residency(future=visits(requests, on.stands_for) if on.strategy.foresight else None)
-    taken = replay(requests, residency, on.stands_for)
+    residency = on.residency(future=visits(requests, on.layer_map) if on.strategy.needs_future else None)
+    taken = replay(requests, residency, on.layer_map)
     learner = residency.lookahead
     return Timed(taken, residency.ledger, learner.training if isinstance(learner, Trainable) else None)
 
 
 def time_requests(on: ReplaySetup, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
     """What each request takes, and the totals: `timed`, for those who do not ask about training."""
-    return timed(on, requests)[:2]
+    return replay_requests(on, requests)[:2]
 
 
 # --- which strategies a trace can stand for ---------------------------------------------------------
@@ -97,9 +97,10 @@ def _decided_otherwise(gamma: float, requests: Sequence[Request]) -> int:
     """Little passes after which this gamma would have done what the trace did not do."""
     return sum(
         (step.confidence < gamma) is not (following is not None and following.kind == "big")
-        for request in requests for step, following in zip(request, [*request[1:], None], strict=True)
+        for request in requests
+        for step, following in zip(request, [*request[1:], None], strict=True)
         if step.kind == "little" and step.confidence is not None
-    )  # fmt: skip
+    )
 
 
 # --- one line of a comparison -----------------------------------------------------------------------
@@ -131,14 +132,14 @@ class Outcome:
 
 def outcome(on: ReplaySetup, requests: Sequence[Request]) -> Outcome:
     """Replay a trace with at least one decoded token, from cold slots."""
-    _, ledger, training = timed(on, requests)
+    _, ledger, training = replay_requests(on, requests)
     counters = ledger.counters
     foreseen, right, needed = (sum(column) for column in zip((0, 0, 0), *ledger.guesses.values(), strict=True))
     return Outcome(
         strategy=on.strategy.name,
         slots=on.slots,
         memory_nbytes=on.memory_nbytes,
-        resident_share=on.slots / on.geometry.keys,
+        resident_share=on.slots / on.geometry.total_experts,
         hit_rate=counters.hits / counters.touches if counters.touches else None,
         fallback_rate=counters.fallbacks / counters.tokens if isinstance(on.strategy.gating, BigLittle) else None,
         gb_per_token=counters.decode_bytes / counters.tokens / 1e9,

@@ -46,30 +46,35 @@ class Step:
 Request = list[Step]  # one prompt and its decode steps, in order
 
 
-def run(step: Step, residency: FastResidency, stands_for: StandsFor) -> None:
+def run(step: Step, residency: FastResidency, layer_map: StandsFor) -> None:
     """Charge one step: each recorded layer is run for all the layers it stands for."""
     if step.kind == "big":
         residency.fallback(
-            [(layer, expert) for mine, experts in zip(stands_for, step.predicted, strict=True)
-             for layer in mine for expert in experts]
-        )  # fmt: skip
+            [
+                (layer, expert)
+                for mine, experts in zip(layer_map, step.predicted, strict=True)
+                for layer in mine
+                for expert in experts
+            ]
+        )
     residency.begin(step.kind, step.tokens)
     looks = residency.lookahead is not None and step.ahead is not None
     ahead = StepLogits(step.ahead[:, None]) if looks and step.ahead is not None else None
     run_layer, experts, counts = residency.run_layer, step.experts, step.counts
-    for mine, layer, source in _visited(tuple(stands_for)):
+    for mine, layer, source in _visited(tuple(layer_map)):
         signal = None if ahead is None or source is None else NextLayerLogits(ahead, source)
         run_layer(layer, experts[mine], counts[mine] if counts else (), signal)
     residency.finish()
 
 
 @cache
-def _visited(stands_for: tuple[tuple[int, ...], ...]) -> list[tuple[int, int, int | None]]:
+def _visited(layer_map: tuple[tuple[int, ...], ...]) -> list[tuple[int, int, int | None]]:
     """Each layer of a step in order, behind the recorded one that stands for it and before the one that foresees."""
     return [
-        (mine, layer, foreseen_from(mine, layer == layers[-1], len(stands_for)))
-        for mine, layers in enumerate(stands_for) for layer in layers
-    ]  # fmt: skip
+        (mine, layer, foreseen_from(mine, layer == layers[-1], len(layer_map)))
+        for mine, layers in enumerate(layer_map)
+        for layer in layers
+    ]
 
 
 def foreseen_from(mine: int, last: bool, layers: int) -> int | None:
@@ -82,22 +87,25 @@ def foreseen_from(mine: int, last: bool, layers: int) -> int | None:
     return source if 0 <= source < layers - 1 else None
 
 
-def visits(requests: Iterable[Request], stands_for: StandsFor) -> tuple[Visit, ...]:
+def visits(requests: Iterable[Request], layer_map: StandsFor) -> tuple[Visit, ...]:
     """Every decode visit of a layer in order: the future that a strategy with foresight is told."""
     return tuple(
         (layer, step.experts[mine])
-        for request in requests for step in request if step.kind != "prefill"
-        for mine, layers in enumerate(stands_for) for layer in layers
-    )  # fmt: skip
+        for request in requests
+        for step in request
+        if step.kind != "prefill"
+        for mine, layers in enumerate(layer_map)
+        for layer in layers
+    )
 
 
-def replay(requests: Iterable[Request], residency: FastResidency, stands_for: StandsFor) -> list[Counters]:
+def replay(requests: Iterable[Request], residency: FastResidency, layer_map: StandsFor) -> list[Counters]:
     """Charge every request in order on one engine's state; returns what each added to the counters."""
     taken = []
     for request in requests:
         before = residency.ledger.counters.copy()
         for step in request:
-            run(step, residency, stands_for)
+            run(step, residency, layer_map)
         residency.end_token()
         taken.append(residency.ledger.counters.since(before))
     return taken
@@ -147,10 +155,14 @@ def load(path: Path) -> tuple[list[Request], dict[str, Any]]:
         experts, counts, predicted = (tuple(rows[i * layers : (i + 1) * layers]) for rows in per_layer.values())
         steps.append(
             Step(
-                kind=KINDS[kind], tokens=tokens, experts=experts, counts=counts if any(counts) else (),
+                kind=KINDS[kind],
+                tokens=tokens,
+                experts=experts,
+                counts=counts if any(counts) else (),
                 confidence=None if sure[i] != sure[i] else sure[i],
-                predicted=predicted if KINDS[kind] == "big" else (), ahead=ahead.get(i),
+                predicted=predicted if KINDS[kind] == "big" else (),
+                ahead=ahead.get(i),
             )
-        )  # fmt: skip
+        )
     left = iter(steps)
     return [list(islice(left, n)) for n in data["request_steps"].tolist()], about

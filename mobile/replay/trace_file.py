@@ -44,12 +44,18 @@ FAMILY, NUMBER = "mobile-trace-", 2
 FORMAT = f"{FAMILY}{NUMBER}"
 ARRAYS: dict[str, tuple[type[np.generic], int]] = {  # type and number of axes
     "request_steps": (np.uint32, 1),
-    "kind": (np.uint8, 1), "tokens": (np.uint32, 1), "confidence": (np.float64, 1),
-    "experts_lengths": (np.uint16, 1), "experts_values": (np.uint16, 1),
-    "counts_lengths": (np.uint16, 1), "counts_values": (np.uint32, 1),
-    "predicted_lengths": (np.uint16, 1), "predicted_values": (np.uint16, 1),
-    "ahead_steps": (np.uint32, 1), "ahead": (np.float16, 3),
-}  # fmt: skip
+    "kind": (np.uint8, 1),
+    "tokens": (np.uint32, 1),
+    "confidence": (np.float64, 1),
+    "experts_lengths": (np.uint16, 1),
+    "experts_values": (np.uint16, 1),
+    "counts_lengths": (np.uint16, 1),
+    "counts_values": (np.uint32, 1),
+    "predicted_lengths": (np.uint16, 1),
+    "predicted_values": (np.uint16, 1),
+    "ahead_steps": (np.uint32, 1),
+    "ahead": (np.float16, 3),
+}
 BIG = 3
 MOST_EXPANSION = 1032  # what deflate can make of one byte; a member that claims more is not one
 Arrays = dict[str, np.ndarray]
@@ -90,9 +96,18 @@ def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:
     except OSError as error:
         raise Refused(f"Cannot read {path} ({error.strerror or error}); check its name or record it again.") from error
     except (
-        ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, RecursionError, SyntaxError,
-        zipfile.BadZipFile, zlib.error, TokenError,
-    ) as error:  # fmt: skip
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        RecursionError,
+        SyntaxError,
+        zipfile.BadZipFile,
+        zlib.error,
+        TokenError,
+    ) as error:
         raise Refused(f"{path} is not a complete {FORMAT} file; record it again.") from error
     return arrays, layers, about
 

@@ -10,7 +10,7 @@ from mobile.residency.slot_allocator import SlotAllocator
 
 Wave = list[tuple[int, int]]  # (position among the active experts, slot, or HOST: its row is computed where it lies)
 HOST = -1
-STAGING = 2  # buffers that prefill, and any step wider than the pool, streams through
+PREFILL_BUFFERS = 2  # buffers that prefill, and any step wider than the pool, streams through
 
 
 class PrefillStream:
@@ -20,7 +20,7 @@ class PrefillStream:
         """`overlap`: both are filled at a time. `settles`: missing experts may stay in slots that are still free."""
         self._room, self._overlap, self._settles = room, overlap, settles
         self._landed: dict[int, Key] = {}
-        self.ahead = STAGING if overlap else 1
+        self.ahead = PREFILL_BUFFERS if overlap else 1
 
     def arrived(self, key: Key, slot: int) -> None:
         """A copy into one of them has ended."""
@@ -32,7 +32,7 @@ class PrefillStream:
         """Run these experts in turn, one a wave, for `ns` each on the device; the `absent` positions are loaded."""
         pool, link = self._room.pool, self._room.link
         missing = deque(keys[position] for position in absent)
-        buffers = deque(range(pool.size, pool.size + STAGING))
+        buffers = deque(range(pool.size, pool.size + PREFILL_BUFFERS))
         placed: dict[Key, int] = {}
         self._landed.clear()
         for position, key in enumerate(keys):

@@ -14,14 +14,14 @@ from mobile.costs.cost_model import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
 from mobile.policies.next_logits import NextLayerLogits
-from mobile.policies.protocols import PassObserver, Lookahead, IdlePrefetcher, PolicyContext, Visit
+from mobile.policies.protocols import IdlePrefetcher, Lookahead, PassObserver, PolicyContext, Visit
 from mobile.policies.strategy import Strategy
 from mobile.residency.prefetch_queue import PrefetchQueue
-from mobile.residency.prefill import HOST, STAGING, PrefillStream, Wave
+from mobile.residency.prefill import HOST, PREFILL_BUFFERS, PrefillStream, Wave
 from mobile.residency.slot_allocator import SlotAllocator
 from mobile.slots import SlotPool
 
-__all__ = ["HOST", "STAGING", "Residency", "Wave"]
+__all__ = ["HOST", "PREFILL_BUFFERS", "Residency", "Wave"]
 
 
 class Residency:
@@ -31,13 +31,19 @@ class Residency:
     """
 
     def __init__(
-        self, strategy: Strategy, pool: SlotPool, link: Link, cost: CostModel, ledger: Ledger,
-        emptied: Callable[[int], None] | None = None, future: tuple[Visit, ...] | None = None,
-        stands_for: tuple[tuple[int, ...], ...] = (),
-    ) -> None:  # fmt: skip
+        self,
+        strategy: Strategy,
+        pool: SlotPool,
+        link: Link,
+        cost: CostModel,
+        ledger: Ledger,
+        emptied: Callable[[int], None] | None = None,
+        future: tuple[Visit, ...] | None = None,
+        layer_map: tuple[tuple[int, ...], ...] = (),
+    ) -> None:
         self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
         layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)
-        setting = PolicyContext(cost.geometry, pool.size, future, cost.load_ns, layer_ns, stands_for)
+        setting = PolicyContext(cost.geometry, pool.size, future, cost.load_ns, layer_ns, layer_map)
         self._evict = strategy.evict(setting)
         self.lookahead: Lookahead | None = None
         if strategy.lookahead is strategy.evict:
@@ -50,10 +56,11 @@ class Residency:
         self._planner = self._evict if isinstance(self._evict, IdlePrefetcher) else None
         self._placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
         self._room = SlotAllocator(strategy, pool, link, ledger, self._evict, emptied)
-        self._foresight = PrefetchQueue(self._room, strategy.guesses, self._planner)
+        self._foresight = PrefetchQueue(self._room, strategy.max_prefetch_per_layer, self._planner)
         self._buffers = PrefillStream(self._room, overlap=strategy.overlap, settles=strategy.retain != "nothing")
-        self._keys = [[(layer, expert) for expert in range(cost.geometry.experts)]
-                      for layer in range(cost.geometry.moe_layers)]  # fmt: skip
+        self._keys = [
+            [(layer, expert) for expert in range(cost.geometry.experts)] for layer in range(cost.geometry.moe_layers)
+        ]
         self._kind = ""
         self._dense_ns = cost.dense_ns(1)
         self._dense_spent = 0  # nanoseconds, as far as the link tells
@@ -111,7 +118,7 @@ class Residency:
         self._begun = self._clock()
         self._mark("fallback")
         self._kind = "big"
-        if self.strategy.prefetch:
+        if self.strategy.prefetch_on_fallback:
             self._dense_spent += self.link.compute(self.cost.router_replay_ns, "router replay")
             self._foresight.expect(predicted)
         self._account()
@@ -171,7 +178,9 @@ class Residency:
         self._foresight.pump()
         self._foresight.plan()
 
-    def _hold(self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None) -> Iterator[Wave]:
+    def _hold(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None
+    ) -> Iterator[Wave]:
         """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
         pool, link, expert_ns = self.pool, self.link, self.cost.expert_ns
         keys, missing = self._route(layer, experts)
@@ -284,7 +293,7 @@ class Residency:
             pool.protected.update(keys)
         elif pool.protected:
             pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
-        if self.strategy.staging:
+        if self.strategy.guess_slots:
             self._room.clear_staging(layer)
 
     def _stream(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:

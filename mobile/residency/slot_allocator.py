@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
-from mobile.policies.protocols import Eviction, BatchEviction
+from mobile.policies.protocols import BatchEviction, Eviction
 from mobile.policies.strategy import Strategy
 from mobile.slots import SlotPool
 
@@ -19,13 +19,18 @@ class SlotAllocator:
     """
 
     def __init__(
-        self, strategy: Strategy, pool: SlotPool, link: Link, ledger: Ledger, evict: Eviction,
+        self,
+        strategy: Strategy,
+        pool: SlotPool,
+        link: Link,
+        ledger: Ledger,
+        evict: Eviction,
         emptied: Callable[[int], None] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.pool, self.link, self.ledger, self.evict = pool, link, ledger, evict
         self.emptied = emptied
-        self._staging = strategy.staging
-        self._for_proven = pool.size - strategy.staging  # slots that experts in use may take
+        self._staging = strategy.guess_slots
+        self._for_proven = pool.size - strategy.guess_slots  # slots that experts in use may take
         self._several = evict if isinstance(evict, BatchEviction) else None
 
     # --- for what is asked for ----------------------------------------------------------------------

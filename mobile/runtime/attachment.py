@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mobile.costs.cost_model import CostModel
-from mobile.costs.geometry import Geometry, dress, slots_for
+from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.kernels import Kernel, kernel_named, loop
@@ -20,7 +20,7 @@ from mobile.live_model import caller_modes, compat
 from mobile.live_model.guards import guard
 from mobile.live_model.overrides import Overrides
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
-from mobile.residency.residency import STAGING
+from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime import quasi_hidden_state, selftest
 from mobile.runtime.decoding import Decoder
 from mobile.runtime.engine import Engine
@@ -76,11 +76,22 @@ def attach(
     compat.check_weights(inner)
     layers = compat.moe_layers(inner)
     layout = compat.common_layout(layers)
-    settled = settle(
-        inner, layers, layout, compat.device_of(layers), strategy, memory=memory, slots=slots, hardware=hardware,
-        link=link, link_gb_per_s=link_gb_per_s, gamma=gamma, geometry=geometry, kernel=kernel,
-    )  # fmt: skip
-    serve(inner, layers, HostStore(layout, len(layers), layers[0].count), settled, poison=poison, around=model)
+    settled = plan_attach(
+        inner,
+        layers,
+        layout,
+        compat.device_of(layers),
+        strategy,
+        memory=memory,
+        slots=slots,
+        hardware=hardware,
+        link=link,
+        link_gb_per_s=link_gb_per_s,
+        gamma=gamma,
+        geometry=geometry,
+        kernel=kernel,
+    )
+    install(inner, layers, HostStore(layout, len(layers), layers[0].count), settled, poison=poison, around=model)
     return model
 
 
@@ -90,8 +101,8 @@ class AttachPlan:
 
     strategy: Strategy
     own: Geometry
-    worn: Geometry
-    stands_for: tuple[tuple[int, ...], ...]
+    charged: Geometry
+    layer_map: tuple[tuple[int, ...], ...]
     slots: int
     budget_nbytes: int | None
     card: HardwareProfile
@@ -100,45 +111,74 @@ class AttachPlan:
     kernel: Kernel
 
 
-def settle(
-    model: Any, layers: Sequence[compat.MoeLayer], layout: ExpertLayout, device: torch.device,
-    strategy: str | Strategy, *, memory: int | str | None, slots: int | None, hardware: str | HardwareProfile,
-    link: str, link_gb_per_s: float | None, gamma: float | None, geometry: str | None, kernel: str,
-) -> AttachPlan:  # fmt: skip
+def plan_attach(
+    model: Any,
+    layers: Sequence[compat.MoeLayer],
+    layout: ExpertLayout,
+    device: torch.device,
+    strategy: str | Strategy,
+    *,
+    memory: int | str | None,
+    slots: int | None,
+    hardware: str | HardwareProfile,
+    link: str,
+    link_gb_per_s: float | None,
+    gamma: float | None,
+    geometry: str | None,
+    kernel: str,
+) -> AttachPlan:
     """Decide everything, or raise Refused. `model` may lie on the meta device: no weight is read."""
     chosen = resolve(strategy, gamma)
-    if chosen.foresight:
+    if chosen.needs_future:
         raise Refused(f"Strategy {chosen.name} needs to know the future; record a trace, and replay it.")
     link, card = _link_and_card(link, hardware, link_gb_per_s, geometry, device)
     own = compat.geometry_of(model, layers, layout)
-    worn, stands_for = dress(own, geometry)
+    charged, layer_map = project(own, geometry)
     if slots is not None and memory is not None:
         raise Refused("Give memory or slots, not both.")
     if slots is None and chosen.retain == "everything" and memory is None:
-        slots = worn.keys
+        slots = charged.total_experts
     if slots is None:
         budget = card.vram_nbytes if memory is None else parse_nbytes(memory)
-        slots = slots_for(worn, budget, card.reserve_nbytes, STAGING)
-    if slots < worn.top_k:
-        raise Refused(f"{slots} slots cannot hold one token's {worn.top_k} experts; give at least {worn.top_k} slots.")
-    if chosen.retain == "everything" and slots < worn.keys:
-        raise Refused(f"Strategy {chosen.name} keeps all {worn.keys} experts on the device; {slots} slots are too few.")
+        slots = slots_for(charged, budget, card.reserve_nbytes, PREFILL_BUFFERS)
+    if slots < charged.top_k:
+        raise Refused(
+            f"{slots} slots cannot hold one token's {charged.top_k} experts; give at least {charged.top_k} slots."
+        )
+    if chosen.retain == "everything" and slots < charged.total_experts:
+        raise Refused(
+            f"Strategy {chosen.name} keeps all {charged.total_experts} experts on the device; {slots} slots are too "
+            "few."
+        )
     if isinstance(chosen.gating, HalfK | BigLittle) and own.top_k < 2:
         raise Refused(f"{own.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
     computes = kernel_named(kernel, device, layout.dtype)
     if chosen.on_cpu is not None and computes is not loop:
         raise Refused(f"Strategy {chosen.name} computes experts on the CPU, and only the kernel loop can; leave it so.")
     return AttachPlan(
-        chosen, own, worn, stands_for, min(slots, worn.keys), None if memory is None else budget, card, link,
-        link_gb_per_s, computes,
-    )  # fmt: skip
+        chosen,
+        own,
+        charged,
+        layer_map,
+        min(slots, charged.total_experts),
+        None if memory is None else budget,
+        card,
+        link,
+        link_gb_per_s,
+        computes,
+    )
 
 
 @caller_modes.in_plain_modes
-def serve(
-    model: Any, layers: Sequence[compat.MoeLayer], store: HostStore, settled: AttachPlan, *, poison: bool = False,
+def install(
+    model: Any,
+    layers: Sequence[compat.MoeLayer],
+    store: HostStore,
+    settled: AttachPlan,
+    *,
+    poison: bool = False,
     around: Any = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Attach as settled. The store is empty, or holds the experts where the modules have none any more.
 
     `around` is what the caller holds, if that is something around the model.
@@ -147,9 +187,17 @@ def serve(
     modules, device = [layer.experts for layer in layers], compat.device_of(layers)
     held = all(weight.numel() for module in modules for weight in module.parameters())
     engine = Engine(
-        settled.strategy, layers, settled.own.little_k, settled.worn, settled.stands_for, settled.slots, settled.card,
-        store, settled.kernel, poison,
-    )  # fmt: skip
+        settled.strategy,
+        layers,
+        settled.own.little_k,
+        settled.charged,
+        settled.layer_map,
+        settled.slots,
+        settled.card,
+        store,
+        settled.kernel,
+        poison,
+    )
     overrides, decoder = Overrides(), Decoder(model, engine)
     engine.leave = partial(_leave, engine, overrides)
     try:

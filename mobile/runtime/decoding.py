@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mobile.errors import Refused
 from mobile.live_model import compat, generate_calls
 from mobile.live_model.overrides import Overrides
-from mobile.policies.strategy import BigLittle, FullK, HalfK, CustomRouting
+from mobile.policies.strategy import BigLittle, CustomRouting, FullK, HalfK
 from mobile.runtime import rollback
 from mobile.runtime.engine import Engine
 from mobile.runtime.forward_pass import ForwardPass
@@ -85,7 +85,9 @@ class Decoder:
 
         return torch.compiler.disable(forward)  # the engine decides in Python, for every layer anew
 
-    def _record_router_input(self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
+    def _record_router_input(
+        self, number: int, _router: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any
+    ) -> None:
         running = self.engine.running
         if running is not None and running.kind != "prefill":
             running.router_inputs[number] = (args, kwargs)

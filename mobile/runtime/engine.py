@@ -23,7 +23,7 @@ from mobile.live_model.guards import COPYING
 from mobile.policies.next_logits import NextLayerLogits, alone
 from mobile.policies.strategy import CustomRouting, Strategy
 from mobile.replay.trace import Request, foreseen_from
-from mobile.residency.residency import STAGING, Residency
+from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.slots import SlotPool
@@ -41,12 +41,20 @@ class Engine:
     """
 
     def __init__(
-        self, strategy: Strategy, layers: Sequence[compat.MoeLayer], little_k: int, worn: Geometry,
-        stands_for: tuple[tuple[int, ...], ...], slots: int, hardware: HardwareProfile, store: HostStore,
-        kernel: Kernel, poison: bool,
-    ) -> None:  # fmt: skip
-        self.strategy, self.layers, self.geometry, self.slots = strategy, layers, worn, slots
-        self.hardware, self.stands_for, self.store = hardware, stands_for, store
+        self,
+        strategy: Strategy,
+        layers: Sequence[compat.MoeLayer],
+        little_k: int,
+        charged: Geometry,
+        layer_map: tuple[tuple[int, ...], ...],
+        slots: int,
+        hardware: HardwareProfile,
+        store: HostStore,
+        kernel: Kernel,
+        poison: bool,
+    ) -> None:
+        self.strategy, self.layers, self.geometry, self.slots = strategy, layers, charged, slots
+        self.hardware, self.layer_map, self.store = hardware, layer_map, store
         self.little = little_k
         self.ledger = Ledger()
         self.running: ForwardPass | None = None
@@ -59,7 +67,7 @@ class Engine:
         self.lock = threading.RLock()
         self._kernel, self._poison = kernel, poison
         self._top_k = [layer.top_k for layer in layers]
-        self._owner = [mine for mine, covered in enumerate(stands_for) for _ in covered]
+        self._owner = [mine for mine, covered in enumerate(layer_map) for _ in covered]
         self._batch: list[Request] = []
         self._broken = False  # a step was broken off and the slots hold nobody knows what
         self.leave: Callable[[], None] = lambda: None  # set by attach: how to undo it
@@ -85,7 +93,7 @@ class Engine:
 
     def allocate(self) -> None:
         """Take the slots' memory. Raises Refused, with nothing taken, if the device has too little."""
-        rows, layout = self.slots + STAGING, self.store.layout
+        rows, layout = self.slots + PREFILL_BUFFERS, self.store.layout
         try:
             taken = torch.zeros(rows, layout.numel, dtype=layout.dtype, device=self.device)
         except RuntimeError as error:  # out of memory, on any device
@@ -120,9 +128,14 @@ class Engine:
         self._all_k()
         self.running = None
         self.residency = Residency(
-            self.strategy, SlotPool(self.slots), self.link, self._cost, self.ledger, self._emptied,
-            stands_for=self.stands_for,
-        )  # fmt: skip
+            self.strategy,
+            SlotPool(self.slots),
+            self.link,
+            self._cost,
+            self.ledger,
+            self._emptied,
+            layer_map=self.layer_map,
+        )
         if self._poison:
             self.slot_rows.fill_(float("nan"))
         for key, slot in self.residency.preload_all():
@@ -155,13 +168,13 @@ class Engine:
     def little_k(self) -> Iterator[None]:
         """A context in which every router chooses K/2 experts."""
         for layer in self.layers:
-            setattr(*layer.knob, self.little)
+            setattr(*layer.top_k_attribute, self.little)
         yield
         self._all_k()
 
     def _all_k(self) -> None:
         for layer, top_k in zip(self.layers, self._top_k, strict=True):
-            setattr(*layer.knob, top_k)
+            setattr(*layer.top_k_attribute, top_k)
 
     def step(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """Run all that one call of the model does, alone on the engine, and without gradients.
@@ -245,7 +258,7 @@ class Engine:
         groups = group(index, self.experts)
         if self.foresees and self.running is not None and self.running.kind != "prefill":
             self._look_ahead(layer, self.running, index, weights)
-        *others, last = self.stands_for[layer]
+        *others, last = self.layer_map[layer]
         for other in others:
             for _ in self.residency.layer(other, groups.experts, groups.counts, self._signal(layer, last=False)):
                 pass
@@ -316,13 +329,18 @@ class Engine:
     def fall_back(self, predicted: list[torch.Tensor], unsure: torch.Tensor) -> None:
         """Tell the clock that rows were unsure, and what their big pass will probably need, in layer order."""
         wanted = [layer[unsure].unique().tolist() for layer in predicted]
-        keys = [(layer, e) for mine, covered in enumerate(self.stands_for) for layer in covered for e in wanted[mine]]
+        keys = [(layer, e) for mine, covered in enumerate(self.layer_map) for layer in covered for e in wanted[mine]]
         self.residency.fallback(keys, int(unsure.sum()))
 
     def remember(
-        self, done: ForwardPass, live: torch.Tensor | None = None, confidence: torch.Tensor | None = None,
-        predicted: list[torch.Tensor] | None = None, *, fresh: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        done: ForwardPass,
+        live: torch.Tensor | None = None,
+        confidence: torch.Tensor | None = None,
+        predicted: list[torch.Tensor] | None = None,
+        *,
+        fresh: bool = False,
+    ) -> None:
         """Append the pass to the trace of each live row, if a recording is on; `fresh` begins new requests."""
         if self.recorded is None:
             return

@@ -32,7 +32,9 @@ class QuasiHiddenState:
     `running` tells the pass under way; of a prefill nothing is kept.
     """
 
-    def __init__(self, norms: Sequence[nn.Module], vectors: torch.Tensor, running: Callable[[], ForwardPass | None]) -> None:
+    def __init__(
+        self, norms: Sequence[nn.Module], vectors: torch.Tensor, running: Callable[[], ForwardPass | None]
+    ) -> None:
         self.norms, self.vectors, self._running = norms, vectors, running
         self._residual: dict[int, torch.Tensor] = {}
 
@@ -57,9 +59,13 @@ class QuasiHiddenState:
 
 @torch.no_grad()
 def learn(
-    model: nn.Module, layers: Sequence[MoeLayer], store: HostStore, prefill: Callable[[torch.Tensor], Any],
-    running: Callable[[], ForwardPass | None], overrides: Overrides,
-) -> QuasiHiddenState:  # fmt: skip
+    model: nn.Module,
+    layers: Sequence[MoeLayer],
+    store: HostStore,
+    prefill: Callable[[torch.Tensor], Any],
+    running: Callable[[], ForwardPass | None],
+    overrides: Overrides,
+) -> QuasiHiddenState:
     """Find the norms and take the experts' mean outputs, from one `prefill` of random token ids (rows, length).
 
     `store` has the experts of `layers`, and `running` tells the pass under way from then on. Mean outputs are the same

@@ -16,10 +16,17 @@ from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, r
 FLOOR = 0.95  # of the base's speed
 REGRESSION, PASSED, INCONCLUSIVE = "REGRESSION", "PASSED", "INCONCLUSIVE"
 ALIKE = {
-    "gpu": "GPU", "cpu": "processor", "torch": "PyTorch", "transformers": "Transformers", "python": "Python",
-    "link": "link", "model": "model", "layers": "number of layers", "steps": "number of steps",
+    "gpu": "GPU",
+    "cpu": "processor",
+    "torch": "PyTorch",
+    "transformers": "Transformers",
+    "python": "Python",
+    "link": "link",
+    "model": "model",
+    "layers": "number of layers",
+    "steps": "number of steps",
     "repeats": "number of repeats",
-}  # fmt: skip
+}
 
 
 class Unjudgeable(ValueError):
@@ -112,9 +119,13 @@ def _line(gate: bool, first: list[dict[str, Any]], second: list[dict[str, Any]],
     names = dict.fromkeys((first[0]["strategy"], second[0]["strategy"]))
     counters = ((name, _mean(first, name), _mean(second, name)) for name in first[0]["repeats"][0]["counters"])
     return Line(
-        " over ".join(reversed(names)), ratio, (_speed(first, steps), _speed(second, steps)), _written(first, second),
-        tuple(row for row in counters if any(row[1:])), verdict(ratio) if gate else None,
-    )  # fmt: skip
+        " over ".join(reversed(names)),
+        ratio,
+        (_speed(first, steps), _speed(second, steps)),
+        _written(first, second),
+        tuple(row for row in counters if any(row[1:])),
+        verdict(ratio) if gate else None,
+    )
 
 
 def verdict(ratio: Interval) -> str:
@@ -169,17 +180,21 @@ def report(trial: dict[str, Any], found: Judgement) -> Report:
         "tokens",
     )
     speeds = Table(
-        "Speed, of decode steps with given tokens", (*head, "verdict") if gate else head,
+        "Speed, of decode steps with given tokens",
+        (*head, "verdict") if gate else head,
         tuple(_row(line, gate) for line in found.lines),
         f"Ratio with its 95 % interval over {len(trial['processes'][0])} pairs of processes in ABBA order and their "
         f"{one['repeats']} repeats of {one['steps']} steps each."
         + (f" {REGRESSION} only where the whole interval lies below {FLOOR}." if gate else ""),
-    )  # fmt: skip
+    )
     counters = tuple(
-        Table(f"What a repeat counted, {line.name}", ("counter", first["name"], second["name"]),
-              tuple((name, _number(a), _number(b)) for name, a, b in line.counters))
+        Table(
+            f"What a repeat counted, {line.name}",
+            ("counter", first["name"], second["name"]),
+            tuple((name, _number(a), _number(b)) for name, a, b in line.counters),
+        )
         for line in found.lines
-    )  # fmt: skip
+    )
     made = one["model"] or f"{one['layers']} layers of OLMoE-1B-7B's size, random weights"
     facts = [("model", made), ("link", one["link"]), ("processor", str(one["cpu"])), ("PyTorch", one["torch"])]
     facts.insert(0, ("GPU", "none" if one["gpu"] is None else f"{one['gpu']['name']} ({one['gpu']['uuid']})"))

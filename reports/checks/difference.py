@@ -88,9 +88,11 @@ def _surroundings(first: Results, second: Results) -> Table:
         ("preset", first.preset, second.preset),
         ("scope", one.scope, other.scope),
         ("machine", machine(one), machine(other)),
-        *((what, one.environment.get(what), other.environment.get(what))
-          for what in ("python", "platform", "git_commit", "git_dirty")),
-    ]  # fmt: skip
+        *(
+            (what, one.environment.get(what), other.environment.get(what))
+            for what in ("python", "platform", "git_commit", "git_dirty")
+        ),
+    ]
     packages = one.environment["packages"], other.environment["packages"]
     facts += [(f"package {n}", packages[0].get(n), packages[1].get(n)) for n in sorted({*packages[0], *packages[1]})]
     rows = tuple((what, str(a), str(b)) for what, a, b in facts if a != b)

@@ -130,10 +130,14 @@ def read(run: Path) -> Results:
     besides = tuple(record for record in records if record.config.get("kind") == "beside")
     apart = {record.id for record in (*controls, *shapes, *besides)}
     return Results(
-        preset, tuple(record for record in records if record.id not in apart),
-        tuple((label, why.text) for label, why in absent), controls,
-        tuple((label, why.log_tail) for label, why in absent if why.log_tail), shapes, besides,
-    )  # fmt: skip
+        preset,
+        tuple(record for record in records if record.id not in apart),
+        tuple((label, why.text) for label, why in absent),
+        controls,
+        tuple((label, why.log_tail) for label, why in absent if why.log_tail),
+        shapes,
+        besides,
+    )
 
 
 class Why(NamedTuple):

@@ -10,7 +10,7 @@ from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
 from reports.plots import forest
 from reports.sections import clock, controls, references, sentences, synthetic
-from reports.sections.family_sections import chapter
+from reports.sections.family_sections import family_sections
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, likeness
 
@@ -24,7 +24,7 @@ def build(results: Results) -> Report:
     broken = controls.broken(results)
     sections = [
         *(_overview(results, paper, trusted=not broken) if results.records else ()),
-        *(section for model in results.models for section in chapter(results, model, paper)),
+        *(section for model in results.models for section in family_sections(results, model, paper)),
         *synthetic.chapters(results, paper, trusted=not broken),
         *clock.sections(results),
         *references.sections(results),
@@ -67,7 +67,7 @@ def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Se
             "Overview",
             (
                 f"The margin was fixed before the run: a loss is negligible if the whole 95 % interval of the paired "
-                f"difference to full K lies above -{margin:g} point. \"Not shown\" means that it reaches below. No "
+                f'difference to full K lies above -{margin:g} point. "Not shown" means that it reaches below. No '
                 "speed stands here without its accuracy.",
             ),
             (overview.families(results, margin),),
@@ -75,7 +75,7 @@ def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Se
         ),
         Section("Verdicts", (RULE,), (overview.verdicts(results, paper, trusted),)),
         Section("What so many questions can show", (), (overview.shows(results, margin),), level=3, folded=True),
-    ]  # fmt: skip
+    ]
 
 
 def _seeds(results: Results, margin_points: float) -> list[Section]:
@@ -136,11 +136,13 @@ def _provenance(paper: dict[str, Any]) -> Section:
         tuple(
             f"{who}: {'; '.join(known[key])}."
             for who, key in (
-                (f"The paper's ({paper['citation']})", "paper"), ("Reported second-hand", "secondary"),
-                ("Ours", "ours"), ("Unknown to us", "unknown"),
+                (f"The paper's ({paper['citation']})", "paper"),
+                ("Reported second-hand", "secondary"),
+                ("Ours", "ours"),
+                ("Unknown to us", "unknown"),
             )
         ),
-    )  # fmt: skip
+    )
 
 
 def _facts(results: Results) -> tuple[tuple[str, str], ...]:
@@ -156,8 +158,12 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
         ("cells", f"{len(made)} recorded, {len(results.absent)} without a record"),
         ("scope", "; ".join(dict.fromkeys(f"{r.scope}, weights {r.weights}" for r in made))),
         ("code", f"{', '.join(commits)}{' (with changes not committed)' if dirty else ''}"),
-        ("machine", f"{record.environment['cpu']}, {record.environment['cores']} cores, GPU "
-                    f"{record.environment['gpu']}" if len(machines) == 1 else f"{len(machines)} unlike machines"),
+        (
+            "machine",
+            f"{record.environment['cpu']}, {record.environment['cores']} cores, GPU {record.environment['gpu']}"
+            if len(machines) == 1
+            else f"{len(machines)} unlike machines",
+        ),
         ("packages", ", ".join(f"{name} {number}" for name, number in packages.items() if number)),
         ("time and bandwidth", "; ".join(record.config["profile_sources"])),
-    )  # fmt: skip
+    )

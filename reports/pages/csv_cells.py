@@ -10,8 +10,21 @@ from reports.elements.page import Table
 from reports.verdict import machine
 from suites.record import Record
 
-FIELDS = ("id", "scope", "weights", "model", "geometry", "task", "strategy", "gamma", "lossless", "hardware", "budget",
-          "slots", "seed")  # fmt: skip
+FIELDS = (
+    "id",
+    "scope",
+    "weights",
+    "model",
+    "geometry",
+    "task",
+    "strategy",
+    "gamma",
+    "lossless",
+    "hardware",
+    "budget",
+    "slots",
+    "seed",
+)
 SCRIPT = ("link_gb_per_s", "link_measured_gb_per_s", "fallback_asked", "moe_layers", "real_moe_layers")
 
 

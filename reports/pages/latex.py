@@ -10,8 +10,14 @@ from reports.data.groups import Group
 from reports.data.results import Results
 from reports.verdict import stamp
 
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-           "≥": r"$\geq$", "×": r"$\times$"} | {c: f"\\{c}" for c in "&%$#_{}"}  # fmt: skip
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "≥": r"$\geq$",
+    "×": r"$\times$",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
 
 
 def escape(text: str) -> str:
@@ -31,9 +37,7 @@ def tables(results: Results, alarm: str | None) -> str:
 def _accuracy(results: Results) -> str:
     """Rows are the methods that can change an answer, columns the tasks of each model; scores in percent."""
     columns = [(model, task) for model in results.models for task in results.tasks(model)]
-    methods = dict.fromkeys(
-        name(g[0]) for model in results.models for g in _scored(results, model)
-    )  # fmt: skip
+    methods = dict.fromkeys(name(g[0]) for model in results.models for g in _scored(results, model))
     rows = []
     for method in methods:
         cells = []
@@ -56,9 +60,11 @@ def _scored(results: Results, model: str, **wanted: str) -> list[Group]:
 def _speed(results: Results) -> str:
     """Rows are strategies, for each model its speedup, loss and fallbacks: never a speed without its accuracy."""
     methods = dict.fromkeys(
-        name(g[0]) for model in results.models for g in groups.own(results, "smallest", model)
+        name(g[0])
+        for model in results.models
+        for g in groups.own(results, "smallest", model)
         if g[0].strategy != "resident"
-    )  # fmt: skip
+    )
     rows = []
     for method in methods:
         cells: list[str] = []
@@ -97,9 +103,20 @@ def _table(caption: str, label: str, heads: list[tuple[str, int]], second: list[
             rules.append(f"\\cmidrule(lr){{{column}-{column + width - 1}}}")
         column += width
     lines = [
-        "\\begin{table*}[t]", "\\centering", f"\\caption{{{caption}}}", f"\\label{{{label}}}",
-        "\\resizebox{\\textwidth}{!}{%", f"\\begin{{tabular}}{{l{'r' * (len(second) - 1)}}}", "\\toprule",
-        f"{' & '.join(spans)} \\\\", " ".join(rules), f"{' & '.join(second)} \\\\", "\\midrule",
-        *(f"{' & '.join(row)} \\\\" for row in rows), "\\bottomrule", "\\end{tabular}}", "\\end{table*}",
-    ]  # fmt: skip
+        "\\begin{table*}[t]",
+        "\\centering",
+        f"\\caption{{{caption}}}",
+        f"\\label{{{label}}}",
+        "\\resizebox{\\textwidth}{!}{%",
+        f"\\begin{{tabular}}{{l{'r' * (len(second) - 1)}}}",
+        "\\toprule",
+        f"{' & '.join(spans)} \\\\",
+        " ".join(rules),
+        f"{' & '.join(second)} \\\\",
+        "\\midrule",
+        *(f"{' & '.join(row)} \\\\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}}",
+        "\\end{table*}",
+    ]
     return "\n".join(lines) + "\n"

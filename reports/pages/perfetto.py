@@ -16,9 +16,11 @@ def trace(results: Results) -> str:
     """JSON; a process for each strategy on each model's first task, with rows for link, GPU and CPU."""
     events: list[dict[str, Any]] = []
     records = [
-        record for model in results.models for record in results.pick(model=model, task=results.tasks(model)[0])
+        record
+        for model in results.models
+        for record in results.pick(model=model, task=results.tasks(model)[0])
         if record.timeline and not record.config["swept"]
-    ]  # fmt: skip
+    ]
     for process, record in enumerate(records, 1):
         events.append(_named("process_name", process, 0, f"{record.model} {record.task} {name(record)}"))
         events += [

@@ -45,9 +45,12 @@ def markdown(report: Report, figures: bool = True) -> str:
 
 def _render(template: str, report: Report) -> str:
     templates = Environment(
-        loader=PackageLoader("reports.pages"), autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined,
-        trim_blocks=False, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=PackageLoader("reports.pages"),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=False,
+        keep_trailing_newline=True,
+    )
     templates.filters |= {"cell": _cell, "code": _code, "marked": _marked}
     return templates.get_template(template).render(report=report).lstrip()
 

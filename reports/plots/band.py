@@ -24,16 +24,24 @@ def by_rate(records: list[Record], claim: dict[str, Any]) -> Figure | None:
     """One geometry's sweep over the fallback rate; None if there is none."""
     lines = [
         (flavour, 100 * rate_of(record), measured)
-        for record in sweep(records) for flavour in FLAVOURS if (measured := over(records, record, flavour))
-    ]  # fmt: skip
+        for record in sweep(records)
+        for flavour in FLAVOURS
+        if (measured := over(records, record, flavour))
+    ]
     if not lines:
         return None
     with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(7.5, 4.2))
         axes.axhspan(
-            claim["low"], claim["high"], facecolor=GREY, alpha=0.35, hatch="//", edgecolor=GREY, linewidth=0,
+            claim["low"],
+            claim["high"],
+            facecolor=GREY,
+            alpha=0.35,
+            hatch="//",
+            edgecolor=GREY,
+            linewidth=0,
             label="published band",
-        )  # fmt: skip
+        )
         rates = [100 * n / (POINTS - 1) for n in range(POINTS)]
         most = max(rate for _, rate, _ in lines)
         shown = [rate for rate in rates if rate <= max(most, 10)]
@@ -43,9 +51,16 @@ def by_rate(records: list[Record], claim: dict[str, Any]) -> Figure | None:
             if mine:
                 bars = [[m.value - m.low for _, m in mine], [m.high - m.value for _, m in mine]]
                 axes.errorbar(
-                    [rate for rate, _ in mine], [m.value for _, m in mine], yerr=bars, fmt=f"{mark}-", color=colour,
-                    markersize=6, capsize=2.5, elinewidth=1, label=f"over {flavour}",
-                )  # fmt: skip
+                    [rate for rate, _ in mine],
+                    [m.value for _, m in mine],
+                    yerr=bars,
+                    fmt=f"{mark}-",
+                    color=colour,
+                    markersize=6,
+                    capsize=2.5,
+                    elinewidth=1,
+                    label=f"over {flavour}",
+                )
         axes.set_xlabel("tokens that fall back (%)")
         axes.set_ylabel("speedup (decode)")
         legend_above(axes, 4)

@@ -33,15 +33,31 @@ def histogram(results: Results, model: str) -> Figure | None:
     with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(7.5, 3.6))
         for region, colour, hatch, label in (
-            (True, ORANGE, "//", "below gamma: falls back"), (False, BLUE, "", "accepted"),
-        ):  # fmt: skip
+            (True, ORANGE, "//", "below gamma: falls back"),
+            (False, BLUE, "", "accepted"),
+        ):
             inside = [edge for edge, is_below in zip(edges, below, strict=True) if is_below == region]
             heights = [100 * bins[edge] / tokens for edge in inside]
-            axes.bar(inside, heights, width, align="edge", color=colour, hatch=hatch, edgecolor="white", linewidth=0,
-                     label=label)  # fmt: skip
+            axes.bar(
+                inside,
+                heights,
+                width,
+                align="edge",
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0,
+                label=label,
+            )
         axes.axvline(gamma, color=INK, linewidth=1, linestyle="--")
-        axes.annotate(f"gamma {gamma:g}", (gamma, axes.get_ylim()[1]), textcoords="offset points", xytext=(-4, -4),
-                      ha="right", color=INK)  # fmt: skip
+        axes.annotate(
+            f"gamma {gamma:g}",
+            (gamma, axes.get_ylim()[1]),
+            textcoords="offset points",
+            xytext=(-4, -4),
+            ha="right",
+            color=INK,
+        )
         axes.set_xlim(0, 1)
         axes.set_xlabel("confidence of the little pass")
         axes.set_ylabel("tokens (%)")

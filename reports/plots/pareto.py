@@ -65,13 +65,19 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         _, fastest = max(((x.value, shown) for shown, kind, x, _ in points if kind == "lossless"), default=(0, ""))
         named(
             axes,
-            [(shown.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value) for shown, kind, x, y in points
-             if kind != "lossless" or shown == fastest],
-        )  # fmt: skip
+            [
+                (shown.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value)
+                for shown, kind, x, y in points
+                if kind != "lossless" or shown == fastest
+            ],
+        )
         rows = tuple(
-            (shown, *(f"{n:.4f}" for n in (x.value, x.low, x.high, y.value, y.low, y.high)),
-             "yes" if (x.value, y.value) in edge else "no")
+            (
+                shown,
+                *(f"{n:.4f}" for n in (x.value, x.low, x.high, y.value, y.low, y.high)),
+                "yes" if (x.value, y.value) in edge else "no",
+            )
             for shown, _, x, y in points
-        )  # fmt: skip
+        )
         head = ("strategy", "speedup", "low", "high", "points", "low", "high", "on the front")
         return figure(f"pareto-{model}", CAPTION, drawn, Table("Accuracy against speed", head, rows))

@@ -36,8 +36,17 @@ def token_time(results: Results, model: str) -> Figure | None:
         left = [0.0] * len(bars)
         for label, colour, hatch in kinds:
             widths = [parts.get(label, 0.0) for _, parts in bars]
-            axes.barh(range(len(bars)), widths, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0,
-                      height=0.72, label=label)  # fmt: skip
+            axes.barh(
+                range(len(bars)),
+                widths,
+                left=left,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0,
+                height=0.72,
+                label=label,
+            )
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_yticks(range(len(bars)), [label for label, _ in bars])
         axes.invert_yaxis()

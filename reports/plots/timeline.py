@@ -55,8 +55,9 @@ def token_timeline(results: Results, model: str) -> Figure | None:
         used = {row[1] for row in rows}
         handles = [
             plt.Rectangle((0, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
-            for what, (label, colour, _, hatch) in KINDS.items() if what in used
-        ]  # fmt: skip
+            for what, (label, colour, _, hatch) in KINDS.items()
+            if what in used
+        ]
         drawn.legend(handles=handles, ncols=len(handles), frameon=False, loc="upper right")
         drawn.tight_layout()
         data = Table("Spans of the timeline", ("strategy", "what", "start ms", "milliseconds"), tuple(rows))

@@ -83,10 +83,24 @@ def errors(cells: Sequence[Record]) -> Table:
     """Every cell: time per token and to the first one, predicted and measured."""
     return Table(
         "Predicted and measured",
-        ("geometry", "link", "strategy", "routing", "budget", "fallbacks", "TPOT ms, predicted", "measured", "error",
-         "TTFT ms, predicted", "measured", "error", "MB/token, predicted", "measured"),
+        (
+            "geometry",
+            "link",
+            "strategy",
+            "routing",
+            "budget",
+            "fallbacks",
+            "TPOT ms, predicted",
+            "measured",
+            "error",
+            "TTFT ms, predicted",
+            "measured",
+            "error",
+            "MB/token, predicted",
+            "measured",
+        ),
         tuple(map(_errors, cells)),
-    )  # fmt: skip
+    )
 
 
 def _errors(record: Record) -> tuple[str, ...]:
@@ -137,10 +151,17 @@ def _near(record: Record, of: str, gb_per_s: float, aimed: bool) -> tuple[str, .
     copies = row_copy_gb_per_s(record)
     share = gb_per_s / copies
     return (
-        record.model, link_of(record), name(record), record.task.removesuffix(" routing"), record.budget, of,
-        f"{gb_per_s:.3f}", f"{copies:.3f}", percent(share),
+        record.model,
+        link_of(record),
+        name(record),
+        record.task.removesuffix(" routing"),
+        record.budget,
+        of,
+        f"{gb_per_s:.3f}",
+        f"{copies:.3f}",
+        percent(share),
         ("met" if share >= NEAR else "not met") if aimed else "-",
-    )  # fmt: skip
+    )
 
 
 def profiles(cells: Sequence[Record]) -> Table:

@@ -94,9 +94,7 @@ def checks(results: Results) -> Table:
 def broken(results: Results) -> list[str]:
     """Everything that makes the page untrustworthy, one clause each; empty where all controls held."""
     found = [check for check, result in checks(results).rows if result.startswith("BROKEN")]
-    found += [
-        f"canary: {c.says} ({c.record.model}, {c.record.task})" for c in canaries(results) if c.held is False
-    ]  # fmt: skip
+    found += [f"canary: {c.says} ({c.record.model}, {c.record.task})" for c in canaries(results) if c.held is False]
     for model in results.values("model"):
         above = [row for row in speed.ceilings(results, model).rows if row[-1] != "yes"]
         for strategy in dict.fromkeys(row[1] for row in above):

@@ -44,6 +44,4 @@ def marked(text: str, spans: tuple[tuple[int, int], ...]) -> tuple[Run, ...]:
     for start, end in spans:
         fell_back[start:end] = [True] * len(fell_back[start:end])
     edges = [0, *(i for i in range(1, len(text)) if fell_back[i] != fell_back[i - 1]), len(text)]
-    return tuple(
-        Run(text[a:b], fell_back[a]) for a, b in pairwise(edges) if b > a
-    )  # fmt: skip
+    return tuple(Run(text[a:b], fell_back[a]) for a, b in pairwise(edges) if b > a)

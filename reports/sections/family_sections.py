@@ -35,7 +35,7 @@ EXAMPLES = (
 )
 
 
-def chapter(results: Results, model: str, paper: dict[str, Any]) -> list[Section]:
+def family_sections(results: Results, model: str, paper: dict[str, Any]) -> list[Section]:
     """A heading with the numbers that matter, then its parts, most of them folded away."""
     margin, first = paper["accuracy"]["margin_points"], results.pick(model=model)[0]
     stands = (
@@ -51,12 +51,16 @@ def chapter(results: Results, model: str, paper: dict[str, Any]) -> list[Section
             f"{model}: accuracy against speed",
             (),
             (scores.gammas(results, model, margin),),
-            tuple(f for f in (pareto.accuracy_against_speed(results, model),
-                              confidence.histogram(results, model)) if f),
+            tuple(
+                f for f in (pareto.accuracy_against_speed(results, model), confidence.histogram(results, model)) if f
+            ),
             level=3,
         ),
         Section(
-            f"{model}: examples of disagreement", (EXAMPLES,) if examples else (), examples=examples, level=3,
+            f"{model}: examples of disagreement",
+            (EXAMPLES,) if examples else (),
+            examples=examples,
+            level=3,
             folded=True,
         ),
         Section(
@@ -69,8 +73,10 @@ def chapter(results: Results, model: str, paper: dict[str, Any]) -> list[Section
         Section(
             f"{model}: speed by task, and the ceiling of the link",
             (),
-            (*(speed.by_task(results, model, budget) for budget in results.budgets(model)[:1]),
-             speed.ceilings(results, model)),
+            (
+                *(speed.by_task(results, model, budget) for budget in results.budgets(model)[:1]),
+                speed.ceilings(results, model),
+            ),
             level=3,
             folded=True,
         ),
@@ -83,7 +89,7 @@ def chapter(results: Results, model: str, paper: dict[str, Any]) -> list[Section
             folded=True,
         ),
         _foresight(results, model),
-    ]  # fmt: skip
+    ]
     return [
         Section(model, (stands, sentences.arithmetic(results, model))),
         *(part for part in parts_of if not part.empty),
@@ -94,9 +100,10 @@ def _foresight(results: Results, model: str) -> Section:
     tables = tuple(foreseen.by_strategy(results, model, budget) for budget in results.budgets(model))
     tables = tuple(table for table in (*tables, foreseen.by_layer(results, model)) if table.rows)
     figures = tuple(
-        figure for figure in (foresight.recall_by_depth(results, model), foresight.hits_by_memory(results, model))
+        figure
+        for figure in (foresight.recall_by_depth(results, model), foresight.hits_by_memory(results, model))
         if figure
-    )  # fmt: skip
+    )
     return Section(
         f"{model}: what can be foreseen, and what a cache holds",
         (FORESIGHT,) if tables else (),

@@ -41,7 +41,7 @@ def plain(results: Results) -> Table:
     """Each geometry: stock rows, then ours."""
     rows = []
     for model in dict.fromkeys(record.model for record in results.besides):
-        rows += [_stock(r) for r in results.besides if r.model == model and r.strategy != COST]  # fmt: skip
+        rows += [_stock(r) for r in results.besides if r.model == model and r.strategy != COST]
         rows += [_ours(r) for r in main(results.shapes) if r.model == model and _comparable(r)]
     head = ("geometry", "MoE layers", "what", "device memory", "fallbacks", "TPOT ms", "tokens/s", "TTFT ms", "how")
     return Table("The same sizes with plain Transformers, and here", head, tuple(rows))
@@ -92,6 +92,14 @@ def engine(besides: tuple[Record, ...]) -> Table:
                     ("met" if met else "not met") if ours else "-",
                 )
             )
-    head = ("geometry", "stock experts", "layers", "stock step ms", "engine's step ms", "difference us a layer",
-            "quartiles", "aim")  # fmt: skip
+    head = (
+        "geometry",
+        "stock experts",
+        "layers",
+        "stock step ms",
+        "engine's step ms",
+        "difference us a layer",
+        "quartiles",
+        "aim",
+    )
     return Table("Everything resident: the engine against stock", head, tuple(rows))

@@ -61,11 +61,14 @@ def chapters(results: Results, paper: dict[str, Any], trusted: bool) -> list[Sec
     return [
         Section("Shapes: wall-clock speed of the real sizes", (METHOD,), (shapes.families(list(results.shapes)),)),
         Section(
-            "Shapes: beside the published band", (verdict.RULE,), (type(judged)(judged.caption, judged.head, rows),),
-            level=3, folded=True,
+            "Shapes: beside the published band",
+            (verdict.RULE,),
+            (type(judged)(judged.caption, judged.head, rows),),
+            level=3,
+            folded=True,
         ),
         *(section for own in of.values() for section in _chapter(own, paper)),
-    ]  # fmt: skip
+    ]
 
 
 def _chapter(records: list[Record], paper: dict[str, Any]) -> list[Section]:
@@ -79,11 +82,14 @@ def _chapter(records: list[Record], paper: dict[str, Any]) -> list[Section]:
             level=3,
         ),
         Section(
-            f"{first.model}, synthetic: the fallback rate", (), (shapes.by_rate(records),), (drawn,) if drawn else (),
+            f"{first.model}, synthetic: the fallback rate",
+            (),
+            (shapes.by_rate(records),),
+            (drawn,) if drawn else (),
             level=3,
         ),
         Section(f"{first.model}, synthetic: other routing", (), (shapes.by_routing(records),), level=3, folded=True),
-    ]  # fmt: skip
+    ]
     return [Section(f"{first.model}, synthetic", (_stands(records),)), *(part for part in parts if not part.empty)]
 
 

@@ -42,8 +42,18 @@ def families(results: Results, margin_points: float) -> Table:
                 *(ratio(speedup(own, bases[base])) if own and base in bases else "-" for base in FLAVOURS),
             )
         )
-    head = ("model", "timed as", "experts / K", "n", "full K %", "static K/2 less full K", "MoBiLE less full K",
-            f"within {margin_points:g} point", "fallbacks", *(f"over {base}" for base in FLAVOURS))  # fmt: skip
+    head = (
+        "model",
+        "timed as",
+        "experts / K",
+        "n",
+        "full K %",
+        "static K/2 less full K",
+        "MoBiLE less full K",
+        f"within {margin_points:g} point",
+        "fallbacks",
+        *(f"over {base}" for base in FLAVOURS),
+    )
     note = "All tasks together, the fewest slots each strategy needs; brackets are 95 % intervals."
     return Table("The families at a glance", head, tuple(rows), note)
 
@@ -101,10 +111,13 @@ def shows(results: Results, margin_points: float) -> Table:
         here[count(groups.full(results, model))] = f"all tasks here ({model})"
     sizes = [*PUBLISHED, *((label, size) for size, label in sorted(here.items()) if size)]
     rows = [
-        (label, f"{size:,}", *(f"±{half_width(size, d):.1f} / {100 * power(size, d, margin_points):.0f} %"
-                               for d in DISCORDANT))
+        (
+            label,
+            f"{size:,}",
+            *(f"±{half_width(size, d):.1f} / {100 * power(size, d, margin_points):.0f} %" for d in DISCORDANT),
+        )
         for label, size in sizes
-    ]  # fmt: skip
+    ]
     rows.append(("items that 80 % takes", "", *(f"about {items_needed(d, margin_points):,}" for d in DISCORDANT)))
     head = ("items", "n", *(f"{100 * d:g} % discordant" for d in DISCORDANT))
     note = (

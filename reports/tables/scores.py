@@ -18,8 +18,17 @@ SUMMED = "all tasks"
 
 
 def head(margin_points: float) -> tuple[str, ...]:
-    return ("strategy", "n", "score %", "difference to full K", "lost / gained", "McNemar p",
-            f"within {margin_points:g} point", "fallbacks", "over on-demand-overlap")  # fmt: skip
+    return (
+        "strategy",
+        "n",
+        "score %",
+        "difference to full K",
+        "lost / gained",
+        "McNemar p",
+        f"within {margin_points:g} point",
+        "fallbacks",
+        "over on-demand-overlap",
+    )
 
 
 def row(group: Group, reference: Group, base: Group | None, margin_points: float) -> tuple[str, ...]:
@@ -98,18 +107,33 @@ def seeds(results: Results, models: list[str], margin_points: float) -> Table:
         fallbacks = share(own, "fallbacks", "tokens")
         rows.append(
             (
-                model, "-" if seed is None else str(seed), str(count(own)), score(full_score),
-                points(accuracy(half, whole).difference) if half else "-", points(against.difference),
-                against.within(margin_points), percent(fallbacks), ratio(faster),
+                model,
+                "-" if seed is None else str(seed),
+                str(count(own)),
+                score(full_score),
+                points(accuracy(half, whole).difference) if half else "-",
+                points(against.difference),
+                against.within(margin_points),
+                percent(fallbacks),
+                ratio(faster),
             )
-        )  # fmt: skip
+        )
         numbers.append(
             (full_score.value, against.difference.value, 100 * (fallbacks or 0), faster.value if faster else None)
         )
     if len(rows) > 1:
         rows.append(_spread(numbers))
-    columns = ("model", "training seed", "n", "full K %", "static K/2 less full K", "MoBiLE less full K",
-               f"within {margin_points:g} point", "fallbacks", "over on-demand-overlap")  # fmt: skip
+    columns = (
+        "model",
+        "training seed",
+        "n",
+        "full K %",
+        "static K/2 less full K",
+        "MoBiLE less full K",
+        f"within {margin_points:g} point",
+        "fallbacks",
+        "over on-demand-overlap",
+    )
     note = f"On {', '.join(tasks)}; the last row is mean ± standard deviation over the trainings."
     return Table("Trainings of one family", columns, tuple(rows), note)
 
@@ -119,9 +143,16 @@ def _spread(numbers: list[tuple[float, float, float, float | None]]) -> tuple[st
     full_k, lost, fallbacks, faster = ([n for n in column if n is not None] for column in zip(*numbers, strict=True))
     ratios = f"{mean(faster):.2f} ± {stdev(faster):.2f}" if len(faster) > 1 else "-"
     return (
-        "mean ± sd", "-", "-", f"{mean(full_k):.1f} ± {stdev(full_k):.1f}", "-",
-        f"{mean(lost):+.1f} ± {stdev(lost):.1f}", "-", f"{mean(fallbacks):.1f} ± {stdev(fallbacks):.1f} %", ratios,
-    )  # fmt: skip
+        "mean ± sd",
+        "-",
+        "-",
+        f"{mean(full_k):.1f} ± {stdev(full_k):.1f}",
+        "-",
+        f"{mean(lost):+.1f} ± {stdev(lost):.1f}",
+        "-",
+        f"{mean(fallbacks):.1f} ± {stdev(fallbacks):.1f} %",
+        ratios,
+    )
 
 
 def _named(results: Results, model: str, tasks: list[str], strategy: str) -> Group:

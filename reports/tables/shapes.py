@@ -46,8 +46,21 @@ def over(records: list[Record], record: Record, flavour: str) -> Interval | None
 def by_link(records: list[Record], link: str) -> Table:
     """Every strategy over one link, on the shipped models' routing and their own fallbacks."""
     chosen = [r for r in main(records) if link_of(r) == link]
-    head = ("strategy", "budget", "slots", "fallbacks", "TPOT ms", "tokens/s", *(f"over {b}" for b in FLAVOURS),
-            "MB/token", "hits", "ceiling tokens/s", "of the ceiling", "copies GB/s", "TTFT ms")  # fmt: skip
+    head = (
+        "strategy",
+        "budget",
+        "slots",
+        "fallbacks",
+        "TPOT ms",
+        "tokens/s",
+        *(f"over {b}" for b in FLAVOURS),
+        "MB/token",
+        "hits",
+        "ceiling tokens/s",
+        "of the ceiling",
+        "copies GB/s",
+        "TTFT ms",
+    )
     return Table(f"Decode speed, {link}", head, tuple(_row(records, record) for record in chosen))
 
 
@@ -75,8 +88,19 @@ def by_routing(records: list[Record]) -> Table:
     """The same strategies on routing that was drawn, where there is some."""
     drawn = [r for r in records if r.task != MAIN]
     rows = tuple((r.task.removesuffix(" routing"), link_of(r), *_row(records, r)[:10]) for r in drawn)
-    head = ("routing", "link", "strategy", "budget", "slots", "fallbacks", "TPOT ms", "tokens/s",
-            *(f"over {b}" for b in FLAVOURS), "MB/token", "hits")  # fmt: skip
+    head = (
+        "routing",
+        "link",
+        "strategy",
+        "budget",
+        "slots",
+        "fallbacks",
+        "TPOT ms",
+        "tokens/s",
+        *(f"over {b}" for b in FLAVOURS),
+        "MB/token",
+        "hits",
+    )
     return Table("Routing drawn from a distribution", head, rows)
 
 
@@ -143,6 +167,13 @@ def families(records: list[Record]) -> Table:
                     *(ratio(over([r for r in records if r.model == record.model], record, b)) for b in FLAVOURS),
                 )
             )
-    head = ("geometry", "MoE layers made", "link", "scope", "fallbacks", "MoBiLE's TPOT ms",
-            *(f"over {b}" for b in FLAVOURS))  # fmt: skip
+    head = (
+        "geometry",
+        "MoE layers made",
+        "link",
+        "scope",
+        "fallbacks",
+        "MoBiLE's TPOT ms",
+        *(f"over {b}" for b in FLAVOURS),
+    )
     return Table("Geometries and links at a glance", head, tuple(rows))

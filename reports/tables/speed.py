@@ -42,8 +42,19 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
                 f"{total(group, 'ttft_ns') / 1e6 / count(group):,.0f}",
             )
         )
-    head = ("strategy", "answers", "slots", "prompts", "tokens/s", *(f"over {base}" for base in COMPARED), "GB/token",
-            "hits", "fallbacks", "stalled", "TTFT ms")  # fmt: skip
+    head = (
+        "strategy",
+        "answers",
+        "slots",
+        "prompts",
+        "tokens/s",
+        *(f"over {base}" for base in COMPARED),
+        "GB/token",
+        "hits",
+        "fallbacks",
+        "stalled",
+        "TTFT ms",
+    )
     return Table(f"Decode speed, {budget_title(budget)}", head, tuple(rows), _training(results, model, budget))
 
 

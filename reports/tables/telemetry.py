@@ -12,8 +12,18 @@ from reports.elements.numbers import percent
 from reports.elements.page import Table
 from suites.record import Record
 
-HEAD = ("strategy", "model", "power W", "J/token", "SM clock MHz, least", "hottest °C", "link", "clocks held down",
-        "link MB/s: card", "ledger")  # fmt: skip
+HEAD = (
+    "strategy",
+    "model",
+    "power W",
+    "J/token",
+    "SM clock MHz, least",
+    "hottest °C",
+    "link",
+    "clocks held down",
+    "link MB/s: card",
+    "ledger",
+)
 
 
 def by_strategy(results: Results) -> Table:

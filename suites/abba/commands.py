@@ -36,23 +36,26 @@ def parser() -> Parser:
     top = Parser(prog="python -m suites.abba", description=__doc__.split("\n\n")[0])
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     regression = verbs.add_parser(
-        "regression", help="the working tree against an earlier commit",
+        "regression",
+        help="the working tree against an earlier commit",
         description="Is the working tree slower than an earlier commit? The same decode steps for both, in one job.",
-    )  # fmt: skip
+    )
     regression.add_argument(
         "--base", metavar="REV", help="default: where this branch left the default branch, else the commit before HEAD"
     )
     compare = verbs.add_parser(
-        "compare", help="two strategies, or two commits",
+        "compare",
+        help="two strategies, or two commits",
         description="Set two strategies or two commits against each other: speed, counters and tokens.",
-    )  # fmt: skip
+    )
     compare.add_argument("first", metavar="A", help="a strategy's name, or a revision of this repository")
     compare.add_argument("second", metavar="B", help="another of the same kind")
     for verb in (regression, compare):
         verb.add_argument(
-            "--strategy", action="append",
+            "--strategy",
+            action="append",
             help=f"to time on both sides; may be given again (default: {', '.join(STRATEGIES)})",
-        )  # fmt: skip
+        )
         verb.add_argument(
             "--pairs", type=_pairs, default=6, help=f"processes a side, {FEWEST_PROCESSES} at least (default: 6)"
         )
@@ -99,9 +102,13 @@ def process(side: variants.Variant, before: Sequence[Path], words: list[str], ou
     path = os.pathsep.join([*map(str, before), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-P", WORKLOAD, *strategies, *words, "--out", out],  # -P: suites/ itself is no place to import
-        env={**os.environ, "PYTHONPATH": path}, cwd=out.parent, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=out.parent,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         last = done.stdout.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
@@ -112,7 +119,9 @@ def process(side: variants.Variant, before: Sequence[Path], words: list[str], ou
     return result
 
 
-def trial(both: tuple[variants.Variant, variants.Variant], pairs: int, words: list[str], console: Console) -> dict[str, Any]:
+def trial(
+    both: tuple[variants.Variant, variants.Variant], pairs: int, words: list[str], console: Console
+) -> dict[str, Any]:
     """Every process of both sides, in order; the trees that had to be checked out are gone afterwards."""
     turns, results = order(pairs), ([], [])  # type: tuple[list[int], tuple[list[Any], list[Any]]]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

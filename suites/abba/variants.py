@@ -108,8 +108,9 @@ def trees(sides: tuple[Variant, Variant]) -> Iterator[list[list[Path]]]:
 def _check_out(commit: str, tree: Path) -> None:
     done = subprocess.run(
         ["git", "-C", REPOSITORY, "worktree", "add", "--quiet", "--detach", tree, commit],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise Refused(f"Git cannot check out {commit[:12]}: {done.stderr.strip()}")
 

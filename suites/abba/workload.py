@@ -37,19 +37,22 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--strategy", action="append", help="may be given again (default: mobile)")
     top.add_argument("--model", type=Path, default=SHIPPED, help=f"a checkpoint's folder (default: {SHIPPED.name})")
     top.add_argument(
-        "--layers", type=int,
+        "--layers",
+        type=int,
         help="instead of a checkpoint: so many layers of OLMoE-1B-7B's size with random bf16 weights, 0.8 GB each. "
         "Their routing means nothing, the bytes they move are real",
-    )  # fmt: skip
+    )
     top.add_argument("--slots", type=int, help="expert slots on the device (default: a quarter of all experts)")
     top.add_argument("--steps", type=int, default=64, help="decode steps in a repeat (default: 64)")
     top.add_argument("--repeats", type=int, default=5, help="timed repeats (default: 5)")
     top.add_argument("--warm-up", type=int, default=1, help="untimed repeats before them (default: 1)")
     top.add_argument(
-        "--link", choices=("auto", "cuda", "paced", "virtual"), default="auto",
+        "--link",
+        choices=("auto", "cuda", "paced", "virtual"),
+        default="auto",
         help="auto: cuda with a GPU; without one paced, which sleeps for as long as a PCIe 4.0 copy would take. With "
         "virtual nothing sleeps, and the time is what the processor takes",
-    )  # fmt: skip
+    )
     top.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     return top
 
@@ -123,9 +126,16 @@ def quarter(config: Any) -> int:
 def layers_of_olmoe(number: int) -> tuple[Any, Any]:
     """OLMoE-1B-7B cut down to `number` layers, with the same random weights every time."""
     config = OlmoeConfig(
-        num_hidden_layers=number, vocab_size=1024, hidden_size=2048, intermediate_size=1024, num_attention_heads=16,
-        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, eos_token_id=None,
-    )  # fmt: skip
+        num_hidden_layers=number,
+        vocab_size=1024,
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=64,
+        num_experts_per_tok=8,
+        eos_token_id=None,
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval(), config
 
@@ -187,9 +197,12 @@ def timed(options: argparse.Namespace, device: str, link: str) -> Iterator[dict[
             repeat(model, ids)
         repeats, written = zip(*(repeat(model, ids) for _ in range(options.repeats)), strict=True)
         yield {
-            "strategy": name, "slots": slots, "repeats": repeats, "written": written[-1],
+            "strategy": name,
+            "slots": slots,
+            "repeats": repeats,
+            "written": written[-1],
             "ids_sha256": hashlib.sha256(json.dumps(numbers).encode()).hexdigest(),
-        }  # fmt: skip
+        }
         mobile.detach(model)
 
 
@@ -201,9 +214,12 @@ def main() -> None:
         torch.set_num_threads(1)  # so that the machine's other cores do not decide
     work = {name: getattr(options, name) for name in ("layers", "steps", "repeats", "warm_up")}
     result = {
-        **surroundings(), **work, "link": link, "model": options.model.name if options.layers is None else None,
+        **surroundings(),
+        **work,
+        "link": link,
+        "model": options.model.name if options.layers is None else None,
         "strategies": list(timed(options, device, link)),
-    }  # fmt: skip
+    }
     partial = options.out.with_name(f"{options.out.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(options.out)

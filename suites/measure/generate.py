@@ -17,7 +17,7 @@ from mobile.live_model.compat import MoeLayer, common_layout, geometry_of, moe_l
 from mobile.policies.strategy import Strategy, resolve, strategies
 from mobile.replay import trace
 from mobile.replay.replay import time_requests
-from suites.budget import bench
+from suites.budget import replay_setup
 from suites.plan.cells import Generation
 from suites.record import RunFolder, write_json
 from suites.scoring.lm_eval import EngineLM, evaluate, first_tokens, generate, task_config
@@ -40,7 +40,7 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     own = geometry_of(model, layers, common_layout(layers))
     if generation.scrambled:
         scramble(layers, generation.seed)
-    mobile.attach(model, strategy, slots=strategy.needs(own))
+    mobile.attach(model, strategy, slots=strategy.min_slots(own))
     lm = EngineLM(model, tokenizer, BATCH)
     answers = evaluate(lm, generation.task, generation.docs, generation.folder)
     mobile.detach(model)
@@ -55,9 +55,12 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "geometry": asdict(own), "model": generation.model.name, "strategy": strategy.name, "gamma": generation.gamma,
+        "geometry": own.as_record(),
+        "model": generation.model.name,
+        "strategy": strategy.name,
+        "gamma": generation.gamma,
         "docs": generation.docs,
-    }  # fmt: skip
+    }
     trace.save(path, requests, own.moe_layers, about)
     write_json(
         folder.answers(generation.id),
@@ -111,20 +114,27 @@ def spans_of(
 
 
 def _checks(
-    generation: Generation, strategy: Strategy, own: Geometry, hardware: str, model: Any, tokenizer: Any,
-    prompt: str, request: trace.Request, written: list[int],
-) -> Iterator[tuple[str, bool]]:  # fmt: skip
+    generation: Generation,
+    strategy: Strategy,
+    own: Geometry,
+    hardware: str,
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    request: trace.Request,
+    written: list[int],
+) -> Iterator[tuple[str, bool]]:
     """Begin one item again, alone, under each strategy this generation stands for: same tokens, same ledger as replay.
 
     The batch's numbers may differ from a single row's in their last bits, so this is looked at, not assumed.
     """
-    same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.foresight]
-    stands_for = same_routing if strategy.routes_as_full_k else [strategy]
+    same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.needs_future]
+    layer_map = same_routing if strategy.routes_as_full_k else [strategy]
     options = task_config(generation.task, generation.folder)["generation_kwargs"]
     options = {**options, "max_gen_toks": min(options["max_gen_toks"], CHECKED_TOKENS)}
     begun = first_tokens(request, CHECKED_TOKENS)
-    for one in stands_for:
-        on = bench(one, own, generation.model.geometry, profile(hardware), "smallest")
+    for one in layer_map:
+        on = replay_setup(one, own, generation.model.geometry, profile(hardware), "smallest")
         mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
         [(_, ids)] = generate(model, tokenizer, [prompt], options)
         model.mobile.residency.end_token()

@@ -23,7 +23,7 @@ from mobile.ledger import Counters
 from mobile.live_model.compat import common_layout, geometry_of, moe_layers
 from mobile.machine.gpu import cuda_uuid, link_rates
 from mobile.policies.strategy import resolve
-from suites.budget import bench, is_memory, memory_on
+from suites.budget import is_memory, memory_on, replay_setup
 from suites.environment import environment
 from suites.measure.generate import shown, spans_of
 from suites.measure.replayed import record_of
@@ -117,19 +117,26 @@ def load(cell: Cell) -> Loaded:
             "real checkpoint, or another geometry."
         )
     card, strategy = profile(cell.hardware), resolve(cell.strategy, cell.gamma)
-    worn = asked.geometry if cell.link == "virtual" else None
+    charged = asked.geometry if cell.link == "virtual" else None
     room: dict[str, Any] = {"memory": cell.budget}
     if is_memory(cell.budget) and real:
         room = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
     if not is_memory(cell.budget):
-        room = {"slots": bench(strategy, own, worn, card, cell.budget).slots}
+        room = {"slots": replay_setup(strategy, own, charged, card, cell.budget).slots}
     measured = link_rates() if real else None
     if not real:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     model = mobile.load(
-        folder, strategy, **room, hardware=cell.hardware, link=str(cell.link), geometry=worn, progress=False,
-        device="cuda" if real else "cpu", dtype=dtype,
-    )  # fmt: skip
+        folder,
+        strategy,
+        **room,
+        hardware=cell.hardware,
+        link=str(cell.link),
+        geometry=charged,
+        progress=False,
+        device="cuda" if real else "cpu",
+        dtype=dtype,
+    )
     rate = card.link_gb_per_s if not real else measured.pinned_gb_per_s if measured is not None else None
     return Loaded(model, AutoTokenizer.from_pretrained(folder), folder.name, rate)
 
@@ -165,26 +172,42 @@ def record(cell: Cell, loaded: Loaded) -> Record:
         ids = lm.written[answer.prompt_sha256]
         items.append(
             Item(
-                **asdict(answer), prompt=shown(generation, lm.prompts[answer.prompt_sha256]),
+                **asdict(answer),
+                prompt=shown(generation, lm.prompts[answer.prompt_sha256]),
                 fallback_spans=tuple(spans_of(clock.fell, ids, loaded.tokenizer, answer.output)),
-                prompt_tokens=taken.prompt_tokens, decode_tokens=taken.tokens, fallbacks=taken.fallbacks,
-                ttft_ns=clock.times[0] - clock.begun, decode_ns=clock.times[-1] - clock.times[0],
+                prompt_tokens=taken.prompt_tokens,
+                decode_tokens=taken.tokens,
+                fallbacks=taken.fallbacks,
+                ttft_ns=clock.times[0] - clock.begun,
+                decode_ns=clock.times[-1] - clock.times[0],
                 decode_bytes=taken.decode_bytes,
             )
-        )  # fmt: skip
+        )
     return record_of(
-        cell, strategy, engine.geometry, hardware=engine.hardware.name, slots=engine.slots, rate=loaded.link_gb_per_s,
+        cell,
+        strategy,
+        engine.geometry,
+        hardware=engine.hardware.name,
+        slots=engine.slots,
+        rate=loaded.link_gb_per_s,
         items=tuple(items),
         config={
-            "generation": None, "control": None, "batch_of_generation": 1, "confidence_histogram": None,
-            "timing": "live, each strategy on its own answers", "processes": 1,
+            "generation": None,
+            "control": None,
+            "batch_of_generation": 1,
+            "confidence_histogram": None,
+            "timing": "live, each strategy on its own answers",
+            "processes": 1,
             "warmup": {"tokens": len(lm.warm_up.times), "ns": lm.warm_up.times[-1] - lm.warm_up.begun},
             "link_measured_gb_per_s": loaded.link_gb_per_s if cell.link == "cuda" else None,
             "link_page_locked": getattr(getattr(engine.link, "channel", None), "page_locked", None),
             "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
             "profile_sources": [] if cell.link == "cuda" else list(engine.hardware.sources),
-            "hub": generation.model.hub, "revision": loaded.found if generation.model.hub is not None else None,
+            "hub": generation.model.hub,
+            "revision": loaded.found if generation.model.hub is not None else None,
         },
-        environment={**environment(), "telemetry": telemetry()}, counters=engine.stats(), ledger=engine.ledger,
+        environment={**environment(), "telemetry": telemetry()},
+        counters=engine.stats(),
+        ledger=engine.ledger,
         wall_seconds=time.monotonic() - begun,
-    )  # fmt: skip
+    )

@@ -147,12 +147,18 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     made = models.make(options.geometry, layers=options.layers, shrink=options.shrink, device=device)
     strategy, geometry = resolve(options.strategy), made.geometry
     script = drawn(
-        options.routing, layers=geometry.moe_layers, experts=geometry.experts, top_k=geometry.top_k, prompt_tokens=8,
-        steps=options.tokens, warmup=0, seed=0,
-    )  # fmt: skip
+        options.routing,
+        layers=geometry.moe_layers,
+        experts=geometry.experts,
+        top_k=geometry.top_k,
+        prompt_tokens=8,
+        steps=options.tokens,
+        warmup=0,
+        seed=0,
+    )
     if isinstance(strategy.gating, BigLittle):
         script = with_rate(script, options.rate, 0)
-    room = {"memory": options.memory} if options.memory else {"slots": strategy.needs(geometry)}
+    room = {"memory": options.memory} if options.memory else {"slots": strategy.min_slots(geometry)}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "trace.json"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
@@ -203,9 +209,12 @@ def named_parts(engine: Any) -> Iterator[list[int]]:
 def declare(verbs: Any) -> None:
     help_text = "where the time of a decode step goes, by torch.profiler, on a synthetic model of a real geometry"
     sub = verbs.add_parser(
-        "profile", help=help_text, description=help_text, epilog=EXAMPLES,
+        "profile",
+        help=help_text,
+        description=help_text,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     sub.add_argument("--geometry", required=True, metavar="NAME", help="olmoe-1b-7b, qwen3-30b-a3b, ...")
     sub.add_argument("--strategy", default="on-demand-overlap", metavar="NAME", help="(default: %(default)s)")
     sub.add_argument("--out", type=Path, default=Path("profile"), metavar="FOLDER", help="(default: %(default)s)")

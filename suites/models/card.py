@@ -69,10 +69,14 @@ def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
             whole = sum(item.output.strip() == worked[item.doc] for item in record.items)
             interval = binomtest(right, len(record.items)).proportion_ci(method="wilson")
             yield {
-                "task": task, "strategy": strategy, "items": len(record.items),
-                "score": 100 * right / len(record.items), "low": 100 * interval.low, "high": 100 * interval.high,
+                "task": task,
+                "strategy": strategy,
+                "items": len(record.items),
+                "score": 100 * right / len(record.items),
+                "low": 100 * interval.low,
+                "high": 100 * interval.high,
                 "whole": 100 * whole / len(record.items),
-            }  # fmt: skip
+            }
 
 
 def _shown(record: Record, model: str, task: str, strategy: str) -> bool:
@@ -89,17 +93,25 @@ def main() -> None:
     recipe = json.loads((options.folder / "recipe.json").read_text())
     family = FAMILIES[recipe["family"]]
     template = Environment(
-        loader=PackageLoader("suites", "models"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("suites", "models"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
-    ).get_template("card.md.j2")  # fmt: skip
+    ).get_template("card.md.j2")
     weights = options.folder / "model.safetensors"
     text = template.render(
-        name=options.folder.name, family=family, recipe=recipe, model=family.model.__name__, config=family.config,
+        name=options.folder.name,
+        family=family,
+        recipe=recipe,
+        model=family.model.__name__,
+        config=family.config,
         width=getattr(family.config, "moe_intermediate_size", family.config.intermediate_size),
         parameters=sum(p.numel() for p in family.model(family.config).parameters()) / 1e6,
-        megabytes=weights.stat().st_size / 1e6, use=expert_use(options.folder),
+        megabytes=weights.stat().st_size / 1e6,
+        use=expert_use(options.folder),
         scores=list(scores(options.run, options.folder.name)) if options.run else [],
-    )  # fmt: skip
+    )
     (options.folder / "README.md").write_text(text)
     print(text)
 

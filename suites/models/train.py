@@ -165,8 +165,9 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: di
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, recipe["beta2"]), foreach=True,
-    )  # fmt: skip
+        betas=(0.9, recipe["beta2"]),
+        foreach=True,
+    )
     captured: list[torch.Tensor] = []
     for module in model.modules():
         if type(module).__name__.lower().endswith("topkrouter"):

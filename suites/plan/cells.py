@@ -16,7 +16,7 @@ from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.policies.strategy import Strategy, resolve
-from mobile.residency.residency import STAGING
+from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
 from suites.record import SCOPES
@@ -27,8 +27,15 @@ from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 OVERRIDDEN = (  # a model's own, if it likes
-    "strategies", "budgets", "gammas", "caches", "shares", "canaries", "items", "fewer_items",
-)  # fmt: skip
+    "strategies",
+    "budgets",
+    "gammas",
+    "caches",
+    "shares",
+    "canaries",
+    "items",
+    "fewer_items",
+)
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,7 @@ def _cells_of(
     cards = [_card(name, link) for name in data["hardware"]]
     for found in map(profile, cards):
         for budget in set(data["budgets"]) - {"smallest"}:
-            slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), found.reserve_nbytes, STAGING)
+            slots_for(GEOMETRIES[model.geometry], parse_nbytes(budget), found.reserve_nbytes, PREFILL_BUFFERS)
     model_hash(model)
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
@@ -251,8 +258,9 @@ def _cells_of(
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
     runs = [
         (strategy, budget, False, min(items, fewer.get(strategy.name, items)))
-        for strategy in chosen for budget in _budgets(strategy, data["budgets"])
-    ]  # fmt: skip
+        for strategy in chosen
+        for budget in _budgets(strategy, data["budgets"])
+    ]
     runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 

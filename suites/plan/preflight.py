@@ -16,7 +16,7 @@ from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.machine.host import host
 from mobile.policies.strategy import resolve
-from suites.budget import SHOWN_SHARE, bench, is_memory
+from suites.budget import SHOWN_SHARE, is_memory, replay_setup
 from suites.plan.cells import Cell, Generation, Model, Preset
 from suites.synthetic import plan
 from suites.tasks.paper_tasks import REAL, remarks
@@ -49,7 +49,7 @@ def takes(preset: Preset) -> list[Takes]:
 
 def _takes(model: Model, cells: Sequence[Cell]) -> Takes:
     geometry = GEOMETRIES[model.geometry]
-    store = geometry.keys * geometry.expert_nbytes
+    store = geometry.total_experts * geometry.expert_nbytes
     return Takes(
         model=model,
         download_nbytes=0 if model.hub is None else store + geometry.resident_nbytes,
@@ -64,13 +64,13 @@ def _gpu_nbytes(geometry: Geometry, cell: Cell) -> int:
     if is_memory(cell.budget):
         return parse_nbytes(cell.budget)
     strategy = resolve(cell.strategy, cell.gamma)
-    return bench(strategy, geometry, None, profile(cell.hardware), cell.budget).memory_nbytes
+    return replay_setup(strategy, geometry, None, profile(cell.hardware), cell.budget).memory_nbytes
 
 
 def seconds_an_answer(geometry: Geometry, cell: Cell) -> float:
     """One prefill, which streams every expert once, and `ANSWER_TOKENS` tokens at the on-demand ceiling."""
     rate = profile(cell.hardware).link_gb_per_s
-    prefill = geometry.keys * geometry.expert_nbytes / (rate * GB)
+    prefill = geometry.total_experts * geometry.expert_nbytes / (rate * GB)
     return prefill + ANSWER_TOKENS / geometry.on_demand_ceiling(rate)
 
 

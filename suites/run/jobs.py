@@ -58,11 +58,14 @@ def generation_jobs(preset: Preset, run: RunFolder) -> list[Job]:
     missing = [generation for generation in preset.generations if not run.answers(generation.id).is_file()]
     return [
         _job(
-            some, "generate", run, {"hardware": preset.cells[0].hardware},
+            some,
+            "generate",
+            run,
+            {"hardware": preset.cells[0].hardware},
             online=any(not locate(one.task, one.folder) for one in some),
         )
         for some in _pieces(missing, min(RUNS_A_JOB, ceil(len(missing) / FEWEST_JOBS)))
-    ]  # fmt: skip
+    ]
 
 
 def cell_jobs(preset: Preset, run: RunFolder) -> list[Job]:
@@ -113,16 +116,21 @@ def _pieces(things: list[Any], size: int) -> list[list[Any]]:
 
 
 def _job(
-    things: Sequence[Generation | Cell | SyntheticCell | ReferenceCell], kind: str, run: RunFolder,
-    about: dict[str, Any] | None = None, **options: Any,
-) -> Job:  # fmt: skip
+    things: Sequence[Generation | Cell | SyntheticCell | ReferenceCell],
+    kind: str,
+    run: RunFolder,
+    about: dict[str, Any] | None = None,
+    **options: Any,
+) -> Job:
     """The job that does these, of one type; `about` is what else its child is told."""
     labels = {one.id: one.label for one in things}
     named = {Generation: "generations", SyntheticCell: "shapes", ReferenceCell: "besides"}.get(type(things[0]), "cells")
     return Job(
         spec={"run": str(run.path), "ids": list(labels), named: list(map(asdict, things)), **(about or {})},
-        labels=labels, log=run.log(f"{kind}-{next(iter(labels))}"), **options,
-    )  # fmt: skip
+        labels=labels,
+        log=run.log(f"{kind}-{next(iter(labels))}"),
+        **options,
+    )
 
 
 def put_damaged_aside(preset: Preset, run: RunFolder) -> Iterator[Path]:
@@ -164,10 +172,13 @@ def work(job: Job) -> list[Finished]:
             job.log.open("wb") as log,
             suppress(BrokenPipeError),
             subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "suites.run.worker"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, env={**os.environ, **job.settings},
+                [sys.executable, "-X", "faulthandler", "-m", "suites.run.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **job.settings},
             ) as child,
-        ):  # fmt: skip
+        ):
             assert child.stdin is not None
             assert child.stdout is not None
             child.stdin.write(json.dumps(job.spec).encode() + b"\n")

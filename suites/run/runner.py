@@ -116,9 +116,15 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     preset = chosen or preset
     before = _recorded(preset, run)
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), PerMinute(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        PerMinute(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_OVER_SECONDS
     ) as progress:
@@ -194,7 +200,14 @@ def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
 def _expected(preset: Preset) -> list[dict[str, Any]]:
     def named(cell: Cell | SyntheticCell | ReferenceCell) -> dict[str, Any]:
         of = cell if isinstance(cell, SyntheticCell | ReferenceCell) else cell.generation
-        return {"id": cell.id, "label": cell.label, "model": of.model.name, "task": of.task,
-                "strategy": cell.strategy, "gamma": cell.gamma, "budget": cell.budget}  # fmt: skip
+        return {
+            "id": cell.id,
+            "label": cell.label,
+            "model": of.model.name,
+            "task": of.task,
+            "strategy": cell.strategy,
+            "gamma": cell.gamma,
+            "budget": cell.budget,
+        }
 
     return [named(cell) for cell in preset.cells]

@@ -93,9 +93,14 @@ def generate(
     room = most - positions if positions else None
     ids, mask = encoded["input_ids"][:, room:], encoded["attention_mask"][:, room:]
     tokens = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False,
-        stop_strings=options["until"], tokenizer=tokenizer, streamer=streamer,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=most,
+        do_sample=False,
+        stop_strings=options["until"],
+        tokenizer=tokenizer,
+        streamer=streamer,
+    )
     written = tokens[:, ids.shape[1] :]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     for stop in options["until"]:

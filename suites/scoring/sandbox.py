@@ -59,9 +59,15 @@ def run_all(pairs: Sequence[tuple[str, str]], seconds: int = 3, memory_mb: int =
         with TemporaryDirectory(prefix="sandbox-") as folder:
             command = [sys.executable, "-P", "-s", "-S", "-X", "utf8", str(WORKER), folder]
             with subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-                cwd=folder, env={"PYTHONHASHSEED": "0"}, start_new_session=True,
-            ) as worker:  # fmt: skip
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                cwd=folder,
+                env={"PYTHONHASHSEED": "0"},
+                start_new_session=True,
+            ) as worker:
                 assert worker.stdin is not None
                 assert worker.stdout is not None
                 try:

@@ -32,15 +32,44 @@ LONGEST_REASON = 500
 
 # Audit events (a table in Python's documentation) of what no program under test may do, whatever it is about ...
 REFUSED = (
-    "socket.", "subprocess.", "ctypes.", "fcntl.", "pty.", "syslog.", "resource.setrlimit", "resource.prlimit",
-    "signal.pthread_kill", "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.spawn", "os.system", "os.putenv",
-    "gc.get_", "sys.settrace", "sys.setprofile", "sys._current_frames",
-)  # fmt: skip
+    "socket.",
+    "subprocess.",
+    "ctypes.",
+    "fcntl.",
+    "pty.",
+    "syslog.",
+    "resource.setrlimit",
+    "resource.prlimit",
+    "signal.pthread_kill",
+    "os.exec",
+    "os.fork",
+    "os.kill",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.system",
+    "os.putenv",
+    "gc.get_",
+    "sys.settrace",
+    "sys.setprofile",
+    "sys._current_frames",
+)
 # ... and of what it may do inside its folder only.
 CONFINED = (
-    "os.chflags", "os.chmod", "os.chown", "os.link", "os.lockf", "os.mkdir", "os.remove", "os.removexattr",
-    "os.rename", "os.rmdir", "os.setxattr", "os.symlink", "os.truncate", "os.utime",
-)  # fmt: skip
+    "os.chflags",
+    "os.chmod",
+    "os.chown",
+    "os.link",
+    "os.lockf",
+    "os.mkdir",
+    "os.remove",
+    "os.removexattr",
+    "os.rename",
+    "os.rmdir",
+    "os.setxattr",
+    "os.symlink",
+    "os.truncate",
+    "os.utime",
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 HIDDEN = ("ctypes", "_ctypes", "_xxsubinterpreters", "_interpreters")
 
@@ -146,11 +175,17 @@ def _child(job: dict, folder: str, answer: int, seal: bytes, walls: Walls) -> No
 
 # Linux system calls that start or disturb processes, open sockets or loosen limits. clone is allowed for threads.
 CALLS = {
-    "x86_64": (0xC000003E, 56, (41, 53, 57, 58, 59, 62, 101, 160, 161, 165, 166, 200, 234, 272, 302, 308, 311, 321,
-                                322, 424, 425)),
-    "aarch64": (0xC00000B7, 220, (198, 199, 221, 129, 130, 131, 117, 164, 51, 40, 39, 97, 261, 268, 271, 280, 281,
-                                  424, 425)),
-}  # fmt: skip
+    "x86_64": (
+        0xC000003E,
+        56,
+        (41, 53, 57, 58, 59, 62, 101, 160, 161, 165, 166, 200, 234, 272, 302, 308, 311, 321, 322, 424, 425),
+    ),
+    "aarch64": (
+        0xC00000B7,
+        220,
+        (198, 199, 221, 129, 130, 131, 117, 164, 51, 40, 39, 97, 261, 268, 271, 280, 281, 424, 425),
+    ),
+}
 CLONE3, CLONE_THREAD, ENOSYS, EPERM = 435, 0x10000, 38, 1
 RET_ALLOW, RET_ERRNO, RET_KILL = 0x7FFF0000, 0x00050000, 0x80000000
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2

@@ -41,8 +41,8 @@ def calibrated(shape: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> Hard
     base = _kept(run, [shape.link, str(dtype), asdict(sizes)], lambda: measure(device, dtype, sizes))
     if shape.link == "cuda" and shape.link_gb_per_s is None:
         return fit(base)
-    told = [shape.link, str(dtype), asdict(sizes), shape.link_gb_per_s, asdict(profile(shape.hardware))]
-    return fit(_kept(run, told, lambda: relinked(base, device, dtype, sizes, **link)))
+    settings = [shape.link, str(dtype), asdict(sizes), shape.link_gb_per_s, asdict(profile(shape.hardware))]
+    return fit(_kept(run, settings, lambda: relinked(base, device, dtype, sizes, **link)))
 
 
 def pace_of(shape: SyntheticCell) -> Pace:
@@ -52,9 +52,9 @@ def pace_of(shape: SyntheticCell) -> Pace:
     return lambda nbytes: round((card.link_latency_seconds + nbytes / (rate * 1e9)) * 1e9)
 
 
-def _kept(run: RunFolder, told: list[Any], make: Any) -> Measurements:
+def _kept(run: RunFolder, settings: list[Any], make: Any) -> Measurements:
     """What was measured under these settings by this code on a machine like this, or what is measured now."""
-    path = run.calibration(digest(*told, torch.get_num_threads(), environment()["fingerprint"], code_hash()))
+    path = run.calibration(digest(*settings, torch.get_num_threads(), environment()["fingerprint"], code_hash()))
     if not sound(path):
         begun = time.monotonic()
         made = make()
@@ -76,7 +76,7 @@ def predicted(
         return [play(made, script) for script in scripts]
 
 
-def told(card: HardwareProfile, played: list[Played]) -> dict[str, Any]:
+def prediction_fields(card: HardwareProfile, played: list[Played]) -> dict[str, Any]:
     """A prediction for a record: the profile, and of the first repeats what `Item` has of the measurement."""
     return {
         "profile": asdict(card),

@@ -127,10 +127,16 @@ def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str
             )
         for budget, rate in product(_budgets(strategy, budgets), rates if falls_back else [None]):
             yield SyntheticCell(
-                model=model, routing=run["routing"], rate=rate, strategy=name, gamma=strategy.gamma, budget=budget,
+                model=model,
+                routing=run["routing"],
+                rate=rate,
+                strategy=name,
+                gamma=strategy.gamma,
+                budget=budget,
                 link_gb_per_s=None if number == "native" else float(number),
-                swept="rates" in run and run["routing"] == RECORDED, **shared,
-            )  # fmt: skip
+                swept="rates" in run and run["routing"] == RECORDED,
+                **shared,
+            )
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:

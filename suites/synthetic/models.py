@@ -25,8 +25,8 @@ from mobile.links.page_lock import page_lock
 from mobile.live_model import compat
 from mobile.machine.host import host
 from mobile.policies.strategy import Strategy
-from mobile.residency.prefill import STAGING
-from mobile.runtime.attachment import AttachPlan, serve, settle
+from mobile.residency.prefill import PREFILL_BUFFERS
+from mobile.runtime.attachment import AttachPlan, install, plan_attach
 from mobile.runtime.engine import Engine
 from mobile.store.layout import ExpertLayout
 from mobile.store.memory import HostStore
@@ -36,32 +36,73 @@ LEFT_FREE = 2 * 2**30  # of host memory: for this process beside the store
 GIB = 2**30
 SHRUNK_VOCABULARY = 1024
 WIDTHS = (  # what a shrunk configuration has less of; heads keep their number
-    "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
-    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "head_dim",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
 
 # From the models' published config.json files. DeepSeek's YaRN is left out: rotary tables of the same size and cost.
 _OLMOE = {
-    "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-}  # fmt: skip
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
 _QWEN2 = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+}
 _DEEPSEEK = {
-    "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "num_hidden_layers": 27,
-    "first_k_dense_replace": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
-    "topk_method": "greedy", "norm_topk_prob": False,
-}  # fmt: skip
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 27,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+}
 _QWEN3 = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768,
-    "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "olmoe-1b-7b": (OlmoeConfig, _OLMOE),
     "qwen1.5-moe-a2.7b": (Qwen2MoeConfig, _QWEN2),
@@ -132,22 +173,41 @@ class Synthetic:
 
     @contextmanager
     def attached(
-        self, strategy: str | Strategy, *, memory: int | str | None = None, slots: int | None = None,
-        hardware: str | HardwareProfile = "auto", link: str = "auto", link_gb_per_s: float | None = None,
-        gamma: float | None = None, kernel: str = "auto", poison: bool = False,
-    ) -> Iterator[Engine]:  # fmt: skip
+        self,
+        strategy: str | Strategy,
+        *,
+        memory: int | str | None = None,
+        slots: int | None = None,
+        hardware: str | HardwareProfile = "auto",
+        link: str = "auto",
+        link_gb_per_s: float | None = None,
+        gamma: float | None = None,
+        kernel: str = "auto",
+        poison: bool = False,
+    ) -> Iterator[Engine]:
         """The model served by an engine inside the block, by attach's own path; keywords are attach's.
 
         Afterwards the experts are still in the store: they are never given back to the modules. Raises Refused for
         whatever attach refuses, or if the device has no room for the slots.
         """
-        settled = settle(
-            self.empty, compat.moe_layers(self.empty), self.layout, self.device, strategy, memory=memory, slots=slots,
-            hardware=hardware, link=link, link_gb_per_s=link_gb_per_s, gamma=gamma, geometry=None, kernel=kernel,
-        )  # fmt: skip
-        settled = replace(settled, own=self.geometry, worn=self.geometry)
+        settled = plan_attach(
+            self.empty,
+            compat.moe_layers(self.empty),
+            self.layout,
+            self.device,
+            strategy,
+            memory=memory,
+            slots=slots,
+            hardware=hardware,
+            link=link,
+            link_gb_per_s=link_gb_per_s,
+            gamma=gamma,
+            geometry=None,
+            kernel=kernel,
+        )
+        settled = replace(settled, own=self.geometry, charged=self.geometry)
         self._refuse_full(settled)
-        serve(self.model, self.layers, self.store, settled, poison=poison)
+        install(self.model, self.layers, self.store, settled, poison=poison)
         engine: Engine = self.model.mobile
         try:
             yield engine
@@ -159,7 +219,7 @@ class Synthetic:
         if self.device.type != "cuda":
             return
         _let_go(self.device)
-        need, free = (settled.slots + STAGING) * self.layout.nbytes, torch.cuda.mem_get_info(self.device)[0]
+        need, free = (settled.slots + PREFILL_BUFFERS) * self.layout.nbytes, torch.cuda.mem_get_info(self.device)[0]
         if need > free:
             raise Refused(
                 f"{settled.slots} slots for {settled.strategy.name} take {need / GIB:.1f} GiB and {self.device} has "
@@ -168,9 +228,14 @@ class Synthetic:
 
 
 def make(
-    geometry: str, *, layers: int | None = None, shrink: int = 1, device: str | torch.device = "auto",
-    dtype: torch.dtype = torch.bfloat16, seed: int = 0,
-) -> Synthetic:  # fmt: skip
+    geometry: str,
+    *,
+    layers: int | None = None,
+    shrink: int = 1,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Synthetic:
     """Make the model; `layers` None makes as many MoE layers as host memory holds.
 
     Raises Refused for an unknown geometry, too many layers, or too little host memory.

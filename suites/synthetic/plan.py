@@ -33,8 +33,10 @@ def describe(shapes: Sequence[tuple[SyntheticCell, bool]]) -> list[str]:
         left = [shape for shape, done in told if not done]
         seconds = seconds_of(left)
         total += seconds
-        lines.append(f"{name}: {len(told)} cells, {len(told) - len(left)} done; {_memory(told[0][0])}; "
-                     f"about {seconds / 60:.0f} minutes")  # fmt: skip
+        lines.append(
+            f"{name}: {len(told)} cells, {len(told) - len(left)} done; {_memory(told[0][0])}; "
+            f"about {seconds / 60:.0f} minutes"
+        )
     first = shapes[0][0]
     return [
         *lines,
@@ -45,7 +47,7 @@ def describe(shapes: Sequence[tuple[SyntheticCell, bool]]) -> list[str]:
 
 def _memory(shape: SyntheticCell) -> str:
     geometry = GEOMETRIES[shape.model.geometry]
-    whole = geometry.keys * geometry.expert_nbytes
+    whole = geometry.total_experts * geometry.expert_nbytes
     if shape.shrink > 1:
         return f"every width divided by {shape.shrink}"
     layers = shape.layers or geometry.moe_layers
@@ -63,7 +65,7 @@ def seconds_of(shapes: Sequence[SyntheticCell]) -> float:
         return 0.0
     geometry = GEOMETRIES[shapes[0].model.geometry]
     narrow = 1 / shapes[0].shrink ** 2
-    making = geometry.keys * geometry.expert_nbytes * narrow / (MAKE_GB_PER_S * GB)
+    making = geometry.total_experts * geometry.expert_nbytes * narrow / (MAKE_GB_PER_S * GB)
     foretold = [shape for shape in shapes if shape.foretold]
     clock = sum(ATTACH_SECONDS / 2 + 2 * _steps(shape) / shape.repeats * RESIDENT_TOKEN_SECONDS for shape in foretold)
     clock += CALIBRATION_SECONDS if foretold else 0
@@ -75,7 +77,7 @@ def beside_seconds(besides: Sequence[ReferenceCell]) -> float:
     total = 0.0
     for beside in besides:
         geometry = GEOMETRIES[beside.model.geometry]
-        gigabytes = geometry.keys * geometry.expert_nbytes / beside.shrink**2 / GB
+        gigabytes = geometry.total_experts * geometry.expert_nbytes / beside.shrink**2 / GB
         total += START_SECONDS + gigabytes / MAKE_GB_PER_S
         if beside.what == DEVICE_MAP:
             total += beside.repeats * (beside.decode_tokens + 2) * gigabytes / PAGEABLE_GB_PER_S
@@ -95,7 +97,7 @@ def _playing(shape: SyntheticCell) -> float:
         return steps * RESIDENT_TOKEN_SECONDS
     rate = shape.link_gb_per_s or profile(shape.hardware).link_gb_per_s
     active = 1 - (1 - geometry.top_k / geometry.experts) ** shape.prompt_tokens
-    prefill = active * geometry.keys * geometry.expert_nbytes / shape.shrink**2 / (rate * GB)
+    prefill = active * geometry.total_experts * geometry.expert_nbytes / shape.shrink**2 / (rate * GB)
     half = isinstance(strategy.gating, HalfK | BigLittle)
     share = 0.5 * (1 + (shape.rate or 0)) if half else 1.0
     token = share / geometry.on_demand_ceiling(rate) / shape.shrink**2

@@ -86,19 +86,41 @@ def record(beside: ReferenceCell) -> Record:
         except Refused as refused:
             found["refused"] = str(refused)
     return Record(
-        id=beside.id, scope=beside.scope, weights=beside.model.weights, model=beside.model.name,
-        geometry=beside.model.geometry, task=beside.task, strategy=beside.what, gamma=None, lossless=True,
-        hardware=environment()["gpu"]["name"] if environment()["gpu"] else "processor", budget=beside.budget,
-        slots=None, seed=beside.seed,
+        id=beside.id,
+        scope=beside.scope,
+        weights=beside.model.weights,
+        model=beside.model.name,
+        geometry=beside.model.geometry,
+        task=beside.task,
+        strategy=beside.what,
+        gamma=None,
+        lossless=True,
+        hardware=environment()["gpu"]["name"] if environment()["gpu"] else "processor",
+        budget=beside.budget,
+        slots=None,
+        seed=beside.seed,
         config={
-            "kind": "beside", "what": beside.what, "control": None, "swept": False, "family": beside.model.family,
-            "training_seed": None, "moe_layers": layers,
-            "real_moe_layers": GEOMETRIES[beside.model.geometry].moe_layers, "shrink": beside.shrink,
-            "link": beside.link, "link_gb_per_s": None, "prompt_tokens": beside.prompt_tokens,
-            "decode_tokens": beside.decode_tokens, "profile_sources": [], "data": [], **found,
+            "kind": "beside",
+            "what": beside.what,
+            "control": None,
+            "swept": False,
+            "family": beside.model.family,
+            "training_seed": None,
+            "moe_layers": layers,
+            "real_moe_layers": GEOMETRIES[beside.model.geometry].moe_layers,
+            "shrink": beside.shrink,
+            "link": beside.link,
+            "link_gb_per_s": None,
+            "prompt_tokens": beside.prompt_tokens,
+            "decode_tokens": beside.decode_tokens,
+            "profile_sources": [],
+            "data": [],
+            **found,
         },
-        environment={**environment(), "telemetry": telemetry()}, items=items, wall_seconds=time.monotonic() - begun,
-    )  # fmt: skip
+        environment={**environment(), "telemetry": telemetry()},
+        items=items,
+        wall_seconds=time.monotonic() - begun,
+    )
 
 
 # --- plain Transformers -----------------------------------------------------------------------------
@@ -168,10 +190,20 @@ def timed(model: Any, device: torch.device, beside: ReferenceCell) -> tuple[int,
 
 def _item(number: int, beside: ReferenceCell, prefill_ns: int, decode_ns: int) -> Item:
     return Item(
-        doc=number, prompt_sha256="", prompt=None, output="", fallback_spans=(), answer=None, correct=None,
-        prompt_tokens=beside.prompt_tokens, decode_tokens=beside.decode_tokens, fallbacks=0, ttft_ns=prefill_ns,
-        decode_ns=decode_ns, decode_bytes=0,
-    )  # fmt: skip
+        doc=number,
+        prompt_sha256="",
+        prompt=None,
+        output="",
+        fallback_spans=(),
+        answer=None,
+        correct=None,
+        prompt_tokens=beside.prompt_tokens,
+        decode_tokens=beside.decode_tokens,
+        fallbacks=0,
+        ttft_ns=prefill_ns,
+        decode_ns=decode_ns,
+        decode_bytes=0,
+    )
 
 
 # --- the engine against it --------------------------------------------------------------------------
@@ -185,7 +217,9 @@ def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost
             weight = view.to(made.device, copy=True).contiguous()
             setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
     theirs.set_experts_implementation(stock)
-    with made.attached(EVERYTHING, slots=made.geometry.keys, link="cuda" if made.device.type == "cuda" else "paced"):
+    with made.attached(
+        EVERYTHING, slots=made.geometry.total_experts, link="cuda" if made.device.type == "cuda" else "paced"
+    ):
         steps = {"stock": _Steps(theirs, made.device), "ours": _Steps(made.model, made.device)}
         order = ("stock", "ours", "ours", "stock")
         found: dict[str, list[float]] = {name: [] for name in steps}
@@ -198,9 +232,15 @@ def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost
     beyond = [(ours - theirs) / layers for ours, theirs in zip(found["ours"], found["stock"], strict=True)]
     low, middle, high = statistics.quantiles(beyond, n=4)
     return EngineCost(
-        stock=stock, layers=layers, blocks=blocks, stock_seconds=statistics.median(found["stock"]),
-        ours_seconds=statistics.median(found["ours"]), layer_seconds=middle, low_seconds=low, high_seconds=high,
-    )  # fmt: skip
+        stock=stock,
+        layers=layers,
+        blocks=blocks,
+        stock_seconds=statistics.median(found["stock"]),
+        ours_seconds=statistics.median(found["ours"]),
+        layer_seconds=middle,
+        low_seconds=low,
+        high_seconds=high,
+    )
 
 
 class _Steps:

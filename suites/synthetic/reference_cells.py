@@ -77,8 +77,14 @@ def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Ite
         given = {**data, **told}
         for what in asked:
             yield ReferenceCell(
-                model=models[told["name"]], what=KINDS[what], link=link, memory=data.get("beside_memory", "16GiB"),
-                prompt_tokens=data["prompt_tokens"], decode_tokens=data.get("beside_tokens", data["decode_tokens"]),
-                repeats=data.get("beside_repeats", data["repeats"]), seed=data["seeds"][0], layers=given.get("layers"),
+                model=models[told["name"]],
+                what=KINDS[what],
+                link=link,
+                memory=data.get("beside_memory", "16GiB"),
+                prompt_tokens=data["prompt_tokens"],
+                decode_tokens=data.get("beside_tokens", data["decode_tokens"]),
+                repeats=data.get("beside_repeats", data["repeats"]),
+                seed=data["seeds"][0],
+                layers=given.get("layers"),
                 shrink=given.get("shrink", 1),
-            )  # fmt: skip
+            )

@@ -55,9 +55,16 @@ def _shuffled(seed: int) -> Iterator[str]:
 
 
 def _script(
-    model: Any, tokenizer: Any, items: Iterator[str], name: str, layers: int, prompt_tokens: int, steps: int,
-    warmup: int, gamma: float,
-) -> Script:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    items: Iterator[str],
+    name: str,
+    layers: int,
+    prompt_tokens: int,
+    steps: int,
+    warmup: int,
+    gamma: float,
+) -> Script:
     prompt: Step | None = None
     decoded: list[Request] = []
     while prompt is None or sum(map(len, decoded)) < 2 * steps:
@@ -73,7 +80,11 @@ def _record(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int) -> Reque
     """The routing of one greedy answer, to the end of its line."""
     with model.mobile.recording() as requests:
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-            stop_strings=["\n"], tokenizer=tokenizer,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            stop_strings=["\n"],
+            tokenizer=tokenizer,
+        )
     return requests[0]

@@ -20,13 +20,13 @@ from mobile.errors import Refused
 from mobile.ledger import Event
 from mobile.machine.gpu import cuda_uuid
 from mobile.policies.strategy import BigLittle, FullK, HalfK, Strategy, resolve
-from mobile.residency.residency import STAGING
+from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime.engine import Engine
 from suites.budget import is_memory, memory_on
 from suites.environment import environment
 from suites.record import Item, Record, RunFolder
 from suites.synthetic import models
-from suites.synthetic.calibrate import calibrated, predicted, told
+from suites.synthetic.calibrate import calibrated, predicted, prediction_fields
 from suites.synthetic.cells import RECORDED, SyntheticCell
 from suites.synthetic.link_use import fallback_use
 from suites.synthetic.models import Synthetic
@@ -76,17 +76,27 @@ def scripts_for(shape: SyntheticCell, loaded: Loaded) -> list[Script]:
     if key not in loaded.scripts:
         if shape.routing == RECORDED:
             loaded.scripts[key] = scripts_of(
-                shape.model.folder, scripts=shape.repeats, layers=geometry.moe_layers, steps=steps, gamma=GAMMA,
-                seed=shape.seed, **sizes,
-            )  # fmt: skip
+                shape.model.folder,
+                scripts=shape.repeats,
+                layers=geometry.moe_layers,
+                steps=steps,
+                gamma=GAMMA,
+                seed=shape.seed,
+                **sizes,
+            )
         else:
             loaded.scripts[key] = [
                 drawn(
-                    shape.routing, layers=geometry.moe_layers, experts=geometry.experts, top_k=geometry.top_k,
-                    steps=steps, seed=_seed(shape, repeat), **sizes,
+                    shape.routing,
+                    layers=geometry.moe_layers,
+                    experts=geometry.experts,
+                    top_k=geometry.top_k,
+                    steps=steps,
+                    seed=_seed(shape, repeat),
+                    **sizes,
                 )
                 for repeat in range(shape.repeats)
-            ]  # fmt: skip
+            ]
     scripts = loaded.scripts[key]
     if shape.rate is None:
         return scripts
@@ -115,11 +125,11 @@ def room_of(
     experts that it would hold of the real ones.
     """
     if memory_nbytes is None:
-        return {"slots": strategy.needs(made.geometry)}
+        return {"slots": strategy.min_slots(made.geometry)}
     if shape.shrink == 1 and made.geometry.moe_layers == made.real_layers:
         return {"memory": memory_nbytes}
     real = GEOMETRIES[shape.model.geometry]
-    slots = slots_for(real, memory_nbytes, card.reserve_nbytes, STAGING)
+    slots = slots_for(real, memory_nbytes, card.reserve_nbytes, PREFILL_BUFFERS)
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 
@@ -134,9 +144,12 @@ def record(shape: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = 
     card, scripts = profile(shape.hardware), scripts_for(shape, loaded)
     memory_nbytes = memory_of(shape, made.device)
     with made.attached(
-        strategy, **room_of(shape, made, strategy, card, memory_nbytes), hardware=shape.hardware, link=shape.link,
+        strategy,
+        **room_of(shape, made, strategy, card, memory_nbytes),
+        hardware=shape.hardware,
+        link=shape.link,
         link_gb_per_s=shape.link_gb_per_s,
-    ) as engine:  # fmt: skip
+    ) as engine:
         play(made, scripts[0].first(scripts[0].warmup + 1))  # kernels are compiled, memory is touched
         engine.restart()
         with watched(cuda_uuid(engine.device.index) if shape.link == "cuda" else None) as telemetry:
@@ -146,16 +159,24 @@ def record(shape: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = 
     more: dict[str, Any] = {"memory_nbytes": memory_nbytes, "memory_asked_nbytes": asked_nbytes}
     if here is not None:
         try:
-            more["predicted"] = told(here, predicted(made, strategy, scripts[:FORETOLD], engine.slots, here))
+            more["predicted"] = prediction_fields(
+                here, predicted(made, strategy, scripts[:FORETOLD], engine.slots, here)
+            )
         except (Refused, torch.OutOfMemoryError) as error:
             more["unpredicted"] = str(error).splitlines()[0]
     return replace(done, config={**done.config, **more})
 
 
 def _record(
-    shape: SyntheticCell, made: Synthetic, strategy: Strategy, engine: Engine, scripts: list[Script], played: list[Played],
-    telemetry: Any, wall_seconds: float,
-) -> Record:  # fmt: skip
+    shape: SyntheticCell,
+    made: Synthetic,
+    strategy: Strategy,
+    engine: Engine,
+    scripts: list[Script],
+    played: list[Played],
+    telemetry: Any,
+    wall_seconds: float,
+) -> Record:
     geometry, real = made.geometry, shape.link == "cuda"
     measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
     channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
@@ -163,23 +184,53 @@ def _record(
     counted = sum(script.counted for script in scripts)
     use = fallback_use(engine.ledger, geometry.expert_nbytes) if isinstance(strategy.gating, BigLittle) else None
     return Record(
-        id=shape.id, scope=shape.scope, weights=shape.model.weights, model=shape.model.name, geometry=geometry.name,
-        task=shape.task, strategy=strategy.name, gamma=shape.gamma, lossless=strategy.lossless,
-        hardware=engine.hardware.name, budget=shape.budget, slots=engine.slots, seed=shape.seed,
+        id=shape.id,
+        scope=shape.scope,
+        weights=shape.model.weights,
+        model=shape.model.name,
+        geometry=geometry.name,
+        task=shape.task,
+        strategy=strategy.name,
+        gamma=shape.gamma,
+        lossless=strategy.lossless,
+        hardware=engine.hardware.name,
+        budget=shape.budget,
+        slots=engine.slots,
+        seed=shape.seed,
         config={
-            "kind": "shape", "timing": "live, teacher-forced on a script",
-            "swept": shape.swept, "control": None, "family": shape.model.family,
-            "training_seed": None, "generation": None, "confidence_histogram": None, "data": [],
-            "routing": scripts[0].source, "fallback_asked": shape.rate,
+            "kind": "shape",
+            "timing": "live, teacher-forced on a script",
+            "swept": shape.swept,
+            "control": None,
+            "family": shape.model.family,
+            "training_seed": None,
+            "generation": None,
+            "confidence_histogram": None,
+            "data": [],
+            "routing": scripts[0].source,
+            "fallback_asked": shape.rate,
             "fallback_scripted": sum(script.fallbacks for script in scripts) / counted,
-            "prompt_tokens": shape.prompt_tokens, "warmup_tokens": shape.warmup_tokens,
-            "decode_tokens": shape.decode_tokens, "repeats": shape.repeats, "items": shape.repeats,
-            "timed_items": shape.repeats, "moe_layers": geometry.moe_layers, "real_moe_layers": made.real_layers,
-            "shrink": shape.shrink, "experts": geometry.experts, "top_k": geometry.top_k,
-            "expert_nbytes": geometry.expert_nbytes, "dtype": str(made.layout.dtype).removeprefix("torch."),
-            "link": shape.link, "link_gb_per_s": shape.link_gb_per_s, "link_native_gb_per_s": how["native_gb_per_s"],
-            "link_throttled": how["throttled"], "link_page_locked": how["page_locked"],
-            "link_measured_gb_per_s": measured, "fallback_use": use and asdict(use), "predicted": None,
+            "prompt_tokens": shape.prompt_tokens,
+            "warmup_tokens": shape.warmup_tokens,
+            "decode_tokens": shape.decode_tokens,
+            "repeats": shape.repeats,
+            "items": shape.repeats,
+            "timed_items": shape.repeats,
+            "moe_layers": geometry.moe_layers,
+            "real_moe_layers": made.real_layers,
+            "shrink": shape.shrink,
+            "experts": geometry.experts,
+            "top_k": geometry.top_k,
+            "expert_nbytes": geometry.expert_nbytes,
+            "dtype": str(made.layout.dtype).removeprefix("torch."),
+            "link": shape.link,
+            "link_gb_per_s": shape.link_gb_per_s,
+            "link_native_gb_per_s": how["native_gb_per_s"],
+            "link_throttled": how["throttled"],
+            "link_page_locked": how["page_locked"],
+            "link_measured_gb_per_s": measured,
+            "fallback_use": use and asdict(use),
+            "predicted": None,
             "unpredicted": None,
             "strategy_source": strategy.source,
             "profile_sources": [] if real else list(engine.hardware.sources),
@@ -187,17 +238,28 @@ def _record(
         environment={**environment(), "telemetry": telemetry},
         items=tuple(
             Item(
-                doc=number, prompt_sha256=script.sha256, prompt=None, output="", fallback_spans=(), answer=None,
-                correct=None, prompt_tokens=one.prompt_tokens, decode_tokens=one.counters.tokens,
-                fallbacks=one.fallbacks, ttft_ns=one.prefill_ns, decode_ns=one.decode_ns, decode_bytes=one.decode_bytes,
+                doc=number,
+                prompt_sha256=script.sha256,
+                prompt=None,
+                output="",
+                fallback_spans=(),
+                answer=None,
+                correct=None,
+                prompt_tokens=one.prompt_tokens,
+                decode_tokens=one.counters.tokens,
+                fallbacks=one.fallbacks,
+                ttft_ns=one.prefill_ns,
+                decode_ns=one.decode_ns,
+                decode_bytes=one.decode_bytes,
             )
             for number, (script, one) in enumerate(zip(scripts, played, strict=True))
         ),
-        counters=engine.stats(), ceiling_tokens_per_s=measured and geometry.on_demand_ceiling(measured),
+        counters=engine.stats(),
+        ceiling_tokens_per_s=measured and geometry.on_demand_ceiling(measured),
         checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, played)),
         guesses=tuple((layer, *seen) for layer, seen in sorted(engine.ledger.guesses.items())),
         wall_seconds=wall_seconds,
-    )  # fmt: skip
+    )
 
 
 def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:

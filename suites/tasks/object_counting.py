@@ -14,11 +14,23 @@ CATEGORIES = {
     "objects": "couch bed lamp table chair stove toaster microwave fridge car oven mirror",
 }
 PLURALS = {
-    "strawberry": "strawberries", "raspberry": "raspberries", "blackberry": "blackberries",
-    "potato": "potatoes", "mango": "mangoes", "peach": "peaches", "cabbage": "cabbages",
-    "fish": "fish", "mouse": "mice", "goose": "geese", "couch": "couches", "piano": "pianos",
-    "cello": "cellos", "broccoli": "broccoli", "celery": "celery", "garlic": "garlic",
-}  # fmt: skip
+    "strawberry": "strawberries",
+    "raspberry": "raspberries",
+    "blackberry": "blackberries",
+    "potato": "potatoes",
+    "mango": "mangoes",
+    "peach": "peaches",
+    "cabbage": "cabbages",
+    "fish": "fish",
+    "mouse": "mice",
+    "goose": "geese",
+    "couch": "couches",
+    "piano": "pianos",
+    "cello": "cellos",
+    "broccoli": "broccoli",
+    "celery": "celery",
+    "garlic": "garlic",
+}
 TRAINED, TESTED = (2, 9), (4, 9)  # kinds of things: short lists teach the step
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 

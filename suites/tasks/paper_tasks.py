@@ -56,27 +56,41 @@ class RealTask:
 
 def _bbh(name: str, plain: str | None = None) -> RealTask:
     return RealTask(
-        definition=f"bbh/cot_fewshot/{name}.yaml", items=FEWER.get(name, 250), hub="SaylorTwift/bbh", url=BBH_URL,
-        files={"test": (f"bbh/{name}.json",)}, plain=plain,
-    )  # fmt: skip
+        definition=f"bbh/cot_fewshot/{name}.yaml",
+        items=FEWER.get(name, 250),
+        hub="SaylorTwift/bbh",
+        url=BBH_URL,
+        files={"test": (f"bbh/{name}.json",)},
+        plain=plain,
+    )
 
 
 REAL: dict[str, RealTask] = {
     "gsm8k": RealTask(
-        definition="gsm8k/gsm8k.yaml", items=1319, hub="openai/gsm8k", url=GSM8K_URL,
+        definition="gsm8k/gsm8k.yaml",
+        items=1319,
+        hub="openai/gsm8k",
+        url=GSM8K_URL,
         files={"test": ("gsm8k/test.jsonl",), "train": ("gsm8k/train.jsonl", "gsm8k/train_head64.jsonl")},
     ),
     "gsm8k_cot": RealTask(
-        definition="gsm8k/gsm8k-cot.yaml", items=1319, hub="openai/gsm8k", url=GSM8K_URL,
+        definition="gsm8k/gsm8k-cot.yaml",
+        items=1319,
+        hub="openai/gsm8k",
+        url=GSM8K_URL,
         files={"test": ("gsm8k/test.jsonl",)},
     ),
     "humaneval": RealTask(
-        definition="humaneval/humaneval.yaml", items=164, hub="openai/openai_humaneval", url=HUMANEVAL_URL,
-        files={"test": ("humaneval/HumanEval.jsonl", "humaneval/HumanEval.jsonl.gz")}, code=True,
+        definition="humaneval/humaneval.yaml",
+        items=164,
+        hub="openai/openai_humaneval",
+        url=HUMANEVAL_URL,
+        files={"test": ("humaneval/HumanEval.jsonl", "humaneval/HumanEval.jsonl.gz")},
+        code=True,
     ),
     **{f"bbh_cot_fewshot_{name}": _bbh(name) for name in BBH},
     **{f"bbh_plain_{name}": _bbh(name, plain=name) for name in BBH if name in GENERATORS},
-}  # fmt: skip
+}
 GROUPS = {
     "bbh": tuple(f"bbh_cot_fewshot_{name}" for name in BBH),
     "bbh_plain": tuple(name for name in REAL if name.startswith("bbh_plain_")),

@@ -28,35 +28,68 @@ KEEPS = (
     Stage(KEEP + "x > 0]", ("the positive numbers of {it}",), ("keep what is positive", "keep numbers above zero")),
     Stage(KEEP + "x < 0]", ("the negative numbers of {it}",), ("keep what is negative", "keep numbers below zero")),
     Stage(KEEP + "x != 0]", ("{it} without zeros",), ("remove every zero", "drop the zeros")),
-    Stage(KEEP + "x > {k}]", ("the numbers above {k} of {it}", "values of {it} greater than {k}"),
-          ("keep numbers above {k}", "keep what is greater than {k}"), (2, 30)),
-    Stage(KEEP + "x < {k}]", ("the numbers below {k} of {it}", "values of {it} less than {k}"),
-          ("keep numbers below {k}", "drop what is {k} or more"), (5, 40)),
+    Stage(
+        KEEP + "x > {k}]",
+        ("the numbers above {k} of {it}", "values of {it} greater than {k}"),
+        ("keep numbers above {k}", "keep what is greater than {k}"),
+        (2, 30),
+    ),
+    Stage(
+        KEEP + "x < {k}]",
+        ("the numbers below {k} of {it}", "values of {it} less than {k}"),
+        ("keep numbers below {k}", "drop what is {k} or more"),
+        (5, 40),
+    ),
     Stage(KEEP + "x != {k}]", ("{it} without any {k}",), ("remove every {k}", "drop each {k}"), (1, 20)),
-    Stage(KEEP + "x % {k} == 0]", ("the multiples of {k} of {it}", "values of {it} that {k} divides"),
-          ("keep multiples of {k}", "keep what {k} divides"), (3, 9)),
-    Stage(KEEP + "x % {k} != 0]", ("{it} without multiples of {k}",),
-          ("drop multiples of {k}", "keep what {k} does not divide"), (3, 9)),
+    Stage(
+        KEEP + "x % {k} == 0]",
+        ("the multiples of {k} of {it}", "values of {it} that {k} divides"),
+        ("keep multiples of {k}", "keep what {k} divides"),
+        (3, 9),
+    ),
+    Stage(
+        KEEP + "x % {k} != 0]",
+        ("{it} without multiples of {k}",),
+        ("drop multiples of {k}", "keep what {k} does not divide"),
+        (3, 9),
+    ),
     Stage(KEEP + "x % 10 == {k}]", ("the numbers ending in {k} of {it}",), ("keep what ends in {k}",), (0, 9)),
-)  # fmt: skip
+)
 MAP = "{v} = ["
 MAPS = (
     Stage(MAP + "x * x for x in {v}]", ("the squares of {it}", "{it} squared"), ("square each number",)),
     Stage(MAP + "-x for x in {v}]", ("the negatives of {it}", "{it} negated"), ("flip the sign of each",)),
     Stage(MAP + "abs(x) for x in {v}]", ("the absolute values of {it}",), ("drop all signs", "take absolute values")),
-    Stage(MAP + "x + {k} for x in {v}]", ("{it} plus {k} each", "{it} with {k} added to each"),
-          ("add {k} to each number", "raise each by {k}"), (1, 30)),
-    Stage(MAP + "x - {k} for x in {v}]", ("{it} minus {k} each", "{it} with {k} taken from each"),
-          ("subtract {k} from each number", "lower each by {k}"), (1, 30)),
-    Stage(MAP + "x * {k} for x in {v}]", ("{it} times {k} each", "the {k}-fold of {it}"),
-          ("multiply each number by {k}",), (2, 12)),
-    Stage(MAP + "x // {k} for x in {v}]", ("{it} over {k} each, rounded down",), ("divide each by {k}, rounding down",),
-          (2, 12)),
+    Stage(
+        MAP + "x + {k} for x in {v}]",
+        ("{it} plus {k} each", "{it} with {k} added to each"),
+        ("add {k} to each number", "raise each by {k}"),
+        (1, 30),
+    ),
+    Stage(
+        MAP + "x - {k} for x in {v}]",
+        ("{it} minus {k} each", "{it} with {k} taken from each"),
+        ("subtract {k} from each number", "lower each by {k}"),
+        (1, 30),
+    ),
+    Stage(
+        MAP + "x * {k} for x in {v}]",
+        ("{it} times {k} each", "the {k}-fold of {it}"),
+        ("multiply each number by {k}",),
+        (2, 12),
+    ),
+    Stage(
+        MAP + "x // {k} for x in {v}]",
+        ("{it} over {k} each, rounded down",),
+        ("divide each by {k}, rounding down",),
+        (2, 12),
+    ),
     Stage(MAP + "x % {k} for x in {v}]", ("the remainders of {it} by {k}",), ("take remainders by {k}",), (2, 12)),
-    Stage(MAP + "max(x, {k}) for x in {v}]", ("{it} with {k} as the least",), ("raise what is below {k} to {k}",),
-          (1, 20)),
+    Stage(
+        MAP + "max(x, {k}) for x in {v}]", ("{it} with {k} as the least",), ("raise what is below {k} to {k}",), (1, 20)
+    ),
     Stage(MAP + "min(x, {k}) for x in {v}]", ("{it} with {k} as the most",), ("cap each number at {k}",), (1, 20)),
-)  # fmt: skip
+)
 ORDERS = (
     Stage("{v} = sorted({v})", ("{it} in rising order", "{it} sorted"), ("sort the list",)),
     Stage("{v} = sorted({v})[::-1]", ("{it} in falling order",), ("sort from high to low",)),
@@ -74,10 +107,14 @@ ENDS = (
     Stage("return min({v}, default=0)", ("the smallest of {it}, or 0",), ("return the smallest, or 0",)),
     Stage("return {v}", ("{it}",), ("return the list",)),
     Stage("return sum({v}) % {k}", ("the sum of {it} modulo {k}",), ("return the sum modulo {k}",), (3, 12)),
-    Stage("return len({v}) > {k}", ("whether more than {k} remain of {it}",),
-          ("return whether more than {k} are left",), (1, 5)),
+    Stage(
+        "return len({v}) > {k}",
+        ("whether more than {k} remain of {it}",),
+        ("return whether more than {k} are left",),
+        (1, 5),
+    ),
     Stage("return {k} in {v}", ("whether {k} is among {it}",), ("return whether {k} is there",), (1, 30)),
-)  # fmt: skip
+)
 FUNCTIONS = "solve compute process pick result transform collect value answer find".split()
 LISTS = "numbers values items data xs nums".split()
 TESTS = 6
@@ -104,8 +141,12 @@ def _inputs(stages: list[tuple[Stage, int | None]], rng: Random) -> list[list[in
     near = [k + d for _, k in stages if k is not None for d in (-1, 0, 1)]
     lists: list[list[int]] = [[]]
     while len(lists) < TESTS:
-        lists.append([rng.choice(near) if near and rng.random() < 0.3 else rng.randint(-30, 60)
-                      for _ in range(rng.randint(4, 9))])  # fmt: skip
+        lists.append(
+            [
+                rng.choice(near) if near and rng.random() < 0.3 else rng.randint(-30, 60)
+                for _ in range(rng.randint(4, 9))
+            ]
+        )
     return lists
 
 

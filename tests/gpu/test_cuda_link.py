@@ -45,9 +45,15 @@ def wide(layers: int = 4, dtype: torch.dtype = torch.bfloat16):
     """Rows of 6 MB, so that a copy takes longer than launching it."""
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=512, hidden_size=1024, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=8, num_experts=32, num_experts_per_tok=8,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=32,
+        num_experts_per_tok=8,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().cuda()
     model.set_experts_implementation("eager")
     return model

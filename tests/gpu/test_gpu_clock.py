@@ -56,9 +56,18 @@ def test_the_engine_costs_less_a_layer_than_a_copy():
 
 def test_a_profile_tells_copies_from_kernels(tmp_path: Path):
     options = argparse.Namespace(
-        geometry="olmoe-1b-7b", strategy="on-demand-overlap", out=tmp_path, tokens=4, routing="uniform", rate=0.2,
-        memory=None, link="cuda", link_gb_per_s=None, layers=2, shrink=1,
-    )  # fmt: skip
+        geometry="olmoe-1b-7b",
+        strategy="on-demand-overlap",
+        out=tmp_path,
+        tokens=4,
+        routing="uniform",
+        rate=0.2,
+        memory=None,
+        link="cuda",
+        link_gb_per_s=None,
+        layers=2,
+        shrink=1,
+    )
     found, trace = profile.profile(options)
     assert trace.is_file()
     assert all(ms > 0 for ms in found.kinds_ms.values())

@@ -59,9 +59,15 @@ def test_a_link_slower_than_asked_is_refused_for_that_cell_alone(shapes, loaded)
 def test_slots_are_given_back_before_the_same_cell_is_predicted(loaded):
     """Whoever keeps the engine, as the measurement does: a real model's slots fill a card once, not twice."""
     script = drawn(
-        "uniform", layers=loaded.made.geometry.moe_layers, experts=64, top_k=8, prompt_tokens=4, steps=3, warmup=1,
+        "uniform",
+        layers=loaded.made.geometry.moe_layers,
+        experts=64,
+        top_k=8,
+        prompt_tokens=4,
+        steps=3,
+        warmup=1,
         seed=0,
-    )  # fmt: skip
+    )
     taken = []
     for _ in range(2):  # what a process allocates once is allocated the first time
         with loaded.made.attached("resident") as engine:

@@ -17,9 +17,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """0.8 GB in bf16, an expert a tensor, in shards of 200 MB."""
     folder = tmp_path_factory.mktemp("checkpoint")
     config = OlmoeConfig(
-        hidden_size=1024, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-        num_experts=64, num_experts_per_tok=8, vocab_size=1024,
-    )  # fmt: skip
+        hidden_size=1024,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=64,
+        num_experts_per_tok=8,
+        vocab_size=1024,
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="200MB")
     return folder
 

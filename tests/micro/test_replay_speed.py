@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -60,9 +60,21 @@ def two_pass(request: list[Step], geometry) -> list[Step]:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["on-demand-overlap", "lru", "lfu", "cpu-hybrid", "mobile", "next-gate", "fate", "adapmoe", "activation-trace",
-     "trained-predictor", "belady", "oracle-prefetch"],
-)  # fmt: skip
+    [
+        "on-demand-overlap",
+        "lru",
+        "lfu",
+        "cpu-hybrid",
+        "mobile",
+        "next-gate",
+        "fate",
+        "adapmoe",
+        "activation-trace",
+        "trained-predictor",
+        "belady",
+        "oracle-prefetch",
+    ],
+)
 @pytest.mark.benchmark(timer=time.process_time)
 def test_replay_of_olmoe_decode_tokens(benchmark, strategy):
     """Decode tokens a second of one core: by processor time, because a busy machine says nothing about the replay."""
@@ -73,7 +85,7 @@ def test_replay_of_olmoe_decode_tokens(benchmark, strategy):
     elif strategy == "mobile":
         request = two_pass(request, geometry)
     alone = tuple((layer,) for layer in range(geometry.moe_layers))
-    bench = ReplaySetup(strategies()[strategy], geometry, alone, profile("auto"), geometry.keys // 2)
+    bench = ReplaySetup(strategies()[strategy], geometry, alone, profile("auto"), geometry.total_experts // 2)
     counters = benchmark(lambda: time_requests(bench, [request])[1].counters)
     assert counters.tokens == TOKENS
     benchmark.extra_info["decode_tokens_per_s"] = TOKENS / benchmark.stats.stats.median
@@ -82,7 +94,7 @@ def test_replay_of_olmoe_decode_tokens(benchmark, strategy):
 def test_reading_a_trace_file(benchmark, tmp_path):
     geometry = GEOMETRIES["olmoe-1b-7b"]
     request = foreseen(request_of(geometry, TOKENS), geometry)
-    trace.save(tmp_path / "t.npz", [request], geometry.moe_layers, {"geometry": asdict(geometry)})
+    trace.save(tmp_path / "t.npz", [request], geometry.moe_layers, {"geometry": geometry.as_record()})
     assert benchmark(lambda: trace.load(tmp_path / "t.npz")[0]) == [request]
 
 

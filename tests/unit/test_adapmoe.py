@@ -216,7 +216,7 @@ def test_what_was_measured_makes_the_strategy_and_other_files_are_refused(tmp_pa
     weights, index = torch.tensor([[0.85, 0.15]]), torch.tensor([[0, 1]])
     ran = [int(strategy.gating.choose(layer, (index, weights), None)[1].count_nonzero()) for layer in range(3)]
     assert ran == [2, 2, 1], "thresholds 0.05, 0.1 and 0.2"
-    dressed = PolicyContext(replace(GEOMETRY, moe_layers=6), 40, stands_for=((0, 1), (2, 3), (4, 5)))
+    dressed = PolicyContext(replace(GEOMETRY, moe_layers=6), 40, layer_map=((0, 1), (2, 3), (4, 5)))
     assert strategy.evict(dressed).share == shares(12, 40, GEOMETRY.top_k, [0.0, 0.0, 0.5, 0.5, 0.9, 0.9])
     whole = path.read_text()
     for content in (

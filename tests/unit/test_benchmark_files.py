@@ -16,20 +16,34 @@ GPU = {"name": "H100", "uuid": "GPU-1"}
 PROCESSOR = {"brand_raw": "A", "count": 2}
 NUMBERS = ("min", "max", "mean", "stddev", "median", "iqr", "q1", "q3", "ld15iqr", "hd15iqr", "ops", "total")
 STATS = {
-    **dict.fromkeys(NUMBERS, 1.0), "rounds": 5, "iterations": 1, "iqr_outliers": 0, "stddev_outliers": 0,
+    **dict.fromkeys(NUMBERS, 1.0),
+    "rounds": 5,
+    "iterations": 1,
+    "iqr_outliers": 0,
+    "stddev_outliers": 0,
     "outliers": "0;0",
-}  # fmt: skip
+}
 
 
 def result(**changed: Any) -> dict[str, Any]:
     bench = {
-        "group": None, "name": "t", "fullname": "a::t", "params": None, "param": None, "extra_info": {}, "options": {},
+        "group": None,
+        "name": "t",
+        "fullname": "a::t",
+        "params": None,
+        "param": None,
+        "extra_info": {},
+        "options": {},
         "stats": STATS,
-    }  # fmt: skip
+    }
     return {
-        "machine_info": {"gpu": None, "cpu": PROCESSOR, "node": "one"}, "commit_info": {}, "benchmarks": [bench],
-        "datetime": "2026-01-01T00:00:00", "version": "5.1.0", **changed,
-    }  # fmt: skip
+        "machine_info": {"gpu": None, "cpu": PROCESSOR, "node": "one"},
+        "commit_info": {},
+        "benchmarks": [bench],
+        "datetime": "2026-01-01T00:00:00",
+        "version": "5.1.0",
+        **changed,
+    }
 
 
 @pytest.fixture
@@ -73,14 +87,26 @@ def test_two_machines_are_told_apart(one, other):
 @pytest.mark.parametrize(
     "machine",
     [
-        None, "gpu", [], {}, {"gpu": "H100"}, {"gpu": {}}, {"gpu": {"name": "H100"}},
+        None,
+        "gpu",
+        [],
+        {},
+        {"gpu": "H100"},
+        {"gpu": {}},
+        {"gpu": {"name": "H100"}},
         {"gpu": {"name": "H100", "uuid": ""}},
-        {"gpu": {"name": None, "uuid": "GPU-1"}}, {"gpu": None}, {"gpu": None, "cpu": None}, {"gpu": None, "cpu": {}},
-        {"gpu": None, "cpu": "A"}, {"gpu": None, "cpu": {"count": 8}}, {"gpu": None, "cpu": {"brand_raw": "A"}},
-        {"gpu": None, "cpu": {"brand_raw": "", "count": 8}}, {"gpu": None, "cpu": {"brand_raw": None, "count": 8}},
+        {"gpu": {"name": None, "uuid": "GPU-1"}},
+        {"gpu": None},
+        {"gpu": None, "cpu": None},
+        {"gpu": None, "cpu": {}},
+        {"gpu": None, "cpu": "A"},
+        {"gpu": None, "cpu": {"count": 8}},
+        {"gpu": None, "cpu": {"brand_raw": "A"}},
+        {"gpu": None, "cpu": {"brand_raw": "", "count": 8}},
+        {"gpu": None, "cpu": {"brand_raw": None, "count": 8}},
         {"gpu": None, "cpu": {"brand_raw": "A", "count": 0}},
     ],
-)  # fmt: skip
+)
 def test_a_machine_of_which_something_is_unknown_is_like_none_not_even_itself(machine):
     with pytest.raises(UnlikeMachines, match="does not say"):
         identity(machine)

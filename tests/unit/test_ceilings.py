@@ -61,8 +61,11 @@ def test_what_is_no_share_is_refused(wrong):
 def test_on_demand_ceilings_of_the_four_families():
     tokens = {name: round(geometry.on_demand_ceiling(25.0), 1) for name, geometry in GEOMETRIES.items()}
     assert tokens == {
-        "olmoe-1b-7b": 15.5, "qwen1.5-moe-a2.7b": 15.1, "deepseek-v2-lite": 9.3, "qwen3-30b-a3b": 6.9,
-    }  # fmt: skip
+        "olmoe-1b-7b": 15.5,
+        "qwen1.5-moe-a2.7b": 15.1,
+        "deepseek-v2-lite": 9.3,
+        "qwen3-30b-a3b": 6.9,
+    }
 
 
 # --- of a geometry on a profile ---------------------------------------------------------------------
@@ -100,7 +103,7 @@ def test_a_fallback_costs_its_other_half_and_a_full_compute_pass(name):
     slots = geometry.moe_layers * geometry.top_k
     steps = [Step("little", 1, little, confidence=0.1), Step("big", 1, big, confidence=0.1, predicted=big)]
     alone = tuple((layer,) for layer in range(geometry.moe_layers))
-    serial = replace(strategies()["mobile"], overlap=False, prefetch=False)
+    serial = replace(strategies()["mobile"], overlap=False, prefetch_on_fallback=False)
     timed = time_requests(ReplaySetup(serial, geometry, alone, CARD, slots), [steps])[1].counters.decode_ns
     cost = CostModel(CARD, geometry)
     step = decode_ns("on-demand", geometry, [Step("full", 1, big)], geometry.top_k)

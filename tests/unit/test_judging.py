@@ -61,8 +61,10 @@ def config(tmp_path: Path) -> dict:
 def test_worked_bodies_pass(config):
     answers = score(Scripted({doc["prompt"]: doc["worked"] for doc in DOCS}), config, [0, 1, 2])
     assert [(answer.doc, answer.correct, answer.answer) for answer in answers] == [
-        (0, True, "passed"), (1, True, "passed"), (2, True, "passed")
-    ]  # fmt: skip
+        (0, True, "passed"),
+        (1, True, "passed"),
+        (2, True, "passed"),
+    ]
 
 
 def test_each_item_is_judged_by_its_own_tests_and_the_reason_is_kept(config):

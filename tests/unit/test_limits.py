@@ -54,8 +54,8 @@ def written(prompts) -> list[Request]:
 
 def clock(strategy: Strategy, requests: list[Request], slots: int, geometry: Geometry = GEOMETRY) -> Counters:
     """Counters after replaying the requests on a cold engine."""
-    stands_for = tuple((layer,) for layer in range(geometry.moe_layers))
-    return time_requests(ReplaySetup(strategy, geometry, stands_for, profile("auto"), slots), requests)[1].counters
+    layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
+    return time_requests(ReplaySetup(strategy, geometry, layer_map, profile("auto"), slots), requests)[1].counters
 
 
 @settings(max_examples=200, deadline=None)
@@ -84,7 +84,7 @@ def test_with_room_for_everything_each_expert_is_loaded_once(tokens):
     once, twice = written([(False, tokens)]), written([(False, tokens), (False, tokens)])
     used = {(layer, expert) for step in once[0] for layer, experts in enumerate(step.experts) for expert in experts}
     for strategy in (BELADY, ORACLE_PREFETCH):
-        first, both = (clock(strategy, requests, GEOMETRY.keys) for requests in (once, twice))
+        first, both = (clock(strategy, requests, GEOMETRY.total_experts) for requests in (once, twice))
         assert first.loads == both.loads == len(used), strategy.name
         assert first.stall_ns == both.stall_ns
 

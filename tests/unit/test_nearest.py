@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobile.costs.geometry import GEOMETRIES, Geometry, dress
+from mobile.costs.geometry import GEOMETRIES, Geometry, project
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.kernels import KERNELS, kernel_named
@@ -21,10 +21,17 @@ OWN = Geometry("own", 1, 8, 2, 1, 1, 1, 1, 1, 2)
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
-        ("mobil", "mobile"), ("MOBILE", "mobile"), ("mobile ", "mobile"), ("on_demand", "on-demand"), ("lur", "lru"),
-        ("speculating", "speculating-experts"), ("magic", None), ("", None), ("x" * 10_000, None),
+        ("mobil", "mobile"),
+        ("MOBILE", "mobile"),
+        ("mobile ", "mobile"),
+        ("on_demand", "on-demand"),
+        ("lur", "lru"),
+        ("speculating", "speculating-experts"),
+        ("magic", None),
+        ("", None),
+        ("x" * 10_000, None),
     ],
-)  # fmt: skip
+)
 def test_what_is_most_alike_was_meant_and_nothing_where_nothing_is(word, meant):
     names = [name for name in strategies() if name != "speculating-experts-verify"]
     assert nearest(word, names) == meant
@@ -48,7 +55,7 @@ def test_all_choices_are_listed_whether_one_was_meant_or_not():
     [
         (lambda: resolve("mobil"), "mobile", strategies()),
         (lambda: profile("rtx4080-pcie"), "rtx4080-pcie4", ["auto", "rtx4080-pcie4"]),
-        (lambda: dress(OWN, "olmoe-1b"), "olmoe-1b-7b", GEOMETRIES),
+        (lambda: project(OWN, "olmoe-1b"), "olmoe-1b-7b", GEOMETRIES),
         (lambda: kernel_named("tritn", CPU, torch.float32), "triton", KERNELS),
         (lambda: read_preset("smok"), "smoke", presets()),
     ],

@@ -34,12 +34,18 @@ def measured(card: mobile.costs.hardware.HardwareProfile, depths: tuple[int, ...
     layer = cost.dense_ns(1) + LAYER.top_k * cost.expert_ns(1)
     expert = timings(card.launch_seconds, card.memory_gb_per_s, EXPERT_LAUNCHES)
     return Measurements(
-        device="Card", about="yesterday on Card", copies=timings(card.link_latency_seconds, card.link_gb_per_s),
+        device="Card",
+        about="yesterday on Card",
+        copies=timings(card.link_latency_seconds, card.link_gb_per_s),
         kernels=(*timings(card.launch_seconds, card.memory_gb_per_s), *expert),
         cpu_kernels=timings(2e-6, card.cpu_gb_per_s, EXPERT_LAUNCHES),
-        depths=tuple(Depth(n, (n * layer + cost.head_ns(1)) / 1e9) for n in depths), layer=LAYER, tflops=card.tflops,
-        cpu_tflops=card.cpu_tflops, memory_nbytes=card.vram_nbytes, taken_nbytes=7,
-    )  # fmt: skip
+        depths=tuple(Depth(n, (n * layer + cost.head_ns(1)) / 1e9) for n in depths),
+        layer=LAYER,
+        tflops=card.tflops,
+        cpu_tflops=card.cpu_tflops,
+        memory_nbytes=card.vram_nbytes,
+        taken_nbytes=7,
+    )
 
 
 @given(LATENCIES, BANDWIDTHS, st.integers(1, 8))
@@ -83,21 +89,30 @@ def test_a_latency_below_nothing_is_nothing_and_the_bandwidth_is_fitted_without_
         ((*timings(1e-5, 25.0)[:4], Timing(SIZES[4], 1, 0.0)), "not positive"),
         ((*timings(1e-5, 25.0)[:4], Timing(SIZES[4], 1, float("nan"))), "not positive"),
     ],
-)  # fmt: skip
+)
 def test_timings_that_hold_no_line_are_refused_in_one_sentence(points, says):
     with pytest.raises(mobile.Refused, match=says):
         line(points, "copies")
 
 
 @given(
-    st.floats(0, 5e-5), st.floats(1, 60), st.floats(1e-7, 2e-5), st.floats(10, 4000), st.floats(0, 1e-3),
+    st.floats(0, 5e-5),
+    st.floats(1, 60),
+    st.floats(1e-7, 2e-5),
+    st.floats(10, 4000),
+    st.floats(0, 1e-3),
     st.floats(0, 1e-2),
-)  # fmt: skip
+)
 def test_a_fit_of_what_a_profile_predicts_is_that_profile(latency, link, launch, memory, layer, step):
     card = replace(
-        PROFILES["rtx4080-pcie4"], link_latency_seconds=latency, link_gb_per_s=link, launch_seconds=launch,
-        memory_gb_per_s=memory, layer_seconds=layer, step_seconds=step,
-    )  # fmt: skip
+        PROFILES["rtx4080-pcie4"],
+        link_latency_seconds=latency,
+        link_gb_per_s=link,
+        launch_seconds=launch,
+        memory_gb_per_s=memory,
+        layer_seconds=layer,
+        step_seconds=step,
+    )
     found = fit(measured(card))
     assert found.link_gb_per_s == pytest.approx(link, rel=1e-5)
     assert found.memory_gb_per_s == pytest.approx(memory, rel=1e-5)

@@ -75,7 +75,7 @@ def test_a_cache_never_loads_more_than_none_and_the_oracle_loads_nothing(request
     cached, plain = (clock(strategies()[name], requests, slots) for name in ("lru", "on-demand"))
     assert cached.loads <= plain.loads
     assert cached.touches == plain.touches
-    resident = clock(strategies()["resident"], requests, GEOMETRY.keys)
+    resident = clock(strategies()["resident"], requests, GEOMETRY.total_experts)
     assert resident.loads == resident.stall_ns == 0
     assert resident.decode_ns < cached.decode_ns or cached.decode_ns == resident.decode_ns
 
@@ -102,7 +102,7 @@ def test_a_fallback_with_a_perfect_prediction_never_waits_longer_than_without(re
 
     told = [[perfect(step) for step in request] for request in requests]
     slots = LAYERS * TOP_K + TOP_K
-    with_it, without = (clock(replace(MOBILE, prefetch=on), told, slots) for on in (True, False))
+    with_it, without = (clock(replace(MOBILE, prefetch_on_fallback=on), told, slots) for on in (True, False))
     assert with_it.stall_ns <= without.stall_ns
     assert with_it.touches == without.touches
 
@@ -141,7 +141,7 @@ def with_signals(requests: list[Request], seed: int) -> list[Request]:
 
 def slots_of(strategy: Strategy, slots: int) -> int:
     """As many, or as many more as the strategy cannot do without."""
-    return GEOMETRY.keys if strategy.retain == "everything" else max(slots, TOP_K + strategy.staging)
+    return GEOMETRY.total_experts if strategy.retain == "everything" else max(slots, TOP_K + strategy.guess_slots)
 
 
 class OneByOne:
@@ -174,7 +174,7 @@ def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests,
     for strategy in strategies().values():
         size = slots_of(strategy, slots)
         on = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, CARD, size)
-        future = visits(told, STANDS_FOR) if strategy.foresight else None
+        future = visits(told, STANDS_FOR) if strategy.needs_future else None
         ledgers = []
         for events in (0, 10_000):
             residency = on.residency(events=events, future=future)
@@ -195,7 +195,7 @@ def test_decode_is_dense_layers_experts_and_waiting_and_nothing_else(requests, s
         size = slots_of(strategy, slots)
         counters = clock(strategy, told, size)
         dense = len(steps) * (LAYERS * cost.dense_ns(1) + cost.head_ns(1))
-        dense += falls * cost.router_replay_ns if strategy.prefetch else 0
+        dense += falls * cost.router_replay_ns if strategy.prefetch_on_fallback else 0
         assert counters.decode_dense_ns == dense, strategy.name
         assert counters.decode_expert_ns == (counters.touches - counters.cpu_experts) * cost.expert_ns(1)
         assert counters.decode_ns == dense + counters.decode_expert_ns + counters.decode_stall_ns
@@ -206,6 +206,6 @@ def test_decode_is_dense_layers_experts_and_waiting_and_nothing_else(requests, s
 @pytest.mark.parametrize("name", sorted(strategies()))
 def test_every_strategy_says_what_it_needs(name):
     strategy = strategies()[name]
-    assert TOP_K <= strategy.needs(GEOMETRY) <= GEOMETRY.keys
+    assert TOP_K <= strategy.min_slots(GEOMETRY) <= GEOMETRY.total_experts
     assert strategy.summary
     assert strategy.source

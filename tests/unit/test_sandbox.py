@@ -69,10 +69,11 @@ WRONG = {
     "signals its parent": ("import os\nos.kill(os.getppid(), 9)\n", "refuses os.kill"),
     "reaches for C": ("import ctypes\n", "refuses to import ctypes"),
     "lifts its limits": (
-        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n", "refuses resource.setrlimit",
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n",
+        "refuses resource.setrlimit",
     ),
     "crashes": ("import os\nos.abort()\n", "crashed"),
-}  # fmt: skip
+}
 
 
 def test_a_right_function_passes():
@@ -110,7 +111,7 @@ RIGHT_IN_ITS_WAY = {
     "has no secrets around it": "import os\nassert not os.environ\nassert os.listdir() == []\n" + RIGHT,
     "has seeded chances": "import random\nassert random.random() == 0.8444218515250481\n" + RIGHT,
     "has seeded hashes": f"assert hash('a') == {{}}\n{RIGHT}",
-}  # fmt: skip
+}
 
 
 def test_harmless_programs_pass_whatever_else_they_do():
@@ -206,9 +207,11 @@ def test_the_kernel_refuses_what_the_hook_refuses(tmp_path):
     outside = tmp_path / "precious"
     outside.write_text("kept")
     script = BARE.format(
-        suites=str(Path(sandbox_worker.__file__).parent), folder=str(tmp_path / "in"), outside=str(outside),
+        suites=str(Path(sandbox_worker.__file__).parent),
+        folder=str(tmp_path / "in"),
+        outside=str(outside),
         inside=str(tmp_path / "in" / "mine"),
-    )  # fmt: skip
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     calls, files = _offered()
     expected = [calls] * 4 + [files] * 2 + [False]

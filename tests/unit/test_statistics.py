@@ -21,9 +21,13 @@ def test_the_geometric_mean_is_scipys_and_so_is_the_interval_of_one_task():
     assert geometric_mean([ratios[:15], ratios[15:]]).value == pytest.approx(gmean(ratios))
     level = 1 - 2 * expanded_tail(40)
     reference = bootstrap(
-        (np.log(ratios),), np.mean, confidence_level=level, method="percentile", n_resamples=9999,
+        (np.log(ratios),),
+        np.mean,
+        confidence_level=level,
+        method="percentile",
+        n_resamples=9999,
         rng=np.random.default_rng(1),
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     assert (math.log(drawn.low), math.log(drawn.high)) == pytest.approx((reference.low, reference.high), abs=0.004)
 
 

@@ -60,12 +60,16 @@ def test_a_wrong_command_line_is_refused_in_one_sentence(refusal, argv, says):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("minutes = 1", "\xff"), ("minutes = 1", "minutes = ["), ("items = 2", 'items = "two"'),
-        ('hardware = ["rtx4080-pcie4"]', "hardware = [3]"), ('["static-half", "mobile"]', "[3]"),
+        ("minutes = 1", "\xff"),
+        ("minutes = 1", "minutes = ["),
+        ("items = 2", 'items = "two"'),
+        ('hardware = ["rtx4080-pcie4"]', "hardware = [3]"),
+        ('["static-half", "mobile"]', "[3]"),
         ("seeds = [0]", "seeds = 3"),
-        ("[[models]]", "[models]"), ('path = "models/olmoe-tiny"', "path = 3"),
+        ("[[models]]", "[models]"),
+        ('path = "models/olmoe-tiny"', "path = 3"),
     ],
-)  # fmt: skip
+)
 def test_a_preset_that_is_broken_or_odd_is_refused_with_its_name(refusal, tmp_path, old, new):
     from tiny_run import PRESET
 

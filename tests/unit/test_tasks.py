@@ -56,8 +56,10 @@ def test_the_scorer_finds_the_answer_in_every_worked_answer(task):
 def test_every_arithmetic_step_is_right_and_the_last_one_is_the_answer():
     for item in shipped("arithmetic"):
         steps = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)\.", item["worked"])
-        results = [{"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign]
-                   for a, sign, b, _ in steps]  # fmt: skip
+        results = [
+            {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign]
+            for a, sign, b, _ in steps
+        ]
         assert [int(step[3]) for step in steps] == results
         assert results[-1] == int(item["answer"])
 

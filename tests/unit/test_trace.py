@@ -24,11 +24,15 @@ LAYERS = 3
 ids = st.lists(st.integers(0, 127), unique=True, max_size=8).map(lambda x: tuple(sorted(x)))
 per_layer = st.tuples(*[ids] * LAYERS)
 decode = st.builds(
-    Step, kind=st.sampled_from(["full", "little"]), tokens=st.just(1), experts=per_layer,
+    Step,
+    kind=st.sampled_from(["full", "little"]),
+    tokens=st.just(1),
+    experts=per_layer,
     confidence=st.none() | st.floats(0, 1),
-)  # fmt: skip
-big = st.builds(Step, kind=st.just("big"), tokens=st.just(1), experts=per_layer, confidence=st.floats(0, 1),
-                predicted=per_layer)  # fmt: skip
+)
+big = st.builds(
+    Step, kind=st.just("big"), tokens=st.just(1), experts=per_layer, confidence=st.floats(0, 1), predicted=per_layer
+)
 
 
 @given(st.lists(st.lists(decode | big, max_size=4), max_size=4))

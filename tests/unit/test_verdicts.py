@@ -44,9 +44,15 @@ def test_a_measurement_can_be_reproduced():
 
 @pytest.mark.parametrize(
     ("low", "high", "says"),
-    [(1.50, 1.55, "SHORT"), (1.80, 1.90, "EXCEEDS"), (1.55, 1.57, "REPRODUCED"), (1.2, 2.0, "INCONCLUSIVE"),
-     (1.74, 1.80, "REPRODUCED"), (1.76, 1.80, "EXCEEDS")],
-)  # fmt: skip
+    [
+        (1.50, 1.55, "SHORT"),
+        (1.80, 1.90, "EXCEEDS"),
+        (1.55, 1.57, "REPRODUCED"),
+        (1.2, 2.0, "INCONCLUSIVE"),
+        (1.74, 1.80, "REPRODUCED"),
+        (1.76, 1.80, "EXCEEDS"),
+    ],
+)
 def test_the_rule_for_a_band(low, high, says):
     assert verdict.of_band(Interval((low + high) / 2, low, high), 1.60, 1.72, MEASURED) == says
 

@@ -35,9 +35,13 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     kind = getattr(torch, {"auto": "bfloat16" if on.type == "cuda" else "float32"}.get(dtype, dtype))
     screen = show.console(stderr=True)
     with Progress(
-        SpinnerColumn(), TextColumn("measuring {task.description}"), TimeElapsedColumn(), console=screen,
-        transient=True, disable=not screen.is_terminal,
-    ) as progress:  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("measuring {task.description}"),
+        TimeElapsedColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    ) as progress:
         task = progress.add_task("this machine", total=None)
 
         def say(what: str) -> None:

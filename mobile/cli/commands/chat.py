@@ -109,9 +109,13 @@ def _recorder(tokenizer: Any) -> Any:
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "chat", run, help="a conversation on stdin and stdout",
-        description="Talk with a model whose experts wait in host memory.", epilog=EXAMPLES,
-    )  # fmt: skip
+        commands,
+        "chat",
+        run,
+        help="a conversation on stdin and stdout",
+        description="Talk with a model whose experts wait in host memory.",
+        epilog=EXAMPLES,
+    )
     options.loading(parser)
     options.text(parser)
 

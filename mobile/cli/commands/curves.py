@@ -45,9 +45,15 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
         for (name, points), (colour, marker, line) in zip(curves.items(), styles, strict=False):
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, linewidth=1.6)
             axes.annotate(
-                name, xy=points[-1], xytext=(1.03, heights[name]), textcoords=axes.get_yaxis_transform(), color=colour,
-                va="center", fontsize=9, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
-            )  # fmt: skip
+                name,
+                xy=points[-1],
+                xytext=(1.03, heights[name]),
+                textcoords=axes.get_yaxis_transform(),
+                color=colour,
+                va="center",
+                fontsize=9,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+            )
         axes.set(xlabel="device memory (GiB)", ylabel="hit rate of decode", title=title, ylim=(-0.03, 1.03))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

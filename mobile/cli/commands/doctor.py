@@ -113,7 +113,7 @@ def _about_host(report: Report) -> Iterator[str]:
     usable = report.host.usable_nbytes
     if usable is None:
         return
-    needs = {name: preset.keys * preset.expert_nbytes for name, preset in GEOMETRIES.items()}
+    needs = {name: preset.total_experts * preset.expert_nbytes for name, preset in GEOMETRIES.items()}
     short = [f"{name} ({show.memory(need)})" for name, need in needs.items() if need > usable]
     if short:
         limited = isinstance(report.host.container_limit_nbytes, int)
@@ -126,17 +126,26 @@ def _about_host(report: Report) -> Iterator[str]:
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "doctor", run, help="what this machine offers, and what to change",
+        commands,
+        "doctor",
+        run,
+        help="what this machine offers, and what to change",
         description="Show versions, GPU, link and host memory; measure copies; say what to change.\n"
-        "With --calibrate: fit a hardware profile to this machine.", epilog=EXAMPLES,
-    )  # fmt: skip
+        "With --calibrate: fit a hardware profile to this machine.",
+        epilog=EXAMPLES,
+    )
     options.json(parser)
     group = parser.add_argument_group("calibration")
     group.add_argument("--calibrate", action="store_true", help="time this machine and fit a hardware profile to it")
     group.add_argument("--out", type=Path, metavar="FILE.json", help="write the profile, for --hardware FILE.json")
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1: what to time (default: a GPU if there)")
-    group.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
-                       help="of the timed weights (default: bfloat16 on a GPU, else float32)")  # fmt: skip
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=options.DTYPES,
+        metavar="TYPE",
+        help="of the timed weights (default: bfloat16 on a GPU, else float32)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -21,9 +21,13 @@ The text goes to stdout as it is written, the statistics to stderr. Prompts are 
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "generate", run, help="one prompt, one answer",
-        description="Answer one prompt with a model whose experts wait in host memory.", epilog=EXAMPLES,
-    )  # fmt: skip
+        commands,
+        "generate",
+        run,
+        help="one prompt, one answer",
+        description="Answer one prompt with a model whose experts wait in host memory.",
+        epilog=EXAMPLES,
+    )
     options.loading(parser)
     options.text(parser)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, in quotes; - or nothing reads stdin")

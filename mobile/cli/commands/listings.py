@@ -32,15 +32,22 @@ AUTO = "rtx4080-pcie4"  # what mobile.costs.hardware.profile makes of "auto"
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "strategies", list_strategies, help="what --strategy can be",
-        description="List every strategy: what it does, whether it is lossless, and whose it is.", epilog=STRATEGIES,
-    )  # fmt: skip
+        commands,
+        "strategies",
+        list_strategies,
+        help="what --strategy can be",
+        description="List every strategy: what it does, whether it is lossless, and whose it is.",
+        epilog=STRATEGIES,
+    )
     options.json(parser)
     parser = options.command(
-        commands, "hardware", list_hardware, help="what --hardware can be",
+        commands,
+        "hardware",
+        list_hardware,
+        help="what --hardware can be",
         description="List every hardware profile: the numbers that virtual time is computed with, and their sources.",
         epilog=HARDWARE.format(auto=AUTO),
-    )  # fmt: skip
+    )
     options.json(parser)
 
 

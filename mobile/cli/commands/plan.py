@@ -16,7 +16,7 @@ from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.machine.host import host, memory_shortage
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, strategies
-from mobile.residency.residency import STAGING
+from mobile.residency.residency import PREFILL_BUFFERS
 
 if TYPE_CHECKING:
     from mobile.checkpoints.source import Source
@@ -106,7 +106,7 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     if isinstance(strategy.gating, BigLittle):
         fallbacks = rate or 0.0
         moved = layers * (little + fallbacks * (full - little))
-        prediction = cost.router_replay_ns if strategy.prefetch else 0
+        prediction = cost.router_replay_ns if strategy.prefetch_on_fallback else 0
         nanoseconds = compute_ns(little) + fallbacks * (prediction + compute_ns(full))
     else:
         chosen = little if isinstance(strategy.gating, HalfK) else full
@@ -121,15 +121,20 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
 
 
 def plan(
-    model: str, geometry: Geometry, memory_nbytes: int, hardware: HardwareProfile, host_nbytes: int | None,
-    fallback_rates: Sequence[float] = (0.0, 1.0), disk_shortage: str | None = None,
-) -> Plan:  # fmt: skip
+    model: str,
+    geometry: Geometry,
+    memory_nbytes: int,
+    hardware: HardwareProfile,
+    host_nbytes: int | None,
+    fallback_rates: Sequence[float] = (0.0, 1.0),
+    disk_shortage: str | None = None,
+) -> Plan:
     """Divide the budget. Raises Refused when it cannot hold the dense weights and one token's experts."""
-    slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, STAGING)
+    slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, PREFILL_BUFFERS)
     cost = CostModel(hardware, geometry)
     rows = []
     for strategy in strategies().values():
-        needs = strategy.needs(geometry)
+        needs = strategy.min_slots(geometry)
         rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
         rows.append(
             Row(
@@ -140,12 +145,12 @@ def plan(
                 needs_slots=needs,
                 needs_nbytes=hardware.reserve_nbytes
                 + geometry.resident_nbytes
-                + (needs + STAGING) * geometry.expert_nbytes,
+                + (needs + PREFILL_BUFFERS) * geometry.expert_nbytes,
                 budget_meets_needs=slots >= needs,
                 bounds=tuple(bound(strategy, cost, rate) for rate in rates),
             )
         )
-    host_needed = geometry.keys * geometry.expert_nbytes
+    host_needed = geometry.total_experts * geometry.expert_nbytes
     because = memory_shortage(host_needed, host_nbytes) or disk_shortage
     return Plan(
         runs=because is None,
@@ -157,7 +162,7 @@ def plan(
         geometry=geometry,
         resident_nbytes=geometry.resident_nbytes,
         reserve_nbytes=hardware.reserve_nbytes,
-        staging_nbytes=STAGING * geometry.expert_nbytes,
+        staging_nbytes=PREFILL_BUFFERS * geometry.expert_nbytes,
         slots=slots,
         slots_nbytes=slots * geometry.expert_nbytes,
         host_needed_nbytes=host_needed,
@@ -200,16 +205,24 @@ def sizes(
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "plan", run, help="does a model fit, and what bounds its speed",
+        commands,
+        "plan",
+        run,
+        help="does a model fit, and what bounds its speed",
         description="Divide a memory budget and compute what bounds each strategy. No weight is read or fetched.",
         epilog=EXAMPLES,
-    )  # fmt: skip
+    )
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
     parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
     parser.add_argument("--host-memory", metavar="SIZE", help="what the host has for experts (default: this machine's)")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
-    parser.add_argument("--dtype", default="auto", choices=options.DTYPES, metavar="TYPE",
-                        help=f"of the weights: {', '.join(options.DTYPES)}")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=options.DTYPES,
+        metavar="TYPE",
+        help=f"of the weights: {', '.join(options.DTYPES)}",
+    )
     parser.add_argument("--fallback-rate", type=float, metavar="R", help="for `mobile` (default: both 0 and 1)")
     options.trust(parser)
     options.json(parser)
@@ -238,7 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"does not run here: {arguments.model}, because: {refused}")
         raise
     if arguments.json:
-        show.as_json(asdict(made))
+        show.as_json(asdict(made) | {"geometry": made.geometry.as_record()})
     else:
         _print(made, hardware)
     return 0 if made.runs else 1
@@ -258,8 +271,8 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     device.add_row("dense weights", show.memory(made.resident_nbytes), "with embedding and head")
     device.add_row("reserve", show.memory(made.reserve_nbytes), "context, workspace, KV cache")
     each = show.memory(geometry.expert_nbytes)
-    device.add_row("prefill buffers", show.memory(made.staging_nbytes), f"{STAGING} experts of {each}")
-    share = f"{made.slots:,} of {geometry.keys:,} experts ({made.slots / geometry.keys:.1%})"
+    device.add_row("prefill buffers", show.memory(made.staging_nbytes), f"{PREFILL_BUFFERS} experts of {each}")
+    share = f"{made.slots:,} of {geometry.total_experts:,} experts ({made.slots / geometry.total_experts:.1%})"
     device.add_row("expert slots", show.memory(made.slots_nbytes), share)
     device.columns[-1].justify = "left"
     out.print(device)
@@ -270,9 +283,15 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
     )
     rows = show.table(
         "Bounds per decode token (projected)",
-        "strategy", "loss-\nless", "needs\nslots", "needs\nmemory", "fits", "bytes\na token", "link\ntokens/s",
+        "strategy",
+        "loss-\nless",
+        "needs\nslots",
+        "needs\nmemory",
+        "fits",
+        "bytes\na token",
+        "link\ntokens/s",
         "compute\ntokens/s",
-    )  # fmt: skip
+    )
     for row in made.strategies:
         for bound in row.bounds:
             rows.add_row(
@@ -295,8 +314,10 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
 def _print_ceilings(out: Any, bounds: Ceilings) -> None:
     table = show.table(
         "Ceilings of MoBiLE over on-demand loading (closed forms)",
-        "fallback\nrate r", "all loading\n2 / (1 + r)", "with compute\n1 / (1 - f/2 + r phi)",
-    )  # fmt: skip
+        "fallback\nrate r",
+        "all loading\n2 / (1 + r)",
+        "with compute\n1 / (1 - f/2 + r phi)",
+    )
     for rate, loading, whole in bounds.speedups:
         table.add_row(f"{rate:g}", f"{loading:.2f}x", f"{whole:.2f}x")
     out.print()
@@ -331,6 +352,6 @@ def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
             "cpu-hybrid: what is missing is parted between link and CPU, and its bound is the slower one's. The "
             f"CPU reads at {hardware.cpu_gb_per_s:g} GB/s."
         )
-    if made.slots == geometry.keys:
+    if made.slots == geometry.total_experts:
         lines.append("Every expert has a slot here, so a strategy that keeps experts loads each of them only once.")
     return lines

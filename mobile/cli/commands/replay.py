@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mobile.cli import options, show
 from mobile.cli.commands import curves
-from mobile.costs.geometry import GEOMETRIES, Geometry, dress, slots_for
+from mobile.costs.geometry import GEOMETRIES, Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.policies.strategy import BigLittle, Strategy, resolve, strategies
 from mobile.replay import trace as traces
-from mobile.replay.replay import ReplaySetup, Outcome, why_not_replayable, outcome
-from mobile.residency.residency import STAGING
+from mobile.replay.replay import Outcome, ReplaySetup, outcome, why_not_replayable
+from mobile.residency.residency import PREFILL_BUFFERS
 
 EXAMPLES = """
 examples:
@@ -51,10 +51,13 @@ class Trace:
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "replay", run, help="compare strategies and cache sizes on a trace",
+        commands,
+        "replay",
+        run,
+        help="compare strategies and cache sizes on a trace",
         description="Compare strategies and cache sizes on a recorded trace. Times are computed: a projection.",
         epilog=EXAMPLES,
-    )  # fmt: skip
+    )
     parser.add_argument("trace", type=Path, metavar="TRACE", help="what `mobile trace` wrote")
     parser.add_argument("--strategy", action="append", metavar="NAME", help="repeat it to compare (default: all)")
     size = parser.add_mutually_exclusive_group()
@@ -73,30 +76,36 @@ def run(arguments: argparse.Namespace) -> int:
         curves.check(arguments.plot)
     card = profile(arguments.hardware)
     read = open_trace(arguments.trace)
-    worn, stands_for = dress(read.geometry, arguments.geometry)
+    charged, layer_map = project(read.geometry, arguments.geometry)
     chosen, left_out = choose(read, arguments.strategy, arguments.gamma)
     benches = [
-        ReplaySetup(strategy, worn, stands_for, card, slots)
+        ReplaySetup(strategy, charged, layer_map, card, slots)
         for strategy in chosen
-        for slots in sizes(arguments, strategy, worn, card)
+        for slots in sizes(arguments, strategy, charged, card)
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
     with progress:
         outcomes = [outcome(on, read.requests) for on in progress.track(benches, description="replays")]
     if arguments.plot is not None:
-        curves.draw(arguments.plot, outcomes, f"{worn.name}, {read.tokens:,} decoded tokens (projected)")
+        curves.draw(arguments.plot, outcomes, f"{charged.name}, {read.tokens:,} decoded tokens (projected)")
     if arguments.json:
         show.as_json(
             {
-                "trace": str(arguments.trace), "model": read.model, "recorded_by": read.recorder.name,
-                "requests": len(read.requests), "tokens": read.tokens, "geometry": asdict(worn),
-                "hardware": card.name, "projected": True, "results": [asdict(one) for one in outcomes],
+                "trace": str(arguments.trace),
+                "model": read.model,
+                "recorded_by": read.recorder.name,
+                "requests": len(read.requests),
+                "tokens": read.tokens,
+                "geometry": charged.as_record(),
+                "hardware": card.name,
+                "projected": True,
+                "results": [asdict(one) for one in outcomes],
                 "left_out": left_out,
             }
-        )  # fmt: skip
+        )
     else:
-        _print(read, worn, card, outcomes)
+        _print(read, charged, card, outcomes)
         for reason in dict.fromkeys(left_out.values()):
             names = ", ".join(name for name, why in left_out.items() if why == reason)
             show.note(f"Left out: {names} ({reason}).")
@@ -107,13 +116,13 @@ def open_trace(path: Path) -> Trace:
     """Read a trace and what it says about itself. Raises Refused if that is too little to compare strategies on it."""
     requests, about = traces.load(path)
     try:
-        geometry, name, gamma = Geometry(**about["geometry"]), about["strategy"], about.get("gamma")
-        sizes_of = {field: size for field, size in asdict(geometry).items() if field != "name"}
+        geometry, name, gamma = Geometry.from_record(about["geometry"]), about["strategy"], about.get("gamma")
+        sizes_of = {field: size for field, size in geometry.as_record().items() if field != "name"}
         if not all(type(size) is int and size > 0 for size in sizes_of.values()):
             raise TypeError("a size is not a count")
         if not isinstance(name, str) or not isinstance(gamma, float | int | None):
             raise TypeError("neither a strategy nor its gamma")
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise Refused(
             f"{path} does not say which model and strategy it is of; record it with `mobile trace`."
         ) from error
@@ -151,53 +160,71 @@ def _two_pass(strategy: Strategy) -> bool:
     return isinstance(strategy.gating, BigLittle)
 
 
-def sizes(arguments: argparse.Namespace, strategy: Strategy, worn: Geometry, card: HardwareProfile) -> list[int]:
+def sizes(arguments: argparse.Namespace, strategy: Strategy, charged: Geometry, card: HardwareProfile) -> list[int]:
     """Slots to replay a strategy with, ascending. Raises Refused where they cannot hold one token's experts."""
     if strategy.retain == "everything":
-        return [worn.keys]
-    return sorted({min(slots, worn.keys) for slots in _asked(arguments, strategy, worn, card)})
+        return [charged.total_experts]
+    return sorted({min(slots, charged.total_experts) for slots in _asked(arguments, strategy, charged, card)})
 
 
 def _asked(
-    arguments: argparse.Namespace, strategy: Strategy, worn: Geometry, card: HardwareProfile
-) -> Iterator[int]:  # fmt: skip
+    arguments: argparse.Namespace, strategy: Strategy, charged: Geometry, card: HardwareProfile
+) -> Iterator[int]:
     for slots in arguments.slots or ():
-        if slots < worn.top_k:
-            raise Refused(f"{slots} slots cannot hold one layer's {worn.top_k} experts; give at least {worn.top_k}.")
+        if slots < charged.top_k:
+            raise Refused(
+                f"{slots} slots cannot hold one layer's {charged.top_k} experts; give at least {charged.top_k}."
+            )
         yield slots
     for memory in arguments.memory or ():
-        yield slots_for(worn, parse_nbytes(memory), card.reserve_nbytes, STAGING)
+        yield slots_for(charged, parse_nbytes(memory), card.reserve_nbytes, PREFILL_BUFFERS)
     if arguments.slots or arguments.memory:
         return
     if arguments.sweep or arguments.plot:
-        yield from (max(worn.top_k, round(share * worn.keys)) for share in SWEPT)
+        yield from (max(charged.top_k, round(share * charged.total_experts)) for share in SWEPT)
         return
-    yield strategy.needs(worn)
-    if card.vram_nbytes >= ReplaySetup(strategy, worn, (), card, worn.top_k).memory_nbytes:
-        yield slots_for(worn, card.vram_nbytes, card.reserve_nbytes, STAGING)
+    yield strategy.min_slots(charged)
+    if card.vram_nbytes >= ReplaySetup(strategy, charged, (), card, charged.top_k).memory_nbytes:
+        yield slots_for(charged, card.vram_nbytes, card.reserve_nbytes, PREFILL_BUFFERS)
 
 
-def _print(read: Trace, worn: Geometry, card: HardwareProfile, outcomes: Sequence[Outcome]) -> None:
+def _print(read: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequence[Outcome]) -> None:
     out = show.console()
-    as_what = "" if worn == read.geometry else f", charged as {worn.name}"
+    as_what = "" if charged == read.geometry else f", charged as {charged.name}"
     out.print(
         f"{len(read.requests)} requests, {read.tokens:,} decoded tokens of {read.geometry.name}{as_what}, recorded "
         f"under {read.recorder.name}, on {card.name}.\n"
     )
     table = show.table(
         "Replayed (projected)",
-        "strategy", "slots", "memory", "hit\nrate", "fall-\nbacks", "GB a\ntoken", "tokens/s", "stall\nshare",
-        "foreseen\nof needed", "needed of\nforeseen", "wasted\nprefetch",
-    )  # fmt: skip
+        "strategy",
+        "slots",
+        "memory",
+        "hit\nrate",
+        "fall-\nbacks",
+        "GB a\ntoken",
+        "tokens/s",
+        "stall\nshare",
+        "foreseen\nof needed",
+        "needed of\nforeseen",
+        "wasted\nprefetch",
+    )
     for one in outcomes:
         table.add_row(
-            one.strategy, f"{one.slots:,}", show.memory(one.memory_nbytes), _percent(one.hit_rate),
-            _percent(one.fallback_rate), f"{one.gb_per_token:.3g}", show.rate(one.tokens_per_s),
-            _percent(one.stall_share), _percent(one.prefetch_recall), _percent(one.prefetch_precision),
+            one.strategy,
+            f"{one.slots:,}",
+            show.memory(one.memory_nbytes),
+            _percent(one.hit_rate),
+            _percent(one.fallback_rate),
+            f"{one.gb_per_token:.3g}",
+            show.rate(one.tokens_per_s),
+            _percent(one.stall_share),
+            _percent(one.prefetch_recall),
+            _percent(one.prefetch_precision),
             show.moved(round(one.wasted_prefetch_gb * show.GB)),
-        )  # fmt: skip
+        )
     out.print(table)
-    ceiling = worn.on_demand_ceiling(card.link_gb_per_s)
+    ceiling = charged.on_demand_ceiling(card.link_gb_per_s)
     for one in outcomes:
         if (took := one.training) is None:
             continue

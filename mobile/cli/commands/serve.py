@@ -128,9 +128,13 @@ async def _ended(events: Any) -> AsyncIterator[Any]:
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "serve", run, help="an OpenAI-compatible server",
-        description="Serve a model whose experts wait in host memory over the OpenAI protocol.", epilog=EXAMPLES,
-    )  # fmt: skip
+        commands,
+        "serve",
+        run,
+        help="an OpenAI-compatible server",
+        description="Serve a model whose experts wait in host memory over the OpenAI protocol.",
+        epilog=EXAMPLES,
+    )
     parser.add_argument("--host", default="localhost", help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
     options.loading(parser)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,13 @@ numbers and confidences, no text and no weights.
 
 def declare(commands: Any) -> None:
     parser = options.command(
-        commands, "trace", run, help="run prompts and save the routing",
-        description="Run prompts one by one and save which experts every token chose.", epilog=EXAMPLES,
-    )  # fmt: skip
+        commands,
+        "trace",
+        run,
+        help="run prompts and save the routing",
+        description="Run prompts one by one and save which experts every token chose.",
+        epilog=EXAMPLES,
+    )
     options.loading(parser, geometry=False)  # the trace keeps the model's own sizes; a replay dresses it
     options.text(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="lines or JSONL; - reads stdin")
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         for ids in progress.track(read, description="prompts"):
             opened.generate(ids)
     about = {
-        "geometry": asdict(engine.geometry),
+        "geometry": engine.geometry.as_record(),
         "model": arguments.model,
         "strategy": engine.strategy.name,
         "gamma": getattr(engine.strategy.gating, "gamma", None),
