@@ -149,7 +149,7 @@ def serve(
         settled.strategy, layers, settled.own.little_k, settled.worn, settled.stands_for, settled.slots, settled.card,
         store, settled.kernel, poison,
     )  # fmt: skip
-    overrides, decoder = Overrides(), Decoder(model, engine)
+    overrides, decoder, gradients = Overrides(), Decoder(model, engine), torch.is_grad_enabled()
     engine.leave = partial(_leave, engine, overrides)
     try:
         overrides.put(model, "mobile", engine)  # first of all: whatever breaks off the rest, detach can undo it
@@ -169,6 +169,7 @@ def serve(
         engine.connect(lambda engine, cost: _link(settled, engine, cost))
         _prove(engine, decoder, overrides)
     except BaseException:
+        torch.set_grad_enabled(gradients)  # PyTorch's own lines that do it are lines where Ctrl-C may come
         _end(engine, give_back=held)
         raise
     return model
