@@ -54,6 +54,8 @@ class Whole:
     def check(self, where: str) -> None:
         after = self.model.state_dict()
         assert not hasattr(self.model, "mobile"), where
+        assert torch.is_grad_enabled(), where
+        assert not torch.is_inference_mode_enabled(), where
         assert self.seen() == self.attributes, where
         assert after.keys() == self.weights.keys(), where
         assert all(torch.equal(weight, after[name]) for name, weight in self.weights.items()), where

@@ -237,6 +237,23 @@ def test_ctrl_c_where_routers_are_told_their_top_k_leaves_none_halved(then):
     assert at == 70
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_where_a_step_turns_gradients_off_and_on_leaves_them_on():
+    faulty, at = Faulty("lru", None), 0
+    while True:
+        at += 1
+        interrupt = Interrupt(at, only=("step", "_step_alone"))
+        try:
+            interrupt.during(lambda: faulty.model(faulty.ids))
+        except KeyboardInterrupt:
+            assert torch.is_grad_enabled(), interrupt.where
+            faulty.check(interrupt.where)
+        if not interrupt.where:
+            break
+    assert at > 20
+    faulty.leave()
+
+
 def test_an_old_exception_let_go_of_in_the_middle_of_a_step_disturbs_nothing():
     """Ctrl-C at the return of a context's entry leaves the context open; closing it late must change nothing."""
     faulty, at = Faulty("mobile", 0.0), 0

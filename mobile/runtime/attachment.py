@@ -198,7 +198,7 @@ def install(
         settled.kernel,
         poison,
     )
-    overrides, decoder = Overrides(), Decoder(model, engine)
+    overrides, decoder, gradients = Overrides(), Decoder(model, engine), torch.is_grad_enabled()
     engine.leave = partial(_leave, engine, overrides)
     try:
         overrides.put(model, "mobile", engine)  # first of all: whatever breaks off the rest, detach can undo it
@@ -218,6 +218,7 @@ def install(
         engine.connect(lambda engine, cost: _link(settled, engine, cost))
         _prove(engine, decoder, overrides)
     except BaseException:
+        torch.set_grad_enabled(gradients)  # PyTorch's own lines that do it are lines where Ctrl-C may come
         _end(engine, give_back=held)
         raise
     return model

@@ -184,7 +184,12 @@ class Engine:
         """
         if self in _stepping.get():
             return run(*arguments)
-        return copy_context().run(self._step_alone, run, arguments)
+        gradients = torch.is_grad_enabled()
+        try:
+            return copy_context().run(self._step_alone, run, arguments)
+        except BaseException:
+            torch.set_grad_enabled(gradients)  # where Ctrl-C came on the line that does it below
+            raise
 
     def _step_alone(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Do that. Whatever breaks it off anywhere (a failing copy, Ctrl-C) leaves slots that nobody trusts.
