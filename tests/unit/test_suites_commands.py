@@ -80,7 +80,7 @@ def test_a_preset_that_is_broken_or_odd_is_refused_with_its_name(refusal, tmp_pa
 
 @pytest.mark.parametrize(("out", "says"), UNWRITABLE.items())
 def test_a_folder_that_cannot_be_made_is_known_before_anything_is_run_or_timed(refusal, monkeypatch, out, says):
-    for begun in ("suites.__main__.execute", "suites.synthetic.models.make", "suites.abba.trial"):
+    for begun in ("suites.__main__.execute", "suites.synthetic.models.make", "suites.abba.commands.trial"):
         monkeypatch.setattr(begun, lambda *_, **__: pytest.fail("it has begun"))
     assert refusal(suites.main, "run", "--preset", "smoke", "--out", out) == says
     assert refusal(suites.main, *PROFILE, "--out", out) == says
