@@ -84,8 +84,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"])
 def tests(session: nox.Session) -> None:
-    """All tests; arguments go to pytest."""
-    run(session, "pytest", *session.posargs)
+    """Run all tests, a file at a time on each processor; arguments go to pytest, and then it runs alone."""
+    run(session, "pytest", *(session.posargs or ("-n", "logical", "--dist", "loadfile")))
 
 
 @nox.session(default=False, reuse_venv=True)

@@ -60,6 +60,17 @@ def test_the_range_of_transformers_is_said_alike_everywhere_and_its_ends_are_tes
     assert {"include-group": "oldest"} in groups["pinned"]
 
 
+def test_the_hooks_before_a_commit_run_what_lint_runs():
+    lint = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["lint"]
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repo["hooks"]
+    ]
+    assert hooks
+    assert all(set(hook["additional_dependencies"]) <= set(lint) for hook in hooks)
+
+
 def test_no_workflow_is_forgotten():
     assert {path.name for path in FOLDER.iterdir()} == set(NAMES)
 
