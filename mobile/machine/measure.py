@@ -382,7 +382,7 @@ def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geome
                 model(token, **cache)
                 taken[depth].append(statistics.median(_step(model, token, cache) for _ in range(sizes.tokens)))
     finally:
-        model.mobile.leave()
+        model.mobile.uninstall(give_back=False)
     return geometry, tuple(Depth(depth, min(found[1:])) for depth, found in taken.items())
 
 

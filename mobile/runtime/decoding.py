@@ -146,7 +146,8 @@ class Decoder:
         engine, cache = self.engine, compat.cache_of(given)
         if not asked.entrance.outermost:
             return self._all_experts(little, asked, "was called without its head, so no confidence is known")
-        if not engine.undoable or not rollback.supported(cache, engine.undoable):
+        undoable = engine.findings.undoable
+        if not undoable or not rollback.supported(cache, undoable):
             return self._all_experts(little, asked, f"writes into a {type(cache).__name__} that cannot be rolled back")
         undo = rollback.before_step(cache)
         again = rollback.random_numbers(engine.device) if self.model.training else None

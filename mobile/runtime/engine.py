@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
 from mobile.costs.cost_model import CostModel
-from mobile.costs.geometry import Geometry
-from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
-from mobile.kernels import Kernel, group
+from mobile.kernels import group
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
+from mobile.live_model.overrides import Overrides
 from mobile.policies.next_logits import NextLayerLogits, alone
-from mobile.policies.strategy import CustomRouting, Strategy
+from mobile.policies.strategy import CustomRouting
 from mobile.replay.trace import Request, foreseen_from
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
+from mobile.runtime.attach_plan import AttachPlan
 from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.slots import SlotPool
@@ -31,6 +33,18 @@ from mobile.store.memory import HostStore
 
 MakeLink = Callable[["Engine", CostModel], Link]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Facts that the self-test at attach found out about the model.
+
+    `undoable` are the types of caches, and of their layers, in which a step was undone without a trace; `quasi` is
+    there for a strategy that foresees from the quasi-hidden state.
+    """
+
+    undoable: frozenset[type] = frozenset()
+    quasi: QuasiHiddenState | None = None
 
 
 class Engine:
@@ -41,36 +55,26 @@ class Engine:
     """
 
     def __init__(
-        self,
-        strategy: Strategy,
-        layers: Sequence[compat.MoeLayer],
-        little_k: int,
-        charged: Geometry,
-        layer_map: tuple[tuple[int, ...], ...],
-        slots: int,
-        hardware: HardwareProfile,
-        store: HostStore,
-        kernel: Kernel,
-        poison: bool,
+        self, plan: AttachPlan, layers: Sequence[compat.MoeLayer], store: HostStore, *, poison: bool = False
     ) -> None:
-        self.strategy, self.layers, self.geometry, self.slots = strategy, layers, charged, slots
-        self.hardware, self.layer_map, self.store = hardware, layer_map, store
-        self.little = little_k
+        """Stand behind `layers`, whose experts `store` keeps. `poison` fills empty slots with NaN."""
+        self.plan, self.layers, self.store = plan, layers, store
+        self.strategy, self.geometry, self.slots, self.hardware = plan.strategy, plan.charged, plan.slots, plan.hardware
+        self.layer_map = plan.layer_map
+        self.overrides = Overrides()  # all that attach puts on the model
         self.ledger = Ledger()
         self.running: ForwardPass | None = None
-        self.undoable: frozenset[type] = frozenset()  # cache types in which the self-test undid a step
+        self.findings = Findings()
         self.recorded: list[Request] | None = None
         self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
-        self.quasi: QuasiHiddenState | None = None  # set by attach, for a strategy that foresees from it
         self._records_ahead = False
         self._foreseen: dict[int, Selection] = {}  # by layer, its router's word on the layer before's input
         self.lock = threading.RLock()
-        self._kernel, self._poison = kernel, poison
+        self._kernel, self._poison = plan.kernel, poison
         self._top_k = [layer.top_k for layer in layers]
-        self._owner = [mine for mine, covered in enumerate(layer_map) for _ in covered]
+        self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
         self._batch: list[Request] = []
         self._broken = False  # a step was broken off and the slots hold nobody knows what
-        self.leave: Callable[[], None] = lambda: None  # set by attach: how to undo it
         self.leaving = False  # a detach has begun, and experts may be anywhere
         self.device = compat.device_of(layers)
         self.slot_rows = torch.empty(0, store.layout.numel, dtype=store.layout.dtype, device=self.device)
@@ -92,7 +96,14 @@ class Engine:
     # --- coming and going ---------------------------------------------------------------------------
 
     def allocate(self) -> None:
-        """Take the slots' memory. Raises Refused, with nothing taken, if the device has too little."""
+        """Cap what this process allocates on the device at the budget, and take the slots' memory.
+
+        Raises Refused, with nothing taken, if the device has too little.
+        """
+        if self.device.type == "cuda" and self.plan.budget_nbytes is not None:
+            weakref.finalize(self, _lift_cap, self.device)  # should the model be deleted without detach
+            total = torch.cuda.mem_get_info(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.plan.budget_nbytes / total), self.device)
         rows, layout = self.slots + PREFILL_BUFFERS, self.store.layout
         try:
             taken = torch.zeros(rows, layout.numel, dtype=layout.dtype, device=self.device)
@@ -109,18 +120,36 @@ class Engine:
         self.link = make(self, self._cost)
         self.restart()
 
+    def start(self, findings: Findings) -> None:
+        """Keep what the self-test found, and start anew."""
+        self.findings = findings
+        self.restart()
+
     def restart(self) -> None:
         """Cold slots, an empty ledger and a clock at zero."""
         self.ledger.clear()
         self._cold()
         self.link.rewind()
 
+    def uninstall(self, *, give_back: bool) -> None:
+        """Make the model the stock one again. Broken off anywhere, it can be called again, and goes on.
+
+        With `give_back` the experts go back into their modules; otherwise they stay where they are. `model.mobile` is
+        the last to go.
+        """
+        self.leaving = True
+        self.close()
+        if give_back:
+            self.store.give_back([layer.experts for layer in self.layers])
+        self.overrides.undo()
+
     def close(self) -> None:
-        """Let go of the link, if it was made, of the routers, and of the slots; may be called again."""
+        """Let go of the link, if it was made, of the routers, the slots and the memory cap; may be called again."""
         self._all_k()
         if hasattr(self, "link"):
             self.link.close()
         self.slot_rows, self._views = self.slot_rows.new_empty(0), {}
+        _lift_cap(self.device)  # the experts may not fit below it
 
     def _cold(self) -> None:
         """Empty slots, whatever was in them or on its way; the clock and the counters go on."""
@@ -168,7 +197,7 @@ class Engine:
     def little_k(self) -> Iterator[None]:
         """A context in which every router chooses K/2 experts."""
         for layer in self.layers:
-            setattr(*layer.top_k_attribute, self.little)
+            setattr(*layer.top_k_attribute, self.plan.native.little_k)
         yield
         self._all_k()
 
@@ -290,8 +319,8 @@ class Engine:
             return
         (hidden, *_), _ = running.router_inputs[layer]
         beside = self._beside(layer, running, hidden)
-        if self.quasi is not None:
-            hidden = self.quasi.after(layer, index, weights).view_as(hidden)
+        if self.findings.quasi is not None:
+            hidden = self.findings.quasi.after(layer, index, weights).view_as(hidden)
         if beside is None:
             return
         following, given, named = self.layers[layer + 1], (hidden, *beside[0]), beside[1]
@@ -371,3 +400,9 @@ class Engine:
             yield self.recorded
         finally:
             self.recorded, self._records_ahead = None, False
+
+
+def _lift_cap(device: torch.device) -> None:
+    """Let this process allocate all of the device again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -102,11 +102,12 @@ def check_routers(stock: Forward, engine: Engine) -> None:
             _, running = _run(stock, engine, "little", 0, 1, use_cache=False)
     except (AttributeError, TypeError, ValueError) as error:
         raise Refused(f"The model does not run on token ids alone ({error}); use a lossless strategy.") from error
+    little_k = engine.plan.native.little_k
     for layer, (index, _) in zip(engine.layers, running.selections, strict=True):
-        if index.shape[-1] != engine.little:
+        if index.shape[-1] != little_k:
             raise Refused(
                 f"{type(layer.router).__name__} always chooses {index.shape[-1]} experts, so no token can run with "
-                f"{engine.little}; use a strategy that runs all of them."
+                f"{little_k}; use a strategy that runs all of them."
             )
 
 
