@@ -20,6 +20,7 @@ from mobile.policies.strategy import BigLittle, CustomRouting, FullK, HalfK
 from mobile.runtime import rollback
 from mobile.runtime.engine import Engine
 from mobile.runtime.forward_pass import ForwardPass
+from mobile.runtime.next_layer import predict
 
 BROKEN_OFF = "Attaching or detaching this model was broken off; call mobile.detach(model), which finishes it."
 AS_A_PROMPT = "runs as a prompt's does, with all experts and none kept: the strategy {} does not act on it."
@@ -70,8 +71,8 @@ class Decoder:
         settings = getattr(self.model, "generation_config", None) or self.model.config
         overrides.put(settings, "disable_compile", True)  # generate() would compile this forward for a static cache
         for number, layer in enumerate(self.engine.layers):
-            heard = torch.compiler.disable(functools.partial(self._record_router_input, number))
-            overrides.hook(layer.router.register_forward_hook, heard, with_kwargs=True)
+            record = torch.compiler.disable(functools.partial(self._record_router_input, number))
+            overrides.hook(layer.router.register_forward_hook, record, with_kwargs=True)
         generate_calls.watch(self.model, overrides)
         for module in entrances(self.model, [layer.experts for layer in self.engine.layers]):
             overrides.put(module, "forward", self._forward(module))
@@ -91,8 +92,8 @@ class Decoder:
         running = self.engine.running
         if running is not None and running.kind != "prefill":
             running.router_inputs[number] = (args, kwargs)
-        if self.engine.foresees:
-            self.engine.heard[number] = (args, kwargs)
+        if self.engine.asks_ahead:
+            self.engine.next_layer.last_router_inputs[number] = (args, kwargs)
 
     # --- one forward pass ---------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class Decoder:
     def _one(self, running: ForwardPass, asked: Forward, fresh: bool = False) -> Any:
         with self.engine.passing(running):
             output = asked.run()
-        self.engine.remember(running, running.live, fresh=fresh)
+        self.engine.recorder.add(running, running.live, fresh=fresh)
         return output
 
     def _two(self, little: ForwardPass, asked: Forward, given: dict[str, Any], gating: BigLittle) -> Any:
@@ -157,9 +158,9 @@ class Decoder:
         unsure = confidence < gating.gamma
         falls = unsure if little.live is None else unsure & little.live
         if not bool(falls.any()):
-            engine.remember(little, little.live, confidence)
+            engine.recorder.add(little, little.live, confidence)
             return _as_asked(output, self.model, given)
-        predicted = engine.predict(little)
+        predicted = predict(engine.layers, little)
         undo()
         if again is not None:
             again()
@@ -170,8 +171,8 @@ class Decoder:
             result = asked.run(return_dict=True)
         if confident is not None:
             result.logits[confident] = output.logits[confident]
-        engine.remember(little, little.live, confidence)
-        engine.remember(big, falls, confidence, predicted)
+        engine.recorder.add(little, little.live, confidence)
+        engine.recorder.add(big, falls, confidence, predicted)
         return _as_asked(result, self.model, given)
 
     def _all_experts(self, little: ForwardPass, asked: Forward, because: str) -> Any:

@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -21,13 +21,14 @@ from mobile.links.base import Link
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
 from mobile.live_model.overrides import Overrides
-from mobile.policies.next_logits import NextLayerLogits, alone
 from mobile.policies.strategy import CustomRouting
-from mobile.replay.trace import Request, foreseen_from
+from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.attach_plan import AttachPlan
-from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
+from mobile.runtime.forward_pass import ForwardPass, Selection
+from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
+from mobile.runtime.recording import Recorder
 from mobile.slots import SlotPool
 from mobile.store.memory import HostStore
 
@@ -65,15 +66,11 @@ class Engine:
         self.ledger = Ledger()
         self.running: ForwardPass | None = None
         self.findings = Findings()
-        self.recorded: list[Request] | None = None
-        self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
-        self._records_ahead = False
-        self._foreseen: dict[int, Selection] = {}  # by layer, its router's word on the layer before's input
+        self.recorder, self.next_layer = Recorder(), NextLayerLookup(layers, plan.strategy)
         self.lock = threading.RLock()
         self._kernel, self._poison = plan.kernel, poison
         self._top_k = [layer.top_k for layer in layers]
         self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
-        self._batch: list[Request] = []
         self._broken = False  # a step was broken off and the slots hold nobody knows what
         self.leaving = False  # a detach has begun, and experts may be anywhere
         self.device = compat.device_of(layers)
@@ -270,7 +267,7 @@ class Engine:
         gating = self.strategy.gating
         if not isinstance(gating, CustomRouting):
             return index, weights
-        index, weights = gating.choose(layer, (index, weights), self._foreseen.pop(layer, None))
+        index, weights = gating.choose(layer, (index, weights), self.next_layer.take_selection(layer))
         return index.masked_fill(weights == 0, self.experts), weights
 
     def _run_alone(self, layer: int, hidden: torch.Tensor, *selection: torch.Tensor) -> torch.Tensor:
@@ -290,75 +287,30 @@ class Engine:
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         groups = group(index, self.experts)
-        if self.foresees and self.running is not None and self.running.kind != "prefill":
-            self._look_ahead(layer, self.running, index, weights)
+        running, lookup = self.running, self.next_layer
+        if self.asks_ahead and running is not None and running.kind != "prefill":
+            lookup.ask(
+                layer,
+                running,
+                (index, weights),
+                self.findings.quasi,
+                keep_logits=self.recorder.keeps_next_layer_logits,
+            )
         *others, last = self.layer_map[layer]
         for other in others:
-            for _ in self.residency.layer(other, groups.experts, groups.counts, self._signal(layer, last=False)):
+            ahead = lookup.logits_for(layer, running, last=False)
+            for _ in self.residency.layer(other, groups.experts, groups.counts, ahead):
                 pass
-        waves = self.residency.layer(last, groups.experts, groups.counts, self._signal(layer, last=True))
+        ahead = lookup.logits_for(layer, running, last=True)
+        waves = self.residency.layer(last, groups.experts, groups.counts, ahead)
         host = () if self.strategy.on_cpu is None else (self.store.views(layer),)
         return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, *host)
 
     @property
-    def foresees(self) -> bool:
-        """Whether the next layer's router is asked at every layer: to look or route ahead, or for a trace."""
-        return self._signals or self._routes_ahead
-
-    @property
-    def _signals(self) -> bool:
-        return self.strategy.lookahead is not None or self._records_ahead
-
-    @property
-    def _routes_ahead(self) -> bool:
-        return isinstance(self.strategy.gating, CustomRouting) and self.strategy.gating.foresees
-
-    def _look_ahead(self, layer: int, running: ForwardPass, index: torch.Tensor, weights: torch.Tensor) -> None:
-        """Ask the next layer's router about this layer's input, where it is known what else to give it."""
-        if layer + 1 == len(self.layers):
-            return
-        (hidden, *_), _ = running.router_inputs[layer]
-        beside = self._beside(layer, running, hidden)
-        if self.findings.quasi is not None:
-            hidden = self.findings.quasi.after(layer, index, weights).view_as(hidden)
-        if beside is None:
-            return
-        following, given, named = self.layers[layer + 1], (hidden, *beside[0]), beside[1]
-        if self._signals:
-            running.ahead[layer] = following.logits(given, named).to(torch.float16).cpu().numpy()
-        if self._routes_ahead:
-            self._foreseen[layer + 1] = following.choice(given, named)
-
-    def _beside(self, layer: int, running: ForwardPass, hidden: torch.Tensor) -> RouterInput | None:
-        """Return what the next layer's router is probably given beside hidden states; None if that is not known.
-
-        A router of this layer's class is given what this one is where that belongs to the tokens, and the rest as the
-        last time; another is given all as the last time, which must have been as many tokens.
-        """
-        (_, *here), named_here = running.router_inputs[layer]
-        alike = type(self.layers[layer].router) is type(self.layers[layer + 1].router)
-        if layer + 1 not in self.heard:
-            return (tuple(here), named_here) if alike else ((), {})
-        (then, *others), named = self.heard[layer + 1]
-
-        def of_tokens(part: Any) -> bool:
-            return torch.is_tensor(part) and part.shape[: then.ndim - 1] == then.shape[:-1]
-
-        if alike and len(here) == len(others) and named_here.keys() == named.keys():
-            others = [mine if of_tokens(last) else last for last, mine in zip(others, here, strict=True)]
-            return tuple(others), {key: named_here[key] if of_tokens(last) else last for key, last in named.items()}
-        if then.shape[:-1] != hidden.shape[:-1] and any(map(of_tokens, (*others, *named.values()))):
-            return None
-        return tuple(others), named
-
-    def _signal(self, layer: int, *, last: bool) -> NextLayerLogits | None:
-        source = foreseen_from(layer, last, len(self.layers))
-        logits = self.running.ahead.get(source) if self.running is not None and source is not None else None
-        return None if logits is None else alone(logits)
-
-    def predict(self, little: ForwardPass) -> list[torch.Tensor]:
-        """Per layer the K experts (tokens, K) that the little pass's recorded router inputs name."""
-        return [layer.route(*little.router_inputs[number]) for number, layer in enumerate(self.layers)]
+    def asks_ahead(self) -> bool:
+        """Whether the next layer's router is asked at every layer: to load or route ahead, or for a trace."""
+        lookup = self.next_layer
+        return lookup.needs_logits or lookup.needs_selections or self.recorder.keeps_next_layer_logits
 
     def fall_back(self, predicted: list[torch.Tensor], unsure: torch.Tensor) -> None:
         """Tell the clock that rows were unsure, and what their big pass will probably need, in layer order."""
@@ -366,40 +318,12 @@ class Engine:
         keys = [(layer, e) for mine, covered in enumerate(self.layer_map) for layer in covered for e in wanted[mine]]
         self.residency.fallback(keys, int(unsure.sum()))
 
-    def remember(
-        self,
-        done: ForwardPass,
-        live: torch.Tensor | None = None,
-        confidence: torch.Tensor | None = None,
-        predicted: list[torch.Tensor] | None = None,
-        *,
-        fresh: bool = False,
-    ) -> None:
-        """Append the pass to the trace of each live row, if a recording is on; `fresh` begins new requests."""
-        if self.recorded is None:
-            return
-        rows = done.valid.shape[0]
-        if fresh or len(self._batch) != rows:
-            self._batch = [[] for _ in range(rows)]
-            self.recorded.extend(self._batch)
-        written = [True] * rows if live is None else live.tolist()
-        sure = [None] * rows if confidence is None else confidence.tolist()
-        foreseen = [layer.tolist() for layer in predicted or ()]
-        for row in range(rows):
-            if written[row]:
-                self._batch[row].append(done.row_step(row, sure[row], foreseen))
-
-    @contextmanager
-    def recording(self, *, ahead: bool = False) -> Iterator[list[Request]]:
-        """Inside the block every sequence's routing is recorded; yields the growing list of requests.
+    def recording(self, *, ahead: bool = False) -> AbstractContextManager[list[Request]]:
+        """Return a context in which every sequence's routing is recorded, as a growing list of requests.
 
         With `ahead`, and what next-layer predictors need, see `trace.Step`.
         """
-        self.recorded, self._batch, self._records_ahead = [], [], ahead
-        try:
-            yield self.recorded
-        finally:
-            self.recorded, self._records_ahead = None, False
+        return self.recorder.recording(ahead=ahead)
 
 
 def _lift_cap(device: torch.device) -> None:
