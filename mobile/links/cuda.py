@@ -15,12 +15,20 @@ import torch
 
 from mobile.errors import Refused
 from mobile.ledger import Key
+from mobile.links.base import LinkEnds
 from mobile.links.page_lock import Lock, page_lock, unlock
+from mobile.links.stream import StreamLink
 from mobile.store.memory import HostStore
 
 WAITS = 256  # timed waits kept before the oldest is read
 MEASURED, RUNS = 16, 20  # copies in a run that measures the native bandwidth, and runs at most
 NEAR = 0.03  # a link that is slower than asked by no more than this share is taken as it is
+
+
+def connect(ends: LinkEnds) -> StreamLink:
+    """Return a link over a CUDA channel. Raises Refused if it cannot be as fast as asked for."""
+    channel = CudaChannel(ends.store, ends.slots, ends.row_of, ends.link_gb_per_s)
+    return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived)
 
 
 class CudaChannel:

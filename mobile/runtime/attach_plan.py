@@ -12,13 +12,11 @@ from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.kernels import Kernel, kernel_named, loop
+from mobile.links.registry import link_kind
 from mobile.live_model import compat
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.store.layout import ExpertLayout
-from mobile.suggest import offer
-
-LINKS = ("auto", "cuda", "virtual", "paced")
 
 
 @dataclass(frozen=True)
@@ -137,18 +135,14 @@ def _slots_and_budget(
 
 def _link_and_hardware(options: AttachOptions, device: torch.device) -> tuple[str, HardwareProfile]:
     """Return the link's name, and the profile that budgets and virtual time are taken from."""
-    link, rate = options.link, options.link_gb_per_s
-    asked = options.hardware
+    rate, asked = options.link_gb_per_s, options.hardware
     hardware = asked if isinstance(asked, HardwareProfile) else profile(asked)
-    if link not in LINKS:
-        raise Refused(f"Link {link!r} is not available; {offer(link, LINKS, 'choose auto, cuda, virtual or paced')}.")
-    if link == "auto":
-        link = "cuda" if device.type == "cuda" else "virtual"
-    if link == "cuda" and device.type != "cuda":
-        raise Refused("Link cuda needs the model on a GPU; move it there, or choose virtual.")
-    if link == "paced" and device.type != "cpu":
-        raise Refused(f"Link paced copies to the CPU, and the model is on {device}; choose cuda or virtual.")
-    if options.geometry is not None and link != "virtual":
+    link = link_kind(options.link, device.type)
+    if link.device_type not in (None, device.type):
+        if link.needs_gpu:
+            raise Refused(f"Link {link.name} needs the model on a GPU; move it there, or choose virtual.")
+        raise Refused(f"Link {link.name} copies to the CPU, and the model is on {device}; choose cuda or virtual.")
+    if options.geometry is not None and link.real_time:
         raise Refused(f"Geometry {options.geometry} can be charged in virtual time only; choose the link virtual.")
     if rate is not None:
         if not rate > 0:
@@ -157,4 +151,4 @@ def _link_and_hardware(options: AttachOptions, device: torch.device) -> tuple[st
     if device.type == "cuda" and asked == "auto":
         name, vram_nbytes = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
         hardware = replace(hardware, name=name, vram_nbytes=vram_nbytes)
-    return link, hardware
+    return link.name, hardware

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from mobile.costs.cost_model import CostModel
 from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
-from mobile.links.base import Link, VirtualLink
+from mobile.links.registry import LINKS
 from mobile.live_model import caller_modes, compat
 from mobile.live_model.guards import guard
 from mobile.policies.strategy import BigLittle, HalfK, Strategy
@@ -103,7 +102,7 @@ def install(
             bind(module, engine, number, overrides)
         store.take(modules)
         engine.allocate()
-        engine.connect(_link)
+        engine.connect(LINKS[plan.link].connect)
         engine.start(_self_test(engine, decoder))
     except BaseException:
         torch.set_grad_enabled(gradients)  # PyTorch's own lines that do it are lines where Ctrl-C may come
@@ -162,22 +161,3 @@ def detach(model: Any) -> Any:
     with engine.lock:
         engine.uninstall(give_back=True)
     return model
-
-
-def _link(engine: Engine, cost: CostModel) -> Link:
-    row_nbytes = engine.store.layout.nbytes
-    if engine.plan.link == "virtual":
-
-        def arrived(key: tuple[int, int], slot: int) -> None:
-            engine.fill(key, slot)
-            engine.arrived(key, slot)
-
-        return VirtualLink(cost.load_ns, engine.geometry.expert_nbytes, engine.ledger, arrived)
-    from mobile.links.stream import PacedChannel, StreamLink
-
-    if engine.plan.link == "paced":
-        return StreamLink(PacedChannel(engine.fill, cost.load_ns), row_nbytes, engine.ledger, engine.arrived)
-    from mobile.links.cuda import CudaChannel
-
-    channel = CudaChannel(engine.store, engine.slot_rows, engine.row, engine.plan.link_gb_per_s)
-    return StreamLink(channel, row_nbytes, engine.ledger, engine.arrived)

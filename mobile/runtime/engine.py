@@ -17,7 +17,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.errors import Refused
 from mobile.kernels import group
 from mobile.ledger import Key, Ledger
-from mobile.links.base import Link
+from mobile.links.base import Link, LinkEnds
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
 from mobile.live_model.overrides import Overrides
@@ -32,7 +32,6 @@ from mobile.runtime.recording import Recorder
 from mobile.slots import SlotPool
 from mobile.store.memory import HostStore
 
-MakeLink = Callable[["Engine", CostModel], Link]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
@@ -111,10 +110,23 @@ class Engine:
             ) from error
         self.slot_rows, self._views = taken, layout.views(taken)
 
-    def connect(self, make: MakeLink) -> None:
+    def connect(self, make: Callable[[LinkEnds], Link]) -> None:
         """Make the link and start with cold slots."""
         self._cost = CostModel(self.hardware, self.geometry)
-        self.link = make(self, self._cost)
+        self.link = make(
+            LinkEnds(
+                store=self.store,
+                slots=self.slot_rows,
+                row_of=self.row,
+                fill=self.fill,
+                arrived=self.arrived,
+                ledger=self.ledger,
+                row_nbytes=self.store.layout.nbytes,
+                charged_nbytes=self.geometry.expert_nbytes,
+                load_ns=self._cost.load_ns,
+                link_gb_per_s=self.plan.link_gb_per_s,
+            )
+        )
         self.restart()
 
     def start(self, findings: Findings) -> None:

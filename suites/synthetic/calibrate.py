@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from mobile.costs.hardware import HardwareProfile, profile
-from mobile.links.base import VirtualLink
+from mobile.links.virtual import VirtualLink
 from mobile.machine.fit_profile import Measurements, fit, measurements_from
 from mobile.machine.measure import NARROW, Pace, measure, relinked, sizes_for
 from mobile.policies.strategy import Strategy
@@ -72,7 +72,7 @@ def predicted(
     The same model and engine decide; only bytes are left where they are, since time is all that is asked for.
     """
     with made.attached(strategy, slots=slots, hardware=card, link="virtual") as engine:
-        cast(VirtualLink, engine.link).arrived = engine.arrived
+        cast(VirtualLink, engine.link).deliver_to(engine.arrived)  # leaves bytes where they are
         return [play(made, script) for script in scripts]
 
 
