@@ -11,6 +11,7 @@ from rich.console import Console
 from mobile import outputs
 from mobile.cli.parsing import Parser
 from mobile.errors import Refused
+from mobile.links.registry import LINKS
 from suites.measure import profile
 from suites.plan.cells import presets, read_preset
 from suites.plan.preflight import answer, check
@@ -18,7 +19,6 @@ from suites.record import LATEST, VIRTUAL, RunFolder
 from suites.run.executors import cluster, here
 from suites.run.runner import DiskFull, describe, execute, locked
 from suites.synthetic import plan
-from suites.synthetic.cells import LINKS
 
 
 def parser() -> Parser:

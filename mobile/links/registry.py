@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any
 
 from mobile.errors import Refused
 from mobile.links.base import Link, LinkEnds
@@ -37,6 +36,11 @@ class LinkKind:
     def needs_gpu(self) -> bool:
         """Whether it copies to a GPU."""
         return self.device_type == "cuda"
+
+    @property
+    def usual_device(self) -> str:
+        """The type of device that a model is put on for it."""
+        return self.device_type or "cpu"
 
     def scope_at(self, link_gb_per_s: float | None) -> str:
         """Return the scope of records timed over it at that rate (decimal GB/s), None for the link's own."""
@@ -73,9 +77,9 @@ def real_time_link(device_type: str) -> str:
     return next(kind.name for kind in LINKS.values() if kind.real_time and kind.device_type == device_type)
 
 
-def needs_gpu(name: Any) -> bool:
+def needs_gpu(name: str | None) -> bool:
     """Return whether the link of that name copies to a GPU; False for None, a replay, which has no link."""
-    return name in LINKS and LINKS[name].needs_gpu
+    return name is not None and LINKS[name].needs_gpu
 
 
 def scope_of(name: str | None, link_gb_per_s: float | None = None) -> str:

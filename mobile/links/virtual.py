@@ -11,10 +11,11 @@ from mobile.links.base import Arrival, LinkEnds
 
 def connect(ends: LinkEnds) -> VirtualLink:
     """Return a virtual link that copies the real bytes when a copy ends."""
+    fill, note = ends.fill, ends.arrived  # not `ends`, which would keep the slots' memory as long as the link
 
     def arrived(key: Key, slot: int) -> None:
-        ends.fill(key, slot)
-        ends.arrived(key, slot)
+        fill(key, slot)
+        note(key, slot)
 
     return VirtualLink(ends.load_ns, ends.charged_nbytes, ends.ledger, arrived)
 

@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from mobile.runtime.recording import Recorder
 from mobile.slots import SlotPool
 from mobile.store.memory import HostStore
 
+Scope = AbstractContextManager[Any]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
@@ -68,6 +69,7 @@ class Engine:
         self.recorder, self.next_layer = Recorder(), NextLayerLookup(layers, plan.strategy)
         self.lock = threading.RLock()
         self._kernel, self._poison = plan.kernel, poison
+        self._pass_scope: Callable[[ForwardPass], Scope] = nullcontext
         self._top_k = [layer.top_k for layer in layers]
         self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
         self._broken = False  # a step was broken off and the slots hold nobody knows what
@@ -256,13 +258,29 @@ class Engine:
             return result
 
     @contextmanager
+    def observed(self, kernel_scope: Callable[[], Scope], pass_scope: Callable[[ForwardPass], Scope]) -> Iterator[None]:
+        """Inside the block, run each kernel call and each forward pass within a scope, so that a profiler names it."""
+        before = self._kernel, self._pass_scope
+
+        def kernel(*arguments: Any) -> torch.Tensor:
+            with kernel_scope():
+                return before[0](*arguments)
+
+        self._kernel, self._pass_scope = kernel, pass_scope
+        try:
+            yield
+        finally:
+            self._kernel, self._pass_scope = before
+
+    @contextmanager
     def passing(self, running: ForwardPass) -> Iterator[None]:
-        """One forward pass: opens and closes it on the clock."""
-        self.running = running
-        self.residency.begin(running.kind, running.tokens, running.counted)
-        yield
-        self.residency.finish()
-        self.running = None
+        """Open one forward pass on the clock, and close it at the end of the block."""
+        with self._pass_scope(running):
+            self.running = running
+            self.residency.begin(running.kind, running.tokens, running.counted)
+            yield
+            self.residency.finish()
+            self.running = None
 
     def run_experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
