@@ -31,7 +31,7 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class LinkEnds:
-    """All that a link is made from: where rows lie, where they go, and who is told.
+    """All that a link is made from: where rows lie, where they go, and what to call when one has arrived.
 
     `fill(key, slot)` copies a row at once, `row_of(key)` is the row in host memory, (row elements,), and `slots`
     (slots, row elements) are the rows on the device, `row_nbytes` each. `arrived(key, slot)` is called for every copy

@@ -18,7 +18,7 @@ from mobile.suggest import offer
 
 @dataclass(frozen=True)
 class LinkKind:
-    """One link.
+    """A link that attach can make.
 
     `module` has `connect(ends)`, which makes it. `device_type` is the kind of torch device on which the model must lie,
     None for any. `scope` is that of records timed over it, `throttled_scope` of those over a link slowed down to a

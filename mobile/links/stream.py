@@ -16,13 +16,13 @@ COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahe
 
 
 class Channel(Protocol):
-    """What really copies, one row after another in the order of `begin`. Methods raise what a copy raised."""
+    """A device's way to copy rows, one after another in the order of `begin`. Methods raise what a copy raised."""
 
     def begin(self, key: Key, slot: int) -> None:
         """Start copying and return."""
 
     def ended(self, slot: int) -> bool:
-        """Whether the copy last begun into `slot` is over; does not wait."""
+        """Return whether the copy last begun into `slot` is over; does not wait."""
         ...
 
     def finish(self, slot: int) -> None:
@@ -32,20 +32,20 @@ class Channel(Protocol):
         """Have the device wait for it before whatever is launched next."""
 
     def used(self, slots: Sequence[int]) -> None:
-        """All that reads or writes these slots has been launched; copies into them wait for it."""
+        """Have copies into these slots wait for what was launched so far, which is all that reads or writes them."""
 
     def join(self) -> None:
-        """Copies begun from now on wait for the compute launched so far."""
+        """Have copies begun from now on wait for the compute launched so far."""
 
     def follow(self) -> None:
         """Have what is launched from now on come after all that was launched before, be it on another stream."""
 
     def stalled_ns(self) -> int:
-        """Nanoseconds that compute is known to have waited since this was last asked."""
+        """Return the nanoseconds that compute is known to have waited since the last call."""
         ...
 
     def span(self, slot: int) -> tuple[int, int]:
-        """When the last copy into `slot`, which has ended, began and ended, in `time.perf_counter_ns`."""
+        """Return when the last copy into `slot`, which has ended, began and ended, in `time.perf_counter_ns`."""
         ...
 
     def close(self) -> None:
@@ -54,14 +54,18 @@ class Channel(Protocol):
 
 @dataclass
 class Begun:
-    """A copy under way; `announced` once compute was told to wait for it."""
+    """A copy under way; `announced` once compute waits for it and its slot counts as ready."""
 
     copy: Copy
     announced: bool = False
 
 
 class StreamLink:
-    """A Link over a channel. The host waits only where two copies are begun and a third is needed."""
+    """A Link over a channel. The host waits only where two copies are begun and a third is needed.
+
+    A copy goes from `_queue` (asked for) to `_begun` (given to the channel, in its order, at most COMMITTED), and then
+    into the ledger, or to `_failed` until compute waits for it. It has no thread: calls of the link move copies on.
+    """
 
     def __init__(self, channel: Channel, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
         self.channel, self._row_nbytes, self._ledger, self._arrived = channel, row_nbytes, ledger, arrived
@@ -89,9 +93,11 @@ class StreamLink:
 
     def wait(self, key: Key) -> None:
         while True:
+            # 1. Note what has ended, and begin what may begin.
             self._advance()
             if key in self._failed:
                 raise self._failed.pop(key)
+            # 2. Under way: the device, and not the host, waits for it.
             begun = next((begun for begun in self._begun if begun.copy.key == key), None)
             if begun is not None:
                 try:
@@ -103,8 +109,10 @@ class StreamLink:
                     begun.announced = True
                     self._arrived(key, begun.copy.slot)
                 break
+            # 3. Neither under way nor queued: it has landed.
             if not any(copy.key == key for copy in self._queue):
                 break
+            # 4. Queued behind as many copies as may be begun: wait on the host for the oldest of them.
             self.channel.finish(self._begun[0].copy.slot)
         self._ledger.counters.stall_ns += self.channel.stalled_ns()
 
@@ -118,7 +126,7 @@ class StreamLink:
         self._advance()
 
     def join_cpu(self, about: Key) -> None:
-        """The kernel computed it on this very thread, and has launched the copy of what came out."""
+        """Do nothing: the kernel computed it on this very thread, and has launched the copy of the result."""
 
     def used(self, slots: Sequence[int]) -> None:
         self.channel.used(slots)
@@ -155,12 +163,13 @@ class StreamLink:
             self._begun.append(Begun(copy))
 
     def _note_ended(self) -> None:
+        """Move copies that have ended, the oldest first, into the ledger, and those that failed to `_failed`."""
         while self._begun:
             copy = self._begun[0].copy
             try:
                 if not self.channel.ended(copy.slot):
                     return
-            except Exception as error:  # kept for whoever needs this expert; nobody may ever
+            except Exception as error:  # raised where compute waits for this expert, if it ever does
                 self._failed[copy.key] = error
                 self._begun.popleft()
                 continue

@@ -69,7 +69,7 @@ class VirtualLink:
     def wait(self, key: Key) -> None:
         begun, landed = self.now, None
         while landed != key:
-            assert self._flying is not None, f"waiting for {key}, which nobody loads"
+            assert self._flying is not None, f"waiting for {key}, which no copy brings"
             landed, ended = self._flying[0], self._flying_end
             self._land()
             if ended > self.now:

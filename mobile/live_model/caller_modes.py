@@ -56,7 +56,7 @@ def plain(function: F) -> F:
 
 
 def on_meta(function: F) -> F:
-    """The function, with the meta device as the default."""
+    """Return the function as it runs with the meta device as the default."""
     decorate: Callable[[F], F] = _device.set_device("meta")
     return decorate(function)
 

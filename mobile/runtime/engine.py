@@ -71,13 +71,14 @@ class Engine:
         self._kernel, self._poison = plan.kernel, poison
         self._pass_scope: Callable[[ForwardPass], Scope] = nullcontext
         self._top_k = [layer.top_k for layer in layers]
+        # By charged layer, the live layer that holds its experts' rows.
         self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
-        self._broken = False  # a step was broken off and the slots hold nobody knows what
-        self.leaving = False  # a detach has begun, and experts may be anywhere
+        self._broken = False  # whether a step was broken off, and the slots may hold anything
+        self.leaving = False  # whether a detach has begun, and experts may be anywhere
         self.device = compat.device_of(layers)
         self.slot_rows = torch.empty(0, store.layout.numel, dtype=store.layout.dtype, device=self.device)
         self._views = store.layout.views(self.slot_rows)
-        self._told_alone = False
+        self._warned_alone = False
 
     @property
     def experts(self) -> int:
@@ -88,7 +89,7 @@ class Engine:
         raise Refused(COPYING)
 
     def stats(self) -> dict[str, Any]:
-        """What happened since attach, as plain numbers (see `mobile.ledger.Counters` for their meaning)."""
+        """Return what happened since attach, as plain numbers (see `mobile.ledger.Counters` for their meaning)."""
         return self.ledger.stats()
 
     # --- coming and going ---------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Engine:
         self.restart()
 
     def restart(self) -> None:
-        """Cold slots, an empty ledger and a clock at zero."""
+        """Start with cold slots, an empty ledger and a clock at zero."""
         self.ledger.clear()
         self._cold()
         self.link.rewind()
@@ -163,7 +164,7 @@ class Engine:
         _lift_cap(self.device)  # the experts may not fit below it
 
     def _cold(self) -> None:
-        """Empty slots, whatever was in them or on its way; the clock and the counters go on."""
+        """Empty all slots and stop copies under way; the clock and the counters go on."""
         self.link.reset()
         self._all_k()
         self.running = None
@@ -186,7 +187,7 @@ class Engine:
     # --- bytes --------------------------------------------------------------------------------------
 
     def row(self, key: Key) -> torch.Tensor:
-        """The expert's row in host memory, (row elements,)."""
+        """Return the expert's row in host memory, (row elements,)."""
         return self.store.rows[self._owner[key[0]]][key[1]]
 
     def fill(self, key: Key, slot: int) -> None:
@@ -194,10 +195,11 @@ class Engine:
         self.slot_rows[slot].copy_(self.row(key))
 
     def arrived(self, key: Key, slot: int) -> None:
-        """The link's word that the expert's bytes are in the slot."""
+        """Note that the expert's bytes are in the slot; the link calls it."""
         self.residency.arrived(key, slot)
 
     def _emptied(self, slot: int) -> None:
+        """Poison a slot whose expert was dropped, in tests."""
         if self._poison:
             self.slot_rows[slot].fill_(float("nan"))
             self.link.used([slot])  # the next copy into it comes after
@@ -206,13 +208,14 @@ class Engine:
 
     @contextmanager
     def little_k(self) -> Iterator[None]:
-        """A context in which every router chooses K/2 experts."""
+        """Have every router choose K/2 experts inside the block."""
         for layer in self.layers:
             setattr(*layer.top_k_attribute, self.plan.native.little_k)
         yield
         self._all_k()
 
     def _all_k(self) -> None:
+        """Have every router choose as many experts as before attach."""
         for layer, top_k in zip(self.layers, self._top_k, strict=True):
             setattr(*layer.top_k_attribute, top_k)
 
@@ -232,16 +235,16 @@ class Engine:
             raise
 
     def _step_alone(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Do that. Whatever breaks it off anywhere (a failing copy, Ctrl-C) leaves slots that nobody trusts.
+        """Run it under the lock. If anything breaks it off (a failing copy, Ctrl-C), the next step starts cold.
 
-        The next step starts cold. What it had opened is closed here alone: Ctrl-C may come between a context and the
-        knowledge of it.
+        The slots are then not trusted. A pass or a smaller top-k that was opened is closed here and nowhere else, since
+        Ctrl-C may come after a context was entered and before its `with` block knows.
         """
         _stepping.set((*_stepping.get(), self))
         with self.lock:
             if self._broken:
                 self._cold()
-            self._broken = True
+            self._broken = True  # until the step is over: also where an interrupt leaves the handler below
             gradients = torch.is_grad_enabled()
             try:
                 torch.set_grad_enabled(False)  # slots are written to again and again, so none could be computed
@@ -283,17 +286,17 @@ class Engine:
             self.running = None
 
     def run_experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
+        """Compute a layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
         return self.step(self._run_routed, layer, hidden, index, weights)
 
     def _run_routed(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.running is None:
             return self._run_alone(layer, hidden, index, weights)
         chosen = self._reroute(layer, index, weights) if self.running.kind == "full" else (index, weights)
-        return self._run_experts(layer, hidden, *self.running.select(layer, *chosen, self.experts))
+        return self._compute(layer, hidden, *self.running.select(layer, *chosen, self.experts))
 
     def _reroute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> Selection:
-        """What the gating makes of the router's choice; an expert of weight 0 becomes nobody's."""
+        """Return the gating's choice in place of the router's; an expert of weight 0 is left out."""
         gating = self.strategy.gating
         if not isinstance(gating, CustomRouting):
             return index, weights
@@ -301,9 +304,9 @@ class Engine:
         return index.masked_fill(weights == 0, self.experts), weights
 
     def _run_alone(self, layer: int, hidden: torch.Tensor, *selection: torch.Tensor) -> torch.Tensor:
-        """A layer was called by itself, outside of any model's forward: prefill, if anything."""
-        if self.strategy.acts_on_decode and not self._told_alone:
-            self._told_alone = True
+        """Run a layer that was called by itself, outside of any model's forward, as prefill."""
+        if self.strategy.acts_on_decode and not self._warned_alone:
+            self._warned_alone = True
             warnings.warn(
                 "Layers of the attached model are called without its forward, so every call runs as a prompt does, "
                 f"with all experts and no cache of them: the strategy {self.strategy.name} does not act.",
@@ -311,11 +314,10 @@ class Engine:
             )
         if layer == 0:
             self.residency.begin("prefill", hidden.shape[0])
-        return self._run_experts(layer, hidden, *selection)
+        return self._compute(layer, hidden, *selection)
 
-    def _run_experts(
-        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def _compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Make the experts ready in slots, wave by wave, and compute them."""
         groups = group(index, self.experts)
         running, lookup = self.running, self.next_layer
         if self.asks_ahead and running is not None and running.kind != "prefill":
@@ -326,6 +328,7 @@ class Engine:
                 self.findings.quasi,
                 keep_logits=self.recorder.keeps_next_layer_logits,
             )
+        # Of the charged layers that this one stands for, all but the last cost time and bytes and compute nothing.
         *others, last = self.layer_map[layer]
         for other in others:
             ahead = lookup.logits_for(layer, running, last=False)
@@ -333,8 +336,8 @@ class Engine:
                 pass
         ahead = lookup.logits_for(layer, running, last=True)
         waves = self.residency.layer(last, groups.experts, groups.counts, ahead)
-        host = () if self.strategy.on_cpu is None else (self.store.views(layer),)
-        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, *host)
+        host = None if self.strategy.on_cpu is None else self.store.views(layer)
+        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, host)
 
     @property
     def asks_ahead(self) -> bool:
@@ -343,7 +346,7 @@ class Engine:
         return lookup.needs_logits or lookup.needs_selections or self.recorder.keeps_next_layer_logits
 
     def fall_back(self, predicted: list[torch.Tensor], unsure: torch.Tensor) -> None:
-        """Tell the clock that rows were unsure, and what their big pass will probably need, in layer order."""
+        """Count the rows (rows,) that were unsure, and load the experts that their big pass will probably need."""
         wanted = [layer[unsure].unique().tolist() for layer in predicted]
         keys = [(layer, e) for mine, covered in enumerate(self.layer_map) for layer in covered for e in wanted[mine]]
         self.residency.fallback(keys, int(unsure.sum()))
