@@ -54,7 +54,9 @@ def parser() -> Parser:
             "others stay to be done",
         )
         sub.add_argument(
-            "--link", choices=LINKS, help="of the preset shapes: another link than its own, to try it without a GPU"
+            "--link",
+            choices=sorted(LINKS),
+            help="of the preset shapes: another link than its own, to try it without a GPU",
         )
         if verb != "plan":
             sub.add_argument(

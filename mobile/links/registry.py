@@ -6,7 +6,7 @@ no torch: a link's module is imported when it is connected.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
@@ -56,7 +56,7 @@ _VIRTUAL = LinkKind("virtual", "mobile.links.virtual", None, real_time=False, sc
 _PACED = LinkKind("paced", "mobile.links.paced", "cpu", real_time=True, scope="cpu+paced")
 _CUDA = LinkKind("cuda", "mobile.links.cuda", "cuda", real_time=True, scope="gpu+pcie", throttled_scope="gpu+throttled")
 
-LINKS: Mapping[str, LinkKind] = MappingProxyType({kind.name: kind for kind in (_CUDA, _PACED, _VIRTUAL)})
+LINKS: Mapping[str, LinkKind] = MappingProxyType({kind.name: kind for kind in (_CUDA, _VIRTUAL, _PACED)})
 CHOICES = ("auto", *LINKS)
 
 
@@ -68,8 +68,14 @@ def link_kind(name: str, device_type: str) -> LinkKind:
     if name == "auto":
         return _CUDA if device_type == _CUDA.device_type else _VIRTUAL
     if name not in LINKS:
-        raise Refused(f"Link {name!r} is not available; {offer(name, CHOICES, 'choose auto, cuda, virtual or paced')}.")
+        raise Refused(f"Link {name!r} is not available; {offer(name, CHOICES, f'choose {in_words(CHOICES)}')}.")
     return LINKS[name]
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Return the names as a sentence has them: "cuda, virtual or paced"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 def real_time_link(device_type: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
-from mobile.links.registry import LINKS, needs_gpu, scope_of
+from mobile.links.registry import LINKS, in_words, needs_gpu, scope_of
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
@@ -205,7 +205,7 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
         raise Refused(f"The preset has no model {sorted(strangers)[0]}; it has: {', '.join(models)}.")
     link = data.get("link")
     if link is not None and link not in LINKS:
-        raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
+        raise Refused(f"Link {link!r} is not available; choose {in_words(tuple(LINKS))}, or leave it out to replay.")
     at_most = {task: min(data.get("task_items", {}).get(asked, most), there_are[task]) for task, asked in tasks.items()}
     lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in REAL}
     cells = [

@@ -91,7 +91,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[SyntheticCell 
     """
     chosen = link or data["link"]
     if chosen not in LINKS:
-        raise Refused(f"Link {chosen!r} is not available; {offer(chosen, LINKS)}.")
+        raise Refused(f"Link {chosen!r} is not available; {offer(chosen, sorted(LINKS))}.")
     counts = {name: data[name] for name in ("prompt_tokens", "warmup_tokens", "decode_tokens", "repeats")}
     if min(counts.values()) < 1:
         raise Refused(f"A preset with runs needs at least one of each of: {', '.join(counts)}.")

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from mobile.costs.geometry import GEOMETRIES, Geometry
-from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
 from mobile.links.page_lock import page_lock
 from mobile.live_model import compat
@@ -173,34 +172,13 @@ class Synthetic:
         return compat.device_of(self.layers)
 
     @contextmanager
-    def attached(
-        self,
-        strategy: str | Strategy,
-        *,
-        memory: int | str | None = None,
-        slots: int | None = None,
-        hardware: str | HardwareProfile = "auto",
-        link: str = "auto",
-        link_gb_per_s: float | None = None,
-        gamma: float | None = None,
-        kernel: str = "auto",
-        poison: bool = False,
-    ) -> Iterator[Engine]:
-        """The model served by an engine inside the block, by attach's own path; keywords are attach's.
+    def attached(self, strategy: str | Strategy, *, poison: bool = False, **keywords: Any) -> Iterator[Engine]:
+        """Serve the model by an engine inside the block, by attach's own path; keywords are those of AttachOptions.
 
         Afterwards the experts are still in the store: they are never given back to the modules. Raises Refused for
         whatever attach refuses, or if the device has no room for the slots.
         """
-        options = AttachOptions(
-            strategy=strategy,
-            memory=memory,
-            slots=slots,
-            hardware=hardware,
-            link=link,
-            link_gb_per_s=link_gb_per_s,
-            gamma=gamma,
-            kernel=kernel,
-        )
+        options = AttachOptions(strategy, **keywords)
         plan = plan_attach(self.empty, compat.moe_layers(self.empty), self.layout, self.device, options)
         plan = replace(plan, native=self.geometry, charged=self.geometry)
         self._refuse_full(plan)
