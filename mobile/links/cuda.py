@@ -32,7 +32,7 @@ def connect(ends: LinkEnds) -> StreamLink:
 
 
 class CudaChannel:
-    """Copies rows of `store` into `slots` (slots, row) on a stream of its own.
+    """A channel that copies rows of `store` into `slots` (slots, row elements) on a stream of its own.
 
     `row_of(key)` is the host row of an expert. `link_gb_per_s` makes each copy as slow as a link of that speed by
     really copying more bytes behind it, on the same stream: `throttled` says whether it does, or the link is that slow

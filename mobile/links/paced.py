@@ -65,7 +65,7 @@ def _make_in_turn(work: queue.SimpleQueue[Paced | None], load_ns: int) -> None:
 
 
 class PacedChannel:
-    """Copies on a thread of its own, each no faster than `load_ns`: a smoke test of the queue, not a measurement.
+    """A channel that copies on a thread of its own, each row no faster than `load_ns`: a test, not a measurement.
 
     The thread ends when the channel is closed, or forgotten.
     """

@@ -49,7 +49,7 @@ def plain(function: F) -> F:
         modes.append(torch.inference_mode(False))
     if torch.get_default_device().type != "cpu":
         modes.append(_device.set_device("cpu"))
-    # As decorators: the end of each mode's block is then none of our lines, where Ctrl-C would leave it on.
+    # As decorators: each mode then ends in PyTorch's code, not on a line here where Ctrl-C would leave it on.
     for mode in modes:
         function = mode(function)
     return function

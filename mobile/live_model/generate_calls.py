@@ -96,9 +96,9 @@ def watch(model: Any, overrides: Overrides) -> None:
 def _noting(model: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(generate)
     def noting(*arguments: Any, **named: Any) -> Any:
-        if named.get("custom_generate") is not None:  # a loop of somebody else's, which may ask its criteria anything
+        if named.get("custom_generate") is not None:  # another library's loop, which may ask its criteria anything
             return generate(*arguments, **named)
-        # In a context of its own, which ends with it whatever ends it: no line of ours need run for that.
+        # In a context of its own, which ends with the call however that ends: no line here has to run for it.
         call = Call(model, _assistant(generate, arguments, named))
         return copy_context().run(_run, call, generate, arguments, named)
 
@@ -114,7 +114,7 @@ def _assistant(generate: Callable[..., Any], arguments: tuple[Any, ...], named: 
     """Return the assistant model given to generate(), by place or by name."""
     try:
         return inspect.signature(generate).bind_partial(*arguments, **named).arguments.get("assistant_model")
-    except TypeError:  # which generate() itself will say
+    except TypeError:  # generate() raises it itself
         return None
 
 

@@ -1,4 +1,7 @@
-"""The two-pass forward around any Transformers model: generate() and its callers see each token once."""
+"""The two-pass forward around any Transformers model.
+
+It stands in for the model's own forward, so that generate() and every other caller sees each token once.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ class Decoder:
     # --- one forward pass ---------------------------------------------------------------------------
 
     def _enter(self, asked: Forward) -> Any:
-        """Run a forward call as a step of the engine, unless it is not a text's. Raises Refused while detaching."""
+        """Run a forward call as a step of the engine. Raises Refused if a detach was begun and not finished."""
         if self.engine.leaving:
             raise Refused(BROKEN_OFF)
         given = asked.entrance.given(asked.args, asked.kwargs)
@@ -192,10 +195,10 @@ class Decoder:
         )
         return self._one(ForwardPass("full", little.valid, little.live), asked)
 
-    # --- what does not act says so ------------------------------------------------------------------
+    # --- warnings where a strategy has no effect -----------------------------------------------------
 
     def _warn_if_inert(self, given: dict[str, Any], call: generate_calls.Call | None, begun: bool | None) -> None:
-        """Warn, once for each reason, of forward passes that write text and yet can only be run as a prompt's."""
+        """Warn, once for each reason, of a forward pass that decodes and yet can only be run as a prompt is."""
         if not self.engine.strategy.acts_on_decode:
             return
         cache = compat.cache_of(given)
@@ -224,7 +227,7 @@ def entrances(model: PreTrainedModel, experts: list[nn.Module]) -> list[PreTrain
 
 
 def holds_tokens(cache: Any) -> bool | None:
-    """Return whether a step on this cache goes on with a sequence; None if it does not tell.
+    """Return whether a step on this cache continues a sequence; None if it cannot be known.
 
     A hybrid's first layers may hold no length at all, so every layer is asked.
     """

@@ -1,4 +1,4 @@
-"""The engine: the slots, the clock and the trace behind one attached model."""
+"""The engine behind one attached model: its slots, its link, and the forward passes that run on them one at a time."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping"
 class Findings:
     """Facts that the self-test at attach found out about the model.
 
-    `undoable` are the types of caches, and of their layers, in which a step was undone without a trace; `quasi` is
-    there for a strategy that foresees from the quasi-hidden state.
+    `undoable` are the types of caches, and of their layers, in which a step was undone without a trace. `quasi` is set
+    for a strategy that asks the next layer's router about the quasi-hidden state.
     """
 
     undoable: frozenset[type] = frozenset()
@@ -49,7 +49,7 @@ class Findings:
 
 
 class Engine:
-    """Everything `attach` adds to a model, reachable as `model.mobile`.
+    """The runtime of an attached model, reachable as `model.mobile`.
 
     Forward passes of several threads take turns (`lock`), so each thread's tokens are what it would get alone.
     `recording` follows one caller only.
@@ -82,6 +82,7 @@ class Engine:
 
     @property
     def experts(self) -> int:
+        """Number of experts in a layer."""
         return self.layers[0].count
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The one function registered with Transformers' experts interface; it serves every family."""
+"""The experts function registered with Transformers, one for all model families, so that no model code is copied."""
 
 from __future__ import annotations
 

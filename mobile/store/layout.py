@@ -1,4 +1,4 @@
-"""The layout of one expert's row: which weight lies where in the one contiguous copy."""
+"""The layout of an expert's row: the place of each weight in it, so that an expert is copied as one block."""
 
 from __future__ import annotations
 

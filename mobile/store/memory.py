@@ -1,4 +1,4 @@
-"""The host store: every expert of the model in CPU memory, one contiguous row each."""
+"""The host store: every expert of the model in CPU memory, one contiguous row each, so that a load is one copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mobile.store.placeholder import Placeholder
 
 
 class HostStore:
-    """`rows` holds one tensor a MoE layer, (experts, layout.numel). Memory is taken as rows are written."""
+    """A model's experts in host memory: `rows` holds one tensor (experts, layout.numel) for each MoE layer.
+
+    The system gives out memory as rows are written.
+    """
 
     def __init__(self, layout: ExpertLayout, layers: int, experts: int) -> None:
         self.layout = layout
@@ -21,6 +24,7 @@ class HostStore:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all rows."""
         return sum(rows.nbytes for rows in self.rows)
 
     def weights(self, layer: int, name: str) -> torch.Tensor:
