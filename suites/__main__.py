@@ -11,6 +11,7 @@ from rich.console import Console
 from mobile import outputs
 from mobile.cli.parsing import Parser
 from mobile.errors import Refused
+from mobile.links.registry import LINKS
 from suites.measure import profile
 from suites.plan.cells import presets, read_preset
 from suites.plan.preflight import answer, check
@@ -18,7 +19,6 @@ from suites.record import LATEST, VIRTUAL, RunFolder
 from suites.run.executors import cluster, here
 from suites.run.runner import DiskFull, describe, execute, locked
 from suites.synthetic import plan
-from suites.synthetic.cells import LINKS
 
 
 def parser() -> Parser:
@@ -54,7 +54,9 @@ def parser() -> Parser:
             "others stay to be done",
         )
         sub.add_argument(
-            "--link", choices=LINKS, help="of the preset shapes: another link than its own, to try it without a GPU"
+            "--link",
+            choices=sorted(LINKS),
+            help="of the preset shapes: another link than its own, to try it without a GPU",
         )
         if verb != "plan":
             sub.add_argument(

@@ -21,7 +21,6 @@ from uuid import uuid4
 
 SCHEMA = 5
 VIRTUAL = "cpu+virtual"
-SCOPES = {None: VIRTUAL, "virtual": VIRTUAL, "paced": "cpu+paced", "cuda": "gpu+pcie"}  # by the link of a cell
 FIRST = b'{\n "sha256": "%s",\n'  # of the bytes after it; how every JSON file of a run begins
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
 LATEST_TRIAL = Path("runs/latest-trial")  # and that of the last comparison of two sides

@@ -32,7 +32,7 @@ def attached(model, strategy, slots=8, **options):
 def test_the_norm_before_each_router_is_found_and_mean_outputs_are_means(family):
     model, plain = tiny(family), tiny(family)
     engine = attached(model, SPECULATING).mobile
-    assert [*engine.quasi.norms] == [getattr(layer, NORM) for layer in decoder_layers(model)]
+    assert [*engine.findings.quasi.norms] == [getattr(layer, NORM) for layer in decoder_layers(model)]
     ids = torch.randint(
         64,
         (quasi_hidden_state.ROWS, quasi_hidden_state.LENGTH),
@@ -49,8 +49,10 @@ def test_the_norm_before_each_router_is_found_and_mean_outputs_are_means(family)
                 mine = hidden.reshape(-1, 32)[(index == expert).any(-1)]
                 alone = torch.full((len(mine), 1), expert), torch.ones(len(mine), 1)
                 expected = layer.experts(mine, *alone).mean(0) if len(mine) else torch.zeros(32)
-                torch.testing.assert_close(engine.quasi.vectors[number, expert], expected, rtol=1e-4, atol=1e-5)
-    assert not engine.quasi.vectors[:, 8].any(), "nobody adds nothing"
+                torch.testing.assert_close(
+                    engine.findings.quasi.vectors[number, expert], expected, rtol=1e-4, atol=1e-5
+                )
+    assert not engine.findings.quasi.vectors[:, 8].any(), "nobody adds nothing"
 
 
 def test_the_learning_prefill_leaves_no_trace(family):
@@ -60,7 +62,7 @@ def test_the_learning_prefill_leaves_no_trace(family):
 
 def test_it_runs_what_the_next_router_says_of_the_quasi_hidden_state(family):
     model, ids = tiny(family), prompt()
-    vectors = attached(model, SPECULATING).mobile.quasi.vectors
+    vectors = attached(model, SPECULATING).mobile.findings.quasi.vectors
     mobile.detach(model)
     layers = decoder_layers(model)
     residual: dict[int, torch.Tensor] = {}

@@ -83,7 +83,7 @@ def test_without_rollback_the_output_is_wrong(family, monkeypatch):
     model, ids = tiny(family), prompt()
     _, logits = greedy(model, ids)
     mobile.attach(model, "mobile", slots=8, gamma=1.1)
-    assert model.mobile.undoable
+    assert model.mobile.findings.undoable
     monkeypatch.setattr(rollback, "before_step", lambda cache: lambda: None)
     assert not torch.equal(greedy(model, ids)[1], logits)
 
@@ -91,7 +91,7 @@ def test_without_rollback_the_output_is_wrong(family, monkeypatch):
 def test_the_self_test_notices_a_rollback_that_does_nothing(monkeypatch):
     monkeypatch.setattr(rollback, "before_step", lambda cache: lambda: None)
     model = mobile.attach(tiny("olmoe"), "mobile", slots=8)
-    assert not model.mobile.undoable
+    assert not model.mobile.findings.undoable
     with pytest.warns(UserWarning, match="all experts"):
         greedy(model, prompt())
     assert model.mobile.stats()["fallbacks"] == 0

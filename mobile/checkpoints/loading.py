@@ -31,7 +31,8 @@ from mobile.live_model.cleanup import Cleanup, with_cleanup
 from mobile.machine.host import host, memory_shortage
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
-from mobile.runtime.attachment import install, plan_attach
+from mobile.runtime.attach_plan import AttachOptions, plan_attach
+from mobile.runtime.attachment import install
 from mobile.store.memory import HostStore
 
 Advance = Callable[[int], None]  # told of bytes read
@@ -75,23 +76,19 @@ def load(
     def work() -> Any:
         found = examine.find(source, revision=revision, trust_remote_code=trust_remote_code)
         known = with_cleanup(lambda cleanup: _examine(found, dtype, trust_remote_code, cleanup))
-        settled = plan_attach(
-            known.empty,
-            known.layers,
-            known.layout,
-            place,
-            strategy,
+        options = AttachOptions(
+            strategy=strategy,
             memory=memory,
             slots=slots,
             hardware=hardware,
             link=link,
             link_gb_per_s=link_gb_per_s,
-            gamma=None,
             geometry=geometry,
             kernel=kernel,
         )
+        plan = plan_attach(known.empty, known.layers, known.layout, place, options)
         if place.type == "cpu":
-            beside = _beside_nbytes(known, settled.slots)
+            beside = _beside_nbytes(known, plan.slots)
             _check_host_memory(known.experts_nbytes + beside, "the experts, the other weights and the slots")
         else:
             _check_host_memory(known.experts_nbytes)
@@ -99,7 +96,7 @@ def load(
         _fetch(known, shown)
         model, store = with_cleanup(lambda cleanup: _read(known, shown, cleanup))
         model = model.eval().to(place)
-        return install(model, compat.moe_layers(model), store, settled)
+        return install(model, compat.moe_layers(model), store, plan)
 
     try:
         return caller_modes.plain(work)()

@@ -10,6 +10,7 @@ from typing import Any
 from mobile.cli import options, show
 from mobile.cli.reader import Reader, open_reader
 from mobile.errors import Refused
+from mobile.links.registry import LINKS
 from mobile.policies.strategy import BigLittle
 
 COLDEST = 1e-4  # a lower temperature divides logits beyond what a float holds, or rounds as 0 does
@@ -115,9 +116,7 @@ def _choose_threads(config: Any) -> None:
 
 def is_virtual(model: Any) -> bool:
     """Whether the model's time is computed."""
-    from mobile.links.base import VirtualLink
-
-    return isinstance(model.mobile.link, VirtualLink)
+    return not LINKS[model.mobile.plan.link].real_time
 
 
 def line(model: Any, before: dict[str, Any]) -> str:

@@ -1,18 +1,52 @@
-"""Expert kernels: what computes one layer's routed experts from their slots.
+"""Expert kernels: functions that compute one layer's routed experts from their slots.
 
-A kernel takes one layer's tokens and computes wave by wave, as experts become ready in their slots. Whatever the order
-of the waves, contributions are summed in one order, so that no output depends on what was resident.
+A kernel takes one layer's tokens and computes wave by wave, as experts become ready in their slots. In whatever order
+the waves come, contributions are summed in one order, so that no output depends on which experts were resident.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, Protocol
+
 import torch
 
 from mobile.errors import Refused
-from mobile.kernels.loop import Kernel, group, loop
+from mobile.kernels.loop import Groups, Views, group, loop
+from mobile.residency.residency import Wave
 from mobile.suggest import offer
 
 __all__ = ["Kernel", "group", "kernel_named", "loop"]
+
+
+class Kernel(Protocol):
+    """A function that computes the routed experts of one layer."""
+
+    def __call__(
+        self,
+        module: Any,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        groups: Groups,
+        waves: Iterable[Wave],
+        views: Views,
+        host: Views | None = None,
+        /,
+    ) -> torch.Tensor:
+        """Return the weighted sum of expert outputs, (tokens, H), in the dtype of `hidden`.
+
+        - `module`: the experts module of Transformers. Only its flags, its activation and its shared norm are used; its
+          own weights are empty.
+        - `hidden` (tokens, H) and `weights` (tokens, K), the router's weights of the chosen experts.
+        - `groups`: the (token, expert) pairs by expert, see `group`.
+        - `waves`: lists of (position in `groups.experts`, slot). Taking the next wave makes its experts ready, and lets
+          go of the slots of the one before: a wave must be launched before the next is asked for.
+        - `views`: weights by name, (slots, ...): views of the slots.
+        - `host`: the same of the layer's rows in host memory, (experts, ...), where a strategy leaves experts to the
+          CPU, which have the slot HOST; only `loop` computes those.
+        """
+        ...
+
 
 KERNELS = ("auto", "loop", "grouped", "triton")
 

@@ -1,4 +1,4 @@
-"""One grouped matrix product a wave, its groups the slots themselves."""
+"""The grouped kernel: one grouped matrix product a wave, its groups the slots themselves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from mobile.residency.residency import Wave
 
 
 def grouped(
-    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views
+    module: Any,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    groups: Groups,
+    waves: Iterable[Wave],
+    views: Views,
+    _host: Views | None = None,
 ) -> torch.Tensor:
-    """`loop`'s result with one grouped product a wave, its groups the slots themselves; sums in fp32.
+    """Compute one grouped product a wave, its groups the slots themselves; sum in fp32. For arguments see `Kernel`.
 
     Equal to `loop` up to rounding: within 1e-5 of the largest output in fp32, 2e-2 in bf16.
     """
@@ -58,7 +64,7 @@ GROUPS = 1000  # the CUDA kernel takes fewer than 1,024 groups
 
 
 def _windows(wave: Wave) -> list[Wave]:
-    """The wave by slot, cut where it would span more slots than one grouped product takes."""
+    """Sort the wave by slot, and cut it where it would span more slots than one grouped product takes."""
     windows: list[Wave] = []
     for position, slot in sorted(wave, key=lambda pair: pair[1]):
         if not windows or slot - windows[-1][0][1] >= GROUPS:

@@ -1,8 +1,8 @@
-"""The reference kernel, equal bit for bit to Transformers' eager experts, and what the others share with it."""
+"""The reference kernel, equal bit for bit to Transformers' eager experts, and the steps that all kernels share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +28,10 @@ class Groups(NamedTuple):
 
 
 NO_SUCH_EXPERT = "A router chose expert {} of {}, which there is not."
-Kernel = Callable[..., torch.Tensor]  # of module, hidden, weights, groups, waves, views, and host where the CPU helps
 
 
 def group(index: torch.Tensor, experts: int) -> Groups:
-    """Group index (tokens, K); entries equal to `experts` are nobody's and are left out. Waits for the device once.
+    """Group index (tokens, K) by expert; entries equal to `experts` mean none and are left out. Waits for the device.
 
     A token routed to one expert twice has two pairs with it, as in Transformers' eager experts. Raises IndexError for
     an expert that there is not, which those refuse as well.
@@ -73,16 +72,16 @@ def loop(
     views: Views,
     host: Views | None = None,
 ) -> torch.Tensor:
-    """Sum of weighted expert outputs, (tokens, H), in ascending expert order: the reference, one product at a time.
+    """Compute one product at a time, and sum in ascending expert order: the reference. For arguments see `Kernel`.
 
-    hidden (tokens, H), weights (tokens, K). What a wave leaves in HOST is computed on the CPU from `host`, the layer's
-    own rows: the same product where the device is the CPU too, equal up to rounding elsewhere. The CPU works on the
-    calling thread, while a GPU runs what was launched before (not tested on one yet).
+    Experts whose slot is HOST are computed on the CPU from `host`: the same product where the device is the CPU too,
+    equal up to rounding elsewhere. The CPU works on the calling thread, while a GPU runs what was launched before (not
+    tested on one yet).
     """
     result = torch.zeros_like(hidden, dtype=sum_dtype(module, hidden.dtype, weights.dtype))
     scales = weights[groups.tokens, groups.ranks, None]
-    held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    turn = 0
+    held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by position, outputs that it is not yet the turn of
+    turn = 0  # the position that is added next
     for wave in waves:
         for position, slot in wave:
             pairs = slice(groups.starts[position], groups.starts[position] + groups.counts[position])
@@ -101,7 +100,7 @@ def loop(
 
 
 def expert_output(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
-    """What one expert makes of x (pairs, H), unweighted and not yet `normed`: (pairs, H)."""
+    """Compute one expert on x (pairs, H), unweighted and not yet `normed`: (pairs, H)."""
 
     def project(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = views[name][slot]
@@ -112,14 +111,15 @@ def expert_output(module: Any, x: torch.Tensor, slot: int, views: Views) -> torc
 
 
 def up_name(module: Any) -> str:
+    """Return the name of the weight of an expert's first product."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def activate(module: Any, inner: torch.Tensor) -> torch.Tensor:
-    """What an expert does between its two products: (pairs, 2I) -> (pairs, I), or (pairs, I) where nothing gates."""
+    """Apply the activation between two products: (pairs, 2I), or (pairs, I) without a gate, -> (pairs, I)."""
     return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
 
 
 def normed(module: Any, outer: torch.Tensor) -> torch.Tensor:
-    """Return what experts made (pairs, H) behind the norm that they share, or as it is where there is none."""
+    """Apply the norm that a layer's experts share to their outputs (pairs, H), if there is one."""
     return module.post_expert_norm(outer) if getattr(module, "has_post_expert_norm", False) else outer

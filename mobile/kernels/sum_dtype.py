@@ -1,4 +1,4 @@
-"""The precision that a class of experts sums up in: that of the hidden states in most, fp32 in some.
+"""The precision in which a class of experts sums: that of the hidden states in most, fp32 in some.
 
 Transformers says it nowhere but in each class's own eager forward, so that is tried.
 """
@@ -28,7 +28,7 @@ def sum_dtype(experts: Any, hidden: torch.dtype, weights: torch.dtype) -> torch.
     if key not in _found:
         try:
             _found[key] = torch.float32 if _sums_wide(experts, hidden, weights) else hidden
-        except Exception:  # of its own code, about widths that it does not expect
+        except Exception:  # its own code may raise anything at widths that it does not expect
             _found[key] = hidden
     return _found[key]
 

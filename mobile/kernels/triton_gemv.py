@@ -35,7 +35,7 @@ def _products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[pair] = W[slots[pair]] @ x[rows[pair]], summed in fp32; one program a pair and BLOCK_N outputs."""
+    """Compute y[pair] = W[slots[pair]] @ x[rows[pair]], summed in fp32; one program a pair and BLOCK_N outputs."""
     pair = tl.program_id(0)
     slot = tl.load(slots + pair).to(tl.int64)
     row = tl.load(rows + pair).to(tl.int64)
@@ -67,9 +67,10 @@ def why_not(device: torch.device) -> str | None:
 def products(
     weights: torch.Tensor, slots: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, *, transposed: bool
 ) -> torch.Tensor:
-    """weights (slots, N, K), or (slots, K, N) where `transposed`; x (rows, K) -> (pairs, N): W[slots] @ x[rows].
+    """Multiply for each pair a slot's matrix with a row: W[slots] @ x[rows], (pairs, N).
 
-    `slots` and `rows` (pairs,) say which weight and which input each pair takes. `x` has unit stride in K.
+    weights (slots, N, K), or (slots, K, N) where `transposed`; x (rows, K), of unit stride in K. `slots` and `rows`
+    (pairs,) say which weight and which input each pair takes.
     """
     if transposed:
         weights = weights.transpose(1, 2)
@@ -82,9 +83,15 @@ def products(
 
 
 def triton_gemv(
-    module: Any, hidden: torch.Tensor, weights: torch.Tensor, groups: Groups, waves: Iterable[Wave], views: Views
+    module: Any,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    groups: Groups,
+    waves: Iterable[Wave],
+    views: Views,
+    _host: Views | None = None,
 ) -> torch.Tensor:
-    """`kernels.loop`'s result for a decode step, two launches a wave; wider steps are the loop's own.
+    """Compute a decode step in two launches a wave; leave wider steps to `loop`. For arguments see `Kernel`.
 
     Equal to it up to rounding: within 1e-5 of the largest output in fp32, 2e-2 in bf16. Each pair is computed alone
     and pairs are summed by rank in fp32, so no output depends on what was resident.

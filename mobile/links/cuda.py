@@ -1,4 +1,4 @@
-"""The CUDA channel: one copy stream, an event when a slot is ready and one when its last reader is done.
+"""The CUDA channel: a copy stream, an event when a slot is ready, and one when its last reader is done.
 
 No allocation and no device-wide synchronisation after it is made. Events, streams and waits are of the device where the
 slots lie, whichever is current.
@@ -15,7 +15,9 @@ import torch
 
 from mobile.errors import Refused
 from mobile.ledger import Key
+from mobile.links.base import LinkEnds
 from mobile.links.page_lock import Lock, page_lock, unlock
+from mobile.links.stream import StreamLink
 from mobile.store.memory import HostStore
 
 WAITS = 256  # timed waits kept before the oldest is read
@@ -23,8 +25,14 @@ MEASURED, RUNS = 16, 20  # copies in a run that measures the native bandwidth, a
 NEAR = 0.03  # a link that is slower than asked by no more than this share is taken as it is
 
 
+def connect(ends: LinkEnds) -> StreamLink:
+    """Return a link over a CUDA channel. Raises Refused if it cannot be as fast as asked for."""
+    channel = CudaChannel(ends.store, ends.slots, ends.row_of, ends.link_gb_per_s)
+    return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived)
+
+
 class CudaChannel:
-    """Copies rows of `store` into `slots` (slots, row) on a stream of its own.
+    """A channel that copies rows of `store` into `slots` (slots, row elements) on a stream of its own.
 
     `row_of(key)` is the host row of an expert. `link_gb_per_s` makes each copy as slow as a link of that speed by
     really copying more bytes behind it, on the same stream: `throttled` says whether it does, or the link is that slow
@@ -43,7 +51,7 @@ class CudaChannel:
         self._device = slots.device
         self._padding: list[torch.Tensor] = []
         locks: list[Lock] = []
-        self._release = weakref.finalize(self, _release, self._device, locks)  # also where nobody closes it
+        self._release = weakref.finalize(self, _release, self._device, locks)  # also if it is never closed
         self._release.atexit = False
         try:
             page_lock(store.rows, self._device, locks)
@@ -104,6 +112,7 @@ class CudaChannel:
         return MEASURED * rows[0].nbytes / (begun.elapsed_time(ended) * 1e6)
 
     def _throttle(self, link_gb_per_s: float) -> None:
+        """Have each copy followed by as many more bytes as make it take as long. Raises Refused if it is too fast."""
         if not 0 < link_gb_per_s * (1 - NEAR) <= self.native_gb_per_s:
             raise Refused(
                 f"This link copies {self.native_gb_per_s:.1f} GB/s and cannot be throttled to {link_gb_per_s:g}; "
@@ -134,7 +143,7 @@ class CudaChannel:
     def _compute(self) -> torch.cuda.Stream:
         """Return the stream that compute is launched on; one that was not the last waits for what was launched there.
 
-        So all compute comes in one order, and a copy that one stream was told to wait for, every stream waits for.
+        So all compute comes in one order, and a copy that one stream waits for, every stream waits for.
         """
         stream = torch.cuda.current_stream(self._device)
         if stream != self._last:
@@ -166,6 +175,7 @@ class CudaChannel:
         self._stream.wait_stream(self._compute())
 
     def _read_wait(self) -> None:
+        """Add the oldest timed wait to the sum, and reuse its events; waits for the device if it is not over."""
         before, after = pair = self._waits.popleft()
         after.synchronize()
         self._stalled += round(before.elapsed_time(after) * 1e6)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from mobile.ledger import Key, Ledger
@@ -19,13 +16,13 @@ COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahe
 
 
 class Channel(Protocol):
-    """What really copies, one row after another in the order of `begin`. Methods raise what a copy raised."""
+    """A device's way to copy rows, one after another in the order of `begin`. Methods raise what a copy raised."""
 
     def begin(self, key: Key, slot: int) -> None:
         """Start copying and return."""
 
     def ended(self, slot: int) -> bool:
-        """Whether the copy last begun into `slot` is over; does not wait."""
+        """Return whether the copy last begun into `slot` is over; does not wait."""
         ...
 
     def finish(self, slot: int) -> None:
@@ -35,20 +32,20 @@ class Channel(Protocol):
         """Have the device wait for it before whatever is launched next."""
 
     def used(self, slots: Sequence[int]) -> None:
-        """All that reads or writes these slots has been launched; copies into them wait for it."""
+        """Have copies into these slots wait for what was launched so far, which is all that reads or writes them."""
 
     def join(self) -> None:
-        """Copies begun from now on wait for the compute launched so far."""
+        """Have copies begun from now on wait for the compute launched so far."""
 
     def follow(self) -> None:
         """Have what is launched from now on come after all that was launched before, be it on another stream."""
 
     def stalled_ns(self) -> int:
-        """Nanoseconds that compute is known to have waited since this was last asked."""
+        """Return the nanoseconds that compute is known to have waited since the last call."""
         ...
 
     def span(self, slot: int) -> tuple[int, int]:
-        """When the last copy into `slot`, which has ended, began and ended, in `time.perf_counter_ns`."""
+        """Return when the last copy into `slot`, which has ended, began and ended, in `time.perf_counter_ns`."""
         ...
 
     def close(self) -> None:
@@ -57,14 +54,18 @@ class Channel(Protocol):
 
 @dataclass
 class Begun:
-    """A copy under way; `announced` once compute was told to wait for it."""
+    """A copy under way; `announced` once compute waits for it and its slot counts as ready."""
 
     copy: Copy
     announced: bool = False
 
 
 class StreamLink:
-    """A Link over a channel. The host waits only where two copies are begun and a third is needed."""
+    """A Link over a channel. The host waits only where two copies are begun and a third is needed.
+
+    A copy goes from `_queue` (asked for) to `_begun` (given to the channel, in its order, at most COMMITTED), and then
+    into the ledger, or to `_failed` until compute waits for it. It has no thread: calls of the link move copies on.
+    """
 
     def __init__(self, channel: Channel, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
         self.channel, self._row_nbytes, self._ledger, self._arrived = channel, row_nbytes, ledger, arrived
@@ -92,9 +93,11 @@ class StreamLink:
 
     def wait(self, key: Key) -> None:
         while True:
+            # 1. Note what has ended, and begin what may begin.
             self._advance()
             if key in self._failed:
                 raise self._failed.pop(key)
+            # 2. Under way: the device, and not the host, waits for it.
             begun = next((begun for begun in self._begun if begun.copy.key == key), None)
             if begun is not None:
                 try:
@@ -106,8 +109,10 @@ class StreamLink:
                     begun.announced = True
                     self._arrived(key, begun.copy.slot)
                 break
+            # 3. Neither under way nor queued: it has landed.
             if not any(copy.key == key for copy in self._queue):
                 break
+            # 4. Queued behind as many copies as may be begun: wait on the host for the oldest of them.
             self.channel.finish(self._begun[0].copy.slot)
         self._ledger.counters.stall_ns += self.channel.stalled_ns()
 
@@ -121,7 +126,7 @@ class StreamLink:
         self._advance()
 
     def join_cpu(self, about: Key) -> None:
-        """The kernel computed it on this very thread, and has launched the copy of what came out."""
+        """Do nothing: the kernel computed it on this very thread, and has launched the copy of the result."""
 
     def used(self, slots: Sequence[int]) -> None:
         self.channel.used(slots)
@@ -158,12 +163,13 @@ class StreamLink:
             self._begun.append(Begun(copy))
 
     def _note_ended(self) -> None:
+        """Move copies that have ended, the oldest first, into the ledger, and those that failed to `_failed`."""
         while self._begun:
             copy = self._begun[0].copy
             try:
                 if not self.channel.ended(copy.slot):
                     return
-            except Exception as error:  # kept for whoever needs this expert; nobody may ever
+            except Exception as error:  # raised where compute waits for this expert, if it ever does
                 self._failed[copy.key] = error
                 self._begun.popleft()
                 continue
@@ -176,105 +182,3 @@ class StreamLink:
                 self._ledger.event(copy.what, start - self._zero, end - self._zero, copy.key)
             if not begun.announced:
                 self._arrived(copy.key, copy.slot)
-
-
-def _locked() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
-
-
-@dataclass(eq=False)
-class Paced:
-    """A copy that a thread makes by `fill`; `bell` is released once it is over, to wake who waits."""
-
-    key: Key
-    slot: int
-    fill: Callable[[Key, int], None]
-    over: bool = False
-    bell: threading.Lock = field(default_factory=_locked)
-    error: Exception | None = None
-    span: tuple[int, int] = (0, 0)
-
-    def make(self, load_ns: int) -> None:
-        """Copy, and take `load_ns` at least."""
-        begun = time.perf_counter_ns()
-        try:
-            self.fill(self.key, self.slot)
-        except Exception as error:
-            self.error = error
-        left = begun + load_ns - time.perf_counter_ns()
-        if left > 0:
-            time.sleep(left / 1e9)
-        self.span = begun, time.perf_counter_ns()
-        self.over = True
-        self.bell.release()
-
-    def wait(self) -> None:
-        """Of one thread at a time. Ctrl-C may break it off anywhere, which cannot be said of an Event's wait."""
-        while not self.over:
-            self.bell.acquire()
-
-
-def _make_in_turn(work: queue.SimpleQueue[Paced | None], load_ns: int) -> None:
-    """Make copies until None comes. Between two of them this holds nothing of an engine, so that one can be freed."""
-    while (copy := work.get()) is not None:
-        copy.make(load_ns)
-        del copy
-
-
-class PacedChannel:
-    """Copies on a thread of its own, each no faster than `load_ns`: a smoke test of the queue, not a measurement.
-
-    The thread ends when the channel is closed, or forgotten.
-    """
-
-    def __init__(self, fill: Callable[[Key, int], None], load_ns: int) -> None:
-        self._fill = fill
-        self._work: queue.SimpleQueue[Paced | None] = queue.SimpleQueue()
-        self._last: dict[int, Paced] = {}  # by slot
-        self._stalled = 0
-        self._thread = threading.Thread(
-            target=_make_in_turn, args=(self._work, load_ns), name="mobile-paced-link", daemon=True
-        )
-        self._end = weakref.finalize(self, self._work.put, None)
-        self._thread.start()
-
-    def begin(self, key: Key, slot: int) -> None:
-        self._last[slot] = copy = Paced(key, slot, self._fill)
-        self._work.put(copy)
-
-    def ended(self, slot: int) -> bool:
-        copy = self._last[slot]
-        if copy.over and copy.error is not None:
-            raise copy.error
-        return copy.over
-
-    def finish(self, slot: int) -> None:
-        begun = time.perf_counter_ns()
-        self._last[slot].wait()
-        self._stalled += time.perf_counter_ns() - begun
-
-    def fence(self, slot: int) -> None:
-        self.finish(slot)
-        self.ended(slot)
-
-    def used(self, slots: Sequence[int]) -> None:
-        """Kernels run when they are called, so there is nothing to wait for."""
-
-    def join(self) -> None:
-        """The same: what was launched is over."""
-
-    def follow(self) -> None:
-        """The same."""
-
-    def stalled_ns(self) -> int:
-        stalled, self._stalled = self._stalled, 0
-        return stalled
-
-    def span(self, slot: int) -> tuple[int, int]:
-        return self._last[slot].span
-
-    def close(self) -> None:
-        self._end()
-        self._thread.join()

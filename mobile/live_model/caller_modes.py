@@ -49,14 +49,14 @@ def plain(function: F) -> F:
         modes.append(torch.inference_mode(False))
     if torch.get_default_device().type != "cpu":
         modes.append(_device.set_device("cpu"))
-    # As decorators: the end of each mode's block is then none of our lines, where Ctrl-C would leave it on.
+    # As decorators: each mode then ends in PyTorch's code, not on a line here where Ctrl-C would leave it on.
     for mode in modes:
         function = mode(function)
     return function
 
 
 def on_meta(function: F) -> F:
-    """The function, with the meta device as the default."""
+    """Return the function as it runs with the meta device as the default."""
     decorate: Callable[[F], F] = _device.set_device("meta")
     return decorate(function)
 

@@ -1,4 +1,4 @@
-"""Putting things back however a piece of work ends, with Ctrl-C at any of its lines as well."""
+"""Cleanup that runs however a piece of work ends, also with Ctrl-C at any of its lines."""
 
 from __future__ import annotations
 

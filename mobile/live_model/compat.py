@@ -1,4 +1,7 @@
-"""What is read of Transformers: the version gate, experts modules, their routers, and what is refused."""
+"""All that is known of Transformers' own code: versions, experts modules, their routers, and models refused.
+
+It is in one place so that a new release is checked against one file.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 NORM = "post_expert_norm"  # the norm of what an expert gives, which all experts of a layer share; since 5.20
 CACHES = ("cache", "past_key_values", "cache_params")
 PLAIN = {nn.Parameter, torch.Tensor}  # of what classes a weight and its data are, unless something quantised them
-KNOBS = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
+TOP_K_NAMES = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One MoE layer of a live model: its stacked experts, the router that chooses among them, and where K is set."""
+    """An MoE layer of a live model: its stacked experts, the router that chooses among them, and where K is set."""
 
     experts: Any
     router: Any
@@ -43,7 +46,7 @@ class MoeLayer:
         return int(getattr(*self.top_k_attribute))
 
     def route(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """The expert ids (tokens, top_k) that the router chooses for these inputs; runs no hook.
+        """Return the expert ids (tokens, top_k) that the router chooses for these inputs; runs no hook.
 
         A router that returns scores alone is taken at its highest ones: its block may correct them, so use this to
         foresee a choice, never to make one.
@@ -55,7 +58,7 @@ class MoeLayer:
         return self._scores(parts).topk(self.top_k).indices
 
     def choice(self, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The expert ids and weights (tokens, top_k) that the router gives for these inputs; runs no hook."""
+        """Return the expert ids and weights (tokens, top_k) that the router gives for these inputs; runs no hook."""
         parts = self._ask(args, kwargs)
         for index in parts:
             for weights in parts:
@@ -64,7 +67,7 @@ class MoeLayer:
         raise Refused(f"{type(self.router).__name__} gives no weights with its choice, so no layer is routed ahead.")
 
     def logits(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """The router's scores of every expert (tokens, experts) for these inputs; runs no hook."""
+        """Return the router's scores of every expert (tokens, experts) for these inputs; runs no hook."""
         return self._scores(self._ask(args, kwargs))
 
     def _ask(self, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -79,7 +82,7 @@ class MoeLayer:
 
 
 def check_version() -> None:
-    """Raises Refused unless Transformers is in the tested range."""
+    """Raise Refused unless Transformers is in the tested range."""
     if not Version(OLDEST) <= Version(Version(transformers.__version__).base_version) < Version(NEWEST_BELOW):
         raise Refused(
             f"Transformers {transformers.__version__} is not supported; install transformers>={OLDEST},<{NEWEST_BELOW}."
@@ -155,7 +158,7 @@ def check_weights(model: nn.Module) -> None:
 
 
 def weight_names(experts: Any) -> tuple[str, ...]:
-    """The stacked weights of an experts module, each (experts, ...), in the order they lie in a row."""
+    """Return the names of the stacked weights of an experts module, each (experts, ...), in a row's order."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     return (up, f"{up}_bias", "down_proj", "down_proj_bias") if experts.has_bias else (up, "down_proj")
 
@@ -166,7 +169,7 @@ def stacked(experts: Any) -> list[nn.Parameter]:
 
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
-    """The model's MoE layers in order. Raises Refused if it has none, or one that cannot be offloaded."""
+    """Return the model's MoE layers in order. Raises Refused if it has none, or one that cannot be offloaded."""
     kind = type(model).__name__
     layers = []
     for name, experts in model.named_modules():
@@ -208,14 +211,14 @@ def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
     if len(routers) != 1:
         raise Refused(f"{kind} has no router beside {name} that this version understands.")
     for holder in (routers[0], block, getattr(routers[0], "config", None), getattr(experts, "config", None)):
-        for top_k_attribute in KNOBS:
+        for top_k_attribute in TOP_K_NAMES:
             if isinstance(getattr(holder, top_k_attribute, None), int):
                 return MoeLayer(experts, routers[0], name, (holder, top_k_attribute))
     raise Refused(f"{kind} does not say how many experts {name} runs for a token, in any place this version knows.")
 
 
 def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
-    """The row layout that all layers share. Raises Refused if they differ."""
+    """Return the row layout that all layers share. Raises Refused if they differ."""
     weights = [{name: getattr(layer.experts, name) for name in weight_names(layer.experts)} for layer in layers]
     layouts = {layout_of(named) for named in weights}
     if len({w.dtype for named in weights for w in named.values()}) != 1:
@@ -226,12 +229,12 @@ def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
 
 
 def device_of(layers: Sequence[MoeLayer]) -> torch.device:
-    """Where the model computes: its routers' device, since its experts may be nowhere."""
+    """Return where the model computes: its routers' device, since its experts may be nowhere."""
     return next(iter(layers[0].router.parameters())).device
 
 
 def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) -> Geometry:
-    """The live model's own sizes, read from its parameters, whether or not the experts are still among them."""
+    """Return the live model's sizes, read from its parameters, whether or not the experts are still among them."""
     routed = {id(w) for layer in layers for w in stacked(layer.experts)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(module.weight) for module in (embedding, head) if module is not None}

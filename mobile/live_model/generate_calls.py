@@ -1,7 +1,7 @@
 """Calls of generate() under way: which rows of the batch it has ended, and whether it still reads the prompt.
 
 generate() ends rows by its stopping criteria, and feeds what a row that ended is given (padding, or whatever it would
-have written) like any other token. So nothing can be told from token ids: an ordinary token may be the padding, and
+have written) like any other token. So token ids show nothing: an ordinary token may be the padding, and
 ends given to this call differ from the model's own. The criteria are watched instead.
 """
 
@@ -26,7 +26,7 @@ ROW_BY_ROW = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # modes in w
 
 @dataclass
 class Call:
-    """One call of generate(), with the assistant model that it was given.
+    """A call of generate(), with the assistant model that it was given.
 
     `mode` is known once its criteria are made. From then on every forward pass belongs to the prompt (`prompting`),
     until the criteria are asked, which is after the first token; but assisted generation asks them before its first
@@ -72,7 +72,7 @@ def current(model: Any) -> Call | None:
 
 
 class Watched(StoppingCriteriaList):
-    """The criteria of a call, which is told what they answer."""
+    """The stopping criteria of a call, which notes every answer of theirs."""
 
     def __init__(self, criteria: StoppingCriteriaList, call: Call) -> None:
         super().__init__(criteria)
@@ -85,24 +85,24 @@ class Watched(StoppingCriteriaList):
 
 
 def watch(model: Any, overrides: Overrides) -> None:
-    """Have the model's generate() tell of its calls. A model that has none, or not the known way, tells nothing."""
+    """Note the calls of the model's generate(); none of a model without it, or without the known criteria."""
     generate, criteria = getattr(model, "generate", None), getattr(model, CRITERIA, None)
     if generate is None or criteria is None:
         return
     overrides.put(model, CRITERIA, _watching(model, criteria))
-    overrides.put(model, "generate", _told(model, generate))
+    overrides.put(model, "generate", _noting(model, generate))
 
 
-def _told(model: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
+def _noting(model: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(generate)
-    def told(*arguments: Any, **named: Any) -> Any:
-        if named.get("custom_generate") is not None:  # a loop of somebody else's, which may ask its criteria anything
+    def noting(*arguments: Any, **named: Any) -> Any:
+        if named.get("custom_generate") is not None:  # another library's loop, which may ask its criteria anything
             return generate(*arguments, **named)
-        # In a context of its own, which ends with it whatever ends it: no line of ours need run for that.
+        # In a context of its own, which ends with the call however that ends: no line here has to run for it.
         call = Call(model, _assistant(generate, arguments, named))
         return copy_context().run(_run, call, generate, arguments, named)
 
-    return told
+    return noting
 
 
 def _run(call: Call, generate: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -114,7 +114,7 @@ def _assistant(generate: Callable[..., Any], arguments: tuple[Any, ...], named: 
     """Return the assistant model given to generate(), by place or by name."""
     try:
         return inspect.signature(generate).bind_partial(*arguments, **named).arguments.get("assistant_model")
-    except TypeError:  # which generate() itself will say
+    except TypeError:  # generate() raises it itself
         return None
 
 

@@ -1,7 +1,7 @@
-"""What an attached model refuses: whatever would save, copy, convert or load it without its experts, and not say so.
+"""Refusals of an attached model: to save, copy, convert or load it without its experts, and not say so.
 
-While a model is attached its experts' parameters are empty placeholders. Every door that reads or converts parameters
-from outside would pass them by in silence, so each says in one sentence what to do instead.
+While a model is attached its experts' parameters are empty placeholders. Every method that reads or converts parameters
+from outside would miss them in silence, so each refuses in one sentence that says how it can be done.
 """
 
 from __future__ import annotations

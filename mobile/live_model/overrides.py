@@ -20,12 +20,12 @@ class Overrides:
         self._undo: list[Callable[[], None]] = []
 
     def put(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute on this very object, whatever its class says."""
+        """Set an attribute on this very object, in place of its class's."""
         self._undo.append(partial(_put_back, owner, name, vars(owner).get(name, MISSING)))
         setattr(owner, name, value)
 
     def hook(self, register: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-        """Call PyTorch's `register`, which returns a handle."""
+        """Register a hook by PyTorch's `register`, which returns a handle."""
         handles: list[Any] = []
         self._undo.append(partial(_remove, handles))
         handles.append(register(*arguments, **named))
@@ -34,7 +34,7 @@ class Overrides:
         return len(self._undo)
 
     def undo(self, down_to: int = 0) -> None:
-        """Take everything back, the newest first, until so many are left."""
+        """Undo the newest first, until `down_to` are left."""
         while len(self._undo) > down_to:
             self._undo[-1]()
             self._undo.pop()

@@ -25,7 +25,9 @@ from mobile.costs.geometry import Geometry
 from mobile.errors import Refused
 from mobile.kernels import kernel_named
 from mobile.kernels.loop import Groups, expert_output
-from mobile.links.stream import Channel, PacedChannel
+from mobile.links.paced import PacedChannel
+from mobile.links.registry import real_time_link
+from mobile.links.stream import Channel
 from mobile.live_model import compat
 from mobile.machine.fit_profile import SIZES, Depth, Measurements, Timing
 from mobile.machine.gpu import gpus
@@ -368,9 +370,7 @@ def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geome
     """
     width = sizes.widths[len(sizes.widths) // 2]
     model = _model(device, dtype, max(sizes.depths), sizes.hidden, width, sizes.experts, sizes.top_k)
-    attach(
-        model, EVERYTHING, slots=max(sizes.depths) * sizes.experts, link="cuda" if device.type == "cuda" else "paced"
-    )
+    attach(model, EVERYTHING, slots=max(sizes.depths) * sizes.experts, link=real_time_link(device.type))
     geometry = model.mobile.geometry
     prompt, token = torch.arange(3, 11, device=device)[None], torch.tensor([[7]], device=device)
     taken: dict[int, list[float]] = {depth: [] for depth in sizes.depths}
@@ -382,7 +382,7 @@ def steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geome
                 model(token, **cache)
                 taken[depth].append(statistics.median(_step(model, token, cache) for _ in range(sizes.tokens)))
     finally:
-        model.mobile.leave()
+        model.mobile.uninstall(give_back=False)
     return geometry, tuple(Depth(depth, min(found[1:])) for depth, found in taken.items())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mobile.links.base import VirtualLink
+from mobile.links.virtual import VirtualLink
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.residency.residency import Residency
 

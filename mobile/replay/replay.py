@@ -10,7 +10,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile
 from mobile.ledger import Counters, Ledger
-from mobile.links.base import VirtualLink
+from mobile.links.virtual import VirtualLink
 from mobile.policies.protocols import Trainable, Training, Visit
 from mobile.policies.strategy import BigLittle, Strategy
 from mobile.replay.fast_residency import FastResidency
@@ -43,7 +43,7 @@ class ReplaySetup:
         made = FastResidency(
             self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, layer_map=self.layer_map
         )
-        link.arrived = made.arrived
+        link.deliver_to(made.arrived)
         made.preload_all()
         return made
 

@@ -1,4 +1,7 @@
-"""The two-pass forward around any Transformers model: generate() and its callers see each token once."""
+"""The two-pass forward around any Transformers model.
+
+It stands in for the model's own forward, so that generate() and every other caller sees each token once.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from mobile.policies.strategy import BigLittle, CustomRouting, FullK, HalfK
 from mobile.runtime import rollback
 from mobile.runtime.engine import Engine
 from mobile.runtime.forward_pass import ForwardPass
+from mobile.runtime.next_layer import predict
 
 BROKEN_OFF = "Attaching or detaching this model was broken off; call mobile.detach(model), which finishes it."
 AS_A_PROMPT = "runs as a prompt's does, with all experts and none kept: the strategy {} does not act on it."
@@ -57,7 +61,7 @@ class Forward:
 
 
 class Decoder:
-    """Stands in for the model's forward: prefill runs as it is, a decode step under the strategy's gating."""
+    """The forward that stands in for the model's: prefill runs as it is, a decode step under the strategy's gating."""
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
         self.model, self.engine = model, engine
@@ -66,12 +70,12 @@ class Decoder:
         self._warned: set[str] = set()
 
     def install(self, overrides: Overrides) -> None:
-        """Put the two-pass forward in the model's place, and listen to what its routers are given."""
+        """Put the two-pass forward in the place of the model's, and record its routers' inputs."""
         settings = getattr(self.model, "generation_config", None) or self.model.config
         overrides.put(settings, "disable_compile", True)  # generate() would compile this forward for a static cache
         for number, layer in enumerate(self.engine.layers):
-            heard = torch.compiler.disable(functools.partial(self._record_router_input, number))
-            overrides.hook(layer.router.register_forward_hook, heard, with_kwargs=True)
+            record = torch.compiler.disable(functools.partial(self._record_router_input, number))
+            overrides.hook(layer.router.register_forward_hook, record, with_kwargs=True)
         generate_calls.watch(self.model, overrides)
         for module in entrances(self.model, [layer.experts for layer in self.engine.layers]):
             overrides.put(module, "forward", self._forward(module))
@@ -91,12 +95,13 @@ class Decoder:
         running = self.engine.running
         if running is not None and running.kind != "prefill":
             running.router_inputs[number] = (args, kwargs)
-        if self.engine.foresees:
-            self.engine.heard[number] = (args, kwargs)
+        if self.engine.asks_ahead:
+            self.engine.next_layer.last_router_inputs[number] = (args, kwargs)
 
     # --- one forward pass ---------------------------------------------------------------------------
 
     def _enter(self, asked: Forward) -> Any:
+        """Run a forward call as a step of the engine. Raises Refused if a detach was begun and not finished."""
         if self.engine.leaving:
             raise Refused(BROKEN_OFF)
         given = asked.entrance.given(asked.args, asked.kwargs)
@@ -107,12 +112,14 @@ class Decoder:
         return self.engine.step(self._step, asked, given, source)
 
     def _step(self, asked: Forward, given: dict[str, Any], source: torch.Tensor) -> Any:
+        """Run one forward call under the strategy: `source` are its ids (rows, length), or embeddings."""
         engine = self.engine
         if engine.running is not None:  # a base model inside the one whose pass this is
             return asked.run()
         rows, length = source.shape[:2]
         call, cache = generate_calls.current(self.model), compat.cache_of(given)
         begun = holds_tokens(cache)
+        # Whatever is not one token a row after others is read as a prompt is: with all experts.
         if length != 1 or not begun or (call is not None and call.prompting):
             self._warn_if_inert(given, call, begun)
             mask = given.get("attention_mask")
@@ -123,6 +130,7 @@ class Decoder:
             if call is not None:
                 call.read()
             return output
+        # A decode step: one token a row, in one pass or two.
         valid = torch.ones(rows, 1, dtype=torch.bool, device=source.device)
         live = None if call is None else call.live(rows)
         if isinstance(self.gating, FullK | CustomRouting):
@@ -133,56 +141,64 @@ class Decoder:
         return self._two(ForwardPass("little", valid, live), asked, given, self.gating)
 
     def _one(self, running: ForwardPass, asked: Forward, fresh: bool = False) -> Any:
+        """Run and record a single pass; `fresh` begins new requests."""
         with self.engine.passing(running):
             output = asked.run()
-        self.engine.remember(running, running.live, fresh=fresh)
+        self.engine.recorder.add(running, running.live, fresh=fresh)
         return output
 
     def _two(self, little: ForwardPass, asked: Forward, given: dict[str, Any], gating: BigLittle) -> Any:
-        """Little pass, confidence, and for the rows that were unsure: roll back and run the big pass.
+        """Run the little pass, and where a row's confidence is below gamma roll back and run the big pass.
 
-        A row that has ended decides nothing: it makes no pass happen, and goes along with one that does.
+        Confidence is the highest softmax probability. A row that has ended causes no big pass, and takes part in one.
         """
         engine, cache = self.engine, compat.cache_of(given)
         if not asked.entrance.outermost:
             return self._all_experts(little, asked, "was called without its head, so no confidence is known")
-        if not engine.undoable or not rollback.supported(cache, engine.undoable):
+        undoable = engine.findings.undoable
+        if not undoable or not rollback.supported(cache, undoable):
             return self._all_experts(little, asked, f"writes into a {type(cache).__name__} that cannot be rolled back")
+        # 1. Run with K/2 experts, after saving what the step changes in the cache.
         undo = rollback.before_step(cache)
-        again = rollback.random_numbers(engine.device) if self.model.training else None
+        redraw = rollback.random_numbers(engine.device) if self.model.training else None
         with engine.little_k(), engine.passing(little):
             output = asked.run(return_dict=True)
+        # 2. Rows below gamma fall back; if none does, this was the token.
         confidence = output.logits[:, -1].float().softmax(-1).amax(-1)
         unsure = confidence < gating.gamma
         falls = unsure if little.live is None else unsure & little.live
         if not bool(falls.any()):
-            engine.remember(little, little.live, confidence)
+            engine.recorder.add(little, little.live, confidence)
             return _as_asked(output, self.model, given)
-        predicted = engine.predict(little)
+        # 3. The little pass's router inputs predict the experts of the big one, which are loaded ahead of it.
+        predicted = predict(engine.layers, little)
+        # 4. Roll back, and run with K experts; rows that were sure keep their K/2, so that no row depends on others.
         undo()
-        if again is not None:
-            again()
+        if redraw is not None:
+            redraw()
         confident = None if bool(unsure.all()) else ~unsure
-        big = ForwardPass("big", little.valid, little.live, confident=confident, settled=little.selections)
+        big = ForwardPass("big", little.valid, little.live, confident=confident, little_selections=little.selections)
         engine.fall_back(predicted, falls)
         with engine.passing(big):
             result = asked.run(return_dict=True)
+        # 5. Rows that were sure keep the little pass's logits, bit for bit.
         if confident is not None:
             result.logits[confident] = output.logits[confident]
-        engine.remember(little, little.live, confidence)
-        engine.remember(big, falls, confidence, predicted)
+        engine.recorder.add(little, little.live, confidence)
+        engine.recorder.add(big, falls, confidence, predicted)
         return _as_asked(result, self.model, given)
 
     def _all_experts(self, little: ForwardPass, asked: Forward, because: str) -> Any:
+        """Run all experts in place of the little pass, and warn why."""
         self._warn(
             f"The model {because}, so every token runs with all experts, and {self.engine.strategy.name} does not act."
         )
         return self._one(ForwardPass("full", little.valid, little.live), asked)
 
-    # --- what does not act says so ------------------------------------------------------------------
+    # --- warnings where a strategy has no effect -----------------------------------------------------
 
     def _warn_if_inert(self, given: dict[str, Any], call: generate_calls.Call | None, begun: bool | None) -> None:
-        """Warn, once for each reason, of forward passes that write text and yet can only be run as a prompt's."""
+        """Warn, once for each reason, of a forward pass that decodes and yet can only be run as a prompt is."""
         if not self.engine.strategy.acts_on_decode:
             return
         cache = compat.cache_of(given)
@@ -211,7 +227,7 @@ def entrances(model: PreTrainedModel, experts: list[nn.Module]) -> list[PreTrain
 
 
 def holds_tokens(cache: Any) -> bool | None:
-    """Return whether a step on this cache goes on with a sequence; None if it does not tell.
+    """Return whether a step on this cache continues a sequence; None if it cannot be known.
 
     A hybrid's first layers may hold no length at all, so every layer is asked.
     """

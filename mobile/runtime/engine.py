@@ -1,84 +1,88 @@
-"""The engine: the slots, the clock and the trace behind one attached model."""
+"""The engine behind one attached model: its slots, its link, and the forward passes that run on them one at a time."""
 
 from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
 from mobile.costs.cost_model import CostModel
-from mobile.costs.geometry import Geometry
-from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
-from mobile.kernels import Kernel, group
+from mobile.kernels import group
 from mobile.ledger import Key, Ledger
-from mobile.links.base import Link
+from mobile.links.base import Link, LinkEnds
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
-from mobile.policies.next_logits import NextLayerLogits, alone
-from mobile.policies.strategy import CustomRouting, Strategy
-from mobile.replay.trace import Request, foreseen_from
+from mobile.live_model.overrides import Overrides
+from mobile.policies.strategy import CustomRouting
+from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
-from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
+from mobile.runtime.attach_plan import AttachPlan
+from mobile.runtime.forward_pass import ForwardPass, Selection
+from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
+from mobile.runtime.recording import Recorder
 from mobile.slots import SlotPool
 from mobile.store.memory import HostStore
 
-MakeLink = Callable[["Engine", CostModel], Link]
+Scope = AbstractContextManager[Any]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
+@dataclass(frozen=True)
+class Findings:
+    """Facts that the self-test at attach found out about the model.
+
+    `undoable` are the types of caches, and of their layers, in which a step was undone without a trace. `quasi` is set
+    for a strategy that asks the next layer's router about the quasi-hidden state.
+    """
+
+    undoable: frozenset[type] = frozenset()
+    quasi: QuasiHiddenState | None = None
+
+
 class Engine:
-    """Everything `attach` adds to a model, reachable as `model.mobile`.
+    """The runtime of an attached model, reachable as `model.mobile`.
 
     Forward passes of several threads take turns (`lock`), so each thread's tokens are what it would get alone.
     `recording` follows one caller only.
     """
 
     def __init__(
-        self,
-        strategy: Strategy,
-        layers: Sequence[compat.MoeLayer],
-        little_k: int,
-        charged: Geometry,
-        layer_map: tuple[tuple[int, ...], ...],
-        slots: int,
-        hardware: HardwareProfile,
-        store: HostStore,
-        kernel: Kernel,
-        poison: bool,
+        self, plan: AttachPlan, layers: Sequence[compat.MoeLayer], store: HostStore, *, poison: bool = False
     ) -> None:
-        self.strategy, self.layers, self.geometry, self.slots = strategy, layers, charged, slots
-        self.hardware, self.layer_map, self.store = hardware, layer_map, store
-        self.little = little_k
+        """Stand behind `layers`, whose experts `store` keeps. `poison` fills empty slots with NaN."""
+        self.plan, self.layers, self.store = plan, layers, store
+        self.strategy, self.geometry, self.slots, self.hardware = plan.strategy, plan.charged, plan.slots, plan.hardware
+        self.layer_map = plan.layer_map
+        self.overrides = Overrides()  # all that attach puts on the model
         self.ledger = Ledger()
         self.running: ForwardPass | None = None
-        self.undoable: frozenset[type] = frozenset()  # cache types in which the self-test undid a step
-        self.recorded: list[Request] | None = None
-        self.heard: dict[int, RouterInput] = {}  # by layer, what its router was last given, where it is foreseen
-        self.quasi: QuasiHiddenState | None = None  # set by attach, for a strategy that foresees from it
-        self._records_ahead = False
-        self._foreseen: dict[int, Selection] = {}  # by layer, its router's word on the layer before's input
+        self.findings = Findings()
+        self.recorder, self.next_layer = Recorder(), NextLayerLookup(layers, plan.strategy)
         self.lock = threading.RLock()
-        self._kernel, self._poison = kernel, poison
+        self._kernel, self._poison = plan.kernel, poison
+        self._pass_scope: Callable[[ForwardPass], Scope] = nullcontext
         self._top_k = [layer.top_k for layer in layers]
-        self._owner = [mine for mine, covered in enumerate(layer_map) for _ in covered]
-        self._batch: list[Request] = []
-        self._broken = False  # a step was broken off and the slots hold nobody knows what
-        self.leave: Callable[[], None] = lambda: None  # set by attach: how to undo it
-        self.leaving = False  # a detach has begun, and experts may be anywhere
+        # By charged layer, the live layer that holds its experts' rows.
+        self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
+        self._broken = False  # whether a step was broken off, and the slots may hold anything
+        self.leaving = False  # whether a detach has begun, and experts may be anywhere
         self.device = compat.device_of(layers)
         self.slot_rows = torch.empty(0, store.layout.numel, dtype=store.layout.dtype, device=self.device)
         self._views = store.layout.views(self.slot_rows)
-        self._told_alone = False
+        self._warned_alone = False
 
     @property
     def experts(self) -> int:
+        """Number of experts in a layer."""
         return self.layers[0].count
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
@@ -86,13 +90,20 @@ class Engine:
         raise Refused(COPYING)
 
     def stats(self) -> dict[str, Any]:
-        """What happened since attach, as plain numbers (see `mobile.ledger.Counters` for their meaning)."""
+        """Return what happened since attach, as plain numbers (see `mobile.ledger.Counters` for their meaning)."""
         return self.ledger.stats()
 
     # --- coming and going ---------------------------------------------------------------------------
 
     def allocate(self) -> None:
-        """Take the slots' memory. Raises Refused, with nothing taken, if the device has too little."""
+        """Cap what this process allocates on the device at the budget, and take the slots' memory.
+
+        Raises Refused, with nothing taken, if the device has too little.
+        """
+        if self.device.type == "cuda" and self.plan.budget_nbytes is not None:
+            weakref.finalize(self, _lift_cap, self.device)  # should the model be deleted without detach
+            total = torch.cuda.mem_get_info(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.plan.budget_nbytes / total), self.device)
         rows, layout = self.slots + PREFILL_BUFFERS, self.store.layout
         try:
             taken = torch.zeros(rows, layout.numel, dtype=layout.dtype, device=self.device)
@@ -103,27 +114,58 @@ class Engine:
             ) from error
         self.slot_rows, self._views = taken, layout.views(taken)
 
-    def connect(self, make: MakeLink) -> None:
+    def connect(self, make: Callable[[LinkEnds], Link]) -> None:
         """Make the link and start with cold slots."""
         self._cost = CostModel(self.hardware, self.geometry)
-        self.link = make(self, self._cost)
+        self.link = make(
+            LinkEnds(
+                store=self.store,
+                slots=self.slot_rows,
+                row_of=self.row,
+                fill=self.fill,
+                arrived=self.arrived,
+                ledger=self.ledger,
+                row_nbytes=self.store.layout.nbytes,
+                charged_nbytes=self.geometry.expert_nbytes,
+                load_ns=self._cost.load_ns,
+                link_gb_per_s=self.plan.link_gb_per_s,
+            )
+        )
+        self.restart()
+
+    def start(self, findings: Findings) -> None:
+        """Keep what the self-test found, and start anew."""
+        self.findings = findings
         self.restart()
 
     def restart(self) -> None:
-        """Cold slots, an empty ledger and a clock at zero."""
+        """Start with cold slots, an empty ledger and a clock at zero."""
         self.ledger.clear()
         self._cold()
         self.link.rewind()
 
+    def uninstall(self, *, give_back: bool) -> None:
+        """Make the model the stock one again. Broken off anywhere, it can be called again, and goes on.
+
+        With `give_back` the experts go back into their modules; otherwise they stay where they are. `model.mobile` is
+        the last to go.
+        """
+        self.leaving = True
+        self.close()
+        if give_back:
+            self.store.give_back([layer.experts for layer in self.layers])
+        self.overrides.undo()
+
     def close(self) -> None:
-        """Let go of the link, if it was made, of the routers, and of the slots; may be called again."""
+        """Let go of the link, if it was made, of the routers, the slots and the memory cap; may be called again."""
         self._all_k()
         if hasattr(self, "link"):
             self.link.close()
         self.slot_rows, self._views = self.slot_rows.new_empty(0), {}
+        _lift_cap(self.device)  # the experts may not fit below it
 
     def _cold(self) -> None:
-        """Empty slots, whatever was in them or on its way; the clock and the counters go on."""
+        """Empty all slots and stop copies under way; the clock and the counters go on."""
         self.link.reset()
         self._all_k()
         self.running = None
@@ -146,7 +188,7 @@ class Engine:
     # --- bytes --------------------------------------------------------------------------------------
 
     def row(self, key: Key) -> torch.Tensor:
-        """The expert's row in host memory, (row elements,)."""
+        """Return the expert's row in host memory, (row elements,)."""
         return self.store.rows[self._owner[key[0]]][key[1]]
 
     def fill(self, key: Key, slot: int) -> None:
@@ -154,10 +196,11 @@ class Engine:
         self.slot_rows[slot].copy_(self.row(key))
 
     def arrived(self, key: Key, slot: int) -> None:
-        """The link's word that the expert's bytes are in the slot."""
+        """Note that the expert's bytes are in the slot; the link calls it."""
         self.residency.arrived(key, slot)
 
     def _emptied(self, slot: int) -> None:
+        """Poison a slot whose expert was dropped, in tests."""
         if self._poison:
             self.slot_rows[slot].fill_(float("nan"))
             self.link.used([slot])  # the next copy into it comes after
@@ -166,13 +209,14 @@ class Engine:
 
     @contextmanager
     def little_k(self) -> Iterator[None]:
-        """A context in which every router chooses K/2 experts."""
+        """Have every router choose K/2 experts inside the block."""
         for layer in self.layers:
-            setattr(*layer.top_k_attribute, self.little)
+            setattr(*layer.top_k_attribute, self.plan.native.little_k)
         yield
         self._all_k()
 
     def _all_k(self) -> None:
+        """Have every router choose as many experts as before attach."""
         for layer, top_k in zip(self.layers, self._top_k, strict=True):
             setattr(*layer.top_k_attribute, top_k)
 
@@ -192,16 +236,16 @@ class Engine:
             raise
 
     def _step_alone(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Do that. Whatever breaks it off anywhere (a failing copy, Ctrl-C) leaves slots that nobody trusts.
+        """Run it under the lock. If anything breaks it off (a failing copy, Ctrl-C), the next step starts cold.
 
-        The next step starts cold. What it had opened is closed here alone: Ctrl-C may come between a context and the
-        knowledge of it.
+        The slots are then not trusted. A pass or a smaller top-k that was opened is closed here and nowhere else, since
+        Ctrl-C may come after a context was entered and before its `with` block knows.
         """
         _stepping.set((*_stepping.get(), self))
         with self.lock:
             if self._broken:
                 self._cold()
-            self._broken = True
+            self._broken = True  # until the step is over: also where an interrupt leaves the handler below
             gradients = torch.is_grad_enabled()
             try:
                 torch.set_grad_enabled(False)  # slots are written to again and again, so none could be computed
@@ -218,36 +262,52 @@ class Engine:
             return result
 
     @contextmanager
+    def observed(self, kernel_scope: Callable[[], Scope], pass_scope: Callable[[ForwardPass], Scope]) -> Iterator[None]:
+        """Inside the block, run each kernel call and each forward pass within a scope, so that a profiler names it."""
+        before = self._kernel, self._pass_scope
+
+        def kernel(*arguments: Any) -> torch.Tensor:
+            with kernel_scope():
+                return before[0](*arguments)
+
+        self._kernel, self._pass_scope = kernel, pass_scope
+        try:
+            yield
+        finally:
+            self._kernel, self._pass_scope = before
+
+    @contextmanager
     def passing(self, running: ForwardPass) -> Iterator[None]:
-        """One forward pass: opens and closes it on the clock."""
-        self.running = running
-        self.residency.begin(running.kind, running.tokens, running.counted)
-        yield
-        self.residency.finish()
-        self.running = None
+        """Open one forward pass on the clock, and close it at the end of the block."""
+        with self._pass_scope(running):
+            self.running = running
+            self.residency.begin(running.kind, running.tokens, running.counted)
+            yield
+            self.residency.finish()
+            self.running = None
 
     def run_experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
+        """Compute a layer's routed experts: hidden (tokens, H), index and weights (tokens, K) -> (tokens, H)."""
         return self.step(self._run_routed, layer, hidden, index, weights)
 
     def _run_routed(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.running is None:
             return self._run_alone(layer, hidden, index, weights)
         chosen = self._reroute(layer, index, weights) if self.running.kind == "full" else (index, weights)
-        return self._run_experts(layer, hidden, *self.running.select(layer, *chosen, self.experts))
+        return self._compute(layer, hidden, *self.running.select(layer, *chosen, self.experts))
 
     def _reroute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> Selection:
-        """What the gating makes of the router's choice; an expert of weight 0 becomes nobody's."""
+        """Return the gating's choice in place of the router's; an expert of weight 0 is left out."""
         gating = self.strategy.gating
         if not isinstance(gating, CustomRouting):
             return index, weights
-        index, weights = gating.choose(layer, (index, weights), self._foreseen.pop(layer, None))
+        index, weights = gating.choose(layer, (index, weights), self.next_layer.take_selection(layer))
         return index.masked_fill(weights == 0, self.experts), weights
 
     def _run_alone(self, layer: int, hidden: torch.Tensor, *selection: torch.Tensor) -> torch.Tensor:
-        """A layer was called by itself, outside of any model's forward: prefill, if anything."""
-        if self.strategy.acts_on_decode and not self._told_alone:
-            self._told_alone = True
+        """Run a layer that was called by itself, outside of any model's forward, as prefill."""
+        if self.strategy.acts_on_decode and not self._warned_alone:
+            self._warned_alone = True
             warnings.warn(
                 "Layers of the attached model are called without its forward, so every call runs as a prompt does, "
                 f"with all experts and no cache of them: the strategy {self.strategy.name} does not act.",
@@ -255,119 +315,52 @@ class Engine:
             )
         if layer == 0:
             self.residency.begin("prefill", hidden.shape[0])
-        return self._run_experts(layer, hidden, *selection)
+        return self._compute(layer, hidden, *selection)
 
-    def _run_experts(
-        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def _compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Make the experts ready in slots, wave by wave, and compute them."""
         groups = group(index, self.experts)
-        if self.foresees and self.running is not None and self.running.kind != "prefill":
-            self._look_ahead(layer, self.running, index, weights)
+        running, lookup = self.running, self.next_layer
+        if self.asks_ahead and running is not None and running.kind != "prefill":
+            lookup.ask(
+                layer,
+                running,
+                (index, weights),
+                self.findings.quasi,
+                keep_logits=self.recorder.keeps_next_layer_logits,
+            )
+        # Of the charged layers that this one stands for, all but the last cost time and bytes and compute nothing.
         *others, last = self.layer_map[layer]
         for other in others:
-            for _ in self.residency.layer(other, groups.experts, groups.counts, self._signal(layer, last=False)):
+            ahead = lookup.logits_for(layer, running, last=False)
+            for _ in self.residency.layer(other, groups.experts, groups.counts, ahead):
                 pass
-        waves = self.residency.layer(last, groups.experts, groups.counts, self._signal(layer, last=True))
-        host = () if self.strategy.on_cpu is None else (self.store.views(layer),)
-        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, *host)
+        ahead = lookup.logits_for(layer, running, last=True)
+        waves = self.residency.layer(last, groups.experts, groups.counts, ahead)
+        host = None if self.strategy.on_cpu is None else self.store.views(layer)
+        return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, host)
 
     @property
-    def foresees(self) -> bool:
-        """Whether the next layer's router is asked at every layer: to look or route ahead, or for a trace."""
-        return self._signals or self._routes_ahead
-
-    @property
-    def _signals(self) -> bool:
-        return self.strategy.lookahead is not None or self._records_ahead
-
-    @property
-    def _routes_ahead(self) -> bool:
-        return isinstance(self.strategy.gating, CustomRouting) and self.strategy.gating.foresees
-
-    def _look_ahead(self, layer: int, running: ForwardPass, index: torch.Tensor, weights: torch.Tensor) -> None:
-        """Ask the next layer's router about this layer's input, where it is known what else to give it."""
-        if layer + 1 == len(self.layers):
-            return
-        (hidden, *_), _ = running.router_inputs[layer]
-        beside = self._beside(layer, running, hidden)
-        if self.quasi is not None:
-            hidden = self.quasi.after(layer, index, weights).view_as(hidden)
-        if beside is None:
-            return
-        following, given, named = self.layers[layer + 1], (hidden, *beside[0]), beside[1]
-        if self._signals:
-            running.ahead[layer] = following.logits(given, named).to(torch.float16).cpu().numpy()
-        if self._routes_ahead:
-            self._foreseen[layer + 1] = following.choice(given, named)
-
-    def _beside(self, layer: int, running: ForwardPass, hidden: torch.Tensor) -> RouterInput | None:
-        """Return what the next layer's router is probably given beside hidden states; None if that is not known.
-
-        A router of this layer's class is given what this one is where that belongs to the tokens, and the rest as the
-        last time; another is given all as the last time, which must have been as many tokens.
-        """
-        (_, *here), named_here = running.router_inputs[layer]
-        alike = type(self.layers[layer].router) is type(self.layers[layer + 1].router)
-        if layer + 1 not in self.heard:
-            return (tuple(here), named_here) if alike else ((), {})
-        (then, *others), named = self.heard[layer + 1]
-
-        def of_tokens(part: Any) -> bool:
-            return torch.is_tensor(part) and part.shape[: then.ndim - 1] == then.shape[:-1]
-
-        if alike and len(here) == len(others) and named_here.keys() == named.keys():
-            others = [mine if of_tokens(last) else last for last, mine in zip(others, here, strict=True)]
-            return tuple(others), {key: named_here[key] if of_tokens(last) else last for key, last in named.items()}
-        if then.shape[:-1] != hidden.shape[:-1] and any(map(of_tokens, (*others, *named.values()))):
-            return None
-        return tuple(others), named
-
-    def _signal(self, layer: int, *, last: bool) -> NextLayerLogits | None:
-        source = foreseen_from(layer, last, len(self.layers))
-        logits = self.running.ahead.get(source) if self.running is not None and source is not None else None
-        return None if logits is None else alone(logits)
-
-    def predict(self, little: ForwardPass) -> list[torch.Tensor]:
-        """Per layer the K experts (tokens, K) that the little pass's recorded router inputs name."""
-        return [layer.route(*little.router_inputs[number]) for number, layer in enumerate(self.layers)]
+    def asks_ahead(self) -> bool:
+        """Whether the next layer's router is asked at every layer: to load or route ahead, or for a trace."""
+        lookup = self.next_layer
+        return lookup.needs_logits or lookup.needs_selections or self.recorder.keeps_next_layer_logits
 
     def fall_back(self, predicted: list[torch.Tensor], unsure: torch.Tensor) -> None:
-        """Tell the clock that rows were unsure, and what their big pass will probably need, in layer order."""
+        """Count the rows (rows,) that were unsure, and load the experts that their big pass will probably need."""
         wanted = [layer[unsure].unique().tolist() for layer in predicted]
         keys = [(layer, e) for mine, covered in enumerate(self.layer_map) for layer in covered for e in wanted[mine]]
         self.residency.fallback(keys, int(unsure.sum()))
 
-    def remember(
-        self,
-        done: ForwardPass,
-        live: torch.Tensor | None = None,
-        confidence: torch.Tensor | None = None,
-        predicted: list[torch.Tensor] | None = None,
-        *,
-        fresh: bool = False,
-    ) -> None:
-        """Append the pass to the trace of each live row, if a recording is on; `fresh` begins new requests."""
-        if self.recorded is None:
-            return
-        rows = done.valid.shape[0]
-        if fresh or len(self._batch) != rows:
-            self._batch = [[] for _ in range(rows)]
-            self.recorded.extend(self._batch)
-        written = [True] * rows if live is None else live.tolist()
-        sure = [None] * rows if confidence is None else confidence.tolist()
-        foreseen = [layer.tolist() for layer in predicted or ()]
-        for row in range(rows):
-            if written[row]:
-                self._batch[row].append(done.row_step(row, sure[row], foreseen))
-
-    @contextmanager
-    def recording(self, *, ahead: bool = False) -> Iterator[list[Request]]:
-        """Inside the block every sequence's routing is recorded; yields the growing list of requests.
+    def recording(self, *, ahead: bool = False) -> AbstractContextManager[list[Request]]:
+        """Return a context in which every sequence's routing is recorded, as a growing list of requests.
 
         With `ahead`, and what next-layer predictors need, see `trace.Step`.
         """
-        self.recorded, self._batch, self._records_ahead = [], [], ahead
-        try:
-            yield self.recorded
-        finally:
-            self.recorded, self._records_ahead = None, False
+        return self.recorder.recording(ahead=ahead)
+
+
+def _lift_cap(device: torch.device) -> None:
+    """Let this process allocate all of the device again."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

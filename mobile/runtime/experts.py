@@ -1,4 +1,4 @@
-"""The one function registered with Transformers' experts interface; it serves every family."""
+"""The experts function registered with Transformers, one for all model families, so that no model code is copied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "mobile"
 
 
 class RunsExperts(Protocol):
-    """What stands behind an offloaded experts module."""
+    """An engine, or a stand-in for one, that computes for offloaded experts modules."""
 
     def run_experts(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -23,7 +23,10 @@ class RunsExperts(Protocol):
 
 @torch.compiler.disable  # what is decided for each layer anew cannot be traced
 def offloaded_experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """hidden (tokens, H), index and weights (tokens, K) -> (tokens, H), through the engine bound to the module."""
+    """Compute routed experts by the engine bound to the module.
+
+    hidden (tokens, H), index and weights (tokens, K) -> (tokens, H).
+    """
     engine, layer = module._mobile_binding
     return engine.run_experts(layer, hidden, index, weights)
 

@@ -1,4 +1,4 @@
-"""What one forward pass does with routing: which experts it may use, and what it remembers."""
+"""One forward pass as the engine sees it: the experts it selects, layer by layer, and what is recorded of it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ForwardPass:
     """One forward pass over `rows` sequences; `valid` (rows, length) marks tokens that are not padding.
 
     `live` (rows,) marks the rows of a decode step that are still being written; None: all of them.
-    `confident` and `settled` make a big pass keep the little selection of rows that were sure of themselves,
-    so that no row's output depends on the others in its batch.
+    `confident` (rows,) and `little_selections`, by layer, make a big pass keep the little pass's experts for rows that
+    were sure, so that no row's output depends on the others in its batch.
     """
 
     kind: Kind
@@ -33,7 +33,7 @@ class ForwardPass:
     ahead: dict[int, np.ndarray] = field(default_factory=dict)  # by layer, the next one's router logits on its input
     confident: torch.Tensor | None = None
     experts: int = 0  # of a layer; known once one has selected
-    settled: Sequence[Selection] = ()
+    little_selections: Sequence[Selection] = ()
 
     @property
     def tokens(self) -> int:
@@ -48,10 +48,10 @@ class ForwardPass:
         return self.valid.shape[0] if self.live is None else int(self.live.sum())
 
     def select(self, layer: int, index: torch.Tensor, weights: torch.Tensor, experts: int) -> Selection:
-        """The selection this pass runs in `layer`, given the router's; entries equal to `experts` are nobody's."""
+        """Return the selection that runs in `layer`, given the router's; ids equal to `experts` mean no expert."""
         self.experts = experts
         if self.confident is not None:
-            kept_index, kept_weights = self.settled[layer]
+            kept_index, kept_weights = self.little_selections[layer]
             kept = kept_index.shape[1]
             index, weights = index.clone(), weights.clone()
             index[self.confident] = experts
@@ -62,7 +62,7 @@ class ForwardPass:
         return index, weights
 
     def row_step(self, row: int, confidence: float | None = None, predicted: Sequence[list[list[int]]] = ()) -> Step:
-        """This pass as one row of the batch would have run it alone."""
+        """Return this pass as one row of the batch would have run it alone."""
         foreseen = tuple(tuple(sorted(layer[row])) for layer in predicted)
         if self.kind != "prefill":
             ran, counts = self._chosen(row)
@@ -86,10 +86,11 @@ class ForwardPass:
 
     @cached_property
     def _selected(self) -> list[list[list[int]]]:
-        """By layer and row, the experts of one token. For when the pass is over: a device is read once a layer."""
+        """The experts of one token, by layer and row. For when the pass is over: a device is read once a layer."""
         return [index.tolist() for index, _ in self.selections]
 
     def _ahead(self, row: int) -> np.ndarray | None:
-        if not self.ahead or len(self.ahead) < len(self.selections) - 1:  # some routers could not be asked
+        """Return the row's next-layer logits (layers - 1, experts), None if some router was not asked."""
+        if not self.ahead or len(self.ahead) < len(self.selections) - 1:
             return None
         return np.stack([self.ahead[layer][row] for layer in range(len(self.selections) - 1)])

@@ -1,4 +1,4 @@
-"""The quasi-hidden state: what a layer will probably leave behind, before its experts have run (arXiv 2603.19289).
+"""The quasi-hidden state: a layer's probable output, before its experts have run (arXiv 2603.19289).
 
     quasi = norm'(h + sum over the chosen experts e of w_e v_e)
 
@@ -27,9 +27,9 @@ ROWS, LENGTH, SEED = 8, 64, 0  # the random tokens that mean outputs are taken o
 
 
 class QuasiHiddenState:
-    """The norms before each MoE layer's router, and `vectors` (layers, experts + 1, H), the last row nobody's: zero.
+    """The norms before each MoE layer's router, and the mean outputs `vectors` (layers, experts + 1, H) of its experts.
 
-    `running` tells the pass under way; of a prefill nothing is kept.
+    The last row of a layer is of no expert: zero. `running()` is the pass under way; of a prefill nothing is kept.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class QuasiHiddenState:
         self._residual: dict[int, torch.Tensor] = {}
 
     def listen(self, overrides: Overrides) -> None:
-        """Take note of what the norms are given from now on, until the overrides are undone."""
+        """Record the inputs of the norms from now on, until the overrides are undone."""
         for layer, norm in enumerate(self.norms):
-            overrides.hook(norm.register_forward_hook, partial(self._record_router_input, layer))
+            overrides.hook(norm.register_forward_hook, partial(self._record_residual, layer))
 
-    def _record_router_input(self, layer: int, _norm: nn.Module, args: tuple, _output: Any) -> None:
+    def _record_residual(self, layer: int, _norm: nn.Module, args: tuple, _output: Any) -> None:
         running = self._running()
         if running is not None and running.kind != "prefill":
             self._residual[layer] = args[0]
 
     def after(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the next layer's router would be given (tokens, H) if `layer` ran these experts (tokens, K)."""
+        """Predict the next layer's router input (tokens, H) from the experts (tokens, K) that `layer` runs."""
         residual, vectors = self._residual.pop(layer), self.vectors[layer]
         residual = residual.reshape(-1, residual.shape[-1])
         left = residual + (weights[..., None] * vectors[index]).sum(1).to(residual.dtype)
@@ -68,7 +68,7 @@ def learn(
 ) -> QuasiHiddenState:
     """Find the norms and take the experts' mean outputs, from one `prefill` of random token ids (rows, length).
 
-    `store` has the experts of `layers`, and `running` tells the pass under way from then on. Mean outputs are the same
+    `store` has the experts of `layers`, and `running()` is the pass under way from then on. Mean outputs are the same
     whatever is generated later, so no output depends on what came before it. They take a row of the hidden width per
     expert on the device, beyond the budget. Hooks are among `overrides`, until it is over. Raises Refused where no
     norm is found.
@@ -80,19 +80,19 @@ def learn(
     means: list[torch.Tensor] = []
     before: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # modules run since the last router: in, out
 
-    def ran(module: nn.Module, args: tuple, output: Any) -> None:
+    def note_module(module: nn.Module, args: tuple, output: Any) -> None:
         if args and torch.is_tensor(args[0]) and torch.is_tensor(output) and args[0].shape == output.shape:
             before.append((module, args[0], output))
 
     widths: list[int] = []  # of the residual stream, as each router is given it
 
-    def asked(router: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note_router(router: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = (*args, *kwargs.values())[0]
         norms.append(_norm_of(router, hidden, before))
         widths.append(hidden.shape[-1])
         before.clear()
 
-    def given(layer: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note_experts(layer: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden, index, *_ = (*args, *kwargs.values())
         if hidden.shape[-1] != widths[layer]:
             raise Refused(
@@ -105,19 +105,19 @@ def learn(
     before_it = len(overrides)
     for module in model.modules():
         if id(module) not in inside:
-            overrides.hook(module.register_forward_hook, ran)
+            overrides.hook(module.register_forward_hook, note_module)
     for number, layer in enumerate(layers):
-        overrides.hook(layer.router.register_forward_pre_hook, asked, with_kwargs=True)
-        overrides.hook(layer.experts.register_forward_pre_hook, partial(given, number), with_kwargs=True)
+        overrides.hook(layer.router.register_forward_pre_hook, note_router, with_kwargs=True)
+        overrides.hook(layer.experts.register_forward_pre_hook, partial(note_experts, number), with_kwargs=True)
     prefill(ids)
     overrides.undo(before_it)
     return QuasiHiddenState(norms, torch.stack(means), running)
 
 
-def _norm_of(router: nn.Module, asked: torch.Tensor, ran: Sequence[tuple]) -> nn.Module:
-    """The last module that changed something into what the router is asked about."""
+def _norm_of(router: nn.Module, given: torch.Tensor, ran: Sequence[tuple]) -> nn.Module:
+    """Return the last module that changed something into the router's input. Raises Refused if none did."""
     for module, taken, made in reversed(ran):
-        if made.numel() == asked.numel() and torch.equal(made.reshape(asked.shape), asked):
+        if made.numel() == given.numel() and torch.equal(made.reshape(given.shape), given):
             if torch.equal(taken, made):
                 continue
             return module
@@ -125,7 +125,7 @@ def _norm_of(router: nn.Module, asked: torch.Tensor, ran: Sequence[tuple]) -> nn
 
 
 def _mean_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor, experts: int, host: Views) -> torch.Tensor:
-    """The mean output (experts + 1, H) of each expert over the tokens routed to it; zero where there were none."""
+    """Return the mean output (experts + 1, H) of each expert over the tokens routed to it; zero without any."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
     means = torch.zeros(experts + 1, hidden.shape[-1], dtype=torch.float32, device="cpu")
     groups = group(index, experts)

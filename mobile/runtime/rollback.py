@@ -20,7 +20,7 @@ WINDOW = IN_PLACE | {"keys", "values"}  # a static sliding window is rolled in p
 
 
 def supported(cache: Any, proven: frozenset[type] = frozenset()) -> bool:
-    """Whether the cache and all its layers are Transformers' own, or of types `proven` by the self-test.
+    """Return whether the cache and all its layers are Transformers' own, or of types `proven` by the self-test.
 
     By exact type: a subclass may keep state that this does not know of.
     """
@@ -33,12 +33,12 @@ def supported(cache: Any, proven: frozenset[type] = frozenset()) -> bool:
 
 
 def types_of(cache: Any) -> frozenset[type]:
-    """The types that a self-test on this cache says something about."""
+    """Return the types of the cache and its layers, which a self-test on it is valid for."""
     return frozenset({type(cache), *(type(layer) for layer in getattr(cache, "layers", ()))})
 
 
 def before_step(cache: Any) -> Undo:
-    """Call before a one-token step; the result, called after it, restores the cache."""
+    """Save what a one-token step changes in the cache; the result, called after the step, restores it."""
     undos = [_put_back(cache, IN_PLACE, leave=frozenset({"layers"})), *(_before_step(layer) for layer in cache.layers)]
 
     def undo() -> None:
@@ -49,7 +49,7 @@ def before_step(cache: Any) -> Undo:
 
 
 def random_numbers(device: torch.device) -> Undo:
-    """Call before a step that draws random numbers (dropout, in training mode); the result has them drawn again."""
+    """Save the random state before a step that draws numbers (dropout, in training); the result has them redrawn."""
     host = torch.get_rng_state()
     own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -62,6 +62,7 @@ def random_numbers(device: torch.device) -> Undo:
 
 
 def _before_step(layer: Any) -> Undo:
+    """Save what a step changes in one layer of a cache, as cheaply as its class allows."""
     if type(layer) is DynamicLayer and layer.is_initialized:
         return lambda: layer.crop(-1)
     if isinstance(layer, StaticSlidingWindowLayer):
@@ -71,8 +72,9 @@ def _before_step(layer: Any) -> Undo:
     return _put_back(layer, IN_PLACE)
 
 
-def _put_back(holder: Any, triton_gemv: frozenset[str], leave: frozenset[str] = frozenset()) -> Undo:
-    before = {name: _saved(value, name in triton_gemv) for name, value in vars(holder).items() if name not in leave}
+def _put_back(holder: Any, in_place: frozenset[str], leave: frozenset[str] = frozenset()) -> Undo:
+    """Save the holder's attributes but those to `leave`; tensors named in `in_place` are cloned."""
+    before = {name: _saved(value, name in in_place) for name, value in vars(holder).items() if name not in leave}
 
     def undo() -> None:
         for name, saved in before.items():
@@ -81,15 +83,15 @@ def _put_back(holder: Any, triton_gemv: frozenset[str], leave: frozenset[str] = 
     return undo
 
 
-def _saved(value: Any, triton_gemv: bool) -> Callable[[], Any]:
-    """How to get the value back as it is now; containers are rebuilt, their items looked at one by one."""
+def _saved(value: Any, in_place: bool) -> Callable[[], Any]:
+    """Return a function that gives the value as it is now; containers are rebuilt from their saved items."""
     if isinstance(value, dict):
-        parts = {key: _saved(item, triton_gemv) for key, item in value.items()}
+        parts = {key: _saved(item, in_place) for key, item in value.items()}
         return lambda: {key: part() for key, part in parts.items()}
     if isinstance(value, list):
-        items = [_saved(item, triton_gemv) for item in value]
+        items = [_saved(item, in_place) for item in value]
         return lambda: [item() for item in items]
-    if isinstance(value, torch.Tensor) and (triton_gemv or value.ndim == 0):
+    if isinstance(value, torch.Tensor) and (in_place or value.ndim == 0):
         kept = value.clone()
         return lambda: value.copy_(kept)
     return lambda: value

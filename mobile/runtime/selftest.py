@@ -1,4 +1,7 @@
-"""Checks at attach: that a token runs each layer once, routers obey a smaller top-k, rollback leaves no trace."""
+"""Checks at attach: a token runs each layer once, routers obey a smaller top-k, rollback leaves no trace.
+
+No family is trusted by its name: whatever a strategy needs of a model is tried on it.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ Forward = Callable[..., Any]  # the model's own, its experts already served by t
 
 @torch.no_grad()
 def _run(stock: Forward, engine: Engine, kind: Kind, *ids: int, **extra: Any) -> tuple[Any, ForwardPass]:
+    """Run these tokens as one pass; return the model's output and the pass."""
     tokens = torch.tensor([ids], device=engine.device)
     running = ForwardPass(kind, torch.ones_like(tokens, dtype=torch.bool))
     with engine.passing(running):
@@ -32,14 +36,14 @@ def _run(stock: Forward, engine: Engine, kind: Kind, *ids: int, **extra: Any) ->
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Inside the block the caller's random numbers are not used up, which dropout in training mode would do."""
+    """Use up none of the caller's random numbers inside the block, as dropout in training mode would."""
     place = next(model.parameters()).device
     with torch.random.fork_rng([place] if place.type == "cuda" else [], enabled=model.training):
         yield
 
 
 class _Visits:
-    """Stands behind the experts in the engine's place: computes nothing, and notes which layers are run, in order."""
+    """A stand-in for the engine that computes nothing, and notes which layers are run, in order."""
 
     def __init__(self) -> None:
         self.order: list[int] = []
@@ -51,10 +55,9 @@ class _Visits:
 
 @torch.no_grad()
 def check_order(model: Any, layers: Sequence[compat.MoeLayer], overrides: Overrides) -> None:
-    """Raise Refused unless text runs every MoE layer once, in order: the engine keeps its account of a pass by layer.
+    """Raise Refused unless text runs every MoE layer once, in order, as the engine expects of a pass.
 
-    Found by running two tokens past experts that compute nothing. A forward that token ids are not enough for shows
-    nothing, and is let through.
+    Two tokens run past experts that compute nothing. A forward that needs more than token ids is let through.
     """
     visits, before = _Visits(), len(overrides)
     for number, layer in enumerate(layers):
@@ -62,7 +65,7 @@ def check_order(model: Any, layers: Sequence[compat.MoeLayer], overrides: Overri
     try:
         with undisturbed(model):
             model.forward(input_ids=torch.tensor([[0, 1]], device=compat.device_of(layers)))
-    except Exception:  # of whatever kind: what else it wants is its own
+    except Exception:  # the model's own code may raise anything when it is given ids alone
         return
     finally:
         overrides.undo(before)
@@ -93,27 +96,28 @@ def check_confidence(model: Any) -> None:
 
 
 def check_routers(stock: Forward, engine: Engine) -> None:
-    """Run a token with every router told to choose K/2.
+    """Run a token with every router set to choose K/2 experts.
 
-    Raises Refused if one does not oblige: halving its choice would need a rule this version does not have.
+    Raises Refused if one chooses another number: halving its choice would need a rule this version does not have.
     """
     try:
         with engine.little_k():
             _, running = _run(stock, engine, "little", 0, 1, use_cache=False)
     except (AttributeError, TypeError, ValueError) as error:
         raise Refused(f"The model does not run on token ids alone ({error}); use a lossless strategy.") from error
+    little_k = engine.plan.native.little_k
     for layer, (index, _) in zip(engine.layers, running.selections, strict=True):
-        if index.shape[-1] != engine.little:
+        if index.shape[-1] != little_k:
             raise Refused(
                 f"{type(layer.router).__name__} always chooses {index.shape[-1]} experts, so no token can run with "
-                f"{engine.little}; use a strategy that runs all of them."
+                f"{little_k}; use a strategy that runs all of them."
             )
 
 
 def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:
-    """The types of the model's own cache and its layers, if a little step can be undone in them; else nothing.
+    """Return the types of the model's own cache and its layers if a little step can be undone in them, else none.
 
-    A little step undone and a big step taken must equal, bit for bit, the big step on an untouched cache.
+    It can if a big step after one that was undone equals, bit for bit, the big step on an untouched cache.
     """
     prompt = (0, 1, 2)
     cache = compat.cache_of(_run(stock, engine, "prefill", *prompt, use_cache=True)[0])

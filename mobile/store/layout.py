@@ -1,4 +1,4 @@
-"""The layout of one expert's row: which weight lies where in the one contiguous copy."""
+"""The layout of an expert's row: the place of each weight in it, so that an expert is copied as one block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALIGNMENT = 64  # elements; keeps every field on a 128-byte boundary in 16-bit t
 
 @dataclass(frozen=True)
 class Field:
-    """One weight of an expert: the parameter's name, its shape without the expert axis, its offset in the row."""
+    """A weight of an expert: the parameter's name, its shape without the expert axis, its offset in the row."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class ExpertLayout:
         return self.numel * self.dtype.itemsize
 
     def views(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """rows (n, numel) seen as each field's weights, (n, *shape), without a copy."""
+        """Return views of rows (n, numel) as each field's weights, (n, *shape), without a copy."""
         return {
             field.name: rows[:, field.offset : field.offset + field.numel].view(rows.shape[0], *field.shape)
             for field in self.fields
@@ -44,7 +44,7 @@ class ExpertLayout:
 
 
 def layout_of(parameters: dict[str, torch.Tensor]) -> ExpertLayout:
-    """The layout of experts whose stacked weights are `parameters`, each (experts, ...)."""
+    """Return the layout of experts whose stacked weights are `parameters`, each (experts, ...)."""
     fields, offset = [], 0
     for name, weight in parameters.items():
         field = Field(name, tuple(weight.shape[1:]), offset)

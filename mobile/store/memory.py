@@ -1,4 +1,4 @@
-"""The host store: every expert of the model in CPU memory, one contiguous row each."""
+"""The host store: every expert of the model in CPU memory, one contiguous row each, so that a load is one copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mobile.store.placeholder import Placeholder
 
 
 class HostStore:
-    """`rows` holds one tensor a MoE layer, (experts, layout.numel). Memory is taken as rows are written."""
+    """A model's experts in host memory: `rows` holds one tensor (experts, layout.numel) for each MoE layer.
+
+    The system gives out memory as rows are written.
+    """
 
     def __init__(self, layout: ExpertLayout, layers: int, experts: int) -> None:
         self.layout = layout
@@ -21,18 +24,19 @@ class HostStore:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all rows."""
         return sum(rows.nbytes for rows in self.rows)
 
     def weights(self, layer: int, name: str) -> torch.Tensor:
-        """One stacked weight of a layer, (experts, ...): a view of its rows, to read or to fill."""
+        """Return one stacked weight of a layer, (experts, ...): a view of its rows, to read or to fill."""
         return self._views[layer][name]
 
     def views(self, layer: int) -> dict[str, torch.Tensor]:
-        """All stacked weights of a layer by name, (experts, ...) each, where they lie."""
+        """Return all stacked weights of a layer by name, (experts, ...) each, as views of its rows."""
         return self._views[layer]
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Layer i becomes the one that was at `order[i]`."""
+        """Put the layers in another order: layer i becomes the one that was at `order[i]`."""
         self.rows = [self.rows[number] for number in order]
         self._views = [self._views[number] for number in order]
 
@@ -40,16 +44,17 @@ class HostStore:
         """Move every module's experts into its rows; the parameters stay as empty placeholders.
 
         Modules move one at a time, so the peak is the model plus one layer. Broken off anywhere, every expert is in
-        its row or in its parameter, and `give_back` makes the modules whole.
+        its row or in its parameter, and `give_back` makes the modules whole. A parameter without elements is one that
+        was moved before.
         """
         for layer, module in enumerate(modules):
             for name, view in self._views[layer].items():
                 weight = getattr(module, name)
                 if weight.numel():
-                    view.copy_(weight.data)
+                    view.copy_(weight.data)  # 1. the row is complete before the parameter lets go of its numbers
                     with torch.inference_mode(weight.is_inference()):  # as it was made, so that it stays what it was
-                        weight.data = weight.data.new_empty(0)
-                weight.__class__ = Placeholder
+                        weight.data = weight.data.new_empty(0)  # 2. from here on the row is the only copy
+                weight.__class__ = Placeholder  # 3. done again if the class was not reached before
 
     def give_back(self, modules: Sequence[nn.Module]) -> None:
         """Put every expert back into its module's own parameters, bit for bit, on their own device.
@@ -60,9 +65,11 @@ class HostStore:
         for layer, module in enumerate(modules):
             for name, view in self._views[layer].items():
                 weight = getattr(module, name)
-                if not weight.numel():
+                if not weight.numel():  # else it was given back before, or never taken
                     with torch.inference_mode(weight.is_inference()):
                         weight.data = view.to(weight.device, copy=True).contiguous()
                 weight.__class__ = nn.Parameter
+            # All of the layer's parameters are whole: only now are its rows let go of. Without views, the layer is
+            # passed over when this is called again.
             self._views[layer] = {}
             self.rows[layer] = self.rows[layer].new_empty(0)

@@ -20,6 +20,7 @@ from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.ledger import Counters
+from mobile.links.registry import LINKS, needs_gpu
 from mobile.live_model.compat import common_layout, geometry_of, moe_layers
 from mobile.machine.gpu import cuda_uuid, link_rates
 from mobile.policies.strategy import resolve
@@ -106,7 +107,7 @@ class Loaded:
 
 def load(cell: Cell) -> Loaded:
     """Raises Refused for a checkpoint that is not the real model it is said to be, and whatever mobile.load refuses."""
-    folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, cell.link == "cuda"
+    folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, needs_gpu(cell.link)
     dtype: Any = "auto" if real else torch.float32
     empty = skeleton(folder, dtype=dtype)
     layers = moe_layers(empty)
@@ -117,7 +118,7 @@ def load(cell: Cell) -> Loaded:
             "real checkpoint, or another geometry."
         )
     card, strategy = profile(cell.hardware), resolve(cell.strategy, cell.gamma)
-    charged = asked.geometry if cell.link == "virtual" else None
+    charged = None if LINKS[str(cell.link)].real_time else asked.geometry
     room: dict[str, Any] = {"memory": cell.budget}
     if is_memory(cell.budget) and real:
         room = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
@@ -164,7 +165,7 @@ def record(cell: Cell, loaded: Loaded) -> Record:
     begun = time.monotonic()
     generation, engine, strategy = cell.generation, loaded.model.mobile, resolve(cell.strategy, cell.gamma)
     lm = TimedLM(loaded.model, loaded.tokenizer)
-    with watched(cuda_uuid(engine.device.index) if cell.link == "cuda" else None) as telemetry:
+    with watched(cuda_uuid(engine.device.index) if needs_gpu(cell.link) else None) as telemetry:
         answers = evaluate(lm, generation.task, cell.docs, generation.folder)
     items = []
     for answer in answers:
@@ -199,10 +200,10 @@ def record(cell: Cell, loaded: Loaded) -> Record:
             "timing": "live, each strategy on its own answers",
             "processes": 1,
             "warmup": {"tokens": len(lm.warm_up.times), "ns": lm.warm_up.times[-1] - lm.warm_up.begun},
-            "link_measured_gb_per_s": loaded.link_gb_per_s if cell.link == "cuda" else None,
+            "link_measured_gb_per_s": loaded.link_gb_per_s if needs_gpu(cell.link) else None,
             "link_page_locked": getattr(getattr(engine.link, "channel", None), "page_locked", None),
             "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
-            "profile_sources": [] if cell.link == "cuda" else list(engine.hardware.sources),
+            "profile_sources": [] if needs_gpu(cell.link) else list(engine.hardware.sources),
             "hub": generation.model.hub,
             "revision": loaded.found if generation.model.hub is not None else None,
         },

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from mobile import outputs
 from mobile.cli import show
 from mobile.errors import Refused
+from mobile.links.registry import LINKS, real_time_link
 
 SCOPE = "mobile: "
 EXPERTS = f"{SCOPE}experts"
@@ -136,14 +137,14 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     from suites.synthetic.script import drawn, with_rate
     from suites.synthetic.script_player import play
 
-    link = options.link or ("cuda" if torch.cuda.is_available() else "paced")
-    if link == "cuda" and not torch.cuda.is_available():
+    link = options.link or real_time_link("cuda" if torch.cuda.is_available() else "cpu")
+    if LINKS[link].needs_gpu and not torch.cuda.is_available():
         raise Refused("There is no CUDA device that torch can use here; give --link paced to try the code.")
     if options.tokens < 1:
         raise Refused("Give --tokens a positive number.")
     outputs.check_folder(options.out)
     show.waiting(f"making a model of {options.geometry} ...")
-    device = "cuda" if link == "cuda" else "cpu"
+    device = LINKS[link].usual_device
     made = models.make(options.geometry, layers=options.layers, shrink=options.shrink, device=device)
     strategy, geometry = resolve(options.strategy), made.geometry
     script = drawn(
@@ -183,24 +184,16 @@ def named_parts(engine: Any) -> Iterator[list[int]]:
     from torch.profiler import record_function
 
     begun: list[int] = []
-    kernel, passing = engine._kernel, engine.passing
 
-    def named_kernel(*arguments: Any) -> Any:
-        with record_function(EXPERTS):
-            return kernel(*arguments)
+    def kernel_scope() -> AbstractContextManager[Any]:
+        return record_function(EXPERTS)
 
-    @contextmanager
-    def named_pass(running: Any) -> Iterator[None]:
+    def pass_scope(running: Any) -> AbstractContextManager[Any]:
         begun.append(engine.link.now)
-        with record_function(f"{SCOPE}{running.kind} pass"), passing(running):
-            yield
+        return record_function(f"{SCOPE}{running.kind} pass")
 
-    engine._kernel, engine.passing = named_kernel, named_pass
-    try:
+    with engine.observed(kernel_scope, pass_scope):
         yield begun
-    finally:
-        engine._kernel = kernel
-        del engine.passing
 
 
 # --- the command ------------------------------------------------------------------------------------
@@ -222,7 +215,11 @@ def declare(verbs: Any) -> None:
     sub.add_argument("--routing", default="uniform", metavar="KIND", help="uniform, or zipf EXPONENT")
     sub.add_argument("--rate", type=float, default=0.2, metavar="R", help="of fallbacks, for mobile (default: 0.2)")
     sub.add_argument("--memory", metavar="SIZE", help="like 16GiB (default: the fewest slots that the strategy needs)")
-    sub.add_argument("--link", choices=("cuda", "paced"), help="(default: cuda where there is a GPU)")
+    sub.add_argument(
+        "--link",
+        choices=tuple(name for name, kind in LINKS.items() if kind.real_time),
+        help="(default: cuda where there is a GPU)",
+    )
     sub.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this")
     sub.add_argument("--layers", type=int, metavar="N", help="MoE layers (default: as many as host memory holds)")
     sub.add_argument("--shrink", type=int, default=1, metavar="N", help="divide every width, to try it on a CPU")

@@ -15,11 +15,11 @@ from typing import Any
 from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
+from mobile.links.registry import LINKS, in_words, needs_gpu, scope_of
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
-from suites.record import SCOPES
 from suites.synthetic.cells import SyntheticCell, shapes_of
 from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of
@@ -102,7 +102,7 @@ class Cell:
     @property
     def scope(self) -> str:
         """Whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
-        return SCOPES[self.link]
+        return scope_of(self.link)
 
     @property
     def label(self) -> str:
@@ -204,8 +204,8 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
     if strangers := set(folders) - set(models):
         raise Refused(f"The preset has no model {sorted(strangers)[0]}; it has: {', '.join(models)}.")
     link = data.get("link")
-    if link not in SCOPES:
-        raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
+    if link is not None and link not in LINKS:
+        raise Refused(f"Link {link!r} is not available; choose {in_words(tuple(LINKS))}, or leave it out to replay.")
     at_most = {task: min(data.get("task_items", {}).get(asked, most), there_are[task]) for task, asked in tasks.items()}
     lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in REAL}
     cells = [
@@ -286,7 +286,7 @@ def _card(name: str, link: str | None) -> str:
     """A profile's name, or its file, found from anywhere. Over a real link "auto" stays: the card that is there."""
     if name.endswith(".json"):
         return str(Path(name).absolute())
-    return name if name == "auto" and link == "cuda" else profile(name).name
+    return name if name == "auto" and needs_gpu(link) else profile(name).name
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from mobile.checkpoints.source import cache_folder, cached_whole, disk_shortage
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
+from mobile.links.registry import needs_gpu
 from mobile.machine.host import host
 from mobile.policies.strategy import resolve
 from suites.budget import SHOWN_SHARE, is_memory, replay_setup
@@ -124,7 +125,7 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
             f"Task {judged[0].task} runs code that {judged[0].model.name} wrote, in a sandbox that stops accidents and "
             "not attackers; pass --run-generated-code to allow it, or take the task out of the preset."
         )
-    if any(cell.link == "cuda" for cell in preset.live):
+    if any(needs_gpu(cell.link) for cell in preset.live):
         needed = takes(preset)
         _check_gpu(preset, max(needed, key=lambda one: one.gpu_nbytes))
         _check_host(max(needed, key=lambda one: one.host_nbytes))

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 
 from mobile.costs.hardware import HardwareProfile, profile
-from mobile.links.base import VirtualLink
+from mobile.links.registry import LINKS
+from mobile.links.virtual import VirtualLink
 from mobile.machine.fit_profile import Measurements, fit, measurements_from
 from mobile.machine.measure import NARROW, Pace, measure, relinked, sizes_for
 from mobile.policies.strategy import Strategy
@@ -33,13 +34,13 @@ def calibrated(shape: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> Hard
     """
     if not shape.foretold:
         return None
-    device = torch.device("cuda" if shape.link == "cuda" else "cpu")
+    device = torch.device(LINKS[shape.link].usual_device)
     sizes = NARROW if shape.shrink > 1 else sizes_for(device)
     link: dict[str, Any] = {"link_gb_per_s": shape.link_gb_per_s}
-    if shape.link == "paced":
+    if not LINKS[shape.link].needs_gpu:
         link = {"pace": pace_of(shape)}
     base = _kept(run, [shape.link, str(dtype), asdict(sizes)], lambda: measure(device, dtype, sizes))
-    if shape.link == "cuda" and shape.link_gb_per_s is None:
+    if LINKS[shape.link].needs_gpu and shape.link_gb_per_s is None:
         return fit(base)
     settings = [shape.link, str(dtype), asdict(sizes), shape.link_gb_per_s, asdict(profile(shape.hardware))]
     return fit(_kept(run, settings, lambda: relinked(base, device, dtype, sizes, **link)))
@@ -72,7 +73,7 @@ def predicted(
     The same model and engine decide; only bytes are left where they are, since time is all that is asked for.
     """
     with made.attached(strategy, slots=slots, hardware=card, link="virtual") as engine:
-        cast(VirtualLink, engine.link).arrived = engine.arrived
+        cast(VirtualLink, engine.link).deliver_to(engine.arrived)  # leaves bytes where they are
         return [play(made, script) for script in scripts]
 
 

@@ -11,13 +11,12 @@ from typing import Any
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
+from mobile.links.registry import LINKS
 from mobile.policies.strategy import Strategy, resolve
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
-from suites.record import SCOPES
 from suites.synthetic.reference_cells import ReferenceCell, besides_of
 
-LINKS = ("cuda", "paced", "virtual")
 RECORDED = "recorded"  # routing and fallbacks of the shipped model in the model's folder
 
 
@@ -61,12 +60,12 @@ class SyntheticCell:
     @property
     def scope(self) -> str:
         """Whose time it takes: this machine's GPU over its own link or a slowed one, or a stand-in's."""
-        return "gpu+throttled" if self.link == "cuda" and self.link_gb_per_s is not None else SCOPES[self.link]
+        return LINKS[self.link].scope_at(self.link_gb_per_s)
 
     @property
     def foretold(self) -> bool:
         """Whether the virtual clock is asked too: not where it would be asked about itself, nor at each swept rate."""
-        return self.link != "virtual" and not self.swept
+        return LINKS[self.link].real_time and not self.swept
 
     @property
     def label(self) -> str:
@@ -92,7 +91,7 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[SyntheticCell 
     """
     chosen = link or data["link"]
     if chosen not in LINKS:
-        raise Refused(f"Link {chosen!r} is not available; {offer(chosen, LINKS)}.")
+        raise Refused(f"Link {chosen!r} is not available; {offer(chosen, sorted(LINKS))}.")
     counts = {name: data[name] for name in ("prompt_tokens", "warmup_tokens", "decode_tokens", "repeats")}
     if min(counts.values()) < 1:
         raise Refused(f"A preset with runs needs at least one of each of: {', '.join(counts)}.")

@@ -19,14 +19,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from mobile.costs.geometry import GEOMETRIES, Geometry
-from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
 from mobile.links.page_lock import page_lock
 from mobile.live_model import compat
 from mobile.machine.host import host
 from mobile.policies.strategy import Strategy
 from mobile.residency.prefill import PREFILL_BUFFERS
-from mobile.runtime.attachment import AttachPlan, install, plan_attach
+from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
+from mobile.runtime.attachment import install
 from mobile.runtime.engine import Engine
 from mobile.store.layout import ExpertLayout
 from mobile.store.memory import HostStore
@@ -172,57 +172,32 @@ class Synthetic:
         return compat.device_of(self.layers)
 
     @contextmanager
-    def attached(
-        self,
-        strategy: str | Strategy,
-        *,
-        memory: int | str | None = None,
-        slots: int | None = None,
-        hardware: str | HardwareProfile = "auto",
-        link: str = "auto",
-        link_gb_per_s: float | None = None,
-        gamma: float | None = None,
-        kernel: str = "auto",
-        poison: bool = False,
-    ) -> Iterator[Engine]:
-        """The model served by an engine inside the block, by attach's own path; keywords are attach's.
+    def attached(self, strategy: str | Strategy, *, poison: bool = False, **keywords: Any) -> Iterator[Engine]:
+        """Serve the model by an engine inside the block, by attach's own path; keywords are those of AttachOptions.
 
         Afterwards the experts are still in the store: they are never given back to the modules. Raises Refused for
         whatever attach refuses, or if the device has no room for the slots.
         """
-        settled = plan_attach(
-            self.empty,
-            compat.moe_layers(self.empty),
-            self.layout,
-            self.device,
-            strategy,
-            memory=memory,
-            slots=slots,
-            hardware=hardware,
-            link=link,
-            link_gb_per_s=link_gb_per_s,
-            gamma=gamma,
-            geometry=None,
-            kernel=kernel,
-        )
-        settled = replace(settled, own=self.geometry, charged=self.geometry)
-        self._refuse_full(settled)
-        install(self.model, self.layers, self.store, settled, poison=poison)
+        options = AttachOptions(strategy, **keywords)
+        plan = plan_attach(self.empty, compat.moe_layers(self.empty), self.layout, self.device, options)
+        plan = replace(plan, native=self.geometry, charged=self.geometry)
+        self._refuse_full(plan)
+        install(self.model, self.layers, self.store, plan, poison=poison)
         engine: Engine = self.model.mobile
         try:
             yield engine
         finally:
-            engine.leave()
+            engine.uninstall(give_back=False)
             _let_go(self.device)
 
-    def _refuse_full(self, settled: AttachPlan) -> None:
+    def _refuse_full(self, plan: AttachPlan) -> None:
         if self.device.type != "cuda":
             return
         _let_go(self.device)
-        need, free = (settled.slots + PREFILL_BUFFERS) * self.layout.nbytes, torch.cuda.mem_get_info(self.device)[0]
+        need, free = (plan.slots + PREFILL_BUFFERS) * self.layout.nbytes, torch.cuda.mem_get_info(self.device)[0]
         if need > free:
             raise Refused(
-                f"{settled.slots} slots for {settled.strategy.name} take {need / GIB:.1f} GiB and {self.device} has "
+                f"{plan.slots} slots for {plan.strategy.name} take {need / GIB:.1f} GiB and {self.device} has "
                 f"{free / GIB:.1f} GiB free; give fewer slots, fewer layers or a larger card."
             )
 

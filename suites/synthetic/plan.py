@@ -10,6 +10,7 @@ from itertools import groupby
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
+from mobile.links.registry import LINKS
 from mobile.machine.host import host
 from mobile.policies.strategy import BigLittle, HalfK, resolve
 from suites.budget import SHOWN_SHARE, is_memory
@@ -109,7 +110,7 @@ def check(name: str, shapes: Sequence[SyntheticCell]) -> list[str]:
 
     Raises Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small.
     """
-    if all(shape.link != "cuda" for shape in shapes):
+    if not any(LINKS[shape.link].needs_gpu for shape in shapes):
         return []
     import torch
 

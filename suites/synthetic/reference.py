@@ -17,6 +17,7 @@ from torch import nn
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.errors import Refused
+from mobile.links.registry import LINKS, real_time_link
 from mobile.live_model import compat
 from mobile.machine.gpu import cuda_uuid
 from mobile.machine.measure import EVERYTHING, idle
@@ -58,7 +59,7 @@ def save(beside: ReferenceCell, run: RunFolder) -> None:
 def record(beside: ReferenceCell) -> Record:
     """Measure it. What cannot be done on this machine is a record that says why, with nothing measured."""
     begun = time.monotonic()
-    device = torch.device("cuda" if beside.link == "cuda" else "cpu")
+    device = torch.device(LINKS[beside.link].usual_device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     found: dict[str, Any] = {"engine": None, "refused": None, "stock": None}
@@ -217,9 +218,7 @@ def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost
             weight = view.to(made.device, copy=True).contiguous()
             setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
     theirs.set_experts_implementation(stock)
-    with made.attached(
-        EVERYTHING, slots=made.geometry.total_experts, link="cuda" if made.device.type == "cuda" else "paced"
-    ):
+    with made.attached(EVERYTHING, slots=made.geometry.total_experts, link=real_time_link(made.device.type)):
         steps = {"stock": _Steps(theirs, made.device), "ours": _Steps(made.model, made.device)}
         order = ("stock", "ours", "ours", "stock")
         found: dict[str, list[float]] = {name: [] for name in steps}

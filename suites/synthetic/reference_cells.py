@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mobile.errors import Refused
+from mobile.links.registry import LINKS
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
-from suites.record import SCOPES
 
 ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
 KINDS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
@@ -55,7 +55,7 @@ class ReferenceCell:
 
     @property
     def scope(self) -> str:
-        return SCOPES[self.link]
+        return LINKS[self.link].scope
 
     @property
     def label(self) -> str:
@@ -71,7 +71,7 @@ def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Ite
     asked = data.get("beside", [])
     if strangers := set(asked) - set(KINDS):
         raise Refused(f"Nothing beside shapes is called {(word := sorted(strangers)[0])!r}; {offer(word, KINDS)}.")
-    if link == "virtual":
+    if not LINKS[link].real_time:
         return
     for told in data["models"]:
         given = {**data, **told}

@@ -18,6 +18,7 @@ from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.ledger import Event
+from mobile.links.registry import LINKS
 from mobile.machine.gpu import cuda_uuid
 from mobile.policies.strategy import BigLittle, FullK, HalfK, Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
@@ -49,9 +50,9 @@ class Loaded:
 
 def load(shape: SyntheticCell) -> Loaded:
     """Raises Refused for what cannot be made here."""
-    if shape.link != "cuda":
+    if not LINKS[shape.link].needs_gpu:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
-    device = "cuda" if shape.link == "cuda" else "cpu"
+    device = LINKS[shape.link].usual_device
     return Loaded(models.make(shape.model.geometry, layers=shape.layers, shrink=shape.shrink, device=device))
 
 
@@ -152,7 +153,7 @@ def record(shape: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = 
     ) as engine:
         play(made, scripts[0].first(scripts[0].warmup + 1))  # kernels are compiled, memory is touched
         engine.restart()
-        with watched(cuda_uuid(engine.device.index) if shape.link == "cuda" else None) as telemetry:
+        with watched(cuda_uuid(engine.device.index) if LINKS[shape.link].needs_gpu else None) as telemetry:
             played = [play(made, script) for script in scripts]
         done = _record(shape, made, strategy, engine, scripts, played, telemetry(), time.monotonic() - begun)
     asked_nbytes = parse_nbytes(shape.budget) if is_memory(shape.budget) else None
@@ -177,7 +178,7 @@ def _record(
     telemetry: Any,
     wall_seconds: float,
 ) -> Record:
-    geometry, real = made.geometry, shape.link == "cuda"
+    geometry, real = made.geometry, LINKS[shape.link].needs_gpu
     measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
     channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
     how = {name: getattr(channel, name, None) for name in ("native_gb_per_s", "throttled", "page_locked")}

@@ -15,7 +15,7 @@ import mobile
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import profile
 from mobile.ledger import Ledger
-from mobile.links.base import VirtualLink
+from mobile.links.virtual import VirtualLink
 from mobile.policies.strategy import strategies
 from mobile.replay import trace
 from mobile.replay.replay import ReplaySetup, time_requests

@@ -17,8 +17,8 @@ import mobile
 from baselines.lru import LRU
 from baselines.on_demand import ON_DEMAND, ON_DEMAND_OVERLAP
 from baselines.resident import RESIDENT
+from mobile.links import cuda
 from mobile.links.cuda import CudaChannel
-from mobile.links.stream import StreamLink
 from mobile.machine import gpu
 from mobile.policies.big_little import MOBILE
 from mobile.store.layout import layout_of
@@ -35,12 +35,7 @@ def attached(card: Card, model: Any, strategy: Any, slots: int, **options: Any) 
     engine = model.mobile
     engine.link.close()
     card.watch(engine.slot_rows)
-
-    def make(engine: Any, cost: Any) -> StreamLink:
-        channel = CudaChannel(engine.store, engine.slot_rows, engine.row)
-        return StreamLink(channel, engine.store.layout.nbytes, engine.ledger, engine.arrived)
-
-    engine.connect(make)
+    engine.connect(cuda.connect)
     return engine
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobile.ledger import Ledger
-from mobile.links.base import VirtualLink
+from mobile.links.virtual import VirtualLink
 
 
 def link(load_ns: int = 100) -> tuple[VirtualLink, list, Ledger]:

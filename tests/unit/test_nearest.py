@@ -9,8 +9,8 @@ from mobile.costs.geometry import GEOMETRIES, Geometry, project
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.kernels import KERNELS, kernel_named
+from mobile.links.registry import CHOICES
 from mobile.policies.strategy import resolve, strategies
-from mobile.runtime.attachment import LINKS
 from mobile.suggest import nearest, offer
 from suites.plan.cells import presets, read_preset
 
@@ -75,7 +75,7 @@ def test_the_links_that_are_listed_are_those_there_are(tiny_moe):
 
     with pytest.raises(Refused, match=r"Link 'virtul' is not available; did you mean virtual\? Choose auto, cuda, "):
         mobile.attach(tiny_moe, "lru", slots=8, link="virtul")
-    assert LINKS == ("auto", "cuda", "virtual", "paced")
+    assert CHOICES == ("auto", "cuda", "virtual", "paced")
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import profile
 from mobile.ledger import Ledger
-from mobile.links.stream import COMMITTED, PacedChannel, StreamLink
+from mobile.links.paced import PacedChannel
+from mobile.links.stream import COMMITTED, StreamLink
 from mobile.policies.big_little import MOBILE
 from mobile.residency.residency import Residency
 from mobile.slots import SlotPool

@@ -1,0 +1,154 @@
+"""The plan of an attach: all that is decided before the model is touched. No weight is read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mobile.costs.geometry import Geometry, project, slots_for
+from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.errors import Refused
+from mobile.kernels import Kernel, kernel_named, loop
+from mobile.links.registry import link_kind
+from mobile.live_model import compat
+from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
+from mobile.residency.residency import PREFILL_BUFFERS
+from mobile.store.layout import ExpertLayout
+
+
+@dataclass(frozen=True)
+class AttachOptions:
+    """The keywords that `mobile.load` and `mobile.attach` share.
+
+    - `strategy`: a name that `mobile.strategies()` lists, or a Strategy. `gamma` replaces its confidence threshold.
+    - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
+      the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
+      `memory` also caps what this process may allocate there.
+    - `link`: "cuda" (real time; needs the model on a GPU), "virtual" (computed time), "paced" (real sleeping, to test
+      threads), or "auto": cuda on a GPU, else virtual.
+    - `link_gb_per_s`: slow the link down to so many decimal GB/s; a real link is slowed by really copying more.
+    - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
+      Budgets and virtual time are taken from it.
+    - `geometry`: the name of a real model; compute virtual time and bytes as if the model were that one.
+    - `kernel`: "loop" (the reference, and "auto"), "grouped" or "triton", see `mobile.kernels`.
+    """
+
+    strategy: str | Strategy = "mobile"
+    memory: int | str | None = None
+    slots: int | None = None
+    hardware: str | HardwareProfile = "auto"
+    link: str = "auto"
+    link_gb_per_s: float | None = None
+    gamma: float | None = None
+    geometry: str | None = None
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True)
+class AttachPlan:
+    """One decided attach.
+
+    `native` are the model's own sizes, `charged` those that time and bytes are computed for: the same ones, or a larger
+    model's, whose layers `layer_map` lists for each layer of the live model. `budget_nbytes` is the device memory asked
+    for, None where slots were counted instead. `link` is never "auto".
+    """
+
+    strategy: Strategy
+    native: Geometry
+    charged: Geometry
+    layer_map: tuple[tuple[int, ...], ...]
+    slots: int
+    budget_nbytes: int | None
+    hardware: HardwareProfile
+    link: str
+    link_gb_per_s: float | None
+    kernel: Kernel
+
+
+def plan_attach(
+    model: Any,
+    layers: Sequence[compat.MoeLayer],
+    layout: ExpertLayout,
+    device: torch.device,
+    options: AttachOptions,
+) -> AttachPlan:
+    """Decide everything, or raise Refused. `model` may lie on the meta device; `device` is where it will compute."""
+    strategy = resolve(options.strategy, options.gamma)
+    if strategy.needs_future:
+        raise Refused(f"Strategy {strategy.name} needs to know the future; record a trace, and replay it.")
+    link, hardware = _link_and_hardware(options, device)
+    native = compat.geometry_of(model, layers, layout)
+    charged, layer_map = project(native, options.geometry)
+    slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
+    if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:
+        raise Refused(f"{native.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
+    kernel = kernel_named(options.kernel, device, layout.dtype)
+    if strategy.on_cpu is not None and kernel is not loop:
+        raise Refused(
+            f"Strategy {strategy.name} computes experts on the CPU, and only the kernel loop can; leave it so."
+        )
+    return AttachPlan(
+        strategy=strategy,
+        native=native,
+        charged=charged,
+        layer_map=layer_map,
+        slots=slots,
+        budget_nbytes=budget_nbytes,
+        hardware=hardware,
+        link=link,
+        link_gb_per_s=options.link_gb_per_s,
+        kernel=kernel,
+    )
+
+
+def _slots_and_budget(
+    options: AttachOptions, strategy: Strategy, charged: Geometry, hardware: HardwareProfile
+) -> tuple[int, int | None]:
+    """Return how many slots there will be, and the bytes of `memory`, None if it was not given.
+
+    Raises Refused if the strategy cannot run with them.
+    """
+    slots, memory = options.slots, options.memory
+    if slots is not None and memory is not None:
+        raise Refused("Give memory or slots, not both.")
+    budget_nbytes = None if memory is None else parse_nbytes(memory)
+    keeps_all = strategy.retain == "everything"
+    if slots is None and keeps_all and memory is None:
+        slots = charged.total_experts
+    if slots is None:
+        budget = hardware.vram_nbytes if budget_nbytes is None else budget_nbytes
+        slots = slots_for(charged, budget, hardware.reserve_nbytes, PREFILL_BUFFERS)
+    if slots < charged.top_k:
+        raise Refused(
+            f"{slots} slots cannot hold one token's {charged.top_k} experts; give at least {charged.top_k} slots."
+        )
+    if keeps_all and slots < charged.total_experts:
+        raise Refused(
+            f"Strategy {strategy.name} keeps all {charged.total_experts} experts on the device; {slots} slots are too "
+            "few."
+        )
+    return min(slots, charged.total_experts), budget_nbytes
+
+
+def _link_and_hardware(options: AttachOptions, device: torch.device) -> tuple[str, HardwareProfile]:
+    """Return the link's name, and the profile that budgets and virtual time are taken from."""
+    rate, asked = options.link_gb_per_s, options.hardware
+    hardware = asked if isinstance(asked, HardwareProfile) else profile(asked)
+    link = link_kind(options.link, device.type)
+    if link.device_type not in (None, device.type):
+        if link.needs_gpu:
+            raise Refused(f"Link {link.name} needs the model on a GPU; move it there, or choose virtual.")
+        raise Refused(f"Link {link.name} copies to the CPU, and the model is on {device}; choose cuda or virtual.")
+    if options.geometry is not None and link.real_time:
+        raise Refused(f"Geometry {options.geometry} can be charged in virtual time only; choose the link virtual.")
+    if rate is not None:
+        if not rate > 0:
+            raise Refused(f"A link of {rate:g} GB/s moves nothing; give a positive number.")
+        hardware = replace(hardware, link_gb_per_s=rate)
+    if device.type == "cuda" and asked == "auto":
+        name, vram_nbytes = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+        hardware = replace(hardware, name=name, vram_nbytes=vram_nbytes)
+    return link.name, hardware
