@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,15 @@ def sound(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def intact_zip(path: Path) -> bool:
+    """Return whether the file is a zip file, every member of which has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

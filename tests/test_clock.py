@@ -69,7 +69,7 @@ def done(preset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(preset):
-    return timing.load(read_preset(str(preset)).shapes[0])
+    return timing.load(read_preset(str(preset)).shapes[0], RunFolder(Path()))
 
 
 def test_a_run_is_calibrated_once_for_the_machine_and_once_a_link(done):
@@ -131,7 +131,7 @@ def test_a_cell_is_measured_on_a_machine_that_no_profile_fits(preset, loaded, mo
 
     monkeypatch.setattr(timing, "calibrated", refused)
     shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
-    timing.save(shape, loaded, run)
+    timing.measure(shape, loaded, run)
     record = load(run.record(shape.id))
     assert record.items[0].decode_ns > 0
     assert record.config["predicted"] is None

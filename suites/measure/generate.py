@@ -27,7 +27,11 @@ BATCH = 100
 CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy it stands for
 
 
-def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
+def load(first: Generation, folder: RunFolder) -> None:
+    """Load nothing: each live run reads its model anew, since a control changes the weights."""
+
+
+def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
     """Answer, score, record, check, and write both files, the answers last."""
     begun = time.monotonic()
     torch.set_num_threads(1)  # so that results do not depend on the machine's cores
@@ -51,7 +55,7 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
         for request, answer in zip(requests, answers, strict=True)
     ]
     written = lm.written[answers[0].prompt_sha256]
-    checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, prompts[0], requests[0], written))
+    checks = dict(_checks(generation, strategy, own, model, tokenizer, prompts[0], requests[0], written))
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
@@ -63,7 +67,7 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     }
     trace.save(path, requests, own.moe_layers, about)
     write_json(
-        folder.answers(generation.id),
+        generation.output(folder),
         {
             "answers": [
                 {**asdict(answer), "prompt": shown(generation, prompt), "fallback_spans": fell}
@@ -117,7 +121,6 @@ def _checks(
     generation: Generation,
     strategy: Strategy,
     own: Geometry,
-    hardware: str,
     model: Any,
     tokenizer: Any,
     prompt: str,
@@ -134,8 +137,8 @@ def _checks(
     options = {**options, "max_gen_toks": min(options["max_gen_toks"], CHECKED_TOKENS)}
     begun = first_tokens(request, CHECKED_TOKENS)
     for one in layer_map:
-        on = replay_setup(one, own, generation.model.geometry, profile(hardware), "smallest")
-        mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
+        on = replay_setup(one, own, generation.model.geometry, profile(generation.hardware), "smallest")
+        mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=generation.hardware)
         [(_, ids)] = generate(model, tokenizer, [prompt], options)
         model.mobile.residency.end_token()
         live = model.mobile.ledger

@@ -104,8 +104,11 @@ class Loaded:
     link_gb_per_s: float | None
 
 
-def load(cell: Cell) -> Loaded:
-    """Raises Refused for a checkpoint that is not the real model it is said to be, and whatever mobile.load refuses."""
+def load(cell: Cell, run: RunFolder) -> Loaded:
+    """Load the cell's checkpoint with its strategy attached.
+
+    Raises Refused for a checkpoint that is not the real model it is said to be, and for whatever mobile.load refuses.
+    """
     folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, cell.link == "cuda"
     dtype: Any = "auto" if real else torch.float32
     empty = skeleton(folder, dtype=dtype)
@@ -155,8 +158,9 @@ def checkpoint(model: Model) -> Path:
         raise Refused(f"{str(refused).rstrip('.')}; or give --model {model.name}=FOLDER with a copy.") from refused
 
 
-def save(cell: Cell, loaded: Loaded, run: RunFolder) -> None:
-    record(cell, loaded).save(run.record(cell.id))
+def measure(cell: Cell, loaded: Loaded, run: RunFolder) -> None:
+    """Answer the cell's items and write its record."""
+    record(cell, loaded).save(cell.output(run))
 
 
 def record(cell: Cell, loaded: Loaded) -> Record:

@@ -14,7 +14,7 @@ from mobile.replay import trace
 from mobile.replay.replay import replay_requests
 from suites.budget import replay_setup, timeline
 from suites.environment import environment
-from suites.plan.cells import Cell, Generation, Model
+from suites.plan.cells import Cell
 from suites.record import Item, Record, RunFolder, read_json
 from suites.tasks.paper_tasks import items_of, sources
 
@@ -23,16 +23,19 @@ BINS = 20  # of the confidence histogram
 Trace = tuple[list[trace.Request], dict[str, Any]]
 
 
-def generation_from(data: dict[str, Any]) -> Generation:
-    return Generation(**{**data, "model": Model(**data["model"])})
+def load(first: Cell, run: RunFolder) -> Trace:
+    """Read the trace that the cells of one live run are replayed from."""
+    environment()  # once, for every fork
+    return trace.load(run.trace(first.generation.id))
 
 
-def cell_from(data: dict[str, Any]) -> Cell:
-    return Cell(**{**data, "generation": generation_from(data["generation"])})
+def measure(cell: Cell, recorded: Trace, run: RunFolder) -> None:
+    """Replay the trace under the cell's strategy and write its record."""
+    record(cell, recorded, run).save(cell.output(run))
 
 
-def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
-    """The record of a cell whose generation has been written under `run`. Imports no torch."""
+def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
+    """Return the record of a cell whose generation has been written under `run`. Imports no torch."""
     begun = time.monotonic()
     generation = cell.generation
     live = read_json(run.answers(generation.id))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -19,10 +20,10 @@ from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
-from suites.record import SCOPES
+from suites.record import SCOPES, VIRTUAL, RunFolder, intact_zip, sound
 from suites.synthetic.cells import SyntheticCell, shapes_of
 from suites.synthetic.reference_cells import ReferenceCell
-from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of
+from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of, locate
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
@@ -40,7 +41,11 @@ OVERRIDDEN = (  # a model's own, if it likes
 
 @dataclass(frozen=True)
 class Generation:
-    """One live run: a model answers a task under one gating; gives text, scores and a trace."""
+    """One live run: a model answers a task under one gating; gives text, scores and a trace.
+
+    `data` is the folder with a real task's files, None the hub. No answer depends on `hardware`, whose profile only
+    times the checks of the run against a replay.
+    """
 
     model: Model
     task: str
@@ -49,12 +54,17 @@ class Generation:
     items: int
     seed: int
     scrambled: bool = False  # the canary: every router's rows shuffled
-    data: str | None = None  # the folder with a real task's files; None is the hub
+    data: str | None = None
+    hardware: str = field(default="auto", compare=False)
+
+    kind = "generate"
+    scope = VIRTUAL  # alike on any machine
+    shared = ()  # one process does any of them, a model at a time
 
     @property
     def id(self) -> str:
-        own = {name: value for name, value in asdict(self).items() if name != "data"}  # what counts is what is in it
-        return digest(own, code_hash(), versions(), task_hash(self.task, self.folder), model_hash(self.model))
+        fields = {name: value for name, value in asdict(self).items() if name not in ("data", "hardware")}
+        return digest(fields, code_hash(), versions(), task_hash(self.task, self.folder), model_hash(self.model))
 
     @property
     def folder(self) -> Path | None:
@@ -63,6 +73,19 @@ class Generation:
     @property
     def label(self) -> str:
         return _label(self, self.strategy, self.gamma)
+
+    @property
+    def online(self) -> bool:
+        return not locate(self.task, self.folder)
+
+    def needs(self, run: RunFolder) -> None:
+        return None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.answers(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run)) and intact_zip(run.trace(self.id))
 
     @property
     def docs(self) -> list[int]:
@@ -107,6 +130,49 @@ class Cell:
     @property
     def label(self) -> str:
         return _label(self.generation, self.strategy, self.gamma, self.budget)
+
+    @property
+    def model(self) -> Model:
+        return self.generation.model
+
+    @property
+    def task(self) -> str:
+        return self.generation.task
+
+    @property
+    def kind(self) -> str:
+        return "replay" if self.link is None else "live"
+
+    @property
+    def shared(self) -> tuple:
+        """The trace that is replayed; or a model attached in one way, whatever the task."""
+        if self.link is None:
+            return (self.generation.id,)
+        one = self.generation
+        return one.model.name, one.seed, self.strategy, self.gamma or 0, self.hardware, self.budget, self.scope
+
+    @property
+    def online(self) -> bool:
+        return self.link is not None
+
+    def needs(self, run: RunFolder) -> Path | None:
+        return run.answers(self.generation.id) if self.link is None else None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.record(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run))
+
+
+def generation_from(data: dict[str, Any]) -> Generation:
+    """Return the generation whose fields, as JSON, are `data`."""
+    return Generation(**{**data, "model": Model(**data["model"])})
+
+
+def cell_from(data: dict[str, Any]) -> Cell:
+    """Return the cell whose fields, as JSON, are `data`."""
+    return Cell(**{**data, "generation": generation_from(data["generation"])})
 
 
 def _label(of: Generation, strategy: str, gamma: float | None, *budget: str) -> str:
@@ -264,21 +330,18 @@ def _cells_of(
     runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
-    def generation(task: str, name: str, gamma: float | None, count: int, seed: int, scrambled: bool) -> Generation:
-        asked = min(count, at_most[task])
-        return Generation(model, task, name, gamma, asked, seed, scrambled, lies_in.get(task))
-
     for seed, task, card in product(data["seeds"], at_most, cards):
+        generation = partial(Generation, model, task, seed=seed, data=lies_in.get(task), hardware=card)
         for strategy, budget, swept, count in runs:
             # All that was answered is timed once for each way to answer; else, and where full K's answers are given
             # again, a part of it. What needs a live run of its own to give them again is asked no more than that part.
             name = ORACLE if strategy.routes_as_full_k else strategy.name
             whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
-            live = generation(task, name, strategy.gamma, asked, seed, False)
+            live = generation(name, strategy.gamma, min(asked, at_most[task]))
             yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
         if task in data.get("canaries", []):
-            scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
+            scrambled = generation(ORACLE, None, min(data["canary_items"], at_most[task]), scrambled=True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
 
 

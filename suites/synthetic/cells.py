@@ -14,7 +14,7 @@ from mobile.errors import Refused
 from mobile.policies.strategy import Strategy, resolve
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
-from suites.record import SCOPES
+from suites.record import SCOPES, RunFolder, sound
 from suites.synthetic.reference_cells import ReferenceCell, besides_of
 
 LINKS = ("cuda", "paced", "virtual")
@@ -62,6 +62,23 @@ class SyntheticCell:
     def scope(self) -> str:
         """Whose time it takes: this machine's GPU over its own link or a slowed one, or a stand-in's."""
         return "gpu+throttled" if self.link == "cuda" and self.link_gb_per_s is not None else SCOPES[self.link]
+
+    kind = "synthetic"
+    online = False
+
+    @property
+    def shared(self) -> tuple:
+        """The model that is made."""
+        return self.model.name, self.layers or 0, self.shrink, self.link
+
+    def needs(self, run: RunFolder) -> None:
+        return None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.record(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run))
 
     @property
     def foretold(self) -> bool:

@@ -51,8 +51,13 @@ class EngineCost:
     high_seconds: float
 
 
-def save(beside: ReferenceCell, run: RunFolder) -> None:
-    record(beside).save(run.record(beside.id))
+def load(first: ReferenceCell, run: RunFolder) -> None:
+    """Load nothing: each cell makes a model of its own."""
+
+
+def measure(beside: ReferenceCell, loaded: None, run: RunFolder) -> None:
+    """Measure the cell and write its record."""
+    record(beside).save(beside.output(run))
 
 
 def record(beside: ReferenceCell) -> Record:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mobile.errors import Refused
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
-from suites.record import SCOPES
+from suites.record import SCOPES, RunFolder, sound
 
 ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
 KINDS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
@@ -40,6 +41,19 @@ class ReferenceCell:
     gamma = None
     hardware = "auto"
     task = "plain Transformers"
+
+    kind = "reference"
+    online = False
+    shared = ()  # each makes a model of its own
+
+    def needs(self, run: RunFolder) -> None:
+        return None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.record(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run))
 
     @property
     def id(self) -> str:

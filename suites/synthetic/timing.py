@@ -47,15 +47,15 @@ class Loaded:
     scripts: dict[tuple, list[Script]] = field(default_factory=dict)
 
 
-def load(shape: SyntheticCell) -> Loaded:
-    """Raises Refused for what cannot be made here."""
+def load(shape: SyntheticCell, run: RunFolder) -> Loaded:
+    """Make the cell's model. Raises Refused for what cannot be made here."""
     if shape.link != "cuda":
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     device = "cuda" if shape.link == "cuda" else "cpu"
     return Loaded(models.make(shape.model.geometry, layers=shape.layers, shrink=shape.shrink, device=device))
 
 
-def save(shape: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
+def measure(shape: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
     """Calibrate the machine if this run has not yet, and write the record; without a prediction where that fails."""
     here, unpredicted = None, None
     try:
@@ -65,7 +65,7 @@ def save(shape: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
     done = record(shape, loaded, here)
     if unpredicted is not None:
         done = replace(done, config={**done.config, "unpredicted": unpredicted})
-    done.save(run.record(shape.id))
+    done.save(shape.output(run))
 
 
 def scripts_for(shape: SyntheticCell, loaded: Loaded) -> list[Script]:

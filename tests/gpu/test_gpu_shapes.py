@@ -10,6 +10,7 @@ from test_cuda_link import skip_unless_rows_can_be_page_locked
 
 from mobile.errors import Refused
 from suites.plan.cells import read_preset
+from suites.record import RunFolder
 from suites.synthetic import timing
 from suites.synthetic.models import make
 from suites.synthetic.script import drawn
@@ -25,8 +26,8 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(shapes):
-    return timing.load(shapes[0])
+def loaded(shapes, tmp_path_factory):
+    return timing.load(shapes[0], RunFolder(tmp_path_factory.mktemp("run")))
 
 
 def test_the_store_is_page_locked_once_for_every_engine(loaded):
