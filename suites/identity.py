@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mobile.errors import Refused
-from suites.tasks import FOLDER as TASKS
-from suites.tasks.paper_tasks import REAL, locate
+from suites.tasks.catalogue import PUBLISHED
+from suites.tasks.files import FOLDER, locate
 
 HERE = Path(__file__).parent
 ENGINE = ("torch", "transformers", "numpy")  # what a result depends on wherever it is made
@@ -59,7 +59,7 @@ def versions(of: tuple[str, ...] = VERSIONED) -> dict[str, str]:
 @cache
 def task_hash(task: str, folder: Path | None = None) -> str:
     """SHA-256 over a task's items, and its YAML where that is ours; lm-eval's follow its version, the hub its name."""
-    ours = TASKS / f"{REAL[task].plain if task in REAL else task}.yaml"
+    ours = FOLDER / f"{PUBLISHED[task].asked_as if task in PUBLISHED else task}.yaml"
     parts = [ours.read_bytes()] if ours.is_file() else []
     return bytes_hash(b"".join([*parts, *(path.read_bytes() for path in locate(task, folder).values())]))
 

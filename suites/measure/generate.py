@@ -21,7 +21,7 @@ from suites.budget import replay_setup
 from suites.plan.cells import Generation
 from suites.record import RunFolder, write_json
 from suites.scoring.lm_eval import EngineLM, evaluate, first_tokens, generate, task_config
-from suites.tasks.paper_tasks import REAL
+from suites.tasks.catalogue import PUBLISHED
 
 BATCH = 100
 CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy it stands for
@@ -90,7 +90,7 @@ def scramble(layers: Sequence[MoeLayer], seed: int) -> None:
 
 def shown(generation: Generation, prompt: str) -> str | None:
     """The prompt, where it is ours to print."""
-    return None if generation.task in REAL else prompt
+    return None if generation.task in PUBLISHED else prompt
 
 
 def fallback_spans(

@@ -16,7 +16,7 @@ from suites.budget import replay_setup, timeline
 from suites.environment import environment
 from suites.plan.cells import Cell
 from suites.record import Item, Record, RunFolder, read_json
-from suites.tasks.paper_tasks import items_of, sources
+from suites.tasks.files import items_of, sources
 
 TIMELINE_TOKENS = 3
 BINS = 20  # of the confidence histogram

@@ -18,10 +18,10 @@ from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobile.live_model.compat import MoeLayer, moe_layers
-from suites.models.families import FAMILIES
+from suites.families import FAMILIES
 from suites.record import Record, RunFolder, load
-from suites.tasks import GENERATORS
-from suites.tasks.paper_tasks import shipped
+from suites.tasks.catalogue import SHIPPED
+from suites.tasks.files import shipped
 
 SHOWN = ("resident", "static-half", "mobile")
 ROUTED_ITEMS = 50  # test items of each task whose routing is counted
@@ -46,7 +46,7 @@ def expert_use(folder: Path) -> list[tuple[float, int, int]]:
 
     for layer, use in zip(layers, uses, strict=True):
         layer.router.register_forward_hook(counting(layer, use), with_kwargs=True)
-    for task in GENERATORS:
+    for task in SHIPPED:
         for item in shipped(task)[:ROUTED_ITEMS]:
             model(**tokenizer(item["prompt"] + item["worked"], return_tensors="pt", return_token_type_ids=False))
     spread = []
@@ -59,7 +59,7 @@ def expert_use(folder: Path) -> list[tuple[float, int, int]]:
 def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
     """A row for each task and strategy shown: items, right answers, their Wilson interval, whole answers right."""
     records = [load(path) for path in sorted((RunFolder(run).path / "records").glob("*.json"))]
-    for task in GENERATORS:
+    for task in SHIPPED:
         worked = [item["worked"].strip() for item in shipped(task)]
         for strategy in SHOWN:
             record = next((r for r in records if _shown(r, model, task, strategy)), None)
@@ -104,10 +104,10 @@ def main() -> None:
         name=options.folder.name,
         family=family,
         recipe=recipe,
-        model=family.model.__name__,
+        model=family.model_class.__name__,
         config=family.config,
         width=getattr(family.config, "moe_intermediate_size", family.config.intermediate_size),
-        parameters=sum(p.numel() for p in family.model(family.config).parameters()) / 1e6,
+        parameters=sum(p.numel() for p in family.model_class(family.config).parameters()) / 1e6,
         megabytes=weights.stat().st_size / 1e6,
         use=expert_use(options.folder),
         scores=list(scores(options.run, options.folder.name)) if options.run else [],

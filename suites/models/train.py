@@ -25,9 +25,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from suites.models.families import FAMILIES, VOCABULARY
+from suites.families import FAMILIES, VOCABULARY
 from suites.models.training_experts import register as register_training_experts
-from suites.tasks import GENERATORS
+from suites.tasks.catalogue import SHIPPED
 from suites.tasks.item import Item, held_out
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -59,7 +59,7 @@ def training_items(rng: Random, recipe: dict[str, Any]) -> Iterator[Item]:
     """Endless items of the task mix, test-side ones left out."""
     names, shares = zip(*recipe["task_mix"].items(), strict=True)
     while True:
-        item = GENERATORS[rng.choices(names, shares)[0]](rng)
+        item = SHIPPED[rng.choices(names, shares)[0]].train(rng)
         if not held_out(item.key):
             yield item
 
@@ -223,7 +223,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[options.family]
-    model: Any = family.model(family.config)
+    model: Any = family.model_class(family.config)
     initialise(model)
     tokenizer = train_tokenizer(Random(0), recipe)  # the same for every family and seed
     register_training_experts()

@@ -23,7 +23,8 @@ from suites.identity import HERE, Model, code_hash, digest, model_hash, task_has
 from suites.record import SCOPES, VIRTUAL, RunFolder, intact_zip, sound
 from suites.synthetic.cells import SyntheticCell, shapes_of
 from suites.synthetic.reference_cells import ReferenceCell
-from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of, locate
+from suites.tasks.catalogue import PUBLISHED, TASKS, expand
+from suites.tasks.files import items_of, locate
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
@@ -262,7 +263,7 @@ def read_preset(
 def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> list[Cell]:
     tasks = expand(data["tasks"])
     there_are = {task: items_of(task, folder) for task in tasks}
-    most = max(there_are.values(), default=SHIPPED)
+    most = max(there_are.values(), default=max(task.items for task in TASKS.values()))
     for count in ("items", "swept_items", "timed_items"):
         if not 1 <= data.get(count, most) <= most:
             raise Refused(f"{count} must be between 1 and {most}, not {data[count]}.")
@@ -273,7 +274,7 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
     if link not in SCOPES:
         raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
     at_most = {task: min(data.get("task_items", {}).get(asked, most), there_are[task]) for task, asked in tasks.items()}
-    lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in REAL}
+    lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in PUBLISHED}
     cells = [
         cell
         for model in data["models"]

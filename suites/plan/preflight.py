@@ -19,12 +19,12 @@ from mobile.policies.strategy import resolve
 from suites.budget import SHOWN_SHARE, is_memory, replay_setup
 from suites.plan.cells import Cell, Generation, Model, Preset
 from suites.synthetic import plan
-from suites.tasks.paper_tasks import REAL, remarks
+from suites.tasks.catalogue import PUBLISHED, TASKS
+from suites.tasks.files import remarks
 
 ANSWER_TOKENS = 150  # an assumption: no answer has been written yet; limits are 256 (GSM8K) and 1,024
 GB, GIB = 1e9, 2**30
 HUB_SECONDS = 10
-CODE = ("python_functions",)  # the shipped tasks whose answers are run
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,9 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
 
 
 def _runs_foreign_code(generation: Generation) -> bool:
-    """Only our own task, written by our own models on prompts of ours, is judged without asking."""
-    if generation.task in REAL:
-        return REAL[generation.task].code
-    return generation.task in CODE and generation.model.weights != "shipped-tiny"
+    """Return whether code is run that is not written by our own models on our own prompts."""
+    ours = generation.task not in PUBLISHED and generation.model.weights == "shipped-tiny"
+    return TASKS[generation.task].runs_code and not ours
 
 
 def _check_gpu(preset: Preset, most: Takes) -> None:
@@ -188,14 +187,14 @@ def _check_hub(preset: Preset) -> None:
                     f"({type(error).__name__}); give --model {model.name}=FOLDER with a copy."
                 ) from error
     for cell in preset.scored:
-        task = cell.generation.task
-        if task in REAL and cell.generation.folder is None:
+        task, published = cell.task, PUBLISHED.get(cell.task)
+        if published is not None and cell.generation.folder is None:
             try:
-                api.dataset_info(REAL[task].hub, timeout=HUB_SECONDS)
+                api.dataset_info(published.hub, timeout=HUB_SECONDS)
             except Exception as error:
-                wanted = ", ".join(" or ".join(names) for names in REAL[task].files.values())
+                wanted = ", ".join(" or ".join(names) for names in published.files.values())
                 raise Refused(
-                    f"Task {task} is {REAL[task].hub} of the hub, which cannot be reached ({type(error).__name__}); "
-                    f"give --data-dir FOLDER with {wanted}, from {REAL[task].url}."
+                    f"Task {task} is {published.hub} of the hub, which cannot be reached ({type(error).__name__}); "
+                    f"give --data-dir FOLDER with {wanted}, from {published.url}."
                 ) from error
             break

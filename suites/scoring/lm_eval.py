@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from mobile.replay.trace import Request
 from suites.scoring.judging import by_check
 from suites.scoring.sandbox import PASSED
-from suites.tasks import FOLDER
-from suites.tasks.paper_tasks import REAL, locate
+from suites.tasks.catalogue import PUBLISHED
+from suites.tasks.files import FOLDER, locate
 
 DEFAULT_TOKENS = 256  # what lm-eval's own model class writes at most where a task sets no limit
 FEWSHOT_SEED = 1234  # lm-eval's default
@@ -135,21 +135,21 @@ def first_tokens(request: Request, tokens: int) -> Request:
 
 
 def task_config(task: str, folder: Path | None = None) -> dict[str, Any]:
-    """A task as lm-eval is to run it: its definition, with the data files of `folder` (real tasks; None: the hub's).
+    """Return a task as lm-eval is to run it: its definition, with the data files of `folder` (None: the hub's).
 
     Paths are absolute (lm-eval would read relative ones from the current folder). Raises Refused for missing files.
     """
-    real = REAL.get(task)
-    if real is None:
+    published = PUBLISHED.get(task)
+    if published is None:
         return _with_files(load_yaml(FOLDER / f"{task}.yaml"), locate(task, None))
-    if real.plain is None:
-        config = load_yaml(LM_EVAL_TASKS / real.definition, resolve_func=False)
+    if published.asked_as is None:
+        config = load_yaml(LM_EVAL_TASKS / published.definition, resolve_func=False)
     else:
         asked = {"doc_to_text": "Q: {{input}}\nA:", "doc_to_target": "{{target}}", "dataset_kwargs": {}}
-        config = {**load_yaml(FOLDER / f"{real.plain}.yaml"), **asked}
-        config |= {"dataset_path": real.hub, "dataset_name": real.plain}
+        config = {**load_yaml(FOLDER / f"{published.asked_as}.yaml"), **asked}
+        config |= {"dataset_path": published.hub, "dataset_name": published.asked_as}
     config |= {"task": task, "generation_kwargs": {"max_gen_toks": DEFAULT_TOKENS, **config["generation_kwargs"]}}
-    if real.code:
+    if published.runs_code:
         config |= _JUDGED
         del config["unsafe_code"]  # lm-eval's own scorer fetches code from the hub and runs it unconfined
     return _with_files(config, locate(task, folder))
