@@ -96,8 +96,8 @@ def main() -> int:
             console.print(answer(chosen), describe(chosen, run), sep="\n", highlight=False, markup=False)
             return 0
         console.print(describe(chosen, run), highlight=False)
-        if chosen.shapes:
-            for remark in plan.check(chosen.name, chosen.shapes):
+        if chosen.synthetic:
+            for remark in plan.check(chosen.name, chosen.synthetic):
                 console.print(remark, highlight=False)
         if chosen.scored:
             check(chosen, run_generated_code=options.run_generated_code)

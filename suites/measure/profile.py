@@ -133,7 +133,7 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
 
     from mobile.policies.strategy import BigLittle, resolve
     from suites.synthetic import models
-    from suites.synthetic.script import drawn, with_rate
+    from suites.synthetic.script import ScriptLength, drawn, with_rate
     from suites.synthetic.script_player import play
 
     link = options.link or ("cuda" if torch.cuda.is_available() else "paced")
@@ -148,12 +148,10 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     strategy, geometry = resolve(options.strategy), made.geometry
     script = drawn(
         options.routing,
+        ScriptLength(prompt_tokens=8, steps=options.tokens),
         layers=geometry.moe_layers,
         experts=geometry.experts,
         top_k=geometry.top_k,
-        prompt_tokens=8,
-        steps=options.tokens,
-        warmup=0,
         seed=0,
     )
     if isinstance(strategy.gating, BigLittle):

@@ -21,7 +21,7 @@ from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
 from suites.record import SCOPES, VIRTUAL, RunFolder, intact_zip, sound
-from suites.synthetic.cells import SyntheticCell, shapes_of
+from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.catalogue import PUBLISHED, TASKS, expand
 from suites.tasks.files import items_of, locate
@@ -210,13 +210,13 @@ class Preset:
         return [cell for cell in self.scored if cell.link is not None]
 
     @property
-    def shapes(self) -> list[SyntheticCell]:
-        """The cells that are timed live on a script."""
+    def synthetic(self) -> list[SyntheticCell]:
+        """Return the cells that play a script."""
         return [cell for cell in self.cells if isinstance(cell, SyntheticCell)]
 
     @property
-    def besides(self) -> list[ReferenceCell]:
-        """What is measured beside them."""
+    def references(self) -> list[ReferenceCell]:
+        """Return the measurements that those are held against."""
         return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
 
     def only(self, pattern: str | None) -> Preset:
@@ -248,7 +248,7 @@ def read_preset(
     try:
         data = tomllib.loads(path.read_text())
         if "runs" in data and not folders:
-            return Preset(path.stem, data["minutes"], tuple(shapes_of(data, link)))
+            return Preset(path.stem, data["minutes"], tuple(synthetic_cells_of(data, link)))
         if "runs" in data or link is not None:
             raise Refused(f"Preset {path.stem} {_MADE if 'runs' in data else _SAYS}.")
         return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))

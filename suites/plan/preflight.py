@@ -106,8 +106,8 @@ def answer(preset: Preset) -> str:
     """Return the line that says whether this machine can run the preset, and why not; below it, what else to know."""
     remarks: list[str] = []
     try:
-        if preset.shapes:
-            remarks = plan.check(preset.name, preset.shapes)
+        if preset.synthetic:
+            remarks = plan.check(preset.name, preset.synthetic)
         if preset.scored:
             check(preset, run_generated_code=True)
     except Refused as refused:

@@ -62,13 +62,13 @@ def describe(preset: Preset, run: RunFolder) -> str:
 
     cells, generations = preset.cells, preset.generations
     lines = [f"{preset.name}: {len(cells)} cells, {done(cells)} done"]
-    if preset.shapes:
-        lines += plan.describe([(shape, sound(shape.output(run))) for shape in preset.shapes])
-        if preset.besides:
-            left = [beside for beside in preset.besides if not sound(beside.output(run))]
+    if preset.synthetic:
+        lines += plan.describe([(cell, sound(cell.output(run))) for cell in preset.synthetic])
+        if preset.references:
+            left = [cell for cell in preset.references if not sound(cell.output(run))]
             lines.append(
-                f"{len(preset.besides)} of the cells are plain Transformers, and what the engine costs a layer: about "
-                f"{plan.beside_seconds(left) / 60:.0f} minutes more"
+                f"{len(preset.references)} of the cells are plain Transformers, and what the engine costs a layer: "
+                f"about {plan.reference_seconds(left) / 60:.0f} minutes more"
             )
         return "\n".join([*lines, f"folder: {run.path}"])
     items = sum(generation.items for generation in generations)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from suites.plan.cells import cell_from, generation_from
 from suites.record import RunFolder
-from suites.synthetic.cells import shape_from
-from suites.synthetic.reference_cells import beside_from
+from suites.synthetic.cells import synthetic_cell_from
+from suites.synthetic.reference_cells import reference_cell_from
 
 
 class Work(Protocol):
@@ -115,8 +115,8 @@ KINDS = {
     "generate": Kind(generation_from, _generate, most=15, jobs=8),
     "replay": Kind(cell_from, _replayed, most=12, forked=True),  # of one live run: the trace is read once
     "live": Kind(cell_from, _live),  # all tasks of one attached model
-    "synthetic": Kind(shape_from, _timing),  # of one made model: making 61 GB of experts takes longer than a cell
-    "reference": Kind(beside_from, _reference, most=1),  # each makes a model of its own
+    "synthetic": Kind(synthetic_cell_from, _timing),  # of one model: to make 61 GB of experts takes longer than a cell
+    "reference": Kind(reference_cell_from, _reference, most=1),  # each makes a model of its own
 }
 
 

@@ -55,15 +55,15 @@ def load(first: ReferenceCell, run: RunFolder) -> None:
     """Load nothing: each cell makes a model of its own."""
 
 
-def measure(beside: ReferenceCell, loaded: None, run: RunFolder) -> None:
+def measure(cell: ReferenceCell, loaded: None, run: RunFolder) -> None:
     """Measure the cell and write its record."""
-    record(beside).save(beside.output(run))
+    record(cell).save(cell.output(run))
 
 
-def record(beside: ReferenceCell) -> Record:
+def record(cell: ReferenceCell) -> Record:
     """Measure it. What cannot be done on this machine is a record that says why, with nothing measured."""
     begun = time.monotonic()
-    device = torch.device("cuda" if beside.link == "cuda" else "cpu")
+    device = torch.device("cuda" if cell.link == "cuda" else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
     found: dict[str, Any] = {"engine": None, "refused": None, "stock": None}
@@ -71,53 +71,53 @@ def record(beside: ReferenceCell) -> Record:
     layers = 0
     with watched(cuda_uuid() if device.type == "cuda" else None) as telemetry:
         try:
-            if beside.what == ENGINE_COST:
-                real = GEOMETRIES[beside.model.geometry].moe_layers
-                layers = min(beside.layers or real, FEW_LAYERS)
+            if cell.what == ENGINE_COST:
+                real = GEOMETRIES[cell.model.geometry].moe_layers
+                layers = min(cell.layers or real, FEW_LAYERS)
                 made = models.make(
-                    beside.model.geometry, layers=layers, shrink=beside.shrink, device=device, seed=beside.seed
+                    cell.model.geometry, layers=layers, shrink=cell.shrink, device=device, seed=cell.seed
                 )
                 found["engine"] = [asdict(engine_cost(made, stock)) for stock in STOCK]
             else:
                 made = models.make(
-                    beside.model.geometry, layers=beside.layers, shrink=beside.shrink, device="cpu", seed=beside.seed
+                    cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device="cpu", seed=cell.seed
                 )
                 layers = made.geometry.moe_layers
                 model = plain(made)
-                place = offloaded if beside.what == DEVICE_MAP else resident
+                place = offloaded if cell.what == DEVICE_MAP else resident
                 kind = model.config._experts_implementation
-                found["stock"] = f"{place(model, device, beside.memory)}; experts by {kind}"
-                items = tuple(_item(number, beside, *timed(model, device, beside)) for number in range(beside.repeats))
+                found["stock"] = f"{place(model, device, cell.memory)}; experts by {kind}"
+                items = tuple(_item(number, cell, *timed(model, device, cell)) for number in range(cell.repeats))
         except Refused as refused:
             found["refused"] = str(refused)
     return Record(
-        id=beside.id,
-        scope=beside.scope,
-        weights=beside.model.weights,
-        model=beside.model.name,
-        geometry=beside.model.geometry,
-        task=beside.task,
-        strategy=beside.what,
+        id=cell.id,
+        scope=cell.scope,
+        weights=cell.model.weights,
+        model=cell.model.name,
+        geometry=cell.model.geometry,
+        task=cell.task,
+        strategy=cell.what,
         gamma=None,
         lossless=True,
         hardware=environment()["gpu"]["name"] if environment()["gpu"] else "processor",
-        budget=beside.budget,
+        budget=cell.budget,
         slots=None,
-        seed=beside.seed,
+        seed=cell.seed,
         config={
             "kind": "beside",
-            "what": beside.what,
+            "what": cell.what,
             "control": None,
             "swept": False,
-            "family": beside.model.family,
+            "family": cell.model.family,
             "training_seed": None,
             "moe_layers": layers,
-            "real_moe_layers": GEOMETRIES[beside.model.geometry].moe_layers,
-            "shrink": beside.shrink,
-            "link": beside.link,
+            "real_moe_layers": GEOMETRIES[cell.model.geometry].moe_layers,
+            "shrink": cell.shrink,
+            "link": cell.link,
             "link_gb_per_s": None,
-            "prompt_tokens": beside.prompt_tokens,
-            "decode_tokens": beside.decode_tokens,
+            "prompt_tokens": cell.prompt_tokens,
+            "decode_tokens": cell.decode_tokens,
             "profile_sources": [],
             "data": [],
             **found,
@@ -174,18 +174,18 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
 
 
 @torch.no_grad()
-def timed(model: Any, device: torch.device, beside: ReferenceCell) -> tuple[int, int]:
+def timed(model: Any, device: torch.device, cell: ReferenceCell) -> tuple[int, int]:
     """Nanoseconds of prefill and of the decode steps, after one step that is not counted."""
     vocabulary = model.config.vocab_size
-    tokens = (torch.arange(beside.prompt_tokens + beside.decode_tokens + 1) % vocabulary).to(device)[None]
+    tokens = (torch.arange(cell.prompt_tokens + cell.decode_tokens + 1) % vocabulary).to(device)[None]
     idle(device)
     begun = time.perf_counter_ns()
-    read = model(tokens[:, : beside.prompt_tokens], use_cache=True, logits_to_keep=1)
+    read = model(tokens[:, : cell.prompt_tokens], use_cache=True, logits_to_keep=1)
     cache = compat.going_on(model, compat.cache_of(read))
     idle(device)
     prefilled = started = time.perf_counter_ns()
-    for step in range(beside.prompt_tokens, tokens.shape[1]):
-        if step == beside.prompt_tokens + 1:
+    for step in range(cell.prompt_tokens, tokens.shape[1]):
+        if step == cell.prompt_tokens + 1:
             idle(device)
             started = time.perf_counter_ns()
         model(tokens[:, step : step + 1], use_cache=True, logits_to_keep=1, **cache)
@@ -193,7 +193,7 @@ def timed(model: Any, device: torch.device, beside: ReferenceCell) -> tuple[int,
     return prefilled - begun, time.perf_counter_ns() - started
 
 
-def _item(number: int, beside: ReferenceCell, prefill_ns: int, decode_ns: int) -> Item:
+def _item(number: int, cell: ReferenceCell, prefill_ns: int, decode_ns: int) -> Item:
     return Item(
         doc=number,
         prompt_sha256="",
@@ -202,8 +202,8 @@ def _item(number: int, beside: ReferenceCell, prefill_ns: int, decode_ns: int) -
         fallback_spans=(),
         answer=None,
         correct=None,
-        prompt_tokens=beside.prompt_tokens,
-        decode_tokens=beside.decode_tokens,
+        prompt_tokens=cell.prompt_tokens,
+        decode_tokens=cell.decode_tokens,
         fallbacks=0,
         ttft_ns=prefill_ns,
         decode_ns=decode_ns,

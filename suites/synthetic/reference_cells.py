@@ -1,4 +1,4 @@
-"""What stands beside the strategies in a run of shapes: plain Transformers, and what the engine itself costs a layer.
+"""Reference cells: plain Transformers on the same synthetic models, and what the engine itself costs a layer.
 
 No torch: `suites.synthetic.reference` does the timing.
 """
@@ -22,7 +22,7 @@ FEW_LAYERS = 4  # that tell what one costs; two copies of them lie on the device
 
 @dataclass(frozen=True)
 class ReferenceCell:
-    """One measurement of a geometry beside its shapes; `what` is one of KINDS' values.
+    """One measurement of a geometry to hold its synthetic cells against; `what` is one of KINDS' values.
 
     `memory` is what `device_map` may fill of the device. Nothing is scripted: weights and routing are random.
     """
@@ -76,22 +76,23 @@ class ReferenceCell:
         return f"{self.model.name} native {self.what}"
 
 
-def beside_from(data: dict[str, Any]) -> ReferenceCell:
+def reference_cell_from(data: dict[str, Any]) -> ReferenceCell:
+    """Return the cell whose fields, as JSON, are `data`."""
     return ReferenceCell(**{**data, "model": Model(**data["model"])})
 
 
-def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[ReferenceCell]:
-    """The measurements that a preset of shapes asks for with `beside`; none in virtual time. Raises Refused."""
+def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[ReferenceCell]:
+    """Yield the measurements that a preset asks for with `beside`; none in virtual time. Raises Refused."""
     asked = data.get("beside", [])
     if strangers := set(asked) - set(KINDS):
         raise Refused(f"Nothing beside shapes is called {(word := sorted(strangers)[0])!r}; {offer(word, KINDS)}.")
     if link == "virtual":
         return
-    for told in data["models"]:
-        given = {**data, **told}
+    for row in data["models"]:
+        given = {**data, **row}
         for what in asked:
             yield ReferenceCell(
-                model=models[told["name"]],
+                model=models[row["name"]],
                 what=KINDS[what],
                 link=link,
                 memory=data.get("beside_memory", "16GiB"),

@@ -21,7 +21,7 @@ from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, 
 @pytest.fixture(scope="module")
 def shapes():
     """Two real layers of OLMoE-1B-7B: copies of 12.6 MB, so that time is loading."""
-    return [replace(shape, layers=2, repeats=1) for shape in read_preset("shapes").only("olmoe-1b-7b native").shapes]
+    return [replace(shape, layers=2, repeats=1) for shape in read_preset("shapes").only("olmoe-1b-7b native").synthetic]
 
 
 def test_time_per_token_is_predicted_from_what_was_calibrated(shapes, tmp_path):
