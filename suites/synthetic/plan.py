@@ -1,4 +1,4 @@
-"""What synthetic and reference cells will take, and why they cannot start here.
+"""The cost of synthetic and reference cells, and why they cannot start here.
 
 Arithmetic from published sizes; no torch until a GPU is asked for.
 """
