@@ -26,7 +26,7 @@ VIRTUAL = "cpu+virtual"
 SCOPES = {None: VIRTUAL, "virtual": VIRTUAL, "paced": "cpu+paced", "cuda": "gpu+pcie"}  # by the link of a cell
 FIRST = b'{\n "sha256": "%s",\n'  # of the bytes after it; how every JSON file of a run begins
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
-LATEST_TRIAL = Path("runs/latest-trial")  # and that of the last comparison of two sides
+LATEST_TRIAL = Path("runs/latest-trial")  # and that of the last comparison of two variants
 TRIAL = "trial.json"
 TRIAL_FORMAT = 1
 FEWEST_PROCESSES = 3  # a side; an interval of two is none
@@ -34,17 +34,17 @@ FEWEST_PROCESSES = 3  # a side; an interval of two is none
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the files of a run lie; every name is the id of what is in it."""
+    """The folder of a run, and the paths of its files, which are named by the id of their content."""
 
     path: Path
 
     @property
     def plan(self) -> Path:
-        """What was planned: the cells a report expects."""
+        """Return the file of the plan: the cells that a report expects."""
         return self.path / "run.json"
 
     def answers(self, generation: str) -> Path:
-        """Text and scores of a live run; written last, so that it proves the live run done."""
+        """Return the file of a live run's text and scores; written last, so that it proves the live run done."""
         return self.path / "generations" / f"{generation}.json"
 
     def trace(self, generation: str) -> Path:
@@ -54,12 +54,12 @@ class RunFolder:
         return self.path / "records" / f"{cell}.json"
 
     def calibration(self, settings: str) -> Path:
-        """What was measured of the machine, under settings with that hash."""
+        """Return the file of what was measured of the machine, under settings with that hash."""
         return self.path / "calibration" / f"{settings}.json"
 
-    def failure(self, job: str) -> Path:
-        """Why a job left nothing behind."""
-        return self.path / "failures" / f"{job}.json"
+    def failure(self, piece: str) -> Path:
+        """Return the file that says why a piece of work left nothing behind."""
+        return self.path / "failures" / f"{piece}.json"
 
     def log(self, job: str) -> Path:
         return self.path / "logs" / f"{job}.log"
@@ -67,7 +67,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of one live run or one cell; `error` is why it left nothing behind, `log_tail` how its log ended."""
+    """The end of one live run or one cell; `error` is why it left nothing behind, `log_tail` how its log ended."""
 
     id: str
     label: str
@@ -148,7 +148,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def sound(path: Path) -> bool:
-    """Whether the file is there and has the bytes that were written."""
+    """Return whether the file is there and has the bytes that were written."""
     try:
         _checked(path)
     except (OSError, ValueError):
@@ -166,7 +166,7 @@ def intact_zip(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises ValueError if a byte of it has changed."""
+    """Read what `write_json` wrote. Raises ValueError if a byte of it has changed."""
     data = json.loads(_checked(path))
     del data["sha256"]
     return data

@@ -70,7 +70,7 @@ def test_device_map_offload_moves_weights_through_accelerates_hooks_and_computes
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("implementation", reference.STOCK)
+@pytest.mark.parametrize("implementation", reference.IMPLEMENTATIONS)
 def test_the_engine_is_timed_against_the_stock_model_that_computes_the_same(implementation):
     one = made()
     cost = reference.engine_cost(one, implementation, blocks=4)

@@ -156,9 +156,9 @@ def sums(model: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
-    """Prefill, then decode `ids` (1, PROMPT + steps) whatever the model would rather write, on the wall clock.
+    """Time prefill and decode of `ids` (1, PROMPT + steps), whatever the model itself would write, on the wall clock.
 
-    Returns the time and what the strategy counted in the meantime, and the token the model would have written at
+    Return the time and what the strategy counted in the meantime, and the token the model would have written at
     each step.
     """
     cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values

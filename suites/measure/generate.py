@@ -1,4 +1,4 @@
-"""The live half of a cell: a model answers its items under one gating, scored by lm-eval, routing recorded."""
+"""Live runs: a model answers items of a task under one gating, scored by lm-eval; its routing is recorded."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ ROUTED_ITEMS = 50  # test items of each task whose routing is counted
 
 @torch.inference_mode()
 def expert_use(folder: Path) -> list[tuple[float, int, int]]:
-    """By MoE layer: entropy of expert use over its greatest possible value, experts used, experts there are.
+    """Return, by MoE layer, the entropy of expert use over its greatest value, how many experts are used, and all.
 
     Counted over the tokens of test prompts and their worked answers, read and not generated.
     """
@@ -57,7 +57,7 @@ def expert_use(folder: Path) -> list[tuple[float, int, int]]:
 
 
 def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
-    """A row for each task and strategy shown: items, right answers, their Wilson interval, whole answers right."""
+    """Yield a row for each task and strategy shown: items, score, its Wilson interval, and share of whole answers."""
     records = [load(path) for path in sorted((RunFolder(run).path / "records").glob("*.json"))]
     for task in SHIPPED:
         worked = [item["worked"].strip() for item in shipped(task)]
@@ -80,7 +80,7 @@ def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
 
 
 def _shown(record: Record, model: str, task: str, strategy: str) -> bool:
-    """Whether a record is the task's answers under the strategy: of all items, no point of a sweep, no control."""
+    """Return whether a record is the strategy's answers of all items, and neither a point of a sweep nor a control."""
     named = (record.model, record.task, record.strategy) == (model, task, strategy)
     return named and record.budget in ("smallest", "all") and not (record.config["swept"] or record.config["control"])
 

@@ -1,4 +1,4 @@
-"""From a preset to its cells, each named by a hash of everything that could change its result."""
+"""Presets, read into cells, each named by a hash of everything that could change its result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from suites.tasks.files import items_of, locate
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
-OVERRIDDEN = (  # a model's own, if it likes
+OVERRIDABLE = (  # keys of a preset that a model may have its own of
     "strategies",
     "budgets",
     "gammas",
@@ -90,9 +90,9 @@ class Generation:
 
     @property
     def docs(self) -> list[int]:
-        """A seeded random subset of the task's items, ascending; more items hold those of fewer."""
-        there_are = items_of(self.task, self.folder)
-        return sorted(Random(self.seed).sample(range(there_are), there_are)[: self.items])
+        """Return a seeded random subset of the task's items, ascending; a larger one has the items of a smaller."""
+        available = items_of(self.task, self.folder)
+        return sorted(Random(self.seed).sample(range(available), available)[: self.items])
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Cell:
 
     @property
     def docs(self) -> list[int]:
-        """The items that are timed, ascending: those that a live run of so few would have been asked.
+        """Return the items that are timed, ascending: those that a live run of so few would have been asked.
 
         A seeded random part, since a file's first items need not be like its others (real tasks are in no random
         order), and one that other small cells of the same seed share, so that more pairs can be formed.
@@ -125,7 +125,7 @@ class Cell:
 
     @property
     def scope(self) -> str:
-        """Whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
+        """Return whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
         return SCOPES[self.link]
 
     @property
@@ -146,7 +146,7 @@ class Cell:
 
     @property
     def shared(self) -> tuple:
-        """The trace that is replayed; or a model attached in one way, whatever the task."""
+        """Return which trace is replayed; or how the model is attached, whatever the task."""
         if self.link is None:
             return (self.generation.id,)
         one = self.generation
@@ -191,22 +191,22 @@ class Preset:
 
     @property
     def scored(self) -> list[Cell]:
-        """The cells whose answers are scored."""
+        """Return the cells whose answers are scored."""
         return [cell for cell in self.cells if isinstance(cell, Cell)]
 
     @property
     def replayed(self) -> list[Cell]:
-        """Of them, those that are timed by replaying a live run."""
+        """Return the scored cells that are timed by replaying a live run."""
         return [cell for cell in self.scored if cell.link is None]
 
     @property
     def generations(self) -> list[Generation]:
-        """The live runs that replayed cells need, each once, in order."""
+        """Return the live runs that replayed cells need, each once, in order."""
         return list(dict.fromkeys(cell.generation for cell in self.replayed))
 
     @property
     def live(self) -> list[Cell]:
-        """Of them, those that are timed live."""
+        """Return the scored cells that are timed live."""
         return [cell for cell in self.scored if cell.link is not None]
 
     @property
@@ -220,27 +220,28 @@ class Preset:
         return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
 
     def only(self, pattern: str | None) -> Preset:
-        """The cells whose label holds the pattern (with * and ? as in file names). Raises Refused where none does."""
+        """Return the preset with the cells whose label holds the pattern (with * and ? as in file names).
+
+        Raises Refused where none does.
+        """
         chosen = self.cells if pattern is None else tuple(c for c in self.cells if fnmatch(c.label, f"*{pattern}*"))
         if not chosen:
             raise Refused(f"No cell of {self.name} is called {pattern!r}; one is called {self.cells[0].label!r}.")
         return replace(self, cells=chosen)
 
 
-_MADE = "makes its models itself; leave --model out"
-_SAYS = "says itself how it is timed; leave --link out"
-
-
 def presets() -> list[str]:
+    """Return the names of the shipped presets."""
     return sorted(path.stem for path in (HERE / "presets").glob("*.toml"))
 
 
 def read_preset(
     name: str, folder: Path | None = None, folders: Mapping[str, Path] = MappingProxyType({}), link: str | None = None
 ) -> Preset:
-    """The preset of that name, or at that path, with real tasks' files from `folder` and models from `folders`.
+    """Read the preset of that name, or at that path; published tasks' files are in `folder`, models in `folders`.
 
-    `link` is another for a preset of shapes. Raises Refused for one that is unknown or asks for unknown things.
+    `link` is another than its own for a preset of synthetic cells. Raises Refused for a preset that is unknown or asks
+    for unknown things.
     """
     path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
     if not path.is_file():
@@ -249,8 +250,10 @@ def read_preset(
         data = tomllib.loads(path.read_text())
         if "runs" in data and not folders:
             return Preset(path.stem, data["minutes"], tuple(synthetic_cells_of(data, link)))
-        if "runs" in data or link is not None:
-            raise Refused(f"Preset {path.stem} {_MADE if 'runs' in data else _SAYS}.")
+        if "runs" in data:
+            raise Refused(f"Preset {path.stem} makes its models itself; leave --model out.")
+        if link is not None:
+            raise Refused(f"Preset {path.stem} says itself how it is timed; leave --link out.")
         return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
     except Refused:
         raise
@@ -261,24 +264,25 @@ def read_preset(
 
 
 def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> list[Cell]:
+    """Return the cells of a preset whose answers are scored. Raises Refused, KeyError, TypeError."""
     tasks = expand(data["tasks"])
-    there_are = {task: items_of(task, folder) for task in tasks}
-    most = max(there_are.values(), default=max(task.items for task in TASKS.values()))
+    available = {task: items_of(task, folder) for task in tasks}
+    most = max(available.values(), default=max(task.items for task in TASKS.values()))
     for count in ("items", "swept_items", "timed_items"):
         if not 1 <= data.get(count, most) <= most:
             raise Refused(f"{count} must be between 1 and {most}, not {data[count]}.")
-    models = {model["name"]: _at(Model(**_own(model)), folders) for model in data["models"]}
+    models = {model["name"]: _placed(Model(**_model_fields(model)), folders) for model in data["models"]}
     if strangers := set(folders) - set(models):
         raise Refused(f"The preset has no model {sorted(strangers)[0]}; it has: {', '.join(models)}.")
     link = data.get("link")
     if link not in SCOPES:
         raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
-    at_most = {task: min(data.get("task_items", {}).get(asked, most), there_are[task]) for task, asked in tasks.items()}
-    lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in PUBLISHED}
+    at_most = {task: min(data.get("task_items", {}).get(asked, most), available[task]) for task, asked in tasks.items()}
+    task_folders = {task: str(folder.absolute()) for task in tasks if folder is not None and task in PUBLISHED}
     cells = [
         cell
         for model in data["models"]
-        for cell in _cells_of(models[model["name"]], {**data, **model}, link, at_most, lies_in)
+        for cell in _cells_of(models[model["name"]], {**data, **model}, link, at_most, task_folders)
     ]
     if not cells:
         raise Refused(
@@ -287,8 +291,8 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
     return cells
 
 
-def _at(model: Model, folders: Mapping[str, Path]) -> Model:
-    """The model, taken from a folder where one is given for it; a checkpoint with our recipe is never called real."""
+def _placed(model: Model, folders: Mapping[str, Path]) -> Model:
+    """Return the model with the folder that is given for it, if any; one with our recipe is never called real."""
     if model.name not in folders:
         return model
     folder = folders[model.name].absolute()
@@ -296,17 +300,17 @@ def _at(model: Model, folders: Mapping[str, Path]) -> Model:
     return replace(model, path=str(folder), hub=None, revision=None, weights=weights)
 
 
-def _own(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's own fields, without what it overrides of the preset."""
-    return {name: value for name, value in model.items() if name not in OVERRIDDEN}
+def _model_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model in a preset, without what it overrides of the preset."""
+    return {name: value for name, value in model.items() if name not in OVERRIDABLE}
 
 
 def _cells_of(
-    model: Model, data: dict[str, Any], link: str | None, at_most: dict[str, int], lies_in: dict[str, str]
+    model: Model, data: dict[str, Any], link: str | None, at_most: dict[str, int], task_folders: dict[str, str]
 ) -> Iterator[Cell]:
-    """The cells of one model; `data` is the preset with what this model overrides of it.
+    """Yield the cells of one model; `data` is the preset with what this model overrides of it.
 
-    By task, `at_most` is the most items that may be asked, and `lies_in` the folder of those that have one.
+    By task, `at_most` is the most items that may be asked, and `task_folders` the folder of those that have one.
     """
     if model.geometry not in GEOMETRIES:
         raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
@@ -317,7 +321,7 @@ def _cells_of(
     model_hash(model)
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
-    own = [strategy.gamma for strategy in chosen]
+    gammas = [strategy.gamma for strategy in chosen]
     fewer = data.get("fewer_items", {})
     if strangers := set(fewer) - {strategy.name for strategy in chosen}:
         raise Refused(f"fewer_items names {sorted(strangers)[0]!r}, which is not among the strategies of {model.name}.")
@@ -328,11 +332,11 @@ def _cells_of(
         for strategy in chosen
         for budget in _budgets(strategy, data["budgets"])
     ]
-    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
+    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in gammas]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
     for seed, task, card in product(data["seeds"], at_most, cards):
-        generation = partial(Generation, model, task, seed=seed, data=lies_in.get(task), hardware=card)
+        generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card)
         for strategy, budget, swept, count in runs:
             # All that was answered is timed once for each way to answer; else, and where full K's answers are given
             # again, a part of it. What needs a live run of its own to give them again is asked no more than that part.
@@ -347,11 +351,12 @@ def _cells_of(
 
 
 def _card(name: str, link: str | None) -> str:
-    """A profile's name, or its file, found from anywhere. Over a real link "auto" stays: the card that is there."""
+    """Return a profile's name, or its file's absolute path. Over a real link "auto" stays: the card that is there."""
     if name.endswith(".json"):
         return str(Path(name).absolute())
     return name if name == "auto" and link == "cuda" else profile(name).name
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
+    """Return the budgets that differ for a strategy: to one that keeps every expert, memory is no question."""
     return ["all"] if strategy.retain == "everything" else budgets

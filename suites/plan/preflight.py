@@ -1,5 +1,6 @@
-"""What a preset will take, before it starts, and why it cannot start here. Arithmetic from published sizes; no torch
-until a GPU is asked for.
+"""The cost of a preset, before it starts, and why it cannot start here.
+
+Arithmetic from published sizes; no torch until a GPU is asked for.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ HUB_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Takes:
-    """What one model takes: bytes to download (0 from a folder), to hold on the host, and on the GPU at least.
+class Cost:
+    """The cost of one model: bytes to download (0 from a folder), to hold on the host, and on the GPU at least.
 
     `seconds` is an estimate: every expert copied on demand at the profile's bandwidth, nothing cached, no compute.
     """
@@ -41,16 +42,16 @@ class Takes:
     seconds: float
 
 
-def takes(preset: Preset) -> list[Takes]:
-    """By model with cells that are timed live, in order."""
+def costs(preset: Preset) -> list[Cost]:
+    """Return the cost of each model with cells that are timed live, in order."""
     models = dict.fromkeys(cell.generation.model for cell in preset.live)
-    return [_takes(model, [cell for cell in preset.live if cell.generation.model == model]) for model in models]
+    return [_cost(model, [cell for cell in preset.live if cell.generation.model == model]) for model in models]
 
 
-def _takes(model: Model, cells: Sequence[Cell]) -> Takes:
+def _cost(model: Model, cells: Sequence[Cell]) -> Cost:
     geometry = GEOMETRIES[model.geometry]
     store = geometry.total_experts * geometry.expert_nbytes
-    return Takes(
+    return Cost(
         model=model,
         download_nbytes=0 if model.hub is None else store + geometry.resident_nbytes,
         host_nbytes=store,
@@ -60,7 +61,7 @@ def _takes(model: Model, cells: Sequence[Cell]) -> Takes:
 
 
 def _gpu_nbytes(geometry: Geometry, cell: Cell) -> int:
-    """Device memory of a cell: its budget, or what its slots take with everything beside them."""
+    """Return the device memory of a cell: its budget, or the bytes of its slots and of everything beside them."""
     if is_memory(cell.budget):
         return parse_nbytes(cell.budget)
     strategy = resolve(cell.strategy, cell.gamma)
@@ -68,15 +69,15 @@ def _gpu_nbytes(geometry: Geometry, cell: Cell) -> int:
 
 
 def seconds_an_answer(geometry: Geometry, cell: Cell) -> float:
-    """One prefill, which streams every expert once, and `ANSWER_TOKENS` tokens at the on-demand ceiling."""
+    """Estimate one prefill, which streams every expert once, and `ANSWER_TOKENS` tokens at the on-demand ceiling."""
     rate = profile(cell.hardware).link_gb_per_s
     prefill = geometry.total_experts * geometry.expert_nbytes / (rate * GB)
     return prefill + ANSWER_TOKENS / geometry.on_demand_ceiling(rate)
 
 
 def describe(preset: Preset) -> list[str]:
-    """Lines for the plan of a preset that is timed live; none for another."""
-    needed = takes(preset)
+    """Return lines for the plan of a preset that is timed live; none for another."""
+    needed = costs(preset)
     lines = [
         f"{one.model.name}: download {one.download_nbytes / GB:.0f} GB, host memory {one.host_nbytes / GIB:.0f} GiB "
         f"for the experts, GPU memory {one.gpu_nbytes / GIB:.1f} GiB, about {one.seconds / 3600:.1f} hours"
@@ -117,7 +118,7 @@ def answer(preset: Preset) -> str:
 
 
 def check(preset: Preset, *, run_generated_code: bool) -> None:
-    """Raises Refused, in one sentence, for the first thing that this machine or this command line lacks."""
+    """Raise Refused, in one sentence, for the first thing that this machine or this command line lacks."""
     judged = [cell.generation for cell in preset.scored if _runs_foreign_code(cell.generation)]
     if judged and not run_generated_code:
         raise Refused(
@@ -125,7 +126,7 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
             "not attackers; pass --run-generated-code to allow it, or take the task out of the preset."
         )
     if any(cell.link == "cuda" for cell in preset.live):
-        needed = takes(preset)
+        needed = costs(preset)
         _check_gpu(preset, max(needed, key=lambda one: one.gpu_nbytes))
         _check_host(max(needed, key=lambda one: one.host_nbytes))
         _check_disk(needed)
@@ -138,7 +139,7 @@ def _runs_foreign_code(generation: Generation) -> bool:
     return TASKS[generation.task].runs_code and not ours
 
 
-def _check_gpu(preset: Preset, most: Takes) -> None:
+def _check_gpu(preset: Preset, most: Cost) -> None:
     import torch
 
     if not torch.cuda.is_available():
@@ -154,7 +155,7 @@ def _check_gpu(preset: Preset, most: Takes) -> None:
         )
 
 
-def _check_host(most: Takes) -> None:
+def _check_host(most: Cost) -> None:
     usable = host().usable_nbytes
     if usable is not None and usable < most.host_nbytes:
         raise Refused(
@@ -163,7 +164,7 @@ def _check_host(most: Takes) -> None:
         )
 
 
-def _check_disk(needed: Sequence[Takes]) -> None:
+def _check_disk(needed: Sequence[Cost]) -> None:
     missing = sum(one.download_nbytes for one in needed if not _cached(one.model))
     shortage = disk_shortage(missing, shutil.disk_usage(cache_folder()).free)
     if shortage is not None:
@@ -175,7 +176,7 @@ def _cached(model: Model) -> bool:
 
 
 def _check_hub(preset: Preset) -> None:
-    """Everything that comes from the hub can be reached or is in the cache."""
+    """Raise Refused for a model or task that is neither in the cache nor to be reached on the hub."""
     api = HfApi()
     for model in dict.fromkeys(cell.generation.model for cell in preset.scored):
         if model.hub is not None and not _cached(model):

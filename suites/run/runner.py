@@ -1,4 +1,4 @@
-"""Runs a preset: what is done is kept, each job is a child process, a failure stops nothing else."""
+"""The runner of a preset: finished work is kept, each job is a process of its own, and a failure stops nothing else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class DiskFull(RuntimeError):
 
 
 class PerMinute(ProgressColumn):
-    """How many are done a minute, over the last ten."""
+    """A column of the progress bar: pieces of work done a minute, over the last ten minutes."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed * 60:.0f}/min")

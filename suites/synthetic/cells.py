@@ -68,7 +68,7 @@ class SyntheticCell:
 
     @property
     def shared(self) -> tuple:
-        """The model that is made."""
+        """Return which model is made."""
         return self.model.name, self.layers or 0, self.shrink, self.link
 
     def needs(self, run: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""The four real geometries with synthetic weights: stock Transformers classes, experts made where they are kept.
+"""Synthetic models: the four real geometries in stock Transformers classes, with weights that mean nothing.
 
 No checkpoint is read. Dense weights are Transformers' own initialisation, on the device. Experts are made directly in
 the host store, at the speed of a copy, and never lie on the device. Routers are rows of the identity and the head
@@ -50,7 +50,7 @@ WIDTHS = (  # what a shrunk configuration has less of; heads keep their number
 
 
 def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
-    """The real model's configuration, with so many MoE layers (None: all of them).
+    """Return the real model's configuration, with so many MoE layers (None: all of them).
 
     `shrink` divides every width, for tests: the same layers, experts and top-k, and the same code. Raises Refused for
     an unknown geometry, or more layers than it has.
@@ -73,7 +73,7 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
 
 
 def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-    """The largest number of MoE layers whose experts fit the host memory that is free now.
+    """Return the largest number of MoE layers whose experts fit the host memory that is free now.
 
     Raises Refused where not one does.
     """
@@ -124,7 +124,7 @@ class Synthetic:
         kernel: str = "auto",
         poison: bool = False,
     ) -> Iterator[Engine]:
-        """The model served by an engine inside the block, by attach's own path; keywords are attach's.
+        """Serve the model by an engine inside the block, attached as `mobile.attach` does it, with its keywords.
 
         Afterwards the experts are still in the store: they are never given back to the modules. Raises Refused for
         whatever attach refuses, or if the device has no room for the slots.
@@ -200,6 +200,7 @@ def make(
 
 
 def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
+    """Return the model on the meta device, its MoE layers, and the layout of their experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = compat.moe_layers(model)
@@ -207,7 +208,7 @@ def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer],
 
 
 def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Everything but the experts, on the device, initialised by Transformers; experts are empty placeholders."""
+    """Return the model on the device, initialised by Transformers; its experts are empty placeholders."""
     model, layers, _ = _empty(config, dtype)
     for layer in layers:
         for name in compat.weight_names(layer.experts):
@@ -226,7 +227,7 @@ def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def _fill(store: HostStore) -> None:
-    """One random row; every other expert's is the same, turned around by a number of elements of its own."""
+    """Fill the store with one random row, rotated for each expert by a number of elements of its own."""
     base = torch.empty(store.layout.numel, dtype=store.layout.dtype).normal_(0, 0.02)
     for layer, rows in enumerate(store.rows):
         for expert, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The same synthetic models as plain Transformers runs them: resident, offloaded by `device_map`, and against ours.
+"""Reference cells, timed: the synthetic models as plain Transformers runs them, resident or offloaded, and the engine.
 
 Timing is on the wall clock, with the device idle before and after what is timed.
 """
@@ -29,7 +29,7 @@ from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, FEW_LAYERS
 from suites.telemetry import watched
 
 GIB = 2**30
-STOCK = ("eager", "grouped_mm")  # how Transformers computes experts: one by one, which is our kernel, and grouped
+IMPLEMENTATIONS = ("eager", "grouped_mm")  # of Transformers' experts: one by one, as our kernel does, and grouped
 BLOCKS = 40  # of four steps each: stock, ours, ours, stock
 
 
@@ -61,7 +61,7 @@ def measure(cell: ReferenceCell, loaded: None, run: RunFolder) -> None:
 
 
 def record(cell: ReferenceCell) -> Record:
-    """Measure it. What cannot be done on this machine is a record that says why, with nothing measured."""
+    """Measure the cell and return its record; one that this machine cannot do has no items and says why."""
     begun = time.monotonic()
     device = torch.device("cuda" if cell.link == "cuda" else "cpu")
     if device.type == "cpu":
@@ -77,7 +77,7 @@ def record(cell: ReferenceCell) -> Record:
                 made = models.make(
                     cell.model.geometry, layers=layers, shrink=cell.shrink, device=device, seed=cell.seed
                 )
-                found["engine"] = [asdict(engine_cost(made, stock)) for stock in STOCK]
+                found["engine"] = [asdict(engine_cost(made, each)) for each in IMPLEMENTATIONS]
             else:
                 made = models.make(
                     cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device="cpu", seed=cell.seed
@@ -132,11 +132,11 @@ def record(cell: ReferenceCell) -> Record:
 
 
 def plain(made: Synthetic) -> Any:
-    """The stock model in host memory, its experts its own; the store is emptied layer by layer on the way."""
+    """Give the experts back to the model, in host memory, and return it; the store is emptied layer by layer."""
     for number, layer in enumerate(made.layers):
         for name, view in made.store.views(number).items():
-            own = view.clone(memory_format=torch.contiguous_format)
-            setattr(layer.experts, name, nn.Parameter(own, requires_grad=False))
+            weight = view.clone(memory_format=torch.contiguous_format)
+            setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
         made.store.rows[number] = made.store.rows[number].new_empty(0)
         made.store.views(number).clear()
     return made.model
@@ -175,7 +175,7 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
 
 @torch.no_grad()
 def timed(model: Any, device: torch.device, cell: ReferenceCell) -> tuple[int, int]:
-    """Nanoseconds of prefill and of the decode steps, after one step that is not counted."""
+    """Return the nanoseconds of prefill and of the decode steps, after one step that is not counted."""
     vocabulary = model.config.vocab_size
     tokens = (torch.arange(cell.prompt_tokens + cell.decode_tokens + 1) % vocabulary).to(device)[None]
     idle(device)
@@ -214,14 +214,14 @@ def _item(number: int, cell: ReferenceCell, prefill_ns: int, decode_ns: int) -> 
 # --- the engine against it --------------------------------------------------------------------------
 
 
-def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost:
-    """Decode steps of the model served by the engine and of its stock copy in turn, with everything on the device."""
+def engine_cost(made: Synthetic, implementation: str, blocks: int = BLOCKS) -> EngineCost:
+    """Time decode steps of the model under the engine and of a plain copy in turn, with everything on the device."""
     theirs = copy.deepcopy(made.model)
     for number, layer in enumerate(compat.moe_layers(theirs)):
         for name, view in made.store.views(number).items():
             weight = view.to(made.device, copy=True).contiguous()
             setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
-    theirs.set_experts_implementation(stock)
+    theirs.set_experts_implementation(implementation)
     with made.attached(
         EVERYTHING, slots=made.geometry.total_experts, link="cuda" if made.device.type == "cuda" else "paced"
     ):
@@ -237,7 +237,7 @@ def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost
     beyond = [(ours - theirs) / layers for ours, theirs in zip(found["ours"], found["stock"], strict=True)]
     low, middle, high = statistics.quantiles(beyond, n=4)
     return EngineCost(
-        stock=stock,
+        stock=implementation,
         layers=layers,
         blocks=blocks,
         stock_seconds=statistics.median(found["stock"]),
@@ -249,7 +249,7 @@ def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost
 
 
 class _Steps:
-    """One decode step of a model, again and again at the same place of a sequence."""
+    """A decode step of a model, to be timed again and again at the same place of a sequence."""
 
     @torch.no_grad()
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -260,6 +260,7 @@ class _Steps:
 
     @torch.no_grad()
     def seconds(self) -> float:
+        """Run the step once and return what it took."""
         idle(self.device)
         begun = time.perf_counter()
         self.model(self.token, logits_to_keep=1, **self.going_on)

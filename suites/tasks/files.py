@@ -1,4 +1,4 @@
-"""Where the items of a task lie: shipped files, a folder of public ones, or the hub; how many, and from which bytes.
+"""The items of a task: shipped files, a folder of public ones, or the hub; how many there are, and from which bytes.
 
 A folder holds published tasks in the layout of the public files:
 
