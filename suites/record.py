@@ -136,7 +136,7 @@ class Record:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON that knows its own checksum. A killed process leaves the old file or the new one, half of neither."""
+    """Write JSON with its checksum. A killed process leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = json.dumps(data, indent=1, sort_keys=True).removeprefix("{\n").encode() + b"\n"
     partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # a name of its own: two may write the same record

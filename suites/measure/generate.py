@@ -33,6 +33,7 @@ def load(first: Generation, folder: RunFolder) -> None:
 
 def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
     """Answer, score, record, check, and write both files, the answers last."""
+    # 1. Load the model, with its routers shuffled for a control.
     begun = time.monotonic()
     torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     strategy = resolve(generation.strategy, generation.gamma)
@@ -44,6 +45,7 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
     native = geometry_of(model, layers, common_layout(layers))
     if generation.scrambled:
         scramble(layers, generation.seed)
+    # 2. Answer and score every item in batches, recording routing.
     mobile.attach(model, strategy, slots=strategy.min_slots(native))
     lm = EngineLM(model, tokenizer, BATCH)
     answers = evaluate(lm, generation.task, generation.docs, generation.folder)
@@ -54,8 +56,10 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
         fallback_spans(request, lm.written[answer.prompt_sha256], tokenizer, answer.output)
         for request, answer in zip(requests, answers, strict=True)
     ]
+    # 3. Check one item alone and against a replay.
     first = _Answered(prompts[0], requests[0], lm.written[answers[0].prompt_sha256])
     checks = dict(_checks(generation, native, model, tokenizer, first))
+    # 4. Write the trace, then the answers, which prove that it is there.
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {

@@ -66,7 +66,7 @@ class TokenClock:
 class TimedLM(EngineLM):
     """Answers alone and in the given order; keeps each answer's clock and what it added to the counters.
 
-    The first prompt is answered once before that, cold, which is kept apart in `warm_up`.
+    The first prompt is answered once before that, cold; `warm_up` is the clock of that answer.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -88,7 +88,7 @@ def train_tokenizer(rng: Random, recipe: dict[str, Any]) -> PreTrainedTokenizerF
 def batches(
     tokenizer: PreTrainedTokenizerFast, rng: Random, recipe: dict[str, Any], seen: TokensSeen
 ) -> Iterator[tuple]:
-    """Yield (ids, labels) without end, each (rows, length) int64: rows of like length, labels on worked answers only."""
+    """Yield (ids, labels) without end, each (rows, length) int64: rows of like length, labels of answers only."""
     items = training_items(rng, recipe)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     while True:

@@ -28,7 +28,7 @@ from suites.tasks.files import items_of, locate
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
-OVERRIDABLE = (  # keys of a preset that a model may have its own of
+OVERRIDABLE = (  # keys of a preset that a model may set for itself
     "strategies",
     "budgets",
     "gammas",
@@ -338,8 +338,8 @@ def _cells_of(
     for seed, task, card in product(data["seeds"], at_most, cards):
         generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card)
         for strategy, budget, swept, count in runs:
-            # All that was answered is timed once for each way to answer; else, and where full K's answers are given
-            # again, a part of it. What needs a live run of its own to give them again is asked no more than that part.
+            # Every item is timed once for each way to answer. A part of them is timed otherwise, and where a lossless
+            # strategy repeats full K's answers; one that needs a live run for that is asked no more than that part.
             name = ORACLE if strategy.routes_as_full_k else strategy.name
             whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
@@ -358,5 +358,5 @@ def _card(name: str, link: str | None) -> str:
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
-    """Return the budgets that differ for a strategy: to one that keeps every expert, memory is no question."""
+    """Return the budgets that make a difference: none does to a strategy that keeps every expert."""
     return ["all"] if strategy.retain == "everything" else budgets

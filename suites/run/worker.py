@@ -2,7 +2,7 @@
 
 It reads its job as a line of JSON on standard input and answers on standard output with a line of JSON for each piece
 done; all else that is printed goes to standard error. It ends when its standard input does: whoever started it is
-gone, and must not be survived by a process that writes into a run folder which another run may have taken over.
+gone, and no process of theirs may write into a run folder that another run may have taken over.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ class SyntheticCell:
     """One row of a result: so many repeats of a prompt and its decode steps, each with a script of its own.
 
     The script of a repeat follows from `routing`, `rate`, `seed` and the tokens alone, so every strategy plays the
-    same. `rate` is the share of decode steps that fall back, None where a recorded run says it (or nobody falls back).
-    `link_gb_per_s` is what the link is throttled to, None: as it is. `layers` are the MoE layers made, None: as many
-    as fit the host memory; `shrink` divides every width, for tests.
+    same. `rate` is the share of decode steps that fall back, None where a recorded run fixes it, or the strategy never
+    falls back. `link_gb_per_s` is what the link is throttled to, None: as it is. `layers` are the MoE layers made,
+    None: as many as fit the host memory; `shrink` divides every width, for tests.
     """
 
     model: Model
@@ -60,7 +60,7 @@ class SyntheticCell:
 
     @property
     def scope(self) -> str:
-        """Return whose time it takes: this machine's GPU's over its own or a throttled link, or a stand-in's."""
+        """Return whose time it takes: a GPU's over its link, throttled or not, a paced link's, or the virtual clock's."""
         return "gpu+throttled" if self.link == "cuda" and self.link_gb_per_s is not None else SCOPES[self.link]
 
     kind = "synthetic"
@@ -161,7 +161,7 @@ def _cells_of_run(
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
-    """Return the budgets that differ for a strategy: of no use is memory to one without a cache, or one with all."""
+    """Return the budgets that make a difference: none does to a strategy that caches nothing, or everything."""
     if strategy.retain == "everything":
         return ["all"]
     for budget in set(budgets) - {"smallest"}:

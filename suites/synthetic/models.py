@@ -195,8 +195,8 @@ def make(
     if torch.device(device).type == "cuda":
         page_lock(store.rows, torch.device(device), [])  # once, for every engine that is to serve them
     name = geometry if shrink == 1 else f"{geometry} shrunk {shrink} times"
-    own = replace(compat.geometry_of(empty, described, layout), name=name)
-    return Synthetic(model, empty, made, layout, store, own, GEOMETRIES[geometry].moe_layers)
+    sizes = replace(compat.geometry_of(empty, described, layout), name=name)
+    return Synthetic(model, empty, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
 
 
 def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:

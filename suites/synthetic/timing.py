@@ -141,6 +141,7 @@ def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = N
     made, strategy = loaded.made, resolve(cell.strategy, cell.gamma)
     card, scripts = profile(cell.hardware), scripts_for(cell, loaded)
     memory_nbytes = memory_of(cell, made.device)
+    # 1. Measure: a short script to warm up, then every script on the clock of the link.
     with made.attached(
         strategy,
         **memory_or_slots(cell, made, strategy, card, memory_nbytes),
@@ -154,6 +155,7 @@ def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = N
             played = [play(made, script) for script in scripts]
         wall_seconds = time.monotonic() - begun
         done = _record(cell, made, strategy, engine, scripts, played)
+    # 2. Predict the first repeats on the virtual clock, once the slots of the measurement are given back.
     asked_nbytes = parse_nbytes(cell.budget) if is_memory(cell.budget) else None
     more: dict[str, Any] = {"memory_nbytes": memory_nbytes, "memory_asked_nbytes": asked_nbytes}
     if here is not None:

@@ -87,9 +87,9 @@ def _sha256(path: Path) -> str:
 
 def remarks(tasks: list[str], folder: Path | None) -> list[str]:
     """Return what a reader of the plan must know of the data, a sentence each."""
-    said = []
+    found = []
     for task in tasks:
         files = locate(task, folder) if task in PUBLISHED else {}
         if files.get("train", Path()).name.startswith("train_head"):
-            said.append(f"{task}: shots are drawn from {files['train'].name}, so they differ from those of the hub")
-    return said
+            found.append(f"{task}: shots are drawn from {files['train'].name}, so they differ from those of the hub")
+    return found

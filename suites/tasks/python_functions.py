@@ -131,8 +131,8 @@ def _described(stages: list[tuple[Stage, int | None]], name: str, rng: Random) -
         for stage, k in stages:
             text = rng.choice(stage.phrases).format(it=text, k=k)
         return f"Return {text}."
-    told = [rng.choice(stage.orders).format(k=k) for stage, k in stages]
-    text = ", then ".join(told)
+    orders = [rng.choice(stage.orders).format(k=k) for stage, k in stages]
+    text = ", then ".join(orders)
     return f"From {name}, {text}."
 
 
