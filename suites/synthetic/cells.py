@@ -60,7 +60,7 @@ class SyntheticCell:
 
     @property
     def scope(self) -> str:
-        """Return whose time it takes: a GPU's over its link, throttled or not, a paced link's, or the virtual clock's."""
+        """Return whose time it takes: a GPU's, its link throttled or not, a paced link's, or the virtual clock's."""
         return "gpu+throttled" if self.link == "cuda" and self.link_gb_per_s is not None else SCOPES[self.link]
 
     kind = "synthetic"
