@@ -52,7 +52,7 @@ def repository(tmp_path_factory) -> Path:
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message=fast")
-    with (folder / "mobile" / "decoding.py").open("a") as file:
+    with (folder / "mobile" / "runtime" / "decoding.py").open("a") as file:
         file.write(NAPS)
     git(folder, "commit", "--quiet", "--all", "--message=slow")
     return folder
