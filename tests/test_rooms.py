@@ -19,7 +19,15 @@ def test_rooms_import_in_one_direction_and_in_no_circle():
 
 
 @pytest.mark.parametrize(
-    "module", ["mobile", "mobile.replay.trace", "suites.budget", "suites.plan.cells", "reports.pages.content"]
+    "module",
+    [
+        "mobile",
+        "mobile.replay.trace",
+        "suites.budget",
+        "suites.plan.cells",
+        "suites.run.worker",
+        "reports.pages.content",
+    ],
 )
 def test_budgets_replays_and_reports_need_no_torch(module):
     code = f"import {module}, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
