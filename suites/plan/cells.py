@@ -272,8 +272,8 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
         if not 1 <= data.get(count, most) <= most:
             raise Refused(f"{count} must be between 1 and {most}, not {data[count]}.")
     models = {model["name"]: _placed(Model(**_model_fields(model)), folders) for model in data["models"]}
-    if strangers := set(folders) - set(models):
-        raise Refused(f"The preset has no model {sorted(strangers)[0]}; it has: {', '.join(models)}.")
+    if unknown := set(folders) - set(models):
+        raise Refused(f"The preset has no model {sorted(unknown)[0]}; it has: {', '.join(models)}.")
     link = data.get("link")
     if link not in SCOPES:
         raise Refused(f"Link {link!r} is not available; choose cuda, virtual or paced, or leave it out to replay.")
@@ -323,8 +323,8 @@ def _cells_of(
     chosen = [resolve(name) for name in data["strategies"]]
     gammas = [strategy.gamma for strategy in chosen]
     fewer = data.get("fewer_items", {})
-    if strangers := set(fewer) - {strategy.name for strategy in chosen}:
-        raise Refused(f"fewer_items names {sorted(strangers)[0]!r}, which is not among the strategies of {model.name}.")
+    if unknown := set(fewer) - {strategy.name for strategy in chosen}:
+        raise Refused(f"fewer_items names {sorted(unknown)[0]!r}, which is not among the strategies of {model.name}.")
     if min((items, *fewer.values())) < 1:
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
     runs = [

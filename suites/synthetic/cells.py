@@ -118,8 +118,8 @@ def synthetic_cells_of(data: dict[str, Any], link: str | None) -> Iterator[Synth
     models: dict[str, Model] = {}
     for row in data["models"]:
         model = Model(**{name: value for name, value in row.items() if name in known}, weights="synthetic")
-        if strangers := set(row) - known - {"budgets", "layers", "shrink"}:
-            raise Refused(f"Model {model.name} has an unknown field {sorted(strangers)[0]!r}.")
+        if unknown := set(row) - known - {"budgets", "layers", "shrink"}:
+            raise Refused(f"Model {model.name} has an unknown field {sorted(unknown)[0]!r}.")
         if model.geometry not in GEOMETRIES:
             raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
         model_hash(model)

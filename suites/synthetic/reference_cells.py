@@ -16,13 +16,13 @@ from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versio
 from suites.record import SCOPES, RunFolder, sound
 
 ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
-KINDS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
+MEASUREMENTS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
 FEW_LAYERS = 4  # that tell what one costs; two copies of them lie on the device
 
 
 @dataclass(frozen=True)
 class ReferenceCell:
-    """One measurement of a geometry to hold its synthetic cells against; `what` is one of KINDS' values.
+    """One measurement of a geometry to hold its synthetic cells against; `what` is one of MEASUREMENTS' values.
 
     `memory` is what `device_map` may fill of the device. Nothing is scripted: weights and routing are random.
     """
@@ -84,8 +84,9 @@ def reference_cell_from(data: dict[str, Any]) -> ReferenceCell:
 def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[ReferenceCell]:
     """Yield the measurements that a preset asks for with `beside`; none in virtual time. Raises Refused."""
     asked = data.get("beside", [])
-    if strangers := set(asked) - set(KINDS):
-        raise Refused(f"Nothing beside shapes is called {(word := sorted(strangers)[0])!r}; {offer(word, KINDS)}.")
+    if unknown := set(asked) - set(MEASUREMENTS):
+        first = sorted(unknown)[0]
+        raise Refused(f"Nothing beside shapes is called {first!r}; {offer(first, MEASUREMENTS)}.")
     if link == "virtual":
         return
     for row in data["models"]:
@@ -93,7 +94,7 @@ def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str
         for what in asked:
             yield ReferenceCell(
                 model=models[row["name"]],
-                what=KINDS[what],
+                what=MEASUREMENTS[what],
                 link=link,
                 memory=data.get("beside_memory", "16GiB"),
                 prompt_tokens=data["prompt_tokens"],
