@@ -77,7 +77,7 @@ def parser() -> Parser:
 
 
 def folders(given: list[str]) -> dict[str, Path]:
-    """By model, its folder. Raises Refused for what is not NAME=FOLDER."""
+    """Return the folder of each model. Raises Refused for a text that is not NAME=FOLDER."""
     pairs = {name: Path(folder) for name, _, folder in (text.partition("=") for text in given)}
     for name, folder in pairs.items():
         if not (folder / "config.json").is_file():
@@ -98,8 +98,8 @@ def main() -> int:
             console.print(answer(chosen), describe(chosen, run), sep="\n", highlight=False, markup=False)
             return 0
         console.print(describe(chosen, run), highlight=False)
-        if chosen.shapes:
-            for remark in plan.check(chosen.name, chosen.shapes):
+        if chosen.synthetic:
+            for remark in plan.check(chosen.name, chosen.synthetic):
                 console.print(remark, highlight=False)
         if chosen.scored:
             check(chosen, run_generated_code=options.run_generated_code)

@@ -14,26 +14,27 @@ SHOWN_SHARE = 0.95  # a card sold with 16 GB shows 15.6 GiB or more; what it kee
 
 
 def is_memory(budget: str) -> bool:
-    """Whether a budget is a memory size, and not a number of slots by another name."""
+    """Return whether a budget is a memory size, and not a number of slots by another name."""
     return budget not in ("all", "smallest") and not budget.endswith("%")
 
 
 def memory_on(budget: str, total_nbytes: int) -> int:
     """Return the bytes of a memory budget on a card that shows `total_nbytes`: all of them, where the budget is more.
 
-    Whether that is near enough to call it the budget, whoever plans says before (`SHOWN_SHARE`).
+    A plan refuses before a card that shows too little (`SHOWN_SHARE`).
     """
     return min(parse_nbytes(budget), total_nbytes)
 
 
 def replay_setup(
-    strategy: Strategy, own: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str
+    strategy: Strategy, native: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str
 ) -> ReplaySetup:
-    """A bench for a budget: "smallest", or "all" where that is every expert, is what the strategy needs.
+    """Return the setup that replays a strategy under a budget. Raises Refused for one that is too small.
 
-    "25%" is a quarter of all experts, anything else a memory size.
+    "smallest", or "all" where that is every expert, is what the strategy needs; "25%" is a quarter of all experts;
+    anything else is a memory size. Times are those of the `native` sizes, or of `geometry` where one is named.
     """
-    charged, layer_map = project(own, geometry)
+    charged, layer_map = project(native, geometry)
     if is_memory(budget):
         slots = slots_for(charged, parse_nbytes(budget), hardware.reserve_nbytes, PREFILL_BUFFERS)
     elif budget.endswith("%"):
@@ -43,19 +44,19 @@ def replay_setup(
     return ReplaySetup(strategy, charged, layer_map, hardware, slots)
 
 
-def timeline(on: ReplaySetup, request: Request, tokens: int) -> list[Event]:
-    """Every event of a few decode tokens: from the token before the first fallback, or from the second token."""
-    future = visits([request], on.layer_map) if on.strategy.needs_future else None
-    residency = on.residency(events=100_000, future=future)
+def timeline(setup: ReplaySetup, request: Request, tokens: int) -> list[Event]:
+    """Return every event of a few decode tokens: from the token before the first fallback, or from the second token."""
+    future = visits([request], setup.layer_map) if setup.strategy.needs_future else None
+    residency = setup.residency(events=100_000, future=future)
     starts = [i for i, step in enumerate(request) if step.kind in ("full", "little")]
     fallback = next((i for i, step in enumerate(request) if step.kind == "big"), None)
     first = 1 if fallback is None else max(0, sum(i < fallback for i in starts) - 2)
     wanted = starts[first : first + tokens + 1]
     end = wanted[tokens] if len(wanted) > tokens else len(request)
     for step in request[: wanted[0]]:
-        run(step, residency, on.layer_map)
+        run(step, residency, setup.layer_map)
     begun = residency.link.now
     residency.ledger.events.clear()
     for step in request[wanted[0] : end]:
-        run(step, residency, on.layer_map)
+        run(step, residency, setup.layer_map)
     return [e._replace(start_ns=e.start_ns - begun, end_ns=e.end_ns - begun) for e in residency.ledger.events]

@@ -1,4 +1,4 @@
-"""Where a record was made: machine, packages, code. Unknown is None."""
+"""A description of where a record was made: machine, packages, code. Unknown is None."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-e
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of this tree. It takes no lock: one that a killed run left would keep the user from committing."""
+    """Ask git about this tree. It takes no lock: one that a killed run left would keep the user from committing."""
     words = ["git", "--no-optional-locks", *arguments]
     try:
         done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20)
@@ -29,7 +29,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _gpu() -> dict[str, Any] | None:
-    """Name, driver and link of the GPU that torch uses; None without one.
+    """Return name, driver and link of the GPU that torch uses; None without one.
 
     Torch is asked only where it is loaded, since importing it takes longer than timing a cell. Elsewhere it is the
     driver's first, which torch may count otherwise.
@@ -38,8 +38,8 @@ def _gpu() -> dict[str, Any] | None:
     found = gpus() if loaded else gpus_of_driver()
     if not found:
         return None
-    own = cuda_uuid() if loaded and len(found) > 1 else None
-    gpu = next((one for one in found if own is not None and one.uuid == own), found[0])
+    uuid = cuda_uuid() if loaded and len(found) > 1 else None
+    gpu = next((one for one in found if uuid is not None and one.uuid == uuid), found[0])
     return {
         "name": gpu.name,
         "driver": gpu.driver,
@@ -50,7 +50,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def fingerprint(seen: dict[str, Any]) -> str:
-    """A hash of what time and numbers depend on; two machines with the same one are alike, whatever their names."""
+    """Return a hash of what time and numbers depend on: alike on two machines that are alike, whatever their names."""
     gpu = seen["gpu"] and {name: seen["gpu"][name] for name in ("name", "driver")}
     parts = [gpu, *(seen[name] for name in ("cpu", "cores", "python", "packages"))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -58,7 +58,7 @@ def fingerprint(seen: dict[str, Any]) -> str:
 
 @cache
 def environment() -> dict[str, Any]:
-    """A JSON-ready description of this machine and checkout."""
+    """Return a JSON-ready description of this machine and checkout."""
     status = _git("status", "--porcelain")
     seen = {
         "host": platform.node() or None,

@@ -1,4 +1,4 @@
-"""What a result depends on: the model it is of, and hashes of the code, packages, tasks and weights behind it."""
+"""The identity of a result: the model it is of, and hashes of the code, packages, tasks and weights behind it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from mobile.errors import Refused
-from suites.tasks import FOLDER as TASKS
-from suites.tasks.paper_tasks import REAL, locate
+from suites.tasks.catalogue import PUBLISHED
+from suites.tasks.files import FOLDER, locate
 
 HERE = Path(__file__).parent
-ENGINE = ("torch", "transformers", "numpy")  # what a result depends on wherever it is made
-VERSIONED = (*ENGINE, "lm-eval")  # and where answers are scored
+ENGINE = ("torch", "transformers", "numpy")  # packages that every result depends on
+VERSIONED = (*ENGINE, "lm-eval")  # and those that a scored result depends on
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint and the real model its times are charged as.
+    """A checkpoint, and the real model whose sizes its times are computed from.
 
     It lies in a folder (`path`, relative to suites/, or absolute), or at `revision` of the hub's `hub`.
     """
@@ -37,36 +37,42 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Raises Refused for a model of the hub."""
+        """Return where it lies. Raises Refused for a model of the hub."""
         if self.path is None:
             raise Refused(f"Model {self.name} lies on the hub and has no folder here; give --model {self.name}=FOLDER.")
         return HERE / self.path
 
 
 def bytes_hash(data: bytes) -> str:
+    """Return the SHA-256 in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest(*parts: Any) -> str:
+    """Return 16 hexadecimal digits that depend on all parts, which are JSON."""
     return bytes_hash(json.dumps(parts, sort_keys=True).encode())[:16]
 
 
 @cache
 def versions(of: tuple[str, ...] = VERSIONED) -> dict[str, str]:
+    """Return the installed versions of packages."""
     return {name: version(name) for name in of}
 
 
 @cache
 def task_hash(task: str, folder: Path | None = None) -> str:
-    """SHA-256 over a task's items, and its YAML where that is ours; lm-eval's follow its version, the hub its name."""
-    ours = TASKS / f"{REAL[task].plain if task in REAL else task}.yaml"
+    """Return the SHA-256 of a task's items, and of its YAML where that is ours.
+
+    lm-eval's YAML depends on lm-eval's version, and the items of the hub are identified by the task's name alone.
+    """
+    ours = FOLDER / f"{PUBLISHED[task].asked_as if task in PUBLISHED else task}.yaml"
     parts = [ours.read_bytes()] if ours.is_file() else []
     return bytes_hash(b"".join([*parts, *(path.read_bytes() for path in locate(task, folder).values())]))
 
 
 @cache
 def code_hash() -> str:
-    """SHA-256 over the code that makes results: mobile, baselines and suites, models and presets left out."""
+    """Return the SHA-256 of the code that makes results: mobile, baselines and suites, but no models and no presets."""
     rooms = [HERE, HERE.parent / "mobile", HERE.parent / "baselines"]
     files = sorted(path for room in rooms for path in room.rglob("*.py") if "models" not in path.parts)
     return bytes_hash(b"".join(path.name.encode() + path.read_bytes() for path in files))
@@ -74,7 +80,7 @@ def code_hash() -> str:
 
 @cache
 def model_hash(model: Model) -> str:
-    """SHA-256 of the checkpoint's list of hashes. Raises Refused if a file is missing or differs from the list.
+    """Return the SHA-256 of the checkpoint's list of hashes. Raises Refused for a file that is missing or differs.
 
     A real checkpoint has no list: of the hub it is its name and revision, in a folder its files' names and sizes.
     """

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ SCHEMA = 5
 VIRTUAL = "cpu+virtual"
 FIRST = b'{\n "sha256": "%s",\n'  # of the bytes after it; how every JSON file of a run begins
 LATEST = Path("runs/latest")  # names the folder of the last run started from here
-LATEST_TRIAL = Path("runs/latest-trial")  # and that of the last comparison of two sides
+LATEST_TRIAL = Path("runs/latest-trial")  # and that of the last comparison of two variants
 TRIAL = "trial.json"
 TRIAL_FORMAT = 1
 FEWEST_PROCESSES = 3  # a side; an interval of two is none
@@ -31,17 +33,17 @@ FEWEST_PROCESSES = 3  # a side; an interval of two is none
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the files of a run lie; every name is the id of what is in it."""
+    """The folder of a run, and the paths of its files, which are named by the id of their content."""
 
     path: Path
 
     @property
     def plan(self) -> Path:
-        """What was planned: the cells a report expects."""
+        """Return the file of the plan: the cells that a report expects."""
         return self.path / "run.json"
 
     def answers(self, generation: str) -> Path:
-        """Text and scores of a live run; written last, so that it proves the live run done."""
+        """Return the file of a live run's text and scores; written last, so that it proves the live run done."""
         return self.path / "generations" / f"{generation}.json"
 
     def trace(self, generation: str) -> Path:
@@ -51,12 +53,12 @@ class RunFolder:
         return self.path / "records" / f"{cell}.json"
 
     def calibration(self, settings: str) -> Path:
-        """What was measured of the machine, under settings with that hash."""
+        """Return the file of what was measured of the machine, under settings with that hash."""
         return self.path / "calibration" / f"{settings}.json"
 
-    def failure(self, job: str) -> Path:
-        """Why a job left nothing behind."""
-        return self.path / "failures" / f"{job}.json"
+    def failure(self, piece: str) -> Path:
+        """Return the file that says why a piece of work left nothing behind."""
+        return self.path / "failures" / f"{piece}.json"
 
     def log(self, job: str) -> Path:
         return self.path / "logs" / f"{job}.log"
@@ -64,7 +66,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of one live run or one cell; `error` is why it left nothing behind, `log_tail` how its log ended."""
+    """The end of one live run or one cell; `error` is why it left nothing behind, `log_tail` how its log ended."""
 
     id: str
     label: str
@@ -133,7 +135,7 @@ class Record:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON that knows its own checksum. A killed process leaves the old file or the new one, half of neither."""
+    """Write JSON with its checksum. A killed process leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = json.dumps(data, indent=1, sort_keys=True).removeprefix("{\n").encode() + b"\n"
     partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")  # a name of its own: two may write the same record
@@ -145,7 +147,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def sound(path: Path) -> bool:
-    """Whether the file is there and has the bytes that were written."""
+    """Return whether the file is there and has the bytes that were written."""
     try:
         _checked(path)
     except (OSError, ValueError):
@@ -153,8 +155,17 @@ def sound(path: Path) -> bool:
     return True
 
 
+def intact_zip(path: Path) -> bool:
+    """Return whether the file is a zip file, every member of which has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises ValueError if a byte of it has changed."""
+    """Read what `write_json` wrote. Raises ValueError if a byte of it has changed."""
     data = json.loads(_checked(path))
     del data["sha256"]
     return data

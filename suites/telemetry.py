@@ -1,4 +1,7 @@
-"""What a GPU did while a cell was timed, asked of NVML ten times a second. Unknown is None, never 0."""
+"""Power, clocks, heat and link of a GPU while a cell is timed, asked of NVML ten times a second.
+
+Unknown is None, never 0.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ Summary = dict[str, Any]
 
 @contextmanager
 def watched(uuid: str | None) -> Iterator[Callable[[], Summary | None]]:
-    """Watch the GPU of that UUID until the block ends; what is yielded tells the summary afterwards.
+    """Watch the GPU of that UUID until the block ends, and yield a function that returns the summary afterwards.
 
     Summary: `seconds` watched, `samples` taken, `energy_joules` used, for each of `QUESTIONS` {"min", "mean", "max"}
     of the answers, and `clock_limits`, the fraction of samples in which each named cause held the clocks down. None in
@@ -79,12 +82,15 @@ def _spread(answers: list[float | None]) -> dict[str, float] | None:
 
 
 def _limits(lib: Any, answers: list[int | None]) -> dict[str, float] | None:
-    """The causes pynvml has names for, one bit each (aliases and the union of all are others' bits again)."""
+    """Return, by name, the share of samples in which a cause held the clocks down; those that never did are left out.
+
+    Causes are one bit each; pynvml's aliases and its union of all repeat the bits of others.
+    """
     known = [answer for answer in answers if answer is not None]
     if not known:
         return None
     prefix = "nvmlClocksThrottleReason"  # a newer spelling exists that lacks some of the bits
     spelt = [name for name in reversed(dir(lib)) if name.startswith(prefix)]  # of two for one bit, the first is newer
     names = {getattr(lib, name): name.removeprefix(prefix) for name in spelt}
-    held = {bit: sum(bool(answer & bit) for answer in known) / len(known) for bit in names if bit.bit_count() == 1}
-    return {names[bit]: share for bit, share in sorted(held.items()) if share}
+    shares = {bit: sum(bool(answer & bit) for answer in known) / len(known) for bit in names if bit.bit_count() == 1}
+    return {names[bit]: share for bit, share in sorted(shares.items()) if share}

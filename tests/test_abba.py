@@ -52,7 +52,7 @@ def repository(tmp_path_factory) -> Path:
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message=fast")
-    with (folder / "mobile" / "decoding.py").open("a") as file:
+    with (folder / "mobile" / "runtime" / "decoding.py").open("a") as file:
         file.write(NAPS)
     git(folder, "commit", "--quiet", "--all", "--message=slow")
     return folder
@@ -174,7 +174,7 @@ def test_a_tree_brings_its_own_strategies_and_goes_away_when_the_work_breaks_off
     [names, tree], [_, working] = opened.__enter__()
     listed = (names / "mobile_moe-0.1.0.dist-info" / "entry_points.txt").read_text()
     assert "lru = baselines.lru:LRU" in listed
-    assert not (tree / "mobile" / "decoding.py").read_text().endswith(NAPS)
+    assert not (tree / "mobile" / "runtime" / "decoding.py").read_text().endswith(NAPS)
     assert working == here
     assert opened.__exit__(ZeroDivisionError, ZeroDivisionError(), None) is False
     assert not tree.exists()

@@ -15,7 +15,7 @@ from reports.pages.write import markdown
 from suites.plan.cells import read_preset
 from suites.synthetic import models, reference
 from suites.synthetic.cells import LINKS
-from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, ReferenceCell, beside_from
+from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, ReferenceCell, reference_cell_from
 from tests import shapes as narrow
 
 PRESET = narrow.PRESET.replace(
@@ -33,7 +33,7 @@ def preset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def besides(preset) -> dict[str, ReferenceCell]:
-    return {beside.what: beside for beside in read_preset(str(preset)).besides}
+    return {beside.what: beside for beside in read_preset(str(preset)).references}
 
 
 def made(layers: int = 2):
@@ -43,9 +43,9 @@ def made(layers: int = 2):
 def test_a_preset_asks_for_them_and_in_virtual_time_there_are_none(preset, besides):
     assert list(besides) == [ENGINE_COST, RESIDENT, DEVICE_MAP]
     assert {b.decode_tokens for b in besides.values()} == {3}
-    assert not read_preset(str(preset), link="virtual").besides
-    assert len(read_preset("shapes").besides) == 3 * 4
-    assert all(beside_from({**vars(b), "model": vars(b.model)}) == b for b in besides.values())
+    assert not read_preset(str(preset), link="virtual").references
+    assert len(read_preset("shapes").references) == 3 * 4
+    assert all(reference_cell_from({**vars(b), "model": vars(b.model)}) == b for b in besides.values())
     assert LINKS
 
 
@@ -70,7 +70,7 @@ def test_device_map_offload_moves_weights_through_accelerates_hooks_and_computes
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("implementation", reference.STOCK)
+@pytest.mark.parametrize("implementation", reference.IMPLEMENTATIONS)
 def test_the_engine_is_timed_against_the_stock_model_that_computes_the_same(implementation):
     one = made()
     cost = reference.engine_cost(one, implementation, blocks=4)

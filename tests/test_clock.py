@@ -69,7 +69,7 @@ def done(preset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(preset):
-    return timing.load(read_preset(str(preset)).shapes[0])
+    return timing.load(read_preset(str(preset)).synthetic[0], RunFolder(Path()))
 
 
 def test_a_run_is_calibrated_once_for_the_machine_and_once_a_link(done):
@@ -97,7 +97,7 @@ def test_the_page_has_both_clocks_and_says_that_a_paced_link_measures_nothing(do
 
 
 def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded, tmp_path):
-    shape = next(s for s in read_preset(str(preset)).shapes if s.strategy == "on-demand")
+    shape = next(s for s in read_preset(str(preset)).synthetic if s.strategy == "on-demand")
     card = calibrate.calibrated(shape, torch.bfloat16, RunFolder(tmp_path))
     scripts, strategy = timing.scripts_for(shape, loaded), timing.resolve("on-demand")
     fast = replace(card, link_gb_per_s=2 * card.link_gb_per_s)
@@ -114,7 +114,7 @@ def test_a_measurement_stands_where_the_clock_cannot_be_asked(preset, loaded, do
         raise Refused("24 slots take 58.0 GiB and cuda:0 has 20.0 GiB free; give fewer slots.")
 
     monkeypatch.setattr(timing, "predicted", refused)
-    shape = next(s for s in read_preset(str(preset)).shapes if s.strategy == "on-demand")
+    shape = next(s for s in read_preset(str(preset)).synthetic if s.strategy == "on-demand")
     record = timing.record(shape, loaded, timing.profile(shape.hardware))
     assert record.items[0].decode_ns > 0
     assert record.config["predicted"] is None
@@ -130,8 +130,8 @@ def test_a_cell_is_measured_on_a_machine_that_no_profile_fits(preset, loaded, mo
         raise Refused("More bytes did not take longer in copies; measure again with nothing else running.")
 
     monkeypatch.setattr(timing, "calibrated", refused)
-    shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
-    timing.save(shape, loaded, run)
+    shape, run = read_preset(str(preset)).synthetic[0], RunFolder(tmp_path)
+    timing.measure(shape, loaded, run)
     record = load(run.record(shape.id))
     assert record.items[0].decode_ns > 0
     assert record.config["predicted"] is None
@@ -140,7 +140,7 @@ def test_a_cell_is_measured_on_a_machine_that_no_profile_fits(preset, loaded, mo
 
 def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, loaded):
     """The prediction leaves the bytes where they are, and its clock must not notice."""
-    for asked in read_preset(str(preset), link="virtual").shapes:
+    for asked in read_preset(str(preset), link="virtual").synthetic:
         shape = replace(asked, link_gb_per_s=None)
         record = timing.record(shape, loaded, timing.profile(shape.hardware))
         assert clock.error(record) == 0, shape.strategy
@@ -155,7 +155,7 @@ def test_a_virtual_cell_predicted_by_its_own_profile_is_off_by_nothing(preset, l
 
 
 def test_a_resumed_run_goes_on_with_the_profile_it_has(preset, tmp_path):
-    shape, run = read_preset(str(preset)).shapes[0], RunFolder(tmp_path)
+    shape, run = read_preset(str(preset)).synthetic[0], RunFolder(tmp_path)
     first = calibrate.calibrated(shape, torch.bfloat16, run)
     assert calibrate.calibrated(shape, torch.bfloat16, run) == first
     other = calibrate.calibrated(replace(shape, link_gb_per_s=0.25), torch.bfloat16, run)
@@ -165,7 +165,7 @@ def test_a_resumed_run_goes_on_with_the_profile_it_has(preset, tmp_path):
 
 
 def test_the_pace_of_a_row_is_what_attach_gives_it(preset):
-    shape = read_preset(str(preset)).shapes[0]
+    shape = read_preset(str(preset)).synthetic[0]
     assert calibrate.pace_of(shape)(10**6) == 10_000 + 2_000_000
     assert calibrate.pace_of(replace(shape, link_gb_per_s=None))(10**6) == 10_000 + 40_000
 

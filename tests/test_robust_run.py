@@ -24,7 +24,7 @@ from tiny_run import CELLS, ROOT, command, records, run, working
 from suites.plan.cells import read_preset
 from suites.record import RunFolder, load, read_json, sound, write_json
 from suites.run.executors import Workers
-from suites.run.jobs import Job, cell_jobs, work
+from suites.run.jobs import Job, do, jobs
 from suites.run.runner import execute
 
 KILLS = 50  # one of them while a model answers, which takes many times longer than all else
@@ -243,11 +243,11 @@ def test_code_that_changes_under_a_run_makes_no_record(tiny_preset, answered):
     """A child whose code, packages or data are others than the plan's finds another id, and refuses."""
     cells = [cell for cell in read_preset(str(tiny_preset)).cells if cell.strategy == "static-half"]
     job = next(
-        job for job in cell_jobs(read_preset(str(tiny_preset)), RunFolder(answered)) if cells[0].id in job.labels
+        job for job in jobs(read_preset(str(tiny_preset)).cells, RunFolder(answered)) if cells[0].id in job.labels
     )
     strange = {f"{name[:-1]}x": label for name, label in job.labels.items()}
     job.spec["ids"] = list(strange)
-    told = work(Job(job.spec, strange, job.log, job.needs))
+    told = do(Job(job.spec, strange, job.log, job.needs))
     assert len(told) == 3
     assert all("not those that the run was planned with" in (one.error or "") for one in told)
     assert not records(answered)
@@ -364,9 +364,9 @@ def test_any_executor_will_do_and_one_that_gives_a_job_up_fails_only_that(tiny_p
 
 
 def test_a_worker_that_cannot_see_the_folder_says_so(tiny_preset, answered, tmp_path):
-    jobs = cell_jobs(read_preset(str(tiny_preset)), RunFolder(answered))
+    first = jobs(read_preset(str(tiny_preset)).cells, RunFolder(answered))[0]
     shutil.move(answered, tmp_path / "elsewhere")
-    for told in work(jobs[0]):
+    for told in do(first):
         assert "sees no folder" in told.error
         assert "put the run where every machine can see it" in told.error
     assert not answered.exists()

@@ -26,6 +26,7 @@ def test_rooms_import_in_one_direction_and_in_no_circle():
         "mobile.replay.trace",
         "suites.budget",
         "suites.plan.cells",
+        "suites.run.worker",
         "reports.pages.content",
     ],
 )

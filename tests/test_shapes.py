@@ -18,7 +18,7 @@ from reports.pages.write import markdown
 from suites.plan.cells import read_preset
 from suites.record import RunFolder, load
 from suites.synthetic import plan, timing
-from suites.synthetic.cells import shape_from
+from suites.synthetic.cells import synthetic_cell_from
 from tests import shapes
 
 
@@ -67,18 +67,18 @@ def test_the_tests_that_need_a_gpu_start_on_a_bare_machine(tmp_path):
 
 def test_the_shipped_preset_is_whole_and_says_what_it_takes():
     preset = read_preset("shapes")
-    assert {shape.scope for shape in preset.shapes} == {"gpu+pcie", "gpu+throttled"}
-    assert {shape.link_gb_per_s for shape in preset.shapes} == {None, 25, 12}
-    assert {shape.model.weights for shape in preset.shapes} == {"synthetic"}
-    assert len({shape.id for shape in preset.shapes}) == len(preset.shapes)
-    swept = {shape.rate for shape in preset.shapes if shape.swept}
+    assert {shape.scope for shape in preset.synthetic} == {"gpu+pcie", "gpu+throttled"}
+    assert {shape.link_gb_per_s for shape in preset.synthetic} == {None, 25, 12}
+    assert {shape.model.weights for shape in preset.synthetic} == {"synthetic"}
+    assert len({shape.id for shape in preset.synthetic}) == len(preset.synthetic)
+    swept = {shape.rate for shape in preset.synthetic if shape.swept}
     assert swept == {0, 0.05, 0.1, 0.2, 0.3, 0.5}
-    assert all(float(rate * preset.shapes[0].decode_tokens).is_integer() for rate in swept)
-    assert {s.budget for s in preset.shapes if s.strategy.startswith("on-demand")} == {"smallest"}
-    for model in {shape.model.name for shape in preset.shapes}:
+    assert all(float(rate * preset.synthetic[0].decode_tokens).is_integer() for rate in swept)
+    assert {s.budget for s in preset.synthetic if s.strategy.startswith("on-demand")} == {"smallest"}
+    for model in {shape.model.name for shape in preset.synthetic}:
         for part in ("native", "25GB/s recorded", "25GB/s [uz]*", "12GB/s"):  # a command of ten minutes does one
-            assert plan.seconds_of(preset.only(f"{model} {part}").shapes) < 600
-    lines = plan.describe([(shape, False) for shape in preset.shapes])
+            assert plan.seconds_of(preset.only(f"{model} {part}").synthetic) < 600
+    lines = plan.describe([(shape, False) for shape in preset.synthetic])
     assert len(lines) == 5
     assert re.search(r"qwen3-30b-a3b: \d+ cells, 0 done; host memory \d+ GiB .* about \d+ minutes", lines[3])
 
@@ -87,8 +87,8 @@ def test_without_a_gpu_it_is_refused_in_a_sentence(preset):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(Refused, match=r"timed on an NVIDIA GPU and torch finds none here; .* --link paced"):
-        plan.check("shapes", read_preset(str(preset)).shapes)
-    plan.check("shapes", read_preset(str(preset), link="paced").shapes)
+        plan.check("shapes", read_preset(str(preset)).synthetic)
+    plan.check("shapes", read_preset(str(preset), link="paced").synthetic)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def card(monkeypatch):
 
 def test_a_card_that_shows_a_little_less_than_the_budget_is_planned_with_what_it_has(card):
     """A card sold with 16 GB shows 15.7 to 15.99 GiB."""
-    shapes_ = read_preset("shapes").only("deepseek-v2-lite").shapes
+    shapes_ = read_preset("shapes").only("deepseek-v2-lite").synthetic
     for gib in (15.7, 15.99):
         card(gib)
         assert f"This GPU shows {gib:.2f} GiB: cells of 16GiB are given that." in plan.check("shapes", shapes_)
@@ -124,8 +124,8 @@ def test_a_card_that_shows_a_little_less_than_the_budget_is_planned_with_what_it
 def test_the_plan_says_that_a_link_near_to_what_is_asked_is_taken_as_it(card):
     card(80)
     preset = read_preset("shapes")
-    assert any("by 3% at most, is taken as it is" in told for told in plan.check("shapes", preset.shapes))
-    assert plan.check("shapes", preset.only("olmoe-1b-7b native").shapes) == []
+    assert any("by 3% at most, is taken as it is" in told for told in plan.check("shapes", preset.synthetic))
+    assert plan.check("shapes", preset.only("olmoe-1b-7b native").synthetic) == []
 
 
 def test_the_page_says_where_the_machine_was_a_little_less_than_was_asked_for(done):
@@ -181,8 +181,8 @@ def test_records_say_what_was_asked_and_what_was_got(done):
 
 
 def test_the_same_cell_is_the_same_again(done, preset):
-    shape = next(s for s in read_preset(str(preset), link="virtual").shapes if s.swept and s.rate == 0.5)
-    loaded = timing.load(shape)
+    shape = next(s for s in read_preset(str(preset), link="virtual").synthetic if s.swept and s.rate == 0.5)
+    loaded = timing.load(shape, RunFolder(done))
     again, before = timing.record(shape, loaded), load(RunFolder(done).record(shape.id))
     assert (again.items, again.counters, again.guesses) == (before.items, before.counters, before.guesses)
     other = timing.record(replace(shape, link="paced", link_gb_per_s=0.5), loaded)
@@ -228,5 +228,5 @@ def test_a_shape_travels_as_json(preset):
     import json
     from dataclasses import asdict
 
-    for shape in read_preset(str(preset)).shapes:
-        assert shape_from(json.loads(json.dumps(asdict(shape)))) == shape
+    for shape in read_preset(str(preset)).synthetic:
+        assert synthetic_cell_from(json.loads(json.dumps(asdict(shape)))) == shape

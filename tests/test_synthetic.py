@@ -16,7 +16,7 @@ from mobile.replay.replay import ReplaySetup, replay_requests
 from mobile.replay.trace import Request
 from suites.synthetic import models
 from suites.synthetic.models import Synthetic, config_of, layers_that_fit, make
-from suites.synthetic.script import Script, drawn, with_rate
+from suites.synthetic.script import Script, ScriptLength, drawn, with_rate
 from suites.synthetic.script_player import play
 
 WARMUP, COUNTED = 2, 12
@@ -39,12 +39,10 @@ def script_for(made: Synthetic, routing: str = "uniform", rate: float = 0.25) ->
     sizes = made.geometry
     script = drawn(
         routing,
+        ScriptLength(prompt_tokens=5, steps=WARMUP + COUNTED, warmup=WARMUP),
         layers=sizes.moe_layers,
         experts=sizes.experts,
         top_k=sizes.top_k,
-        prompt_tokens=5,
-        steps=WARMUP + COUNTED,
-        warmup=WARMUP,
         seed=3,
     )
     return with_rate(script, rate, seed=3)
@@ -227,7 +225,7 @@ def test_over_a_paced_link_time_is_real_and_the_work_the_same(made):
 
 def test_a_script_of_another_shape_is_refused(made):
     sizes = {"layers": 3, "experts": made.geometry.experts, "top_k": made.geometry.top_k}
-    script = drawn("uniform", **sizes, prompt_tokens=2, steps=2, warmup=0, seed=0)
+    script = drawn("uniform", ScriptLength(prompt_tokens=2, steps=2), **sizes, seed=0)
     with made.attached("on-demand", slots=8), pytest.raises(Refused, match="The script is for 3 layers"):
         play(made, script)
 

@@ -1,6 +1,6 @@
-"""Time two sides in turn, a process each, in the order A B, B A, A B, ...: `python -m suites.abba regression|compare`.
+"""Time two variants in turn, a process each, in the order A B, B A, A B, ...: `python -m suites.abba VERB`.
 
-What drifts while this runs, drifts for both sides. Nothing is judged here: `python -m reports abba` does that.
+A machine that drifts while this runs drifts for both. Nothing is judged here: `python -m reports abba` does that.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def parser() -> Parser:
         verb.add_argument(
             "--out", type=Path, default=Path("runs") / verb.prog.split()[-1], help="folder (default: %(default)s)"
         )
-        work(verb)
+        add_work_options(verb)
     return top
 
 
-def work(to: argparse.ArgumentParser) -> None:
-    """What every process is told."""
-    group = to.add_argument_group(
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are passed on to every process."""
+    group = parser.add_argument_group(
         "the work", "passed on; `python -m suites.abba.workload --help` says more and the defaults"
     )
     group.add_argument("--model", type=Path, metavar="FOLDER")
@@ -84,6 +84,7 @@ def _pairs(text: str) -> int:
 
 
 def passed_on(options: argparse.Namespace) -> list[str]:
+    """Return the options that were given of those that are passed on, as words of a command line."""
     names = ("model", "layers", "slots", "steps", "repeats", "warm_up", "link")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "model" in given:
@@ -92,14 +93,17 @@ def passed_on(options: argparse.Namespace) -> list[str]:
 
 
 def order(pairs: int) -> list[int]:
-    """The side, 0 or 1, of each process in turn: every pair begins with the side that ended the one before."""
-    return [side for pair in range(pairs) for side in ((0, 1) if pair % 2 == 0 else (1, 0))]
+    """Return the variant, 0 or 1, of each process in turn: every pair begins with the one that ended the last."""
+    return [variant for pair in range(pairs) for variant in ((0, 1) if pair % 2 == 0 else (1, 0))]
 
 
-def process(side: variants.Variant, before: Sequence[Path], words: list[str], out: Path) -> dict[str, Any]:
-    """Run the workload once. Raises Refused with its last line where it fails, or times the wrong tree."""
-    strategies = [word for name in side.strategies for word in ("--strategy", name)]
-    path = os.pathsep.join([*map(str, before), *filter(None, [os.environ.get("PYTHONPATH")])])
+def process(variant: variants.Variant, tree: Sequence[Path], words: list[str], out: Path) -> dict[str, Any]:
+    """Run the workload once, with the folders of `tree` first on PYTHONPATH, and return its result.
+
+    Raises Refused with its last line where it fails, or times the wrong tree.
+    """
+    strategies = [word for name in variant.strategies for word in ("--strategy", name)]
+    path = os.pathsep.join([*map(str, tree), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-P", WORKLOAD, *strategies, *words, "--out", out],  # -P: suites/ itself is no place to import
         env={**os.environ, "PYTHONPATH": path},
@@ -112,17 +116,17 @@ def process(side: variants.Variant, before: Sequence[Path], words: list[str], ou
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         last = done.stdout.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise Refused(f"{side.name} cannot do this work ({last[0]}); its whole output is above.")
+        raise Refused(f"{variant.name} cannot do this work ({last[0]}); its whole output is above.")
     result = json.loads(out.read_text())
-    if Path(result["tree"]) != before[-1].resolve():
-        raise Refused(f"{side.name} imported mobile from {result['tree']}, not from {before[-1]}; unset PYTHONPATH.")
+    if Path(result["tree"]) != tree[-1].resolve():
+        raise Refused(f"{variant.name} imported mobile from {result['tree']}, not from {tree[-1]}; unset PYTHONPATH.")
     return result
 
 
 def trial(
     both: tuple[variants.Variant, variants.Variant], pairs: int, words: list[str], console: Console
 ) -> dict[str, Any]:
-    """Every process of both sides, in order; the trees that had to be checked out are gone afterwards."""
+    """Run every process of both variants, in order, and return the trial. Checked out trees are gone afterwards."""
     turns, results = order(pairs), ([], [])  # type: tuple[list[int], tuple[list[Any], list[Any]]]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -143,7 +147,7 @@ def trial(
             )
     return {
         "format": TRIAL_FORMAT,
-        "sides": [asdict(side) for side in both],
+        "sides": [asdict(variant) for variant in both],
         "order": turns,
         "processes": results,
         "environment": environment(),

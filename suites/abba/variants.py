@@ -1,4 +1,4 @@
-"""The two sides of a comparison: revisions of this repository, or strategies. Git runs here, torch does not."""
+"""The two variants of a comparison: revisions of this repository, or strategies. Git runs here, torch does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ GROUP = "mobile.strategies"
 
 @dataclass(frozen=True)
 class Variant:
-    """`commit` None is the working tree as it stands; `strategies` run one after another in each process."""
+    """A tree and the strategies that are timed in it, one after another in each process.
+
+    `commit` None is the working tree as it stands.
+    """
 
     name: str
     commit: str | None
@@ -28,18 +31,18 @@ class Variant:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git answers, None where it fails."""
+    """Return what git answers, None where it fails."""
     done = subprocess.run(["git", "-C", REPOSITORY, *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def commit_of(revision: str) -> str | None:
-    """The full hash of the commit that git takes `revision` for; None where there is none."""
+    """Return the full hash of the commit that git takes `revision` for; None where there is none."""
     return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
 
 
 def default_base() -> str:
-    """Where this branch left the default branch; for a commit of that branch, the one before it. Raises Refused."""
+    """Return where this branch left the default branch; on that branch, the commit before. Raises Refused."""
     branch = _git("symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD") or "main"
     base = _git("merge-base", branch, "HEAD~1") or commit_of("HEAD~1")
     if base is None:
@@ -48,7 +51,7 @@ def default_base() -> str:
 
 
 def regression(base: str | None, strategies: tuple[str, ...]) -> tuple[Variant, Variant]:
-    """A revision against the working tree. Raises Refused for a revision that git does not know."""
+    """Return a revision and the working tree. Raises Refused for a revision that git does not know."""
     chosen = default_base() if base is None else base
     commit = commit_of(chosen)
     if commit is None:
@@ -57,14 +60,13 @@ def regression(base: str | None, strategies: tuple[str, ...]) -> tuple[Variant, 
 
 
 def named(first: str, second: str, strategies: tuple[str, ...]) -> tuple[Variant, Variant]:
-    """Two strategies in the working tree, or two revisions. Raises Refused where that is not what the names are."""
+    """Return two strategies in the working tree, or two revisions. Raises Refused for names of neither or of each."""
     kinds = [_kind(name) for name in (first, second)]
     if kinds[0] != kinds[1]:
         raise Refused(f"{first} is a {kinds[0]} and {second} a {kinds[1]}; give two of one kind.")
     if kinds[0] == "strategy":
         return Variant(first, None, (first,)), Variant(second, None, (second,))
-    sides = [Variant(name, commit_of(name), strategies) for name in (first, second)]
-    return sides[0], sides[1]
+    return Variant(first, commit_of(first), strategies), Variant(second, commit_of(second), strategies)
 
 
 def _kind(name: str) -> str:
@@ -83,8 +85,8 @@ def _kind(name: str) -> str:
 
 
 @contextmanager
-def trees(sides: tuple[Variant, Variant]) -> Iterator[list[list[Path]]]:
-    """For each side, the folders to put in front on PYTHONPATH: its code, and its own list of strategies.
+def trees(variants: tuple[Variant, Variant]) -> Iterator[list[list[Path]]]:
+    """Yield, for each variant, the folders to put in front on PYTHONPATH: its code, and its own list of strategies.
 
     A commit is checked out with `git worktree` into a temporary folder, which is removed whatever happens.
     """
@@ -92,12 +94,12 @@ def trees(sides: tuple[Variant, Variant]) -> Iterator[list[list[Path]]]:
         checked_out: list[Path] = []
         try:
             found = []
-            for number, side in enumerate(sides):
+            for number, variant in enumerate(variants):
                 tree = REPOSITORY
-                if side.commit is not None:
+                if variant.commit is not None:
                     tree = Path(temporary) / f"tree-{number}"
                     checked_out.append(tree)
-                    _check_out(side.commit, tree)
+                    _check_out(variant.commit, tree)
                 found.append([_entry_points(tree, Path(temporary) / f"names-{number}"), tree])
             yield found
         finally:
@@ -116,7 +118,7 @@ def _check_out(commit: str, tree: Path) -> None:
 
 
 def _entry_points(tree: Path, folder: Path) -> Path:
-    """A folder that tells Python which strategies that tree has.
+    """Write a folder that tells Python which strategies that tree has, and return it.
 
     The installed package lists those of the tree it was installed from, and maybe of no tree: a bare machine has none.
     """

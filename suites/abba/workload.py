@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def gpu() -> dict[str, str | None] | None:
-    """Name and UUID of the GPU that is timed; None without one."""
+    """Return name and UUID of the GPU that is timed; None without one."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
@@ -67,7 +67,7 @@ def gpu() -> dict[str, str | None] | None:
 
 
 def cpu() -> str | None:
-    """What Linux calls the processor."""
+    """Return the name that Linux has for the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -76,7 +76,7 @@ def cpu() -> str | None:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says of the tree that `mobile` was imported from; as in `suites.environment`, it takes no lock."""
+    """Ask git about the tree that `mobile` was imported from; as in `suites.environment`, it takes no lock."""
     words = ["git", "--no-optional-locks", "-C", str(Path(mobile.__file__).parent), *arguments]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
@@ -86,6 +86,7 @@ def git(*arguments: str) -> str | None:
 
 
 def surroundings() -> dict[str, Any]:
+    """Return what the time depends on: tree, packages, processor, GPU."""
     status = git("status", "--porcelain")
     return {
         "tree": str(Path(mobile.__file__).resolve().parent.parent),
@@ -100,7 +101,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def text_ids(folder: Path, length: int) -> list[int]:
-    """The first `length` tokens of the shipped text, in the model's own tokens. Raises SystemExit if it has fewer."""
+    """Return the first `length` tokens of the shipped text, in the model's own tokens. Raises SystemExit for fewer."""
     rows = [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "\n\n".join(row["prompt"] + row["worked"] for row in rows)
@@ -110,21 +111,22 @@ def text_ids(folder: Path, length: int) -> list[int]:
     return ids
 
 
-def room_for(config: Any, length: int) -> None:
-    room = getattr(config, "max_position_embeddings", length)
-    if length > room:
-        raise SystemExit(f"The model has {room} positions and {length} are needed; give fewer --steps.")
+def check_positions(config: Any, length: int) -> None:
+    """Raise SystemExit if the model has fewer positions than `length`."""
+    positions = getattr(config, "max_position_embeddings", length)
+    if length > positions:
+        raise SystemExit(f"The model has {positions} positions and {length} are needed; give fewer --steps.")
 
 
 def quarter(config: Any) -> int:
-    """A quarter of all experts, and no fewer than a token uses."""
+    """Return a quarter of all experts, and no fewer than a token uses."""
     experts = next(getattr(config, name) for name in EXPERTS if hasattr(config, name))
     layers = config.num_hidden_layers - (getattr(config, "first_k_dense_replace", None) or 0)
     return max(config.num_experts_per_tok, experts * layers // 4)
 
 
 def layers_of_olmoe(number: int) -> tuple[Any, Any]:
-    """OLMoE-1B-7B cut down to `number` layers, with the same random weights every time."""
+    """Return OLMoE-1B-7B cut down to `number` layers, with the same random weights every time, and its config."""
     config = OlmoeConfig(
         num_hidden_layers=number,
         vocab_size=1024,
@@ -141,21 +143,22 @@ def layers_of_olmoe(number: int) -> tuple[Any, Any]:
 
 
 def wait() -> None:
+    """Wait until the GPU, if there is one, is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def sums(model: Any) -> dict[str, float]:
-    """What the engine counts; a rate does not add up, and None is unknown."""
+    """Return the counters of the engine without the rate, which does not add up, and those that are unknown."""
     counted = model.mobile.stats()
     return {name: value for name, value in counted.items() if name != "hit_rate" and isinstance(value, int | float)}
 
 
 @torch.no_grad()
 def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
-    """Prefill, then decode `ids` (1, PROMPT + steps) whatever the model would rather write, on the wall clock.
+    """Time prefill and decode of `ids` (1, PROMPT + steps), whatever the model itself would write, on the wall clock.
 
-    Returns the time and what the strategy counted in the meantime, and the token the model would have written at
+    Return the time and what the strategy counted in the meantime, and the token the model would have written at
     each step.
     """
     cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
@@ -172,7 +175,7 @@ def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
 
 
 def timed(options: argparse.Namespace, device: str, link: str) -> Iterator[dict[str, Any]]:
-    """One result a strategy, in the given order."""
+    """Yield one result for each strategy, in the given order."""
     length = PROMPT + options.steps
     made: Any = None
     if options.layers is not None:
@@ -180,7 +183,7 @@ def timed(options: argparse.Namespace, device: str, link: str) -> Iterator[dict[
         made.to(device)
     else:
         config = AutoConfig.from_pretrained(options.model).get_text_config()
-    room_for(config, length)
+    check_positions(config, length)
     if made is not None:
         numbers = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     else:

@@ -1,10 +1,10 @@
-"""The live half of a cell: a model answers its items under one gating, scored by lm-eval, routing recorded."""
+"""Live runs: a model answers items of a task under one gating, scored by lm-eval; its routing is recorded."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,21 +14,26 @@ import mobile
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import profile
 from mobile.live_model.compat import MoeLayer, common_layout, geometry_of, moe_layers
-from mobile.policies.strategy import Strategy, resolve, strategies
+from mobile.policies.strategy import resolve, strategies
 from mobile.replay import trace
 from mobile.replay.replay import time_requests
 from suites.budget import replay_setup
 from suites.plan.cells import Generation
 from suites.record import RunFolder, write_json
 from suites.scoring.lm_eval import EngineLM, evaluate, first_tokens, generate, task_config
-from suites.tasks.paper_tasks import REAL
+from suites.tasks.catalogue import PUBLISHED
 
 BATCH = 100
-CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy it stands for
+CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy that replays it
 
 
-def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
+def load(first: Generation, folder: RunFolder) -> None:
+    """Load nothing: each live run reads its model anew, since a control changes the weights."""
+
+
+def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
     """Answer, score, record, check, and write both files, the answers last."""
+    # 1. Load the model, with its routers shuffled for a control.
     begun = time.monotonic()
     torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     strategy = resolve(generation.strategy, generation.gamma)
@@ -37,10 +42,11 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(generation.model.folder)
     layers = moe_layers(model)
-    own = geometry_of(model, layers, common_layout(layers))
+    native = geometry_of(model, layers, common_layout(layers))
     if generation.scrambled:
         scramble(layers, generation.seed)
-    mobile.attach(model, strategy, slots=strategy.min_slots(own))
+    # 2. Answer and score every item in batches, recording routing.
+    mobile.attach(model, strategy, slots=strategy.min_slots(native))
     lm = EngineLM(model, tokenizer, BATCH)
     answers = evaluate(lm, generation.task, generation.docs, generation.folder)
     mobile.detach(model)
@@ -50,20 +56,22 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
         fallback_spans(request, lm.written[answer.prompt_sha256], tokenizer, answer.output)
         for request, answer in zip(requests, answers, strict=True)
     ]
-    written = lm.written[answers[0].prompt_sha256]
-    checks = dict(_checks(generation, strategy, own, hardware, model, tokenizer, prompts[0], requests[0], written))
+    # 3. Check one item alone and against a replay.
+    first = _Answered(prompts[0], requests[0], lm.written[answers[0].prompt_sha256])
+    checks = dict(_checks(generation, native, model, tokenizer, first))
+    # 4. Write the trace, then the answers, which prove that it is there.
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "geometry": own.as_record(),
+        "geometry": native.as_record(),
         "model": generation.model.name,
         "strategy": strategy.name,
         "gamma": generation.gamma,
         "docs": generation.docs,
     }
-    trace.save(path, requests, own.moe_layers, about)
+    trace.save(path, requests, native.moe_layers, about)
     write_json(
-        folder.answers(generation.id),
+        generation.output(folder),
         {
             "answers": [
                 {**asdict(answer), "prompt": shown(generation, prompt), "fallback_spans": fell}
@@ -77,7 +85,7 @@ def run(generation: Generation, folder: RunFolder, hardware: str) -> None:
 
 
 def scramble(layers: Sequence[MoeLayer], seed: int) -> None:
-    """Shuffle the rows of every router's weight: each expert gets another's tokens. The canary's whole difference."""
+    """Shuffle the rows of every router's weight, so that each expert gets another's tokens: the canary."""
     shuffled = torch.Generator().manual_seed(seed)
     for layer in layers:
         weight = layer.router.weight
@@ -85,14 +93,14 @@ def scramble(layers: Sequence[MoeLayer], seed: int) -> None:
 
 
 def shown(generation: Generation, prompt: str) -> str | None:
-    """The prompt, where it is ours to print."""
-    return None if generation.task in REAL else prompt
+    """Return the prompt where we may print it, None for a published task."""
+    return None if generation.task in PUBLISHED else prompt
 
 
 def fallback_spans(
     request: trace.Request, ids: list[int], tokenizer: PreTrainedTokenizerBase, output: str
 ) -> list[tuple[int, int]]:
-    """The ranges of characters of `output` that big passes wrote; prefill wrote the first of `ids`."""
+    """Return the ranges of characters of `output` that big passes wrote; prefill wrote the first of `ids`."""
     written = [step.kind in ("full", "little") for step in request]
     fell = [sum(written[: number + 1]) for number, step in enumerate(request) if step.kind == "big"]
     return spans_of(fell, ids, tokenizer, output)
@@ -101,7 +109,7 @@ def fallback_spans(
 def spans_of(
     fell: Sequence[int], ids: list[int], tokenizer: PreTrainedTokenizerBase, output: str
 ) -> list[tuple[int, int]]:
-    """The ranges of characters of `output` that the tokens with these numbers in `ids` wrote."""
+    """Return the ranges of characters of `output` that the tokens with these numbers in `ids` wrote."""
     spans: list[tuple[int, int]] = []
     for number in fell:
         start, end = (len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in (number, number + 1))
@@ -113,34 +121,37 @@ def spans_of(
     return spans
 
 
-def _checks(
-    generation: Generation,
-    strategy: Strategy,
-    own: Geometry,
-    hardware: str,
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    request: trace.Request,
-    written: list[int],
-) -> Iterator[tuple[str, bool]]:
-    """Begin one item again, alone, under each strategy this generation stands for: same tokens, same ledger as replay.
+@dataclass(frozen=True)
+class _Answered:
+    """An item as a batch answered it: its prompt, its routing, and the ids of the tokens that were written."""
 
-    The batch's numbers may differ from a single row's in their last bits, so this is looked at, not assumed.
+    prompt: str
+    request: trace.Request
+    written: list[int]
+
+
+def _checks(
+    generation: Generation, native: Geometry, model: Any, tokenizer: Any, answered: _Answered
+) -> Iterator[tuple[str, bool]]:
+    """Begin one item again, alone, under each strategy that may replay this generation; yield what has to hold.
+
+    The tokens are those of the batch, and the ledger that of a replay. The batch's numbers may differ from a single
+    row's in their last bits, so this is checked, not assumed.
     """
+    strategy = resolve(generation.strategy, generation.gamma)
     same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.needs_future]
-    layer_map = same_routing if strategy.routes_as_full_k else [strategy]
+    replaying = same_routing if strategy.routes_as_full_k else [strategy]
     options = task_config(generation.task, generation.folder)["generation_kwargs"]
     options = {**options, "max_gen_toks": min(options["max_gen_toks"], CHECKED_TOKENS)}
-    begun = first_tokens(request, CHECKED_TOKENS)
-    for one in layer_map:
-        on = replay_setup(one, own, generation.model.geometry, profile(hardware), "smallest")
-        mobile.attach(model, one, slots=on.slots, geometry=generation.model.geometry, hardware=hardware)
-        [(_, ids)] = generate(model, tokenizer, [prompt], options)
+    begun = first_tokens(answered.request, CHECKED_TOKENS)
+    for one in replaying:
+        setup = replay_setup(one, native, generation.model.geometry, profile(generation.hardware), "smallest")
+        mobile.attach(model, one, slots=setup.slots, geometry=generation.model.geometry, hardware=generation.hardware)
+        [(_, ids)] = generate(model, tokenizer, [answered.prompt], options)
         model.mobile.residency.end_token()
         live = model.mobile.ledger
         mobile.detach(model)
-        _, replayed = time_requests(on, [begun])
-        yield f"{one.name}: tokens alone equal tokens in the batch", ids == written[:CHECKED_TOKENS]
+        _, replayed = time_requests(setup, [begun])
+        yield f"{one.name}: tokens alone equal tokens in the batch", ids == answered.written[:CHECKED_TOKENS]
         equal = (live.counters, live.guesses) == (replayed.counters, replayed.guesses)
         yield f"{one.name}: live ledger equals replay", equal

@@ -27,7 +27,7 @@ from mobile.policies.strategy import resolve
 from suites.budget import is_memory, memory_on, replay_setup
 from suites.environment import environment
 from suites.measure.generate import shown, spans_of
-from suites.measure.replayed import record_of
+from suites.measure.replayed import Measured, record_of
 from suites.plan.cells import Cell, Model
 from suites.record import Item, Record, RunFolder
 from suites.scoring.lm_eval import EngineLM, evaluate, generate, sha256
@@ -35,7 +35,7 @@ from suites.telemetry import watched
 
 
 class TokenClock:
-    """A streamer of one sequence: what the link's clock and the fallback counter showed when each token was there.
+    """A streamer of one sequence: the link's clock and the fallback counter at the time of each token.
 
     On a GPU a token is given to a streamer when it has been copied to the host, so all kernels behind it are done.
     """
@@ -55,11 +55,11 @@ class TokenClock:
         self.fallbacks.append(self.engine.ledger.counters.fallbacks)
 
     def end(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: no token is buffered."""
 
     @property
     def fell(self) -> list[int]:
-        """Numbers of the tokens that a big pass wrote."""
+        """Return the numbers of the tokens that a big pass wrote."""
         before = [self.fallbacks[0], *self.fallbacks[:-1]]
         return [n for n, (old, new) in enumerate(zip(before, self.fallbacks, strict=True)) if new > old]
 
@@ -67,7 +67,7 @@ class TokenClock:
 class TimedLM(EngineLM):
     """Answers alone and in the given order; keeps each answer's clock and what it added to the counters.
 
-    The first prompt is answered once before that, cold, which is kept apart in `warm_up`.
+    The first prompt is answered once before that, cold; `warm_up` is the clock of that answer.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -94,43 +94,46 @@ class TimedLM(EngineLM):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model attached as a cell says, for all cells that differ from it in their task only.
+    """A model attached for a cell, and for all cells that differ from it in their task only.
 
-    `found` names its folder (of the hub, the commit), `link_gb_per_s` is measured on a GPU, else the profile's.
+    `source` names its folder (of the hub, the commit), `link_gb_per_s` is measured on a GPU, else the profile's.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    found: str
+    source: str
     link_gb_per_s: float | None
 
 
-def load(cell: Cell) -> Loaded:
-    """Raises Refused for a checkpoint that is not the real model it is said to be, and whatever mobile.load refuses."""
+def load(cell: Cell, run: RunFolder) -> Loaded:
+    """Load the cell's checkpoint with its strategy attached.
+
+    Raises Refused for a checkpoint that is not the real model it is said to be, and for whatever mobile.load refuses.
+    """
     folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, needs_gpu(cell.link)
     dtype: Any = "auto" if real else torch.float32
     empty = skeleton(folder, dtype=dtype)
     layers = moe_layers(empty)
-    own, named = geometry_of(empty, layers, common_layout(layers)), GEOMETRIES[asked.geometry]
-    if asked.weights == "real" and _shape(own) != _shape(named):
+    native, named = geometry_of(empty, layers, common_layout(layers)), GEOMETRIES[asked.geometry]
+    if asked.weights == "real" and _layer_sizes(native) != _layer_sizes(named):
         raise Refused(
-            f"{folder} has {_shape(own)} MoE layers, experts and top-k, and {named.name} has {_shape(named)}; give the "
-            "real checkpoint, or another geometry."
+            f"{folder} has {_layer_sizes(native)} MoE layers, experts and top-k, and {named.name} has "
+            f"{_layer_sizes(named)}; give the real checkpoint, or another geometry."
         )
     card, strategy = profile(cell.hardware), resolve(cell.strategy, cell.gamma)
     charged = None if LINKS[str(cell.link)].real_time else asked.geometry
-    room: dict[str, Any] = {"memory": cell.budget}
+    capacity: dict[str, Any] = {"memory": cell.budget}
     if is_memory(cell.budget) and real:
-        room = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
+        capacity = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
     if not is_memory(cell.budget):
-        room = {"slots": replay_setup(strategy, own, charged, card, cell.budget).slots}
+        capacity = {"slots": replay_setup(strategy, native, charged, card, cell.budget).slots}
     measured = link_rates() if real else None
     if not real:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     model = mobile.load(
         folder,
         strategy,
-        **room,
+        **capacity,
         hardware=cell.hardware,
         link=str(cell.link),
         geometry=charged,
@@ -142,12 +145,12 @@ def load(cell: Cell) -> Loaded:
     return Loaded(model, AutoTokenizer.from_pretrained(folder), folder.name, rate)
 
 
-def _shape(geometry: Geometry) -> tuple[int, ...]:
+def _layer_sizes(geometry: Geometry) -> tuple[int, ...]:
     return geometry.moe_layers, geometry.experts, geometry.top_k
 
 
 def checkpoint(model: Model) -> Path:
-    """The model's folder; of the hub, it is downloaded unless it is in the cache. Raises Refused."""
+    """Return the model's folder; download it from the hub unless it is in the cache. Raises Refused."""
     if model.hub is None:
         return model.folder
     try:
@@ -156,12 +159,13 @@ def checkpoint(model: Model) -> Path:
         raise Refused(f"{str(refused).rstrip('.')}; or give --model {model.name}=FOLDER with a copy.") from refused
 
 
-def save(cell: Cell, loaded: Loaded, run: RunFolder) -> None:
-    record(cell, loaded).save(run.record(cell.id))
+def measure(cell: Cell, loaded: Loaded, run: RunFolder) -> None:
+    """Answer the cell's items and write its record."""
+    record(cell, loaded).save(cell.output(run))
 
 
 def record(cell: Cell, loaded: Loaded) -> Record:
-    """Answer the cell's items, one by one, and write down what came out and how long it took."""
+    """Answer the cell's items, one by one, and return what came out and how long it took."""
     begun = time.monotonic()
     generation, engine, strategy = cell.generation, loaded.model.mobile, resolve(cell.strategy, cell.gamma)
     lm = TimedLM(loaded.model, loaded.tokenizer)
@@ -184,14 +188,13 @@ def record(cell: Cell, loaded: Loaded) -> Record:
                 decode_bytes=taken.decode_bytes,
             )
         )
+    measured = Measured(
+        engine.geometry, engine.hardware.name, engine.slots, loaded.link_gb_per_s, tuple(items), engine.ledger
+    )
     return record_of(
         cell,
         strategy,
-        engine.geometry,
-        hardware=engine.hardware.name,
-        slots=engine.slots,
-        rate=loaded.link_gb_per_s,
-        items=tuple(items),
+        measured,
         config={
             "generation": None,
             "control": None,
@@ -205,10 +208,9 @@ def record(cell: Cell, loaded: Loaded) -> Record:
             "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
             "profile_sources": [] if needs_gpu(cell.link) else list(engine.hardware.sources),
             "hub": generation.model.hub,
-            "revision": loaded.found if generation.model.hub is not None else None,
+            "revision": loaded.source if generation.model.hub is not None else None,
         },
         environment={**environment(), "telemetry": telemetry()},
         counters=engine.stats(),
-        ledger=engine.ledger,
         wall_seconds=time.monotonic() - begun,
     )

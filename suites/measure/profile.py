@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: torch.profiler around a script that plays, told apart into four kinds of time.
+"""The time of a decode step by kind: torch.profiler around a synthetic model that plays a script.
 
 `python -m suites profile` writes the trace, which ui.perfetto.dev opens, and a table.
 """
@@ -42,7 +42,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Milliseconds of the decode steps: of each kind while it ran, and of neither, when the host was alone.
+    """Milliseconds of the decode steps: of each kind while it ran, and of neither, when only the host worked.
 
     Kinds run beside one another on a GPU, so together they may be more than the wall time.
     """
@@ -77,7 +77,7 @@ def _covered(spans: Iterable[Span]) -> float:
 
 
 def window_of(events: list[dict[str, Any]]) -> tuple[float, float]:
-    """From the first decode pass to the end of the last thing that ran. Raises Refused for a trace without one."""
+    """Return the start of the first decode pass and the end of all that ran. Raises Refused for a trace without one."""
     passes = [e for e in events if _scoped(e) and e["name"].endswith(" pass") and "prefill" not in e["name"]]
     if not passes:
         raise Refused("The trace holds no decode pass; profile at least one token.")
@@ -90,7 +90,7 @@ def _scoped(event: dict[str, Any]) -> bool:
 
 
 def spans_of(events: list[dict[str, Any]]) -> list[Span]:
-    """What ran on the device, by kind; without a GPU, what ran on the thread that calls the model.
+    """Return the spans that ran on the device, by kind; without a GPU, those of the thread that calls the model.
 
     A kernel belongs to the experts if it was launched while the expert kernel ran on the host.
     """
@@ -116,7 +116,7 @@ def spans_of(events: list[dict[str, Any]]) -> list[Span]:
 
 
 def _outermost(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Operators that no other operator of the same thread called."""
+    """Yield operators that no other operator of the same thread called."""
     until: dict[Any, float] = {}
     for e in sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: (e["ts"], -e["dur"])):
         if e["ts"] >= until.get(e["tid"], float("-inf")):
@@ -134,7 +134,7 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
 
     from mobile.policies.strategy import BigLittle, resolve
     from suites.synthetic import models
-    from suites.synthetic.script import drawn, with_rate
+    from suites.synthetic.script import ScriptLength, drawn, with_rate
     from suites.synthetic.script_player import play
 
     link = options.link or real_time_link("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,21 +149,19 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     strategy, geometry = resolve(options.strategy), made.geometry
     script = drawn(
         options.routing,
+        ScriptLength(prompt_tokens=8, steps=options.tokens),
         layers=geometry.moe_layers,
         experts=geometry.experts,
         top_k=geometry.top_k,
-        prompt_tokens=8,
-        steps=options.tokens,
-        warmup=0,
         seed=0,
     )
     if isinstance(strategy.gating, BigLittle):
         script = with_rate(script, options.rate, 0)
-    room = {"memory": options.memory} if options.memory else {"slots": strategy.min_slots(geometry)}
+    capacity = {"memory": options.memory} if options.memory else {"slots": strategy.min_slots(geometry)}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "trace.json"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with made.attached(strategy, **room, link=link, link_gb_per_s=options.link_gb_per_s) as engine:
+    with made.attached(strategy, **capacity, link=link, link_gb_per_s=options.link_gb_per_s) as engine:
         play(made, script)
         engine.ledger.clear()
         with named_parts(engine) as begun, torch.profiler.profile(activities=activities) as watched:
@@ -200,6 +198,7 @@ def named_parts(engine: Any) -> Iterator[list[int]]:
 
 
 def declare(verbs: Any) -> None:
+    """Add the command to the others."""
     help_text = "where the time of a decode step goes, by torch.profiler, on a synthetic model of a real geometry"
     sub = verbs.add_parser(
         "profile",
@@ -226,6 +225,7 @@ def declare(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Profile, write the breakdown and print it; return the exit code."""
     found, trace = profile(options)
     (options.out / "breakdown.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
     out = show.console()

@@ -1,9 +1,9 @@
-"""A cell: a live run's trace timed under a strategy, on hardware with a memory budget."""
+"""Replayed cells: the trace of a live run timed under a strategy, on hardware with a memory budget. No torch."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mobile.costs.geometry import Geometry
@@ -14,25 +14,28 @@ from mobile.replay import trace
 from mobile.replay.replay import replay_requests
 from suites.budget import replay_setup, timeline
 from suites.environment import environment
-from suites.plan.cells import Cell, Generation, Model
+from suites.plan.cells import Cell
 from suites.record import Item, Record, RunFolder, read_json
-from suites.tasks.paper_tasks import items_of, sources
+from suites.tasks.files import items_of, sources
 
 TIMELINE_TOKENS = 3
 BINS = 20  # of the confidence histogram
 Trace = tuple[list[trace.Request], dict[str, Any]]
 
 
-def generation_from(data: dict[str, Any]) -> Generation:
-    return Generation(**{**data, "model": Model(**data["model"])})
+def load(first: Cell, run: RunFolder) -> Trace:
+    """Read the trace that the cells of one live run are replayed from."""
+    environment()  # once, for every fork
+    return trace.load(run.trace(first.generation.id))
 
 
-def cell_from(data: dict[str, Any]) -> Cell:
-    return Cell(**{**data, "generation": generation_from(data["generation"])})
+def measure(cell: Cell, recorded: Trace, run: RunFolder) -> None:
+    """Replay the trace under the cell's strategy and write its record."""
+    record(cell, recorded, run).save(cell.output(run))
 
 
-def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
-    """The record of a cell whose generation has been written under `run`. Imports no torch."""
+def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
+    """Return the record of a cell whose live run has been written under `run`."""
     begun = time.monotonic()
     generation = cell.generation
     live = read_json(run.answers(generation.id))
@@ -42,8 +45,9 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
     requests = [request for _, request in answered]
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
-    on = replay_setup(strategy, Geometry.from_record(about["geometry"]), generation.model.geometry, card, cell.budget)
-    taken, ledger, training = replay_requests(on, requests)
+    native = Geometry.from_record(about["geometry"])
+    setup = replay_setup(strategy, native, generation.model.geometry, card, cell.budget)
+    taken, ledger, training = replay_requests(setup, requests)
     items = tuple(
         Item(
             **answer,
@@ -57,15 +61,11 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
         for (answer, _), counters in zip(answered, taken, strict=True)
     )
     shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
-    drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(on, shown, TIMELINE_TOKENS))
+    drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(setup, shown, TIMELINE_TOKENS))
     return record_of(
         cell,
         strategy,
-        on.geometry,
-        hardware=card.name,
-        slots=on.slots,
-        rate=card.link_gb_per_s,
-        items=items,
+        Measured(setup.geometry, card.name, setup.slots, card.link_gb_per_s, items, ledger),
         config={
             "generation": generation.id,
             "control": "canary" if generation.scrambled else None,
@@ -78,67 +78,69 @@ def time_cell(cell: Cell, run: RunFolder, recorded: Trace) -> Record:
         environment={**environment(), "telemetry": None, "training": training and asdict(training)},
         counters=ledger.stats(),
         checks=live["checks"],
-        ledger=ledger,
         timeline=drawn if cell.budget == "smallest" else (),
         wall_seconds=time.monotonic() - begun,
     )
 
 
-def record_of(
-    cell: Cell,
-    strategy: Strategy,
-    charged: Geometry,
-    *,
-    hardware: str,
-    slots: int | None,
-    rate: float | None,
-    items: tuple[Item, ...],
-    config: dict[str, Any],
-    ledger: Ledger,
-    **rest: Any,
-) -> Record:
-    """The record of a cell: what the cell itself says, and what `config` and `rest` add. `rate` is the link's, GB/s."""
-    generation = cell.generation
+@dataclass(frozen=True)
+class Measured:
+    """A timed cell: the sizes, hardware and slots it was timed with, its items, and its ledger.
+
+    `link_gb_per_s` is the link's rate, None where it is not known.
+    """
+
+    geometry: Geometry
+    hardware: str
+    slots: int | None
+    link_gb_per_s: float | None
+    items: tuple[Item, ...]
+    ledger: Ledger
+
+
+def record_of(cell: Cell, strategy: Strategy, measured: Measured, *, config: dict[str, Any], **fields: Any) -> Record:
+    """Return the record of a scored cell; `config` and `fields` add what depends on how it was timed."""
+    generation, geometry, rate = cell.generation, measured.geometry, measured.link_gb_per_s
     return Record(
         id=cell.id,
         scope=cell.scope,
         weights=generation.model.weights,
         model=generation.model.name,
-        geometry=charged.name,
+        geometry=geometry.name,
         task=generation.task,
         strategy=strategy.name,
         gamma=cell.gamma,
         lossless=strategy.lossless,
-        hardware=hardware,
+        hardware=measured.hardware,
         budget=cell.budget,
-        slots=slots,
+        slots=measured.slots,
         seed=generation.seed,
         config={
             "swept": cell.swept,
             "family": generation.model.family,
             "training_seed": generation.model.training_seed,
             "items": generation.items,
-            "timed_items": len(items),
+            "timed_items": len(measured.items),
             "task_items": items_of(generation.task, generation.folder),
-            "expert_nbytes": charged.expert_nbytes,
-            "moe_layers": charged.moe_layers,
-            "experts": charged.experts,
-            "top_k": charged.top_k,
+            "expert_nbytes": geometry.expert_nbytes,
+            "moe_layers": geometry.moe_layers,
+            "experts": geometry.experts,
+            "top_k": geometry.top_k,
             "link": cell.link,
             "link_gb_per_s": rate,
             "strategy_source": strategy.source,
             "data": sources(generation.task, generation.folder),
             **config,
         },
-        items=items,
-        ceiling_tokens_per_s=None if rate is None else charged.on_demand_ceiling(rate),
-        guesses=tuple((layer, *seen) for layer, seen in sorted(ledger.guesses.items())),
-        **rest,
+        items=measured.items,
+        ceiling_tokens_per_s=None if rate is None else geometry.on_demand_ceiling(rate),
+        guesses=tuple((layer, *seen) for layer, seen in sorted(measured.ledger.guesses.items())),
+        **fields,
     )
 
 
 def confidences(requests: list[trace.Request]) -> list[list[float]] | None:
-    """[lower edge, count] of 20 equal bins of the little passes' confidence; None where there was no little pass."""
+    """Return [lower edge, count] of 20 equal bins of the little passes' confidence; None without a little pass."""
     sure = [step.confidence for request in requests for step in request if step.confidence is not None]
     counts = [0] * BINS
     for value in sure:

@@ -18,10 +18,10 @@ from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobile.live_model.compat import MoeLayer, moe_layers
-from suites.models.families import FAMILIES
+from suites.families import FAMILIES
 from suites.record import Record, RunFolder, load
-from suites.tasks import GENERATORS
-from suites.tasks.paper_tasks import shipped
+from suites.tasks.catalogue import SHIPPED
+from suites.tasks.files import shipped
 
 SHOWN = ("resident", "static-half", "mobile")
 ROUTED_ITEMS = 50  # test items of each task whose routing is counted
@@ -29,7 +29,7 @@ ROUTED_ITEMS = 50  # test items of each task whose routing is counted
 
 @torch.inference_mode()
 def expert_use(folder: Path) -> list[tuple[float, int, int]]:
-    """By MoE layer: entropy of expert use over its greatest possible value, experts used, experts there are.
+    """Return, by MoE layer, the entropy of expert use over its greatest value, how many experts are used, and all.
 
     Counted over the tokens of test prompts and their worked answers, read and not generated.
     """
@@ -46,7 +46,7 @@ def expert_use(folder: Path) -> list[tuple[float, int, int]]:
 
     for layer, use in zip(layers, uses, strict=True):
         layer.router.register_forward_hook(counting(layer, use), with_kwargs=True)
-    for task in GENERATORS:
+    for task in SHIPPED:
         for item in shipped(task)[:ROUTED_ITEMS]:
             model(**tokenizer(item["prompt"] + item["worked"], return_tensors="pt", return_token_type_ids=False))
     spread = []
@@ -57,9 +57,9 @@ def expert_use(folder: Path) -> list[tuple[float, int, int]]:
 
 
 def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
-    """A row for each task and strategy shown: items, right answers, their Wilson interval, whole answers right."""
+    """Yield a row for each task and strategy shown: items, score, its Wilson interval, and share of whole answers."""
     records = [load(path) for path in sorted((RunFolder(run).path / "records").glob("*.json"))]
-    for task in GENERATORS:
+    for task in SHIPPED:
         worked = [item["worked"].strip() for item in shipped(task)]
         for strategy in SHOWN:
             record = next((r for r in records if _shown(r, model, task, strategy)), None)
@@ -80,7 +80,7 @@ def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
 
 
 def _shown(record: Record, model: str, task: str, strategy: str) -> bool:
-    """Whether a record is the task's answers under the strategy: of all items, no point of a sweep, no control."""
+    """Return whether a record is the strategy's answers of all items, and neither a point of a sweep nor a control."""
     named = (record.model, record.task, record.strategy) == (model, task, strategy)
     return named and record.budget in ("smallest", "all") and not (record.config["swept"] or record.config["control"])
 
@@ -104,10 +104,10 @@ def main() -> None:
         name=options.folder.name,
         family=family,
         recipe=recipe,
-        model=family.model.__name__,
+        model=family.model_class.__name__,
         config=family.config,
         width=getattr(family.config, "moe_intermediate_size", family.config.intermediate_size),
-        parameters=sum(p.numel() for p in family.model(family.config).parameters()) / 1e6,
+        parameters=sum(p.numel() for p in family.model_class(family.config).parameters()) / 1e6,
         megabytes=weights.stat().st_size / 1e6,
         use=expert_use(options.folder),
         scores=list(scores(options.run, options.folder.name)) if options.run else [],

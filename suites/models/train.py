@@ -25,9 +25,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from suites.models.families import FAMILIES, VOCABULARY
+from suites.families import FAMILIES, VOCABULARY
 from suites.models.training_experts import register as register_training_experts
-from suites.tasks import GENERATORS
+from suites.tasks.catalogue import SHIPPED
 from suites.tasks.item import Item, held_out
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -56,16 +56,16 @@ RECIPE: dict[str, Any] = {
 
 
 def training_items(rng: Random, recipe: dict[str, Any]) -> Iterator[Item]:
-    """Endless items of the task mix, test-side ones left out."""
+    """Yield items of the task mix without end, test-side ones left out."""
     names, shares = zip(*recipe["task_mix"].items(), strict=True)
     while True:
-        item = GENERATORS[rng.choices(names, shares)[0]](rng)
+        item = SHIPPED[rng.choices(names, shares)[0]].train(rng)
         if not held_out(item.key):
             yield item
 
 
 def train_tokenizer(rng: Random, recipe: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on training items; every digit is a token of its own."""
+    """Train byte-level BPE on training items; every digit is a token of its own."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -88,7 +88,7 @@ def train_tokenizer(rng: Random, recipe: dict[str, Any]) -> PreTrainedTokenizerF
 def batches(
     tokenizer: PreTrainedTokenizerFast, rng: Random, recipe: dict[str, Any], seen: TokensSeen
 ) -> Iterator[tuple]:
-    """Endless (ids, labels), each (rows, length) int64: rows of like length, loss on the worked answer only."""
+    """Yield (ids, labels) without end, each (rows, length) int64: rows of like length, labels of answers only."""
     items = training_items(rng, recipe)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     while True:
@@ -117,7 +117,7 @@ def batches(
 
 
 class TokensSeen:
-    """How far training is, shared by the batch maker, the schedule and the bar."""
+    """The progress of training, shared by the batch maker, the schedule and the bar."""
 
     def __init__(self, goal: int) -> None:
         self.goal, self.count = goal, 0
@@ -128,14 +128,14 @@ class TokensSeen:
 
 
 def learning_rate(step: int, fraction: float, recipe: dict[str, Any]) -> float:
-    """Linear warm-up, then cosine to the final rate."""
+    """Return the rate of a step: linear warm-up, then a cosine to the final rate."""
     high, low = recipe["learning_rate"], recipe["final_learning_rate"]
     cosine = low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
     return cosine * min(1.0, (step + 1) / recipe["warmup_steps"])
 
 
 def router_losses(router_logits: list[torch.Tensor], top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Switch's load-balance loss and ST-MoE's z-loss, summed over layers; logits are (tokens, experts)."""
+    """Return Switch's load-balance loss and ST-MoE's z-loss, summed over layers; logits are (tokens, experts)."""
     balance = z = torch.zeros(())
     for logits in router_logits:
         probs = logits.softmax(-1)
@@ -146,7 +146,7 @@ def router_losses(router_logits: list[torch.Tensor], top_k: int) -> tuple[torch.
 
 
 def initialise(model: PreTrainedModel) -> None:
-    """Small-model initialisation: fan-in for experts and attention, wide embeddings, quiet routers."""
+    """Initialise the weights for a small model: by fan-in, but wide embeddings and routers that are nearly uniform."""
     for name, weight in model.named_parameters():
         if weight.ndim < 2:
             continue
@@ -204,7 +204,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: di
 
 
 def write_hashes(folder: Path) -> None:
-    """SHA-256 of every file of the checkpoint but its card, in the format `sha256sum -c` reads."""
+    """Write the SHA-256 of every file of the checkpoint but its card, in the format that `sha256sum -c` reads."""
     names = sorted({path.name for path in folder.iterdir()} - {"SHA256SUMS", "README.md"})
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (folder / "SHA256SUMS").write_text("".join(lines))
@@ -223,7 +223,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[options.family]
-    model: Any = family.model(family.config)
+    model: Any = family.model_class(family.config)
     initialise(model)
     tokenizer = train_tokenizer(Random(0), recipe)  # the same for every family and seed
     register_training_experts()

@@ -40,7 +40,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 def training_experts(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """hidden (tokens, H), index and weights (tokens, K) -> (tokens, H), differentiable in all but index."""
+    """Return (tokens, H) from hidden (tokens, H), index and weights (tokens, K), differentiable in all but index."""
     pairs = index.flatten()
     order = pairs.argsort(stable=True)
     ends = pairs.bincount(minlength=self.num_experts).cumsum(0).tolist()

@@ -1,11 +1,12 @@
-"""From a preset to its cells, each named by a hash of everything that could change its result."""
+"""Presets, read into cells, each named by a hash of everything that could change its result."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -20,13 +21,15 @@ from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
 from suites.identity import HERE, Model, code_hash, digest, model_hash, task_hash, versions
-from suites.synthetic.cells import SyntheticCell, shapes_of
+from suites.record import VIRTUAL, RunFolder, intact_zip, sound
+from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
-from suites.tasks.paper_tasks import REAL, SHIPPED, expand, items_of
+from suites.tasks.catalogue import PUBLISHED, TASKS, expand
+from suites.tasks.files import items_of, locate
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
-OVERRIDDEN = (  # a model's own, if it likes
+OVERRIDABLE = (  # keys of a preset that a model may set for itself
     "strategies",
     "budgets",
     "gammas",
@@ -40,7 +43,11 @@ OVERRIDDEN = (  # a model's own, if it likes
 
 @dataclass(frozen=True)
 class Generation:
-    """One live run: a model answers a task under one gating; gives text, scores and a trace."""
+    """One live run: a model answers a task under one gating; gives text, scores and a trace.
+
+    `data` is the folder with a real task's files, None the hub. No answer depends on `hardware`, whose profile only
+    times the checks of the run against a replay.
+    """
 
     model: Model
     task: str
@@ -49,12 +56,17 @@ class Generation:
     items: int
     seed: int
     scrambled: bool = False  # the canary: every router's rows shuffled
-    data: str | None = None  # the folder with a real task's files; None is the hub
+    data: str | None = None
+    hardware: str = field(default="auto", compare=False)
+
+    kind = "generate"
+    scope = VIRTUAL  # alike on any machine
+    shared = ()  # one process does any of them, a model at a time
 
     @property
     def id(self) -> str:
-        own = {name: value for name, value in asdict(self).items() if name != "data"}  # what counts is what is in it
-        return digest(own, code_hash(), versions(), task_hash(self.task, self.folder), model_hash(self.model))
+        fields = {name: value for name, value in asdict(self).items() if name not in ("data", "hardware")}
+        return digest(fields, code_hash(), versions(), task_hash(self.task, self.folder), model_hash(self.model))
 
     @property
     def folder(self) -> Path | None:
@@ -65,10 +77,23 @@ class Generation:
         return _label(self, self.strategy, self.gamma)
 
     @property
+    def online(self) -> bool:
+        return not locate(self.task, self.folder)
+
+    def needs(self, run: RunFolder) -> None:
+        return None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.answers(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run)) and intact_zip(run.trace(self.id))
+
+    @property
     def docs(self) -> list[int]:
-        """A seeded random subset of the task's items, ascending; more items hold those of fewer."""
-        there_are = items_of(self.task, self.folder)
-        return sorted(Random(self.seed).sample(range(there_are), there_are)[: self.items])
+        """Return a seeded random subset of the task's items, ascending; a larger one has the items of a smaller."""
+        available = items_of(self.task, self.folder)
+        return sorted(Random(self.seed).sample(range(available), available)[: self.items])
 
 
 @dataclass(frozen=True)
@@ -91,7 +116,7 @@ class Cell:
 
     @property
     def docs(self) -> list[int]:
-        """The items that are timed, ascending: those that a live run of so few would have been asked.
+        """Return the items that are timed, ascending: those that a live run of so few would have been asked.
 
         A seeded random part, since a file's first items need not be like its others (real tasks are in no random
         order), and one that other small cells of the same seed share, so that more pairs can be formed.
@@ -101,12 +126,55 @@ class Cell:
 
     @property
     def scope(self) -> str:
-        """Whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
+        """Return whose time it takes: the virtual clock's, alike on any machine, or this machine's."""
         return scope_of(self.link)
 
     @property
     def label(self) -> str:
         return _label(self.generation, self.strategy, self.gamma, self.budget)
+
+    @property
+    def model(self) -> Model:
+        return self.generation.model
+
+    @property
+    def task(self) -> str:
+        return self.generation.task
+
+    @property
+    def kind(self) -> str:
+        return "replay" if self.link is None else "live"
+
+    @property
+    def shared(self) -> tuple:
+        """Return which trace is replayed; or how the model is attached, whatever the task."""
+        if self.link is None:
+            return (self.generation.id,)
+        one = self.generation
+        return one.model.name, one.seed, self.strategy, self.gamma or 0, self.hardware, self.budget, self.scope
+
+    @property
+    def online(self) -> bool:
+        return self.link is not None
+
+    def needs(self, run: RunFolder) -> Path | None:
+        return run.answers(self.generation.id) if self.link is None else None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.record(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run))
+
+
+def generation_from(data: dict[str, Any]) -> Generation:
+    """Return the generation whose fields, as JSON, are `data`."""
+    return Generation(**{**data, "model": Model(**data["model"])})
+
+
+def cell_from(data: dict[str, Any]) -> Cell:
+    """Return the cell whose fields, as JSON, are `data`."""
+    return Cell(**{**data, "generation": generation_from(data["generation"])})
 
 
 def _label(of: Generation, strategy: str, gamma: float | None, *budget: str) -> str:
@@ -124,56 +192,57 @@ class Preset:
 
     @property
     def scored(self) -> list[Cell]:
-        """The cells whose answers are scored."""
+        """Return the cells whose answers are scored."""
         return [cell for cell in self.cells if isinstance(cell, Cell)]
 
     @property
     def replayed(self) -> list[Cell]:
-        """Of them, those that are timed by replaying a live run."""
+        """Return the scored cells that are timed by replaying a live run."""
         return [cell for cell in self.scored if cell.link is None]
 
     @property
     def generations(self) -> list[Generation]:
-        """The live runs that replayed cells need, each once, in order."""
+        """Return the live runs that replayed cells need, each once, in order."""
         return list(dict.fromkeys(cell.generation for cell in self.replayed))
 
     @property
     def live(self) -> list[Cell]:
-        """Of them, those that are timed live."""
+        """Return the scored cells that are timed live."""
         return [cell for cell in self.scored if cell.link is not None]
 
     @property
-    def shapes(self) -> list[SyntheticCell]:
-        """The cells that are timed live on a script."""
+    def synthetic(self) -> list[SyntheticCell]:
+        """Return the cells that play a script."""
         return [cell for cell in self.cells if isinstance(cell, SyntheticCell)]
 
     @property
-    def besides(self) -> list[ReferenceCell]:
-        """What is measured beside them."""
+    def references(self) -> list[ReferenceCell]:
+        """Return the measurements that those are held against."""
         return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
 
     def only(self, pattern: str | None) -> Preset:
-        """The cells whose label holds the pattern (with * and ? as in file names). Raises Refused where none does."""
+        """Return the preset with the cells whose label holds the pattern (with * and ? as in file names).
+
+        Raises Refused where none does.
+        """
         chosen = self.cells if pattern is None else tuple(c for c in self.cells if fnmatch(c.label, f"*{pattern}*"))
         if not chosen:
             raise Refused(f"No cell of {self.name} is called {pattern!r}; one is called {self.cells[0].label!r}.")
         return replace(self, cells=chosen)
 
 
-_MADE = "makes its models itself; leave --model out"
-_SAYS = "says itself how it is timed; leave --link out"
-
-
 def presets() -> list[str]:
+    """Return the names of the shipped presets."""
     return sorted(path.stem for path in (HERE / "presets").glob("*.toml"))
 
 
 def read_preset(
     name: str, folder: Path | None = None, folders: Mapping[str, Path] = MappingProxyType({}), link: str | None = None
 ) -> Preset:
-    """The preset of that name, or at that path, with real tasks' files from `folder` and models from `folders`.
+    """Read the preset of that name, or at that path; published tasks' files are in `folder`, models in `folders`.
 
-    `link` is another for a preset of shapes. Raises Refused for one that is unknown or asks for unknown things.
+    `link` is another than its own for a preset of synthetic cells. Raises Refused for a preset that is unknown or asks
+    for unknown things.
     """
     path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
     if not path.is_file():
@@ -181,9 +250,11 @@ def read_preset(
     try:
         data = tomllib.loads(path.read_text())
         if "runs" in data and not folders:
-            return Preset(path.stem, data["minutes"], tuple(shapes_of(data, link)))
-        if "runs" in data or link is not None:
-            raise Refused(f"Preset {path.stem} {_MADE if 'runs' in data else _SAYS}.")
+            return Preset(path.stem, data["minutes"], tuple(synthetic_cells_of(data, link)))
+        if "runs" in data:
+            raise Refused(f"Preset {path.stem} makes its models itself; leave --model out.")
+        if link is not None:
+            raise Refused(f"Preset {path.stem} says itself how it is timed; leave --link out.")
         return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
     except Refused:
         raise
@@ -194,24 +265,25 @@ def read_preset(
 
 
 def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> list[Cell]:
+    """Return the cells of a preset whose answers are scored. Raises Refused, KeyError, TypeError."""
     tasks = expand(data["tasks"])
-    there_are = {task: items_of(task, folder) for task in tasks}
-    most = max(there_are.values(), default=SHIPPED)
+    available = {task: items_of(task, folder) for task in tasks}
+    most = max(available.values(), default=max(task.items for task in TASKS.values()))
     for count in ("items", "swept_items", "timed_items"):
         if not 1 <= data.get(count, most) <= most:
             raise Refused(f"{count} must be between 1 and {most}, not {data[count]}.")
-    models = {model["name"]: _at(Model(**_own(model)), folders) for model in data["models"]}
-    if strangers := set(folders) - set(models):
-        raise Refused(f"The preset has no model {sorted(strangers)[0]}; it has: {', '.join(models)}.")
+    models = {model["name"]: _placed(Model(**_model_fields(model)), folders) for model in data["models"]}
+    if unknown := set(folders) - set(models):
+        raise Refused(f"The preset has no model {sorted(unknown)[0]}; it has: {', '.join(models)}.")
     link = data.get("link")
     if link is not None and link not in LINKS:
         raise Refused(f"Link {link!r} is not available; choose {in_words(tuple(LINKS))}, or leave it out to replay.")
-    at_most = {task: min(data.get("task_items", {}).get(asked, most), there_are[task]) for task, asked in tasks.items()}
-    lies_in = {task: str(folder.absolute()) for task in tasks if folder is not None and task in REAL}
+    at_most = {task: min(data.get("task_items", {}).get(asked, most), available[task]) for task, asked in tasks.items()}
+    task_folders = {task: str(folder.absolute()) for task in tasks if folder is not None and task in PUBLISHED}
     cells = [
         cell
         for model in data["models"]
-        for cell in _cells_of(models[model["name"]], {**data, **model}, link, at_most, lies_in)
+        for cell in _cells_of(models[model["name"]], {**data, **model}, link, at_most, task_folders)
     ]
     if not cells:
         raise Refused(
@@ -220,8 +292,8 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
     return cells
 
 
-def _at(model: Model, folders: Mapping[str, Path]) -> Model:
-    """The model, taken from a folder where one is given for it; a checkpoint with our recipe is never called real."""
+def _placed(model: Model, folders: Mapping[str, Path]) -> Model:
+    """Return the model with the folder that is given for it, if any; one with our recipe is never called real."""
     if model.name not in folders:
         return model
     folder = folders[model.name].absolute()
@@ -229,17 +301,17 @@ def _at(model: Model, folders: Mapping[str, Path]) -> Model:
     return replace(model, path=str(folder), hub=None, revision=None, weights=weights)
 
 
-def _own(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's own fields, without what it overrides of the preset."""
-    return {name: value for name, value in model.items() if name not in OVERRIDDEN}
+def _model_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model in a preset, without what it overrides of the preset."""
+    return {name: value for name, value in model.items() if name not in OVERRIDABLE}
 
 
 def _cells_of(
-    model: Model, data: dict[str, Any], link: str | None, at_most: dict[str, int], lies_in: dict[str, str]
+    model: Model, data: dict[str, Any], link: str | None, at_most: dict[str, int], task_folders: dict[str, str]
 ) -> Iterator[Cell]:
-    """The cells of one model; `data` is the preset with what this model overrides of it.
+    """Yield the cells of one model; `data` is the preset with what this model overrides of it.
 
-    By task, `at_most` is the most items that may be asked, and `lies_in` the folder of those that have one.
+    By task, `at_most` is the most items that may be asked, and `task_folders` the folder of those that have one.
     """
     if model.geometry not in GEOMETRIES:
         raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
@@ -250,10 +322,10 @@ def _cells_of(
     model_hash(model)
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
-    own = [strategy.gamma for strategy in chosen]
+    gammas = [strategy.gamma for strategy in chosen]
     fewer = data.get("fewer_items", {})
-    if strangers := set(fewer) - {strategy.name for strategy in chosen}:
-        raise Refused(f"fewer_items names {sorted(strangers)[0]!r}, which is not among the strategies of {model.name}.")
+    if unknown := set(fewer) - {strategy.name for strategy in chosen}:
+        raise Refused(f"fewer_items names {sorted(unknown)[0]!r}, which is not among the strategies of {model.name}.")
     if min((items, *fewer.values())) < 1:
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
     runs = [
@@ -261,33 +333,31 @@ def _cells_of(
         for strategy in chosen
         for budget in _budgets(strategy, data["budgets"])
     ]
-    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in own]
+    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in gammas]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
-    def generation(task: str, name: str, gamma: float | None, count: int, seed: int, scrambled: bool) -> Generation:
-        asked = min(count, at_most[task])
-        return Generation(model, task, name, gamma, asked, seed, scrambled, lies_in.get(task))
-
     for seed, task, card in product(data["seeds"], at_most, cards):
+        generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card)
         for strategy, budget, swept, count in runs:
-            # All that was answered is timed once for each way to answer; else, and where full K's answers are given
-            # again, a part of it. What needs a live run of its own to give them again is asked no more than that part.
+            # Every item is timed once for each way to answer. A part of them is timed otherwise, and where a lossless
+            # strategy repeats full K's answers; one that needs a live run for that is asked no more than that part.
             name = ORACLE if strategy.routes_as_full_k else strategy.name
             whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
-            live = generation(task, name, strategy.gamma, asked, seed, False)
+            live = generation(name, strategy.gamma, min(asked, at_most[task]))
             yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
         if task in data.get("canaries", []):
-            scrambled = generation(task, ORACLE, None, data["canary_items"], seed, True)
+            scrambled = generation(ORACLE, None, min(data["canary_items"], at_most[task]), scrambled=True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
 
 
 def _card(name: str, link: str | None) -> str:
-    """A profile's name, or its file, found from anywhere. Over a real link "auto" stays: the card that is there."""
+    """Return a profile's name, or its file's absolute path. Over a real link "auto" stays: the card that is there."""
     if name.endswith(".json"):
         return str(Path(name).absolute())
     return name if name == "auto" and needs_gpu(link) else profile(name).name
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
+    """Return the budgets that make a difference: none does to a strategy that keeps every expert."""
     return ["all"] if strategy.retain == "everything" else budgets

@@ -1,5 +1,6 @@
-"""What a preset will take, before it starts, and why it cannot start here. Arithmetic from published sizes; no torch
-until a GPU is asked for.
+"""The cost of a preset, before it starts, and why it cannot start here.
+
+Arithmetic from published sizes; no torch until a GPU is asked for.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from mobile.policies.strategy import resolve
 from suites.budget import SHOWN_SHARE, is_memory, replay_setup
 from suites.plan.cells import Cell, Generation, Model, Preset
 from suites.synthetic import plan
-from suites.tasks.paper_tasks import REAL, remarks
+from suites.tasks.catalogue import PUBLISHED, TASKS
+from suites.tasks.files import remarks
 
 ANSWER_TOKENS = 150  # an assumption: no answer has been written yet; limits are 256 (GSM8K) and 1,024
 GB, GIB = 1e9, 2**30
 HUB_SECONDS = 10
-CODE = ("python_functions",)  # the shipped tasks whose answers are run
 
 
 @dataclass(frozen=True)
-class Takes:
-    """What one model takes: bytes to download (0 from a folder), to hold on the host, and on the GPU at least.
+class Cost:
+    """The cost of one model: bytes to download (0 from a folder), to hold on the host, and on the GPU at least.
 
     `seconds` is an estimate: every expert copied on demand at the profile's bandwidth, nothing cached, no compute.
     """
@@ -42,16 +43,16 @@ class Takes:
     seconds: float
 
 
-def takes(preset: Preset) -> list[Takes]:
-    """By model with cells that are timed live, in order."""
+def costs(preset: Preset) -> list[Cost]:
+    """Return the cost of each model with cells that are timed live, in order."""
     models = dict.fromkeys(cell.generation.model for cell in preset.live)
-    return [_takes(model, [cell for cell in preset.live if cell.generation.model == model]) for model in models]
+    return [_cost(model, [cell for cell in preset.live if cell.generation.model == model]) for model in models]
 
 
-def _takes(model: Model, cells: Sequence[Cell]) -> Takes:
+def _cost(model: Model, cells: Sequence[Cell]) -> Cost:
     geometry = GEOMETRIES[model.geometry]
     store = geometry.total_experts * geometry.expert_nbytes
-    return Takes(
+    return Cost(
         model=model,
         download_nbytes=0 if model.hub is None else store + geometry.resident_nbytes,
         host_nbytes=store,
@@ -61,7 +62,7 @@ def _takes(model: Model, cells: Sequence[Cell]) -> Takes:
 
 
 def _gpu_nbytes(geometry: Geometry, cell: Cell) -> int:
-    """Device memory of a cell: its budget, or what its slots take with everything beside them."""
+    """Return the device memory of a cell: its budget, or the bytes of its slots and of everything beside them."""
     if is_memory(cell.budget):
         return parse_nbytes(cell.budget)
     strategy = resolve(cell.strategy, cell.gamma)
@@ -69,15 +70,15 @@ def _gpu_nbytes(geometry: Geometry, cell: Cell) -> int:
 
 
 def seconds_an_answer(geometry: Geometry, cell: Cell) -> float:
-    """One prefill, which streams every expert once, and `ANSWER_TOKENS` tokens at the on-demand ceiling."""
+    """Estimate one prefill, which streams every expert once, and `ANSWER_TOKENS` tokens at the on-demand ceiling."""
     rate = profile(cell.hardware).link_gb_per_s
     prefill = geometry.total_experts * geometry.expert_nbytes / (rate * GB)
     return prefill + ANSWER_TOKENS / geometry.on_demand_ceiling(rate)
 
 
 def describe(preset: Preset) -> list[str]:
-    """Lines for the plan of a preset that is timed live; none for another."""
-    needed = takes(preset)
+    """Return lines for the plan of a preset that is timed live; none for another."""
+    needed = costs(preset)
     lines = [
         f"{one.model.name}: download {one.download_nbytes / GB:.0f} GB, host memory {one.host_nbytes / GIB:.0f} GiB "
         f"for the experts, GPU memory {one.gpu_nbytes / GIB:.1f} GiB, about {one.seconds / 3600:.1f} hours"
@@ -107,8 +108,8 @@ def answer(preset: Preset) -> str:
     """Return the line that says whether this machine can run the preset, and why not; below it, what else to know."""
     remarks: list[str] = []
     try:
-        if preset.shapes:
-            remarks = plan.check(preset.name, preset.shapes)
+        if preset.synthetic:
+            remarks = plan.check(preset.name, preset.synthetic)
         if preset.scored:
             check(preset, run_generated_code=True)
     except Refused as refused:
@@ -118,7 +119,7 @@ def answer(preset: Preset) -> str:
 
 
 def check(preset: Preset, *, run_generated_code: bool) -> None:
-    """Raises Refused, in one sentence, for the first thing that this machine or this command line lacks."""
+    """Raise Refused, in one sentence, for the first thing that this machine or this command line lacks."""
     judged = [cell.generation for cell in preset.scored if _runs_foreign_code(cell.generation)]
     if judged and not run_generated_code:
         raise Refused(
@@ -126,7 +127,7 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
             "not attackers; pass --run-generated-code to allow it, or take the task out of the preset."
         )
     if any(needs_gpu(cell.link) for cell in preset.live):
-        needed = takes(preset)
+        needed = costs(preset)
         _check_gpu(preset, max(needed, key=lambda one: one.gpu_nbytes))
         _check_host(max(needed, key=lambda one: one.host_nbytes))
         _check_disk(needed)
@@ -134,13 +135,12 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
 
 
 def _runs_foreign_code(generation: Generation) -> bool:
-    """Only our own task, written by our own models on prompts of ours, is judged without asking."""
-    if generation.task in REAL:
-        return REAL[generation.task].code
-    return generation.task in CODE and generation.model.weights != "shipped-tiny"
+    """Return whether code is run that is not written by our own models on our own prompts."""
+    ours = generation.task not in PUBLISHED and generation.model.weights == "shipped-tiny"
+    return TASKS[generation.task].runs_code and not ours
 
 
-def _check_gpu(preset: Preset, most: Takes) -> None:
+def _check_gpu(preset: Preset, most: Cost) -> None:
     import torch
 
     if not torch.cuda.is_available():
@@ -156,7 +156,7 @@ def _check_gpu(preset: Preset, most: Takes) -> None:
         )
 
 
-def _check_host(most: Takes) -> None:
+def _check_host(most: Cost) -> None:
     usable = host().usable_nbytes
     if usable is not None and usable < most.host_nbytes:
         raise Refused(
@@ -165,7 +165,7 @@ def _check_host(most: Takes) -> None:
         )
 
 
-def _check_disk(needed: Sequence[Takes]) -> None:
+def _check_disk(needed: Sequence[Cost]) -> None:
     missing = sum(one.download_nbytes for one in needed if not _cached(one.model))
     shortage = disk_shortage(missing, shutil.disk_usage(cache_folder()).free)
     if shortage is not None:
@@ -177,7 +177,7 @@ def _cached(model: Model) -> bool:
 
 
 def _check_hub(preset: Preset) -> None:
-    """Everything that comes from the hub can be reached or is in the cache."""
+    """Raise Refused for a model or task that is neither in the cache nor to be reached on the hub."""
     api = HfApi()
     for model in dict.fromkeys(cell.generation.model for cell in preset.scored):
         if model.hub is not None and not _cached(model):
@@ -189,14 +189,14 @@ def _check_hub(preset: Preset) -> None:
                     f"({type(error).__name__}); give --model {model.name}=FOLDER with a copy."
                 ) from error
     for cell in preset.scored:
-        task = cell.generation.task
-        if task in REAL and cell.generation.folder is None:
+        task, published = cell.task, PUBLISHED.get(cell.task)
+        if published is not None and cell.generation.folder is None:
             try:
-                api.dataset_info(REAL[task].hub, timeout=HUB_SECONDS)
+                api.dataset_info(published.hub, timeout=HUB_SECONDS)
             except Exception as error:
-                wanted = ", ".join(" or ".join(names) for names in REAL[task].files.values())
+                wanted = ", ".join(" or ".join(names) for names in published.files.values())
                 raise Refused(
-                    f"Task {task} is {REAL[task].hub} of the hub, which cannot be reached ({type(error).__name__}); "
-                    f"give --data-dir FOLDER with {wanted}, from {REAL[task].url}."
+                    f"Task {task} is {published.hub} of the hub, which cannot be reached ({type(error).__name__}); "
+                    f"give --data-dir FOLDER with {wanted}, from {published.url}."
                 ) from error
             break

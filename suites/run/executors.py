@@ -1,4 +1,4 @@
-"""Where jobs run: on this machine's processors, or on a dask.distributed cluster."""
+"""Executors of jobs: on this machine's processors, or on a dask.distributed cluster."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ RESOURCE = "GPU"  # what a worker offers once, and a job that is timed on the wa
 
 @dataclass(frozen=True)
 class Workers:
-    """Any two `concurrent.futures` executors. `alone` runs one job at a time on each machine; it is given work only
-    while `many` has none. Jobs are functions of this package and dataclasses, so they travel to other processes."""
+    """Any two `concurrent.futures` executors.
+
+    `alone` runs one job at a time on each machine; it is given work only while `many` has none. Jobs are functions of
+    this package and dataclasses, so they travel to other processes.
+    """
 
     many: Executor
     alone: Executor
@@ -32,14 +35,17 @@ class Workers:
 
 @contextmanager
 def here() -> Iterator[Workers]:
-    """As many jobs at once as this process may use processors; each is a child process, so threads wait for them."""
+    """Yield workers on this machine: as many jobs at once as this process may use processors, or one.
+
+    Each job is a process of its own, so threads wait for them.
+    """
     with ThreadPoolExecutor(host().cpus_allowed or 1) as many, ThreadPoolExecutor(1) as alone:
         yield Workers(many, alone)
 
 
 @contextmanager
 def cluster(address: str, folder: Path, alone: bool) -> Iterator[Workers]:
-    """The workers of the dask scheduler at `address`; they are to see `folder` under the same name.
+    """Yield the workers of the dask scheduler at `address`, which must see `folder` under the same name.
 
     `alone` says whether there will be jobs that want their machine to themselves. Raises Refused if the package, the
     scheduler, the workers, the resource such jobs take, or the shared folder is missing.
@@ -66,9 +72,9 @@ def cluster(address: str, folder: Path, alone: bool) -> Iterator[Workers]:
 
 
 def _refuse_unless_scheduler(address: str) -> None:
-    """Ask whoever is at the address what it is. Raise Refused unless that is a scheduler.
+    """Raise Refused unless a scheduler answers at the address.
 
-    A Client that finds none goes on trying in threads of its own, and tells of it long after it was given up.
+    A Client that finds none goes on trying in threads of its own, and logs errors long after it was given up.
     """
     from distributed.comm import get_address_host_port, parse_address
 
@@ -90,7 +96,7 @@ def _refuse_unless_scheduler(address: str) -> None:
 
 
 async def _identity(address: str) -> dict[str, Any]:
-    """What a dask process says of itself."""
+    """Return what a dask process answers when it is asked who it is."""
     from distributed import rpc
     from distributed.security import Security
 
@@ -103,6 +109,7 @@ async def _identity(address: str) -> dict[str, Any]:
 
 
 def _refuse_unshared(client: Any, folder: Path) -> None:
+    """Raise Refused, naming a worker, unless each of them sees a new file in the folder."""
     token = folder / f"shared-{secrets.token_hex(8)}"
     token.touch()
     try:

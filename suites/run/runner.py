@@ -1,10 +1,10 @@
-"""Runs a preset: what is done is kept, each job is a child process, a failure stops nothing else."""
+"""The runner of a preset: finished work is kept, each job is a process of its own, and a failure stops nothing else."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, as_completed
 from contextlib import contextmanager
 from typing import Any
@@ -26,13 +26,12 @@ from rich.text import Text
 
 from mobile.errors import Refused
 from suites.plan import preflight
-from suites.plan.cells import Cell, Preset
+from suites.plan.cells import Preset
 from suites.record import Finished, RunFolder, sound, write_json
 from suites.run.executors import Workers
-from suites.run.jobs import Job, beside_jobs, cell_jobs, generation_jobs, live_jobs, put_damaged_aside, shape_jobs, work
+from suites.run.jobs import Job, do, jobs, put_damaged_aside
+from suites.run.work import Work
 from suites.synthetic import plan
-from suites.synthetic.cells import SyntheticCell
-from suites.synthetic.reference_cells import ReferenceCell
 
 FULL_NBYTES = 2**20  # a disk with less room than this may not hold another record
 RATE_OVER_SECONDS = 600
@@ -49,38 +48,38 @@ class DiskFull(RuntimeError):
 
 
 class PerMinute(ProgressColumn):
-    """How many are done a minute, over the last ten."""
+    """A column of the progress bar: pieces of work done a minute, over the last ten minutes."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed * 60:.0f}/min")
 
 
 def describe(preset: Preset, run: RunFolder) -> str:
-    """What a run would do, in a few lines, before it does it."""
+    """Return a few lines that say what a run would do, before it does it."""
+
+    def done(pieces: Iterable[Work]) -> int:
+        return sum(sound(piece.output(run)) for piece in pieces)
+
     cells, generations = preset.cells, preset.generations
-    timed = sum(sound(run.record(cell.id)) for cell in cells)
-    answered = sum(sound(run.answers(generation.id)) for generation in generations)
-    items = sum(generation.items for generation in generations)
-    megabytes = 0.2 * len(generations) + 0.15 * len(cells)
-    if preset.shapes:
-        told = plan.describe([(shape, sound(run.record(shape.id))) for shape in preset.shapes])
-        if preset.besides:
-            left = [beside for beside in preset.besides if not sound(run.record(beside.id))]
-            told.append(
-                f"{len(preset.besides)} of the cells are plain Transformers, and what the engine costs a layer: about "
-                f"{plan.beside_seconds(left) / 60:.0f} minutes more"
+    lines = [f"{preset.name}: {len(cells)} cells, {done(cells)} done"]
+    if preset.synthetic:
+        lines += plan.describe([(cell, sound(cell.output(run))) for cell in preset.synthetic])
+        if preset.references:
+            left = [cell for cell in preset.references if not sound(cell.output(run))]
+            lines.append(
+                f"{len(preset.references)} of the cells are plain Transformers, and what the engine costs a layer: "
+                f"about {plan.reference_seconds(left) / 60:.0f} minutes more"
             )
-        return "\n".join([f"{preset.name}: {len(cells)} cells, {timed} done", *told, f"folder: {run.path}"])
-    lines = [
-        f"{preset.name}: {len(cells)} cells, {timed} done; "
-        f"{len(generations)} live runs ({items:,} answers), {answered} done"
-    ]
+        return "\n".join([*lines, f"folder: {run.path}"])
+    items = sum(generation.items for generation in generations)
+    lines[0] += f"; {len(generations)} live runs ({items:,} answers), {done(generations)} done"
     if preset.live:
         answers = sum(cell.generation.items for cell in preset.live)
         lines.append(
             f"{len(preset.live)} of the cells are timed live, on what they answer themselves ({answers:,} answers)"
         )
     else:
+        megabytes = 0.2 * len(generations) + 0.15 * len(cells)
         lines.append(
             f"allowed: {preset.minutes} minutes on 2 cores; disk about {megabytes:.0f} MB; no GPU and no network needed"
         )
@@ -105,14 +104,18 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 
 def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, chosen: Preset | None = None) -> int:
-    """Do what is missing of the preset (of the part `chosen`, if given); returns how many cells of it have no record
-    at the end. A report expects the whole preset either way. Raises DiskFull.
+    """Do what is missing of the preset, or of its part `chosen`; return how many cells of that have no record then.
+
+    A report expects the whole preset either way. Raises DiskFull.
     """
     begun = time.monotonic()
+    # 1. Write the plan, then throw away or put aside what an earlier run left in no good state.
     write_json(run.plan, {"preset": preset.name, "minutes": preset.minutes, "cells": _expected(preset)})
-    _tidy(preset, run)
-    for aside in put_damaged_aside(preset, run):
+    pieces: list[Work] = [*preset.cells, *preset.generations]
+    _tidy(pieces, run)
+    for aside in put_damaged_aside(pieces, run):
         console.print(f"[yellow]damaged[/] put aside as {aside}; it is done again", highlight=False)
+    # 2. Do what is missing: live runs, whose traces cells replay; then cells; then those that want a machine each.
     preset = chosen or preset
     before = _recorded(preset, run)
     columns = (
@@ -128,11 +131,11 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     with Progress(
         *columns, console=console, disable=not console.is_terminal, speed_estimate_period=RATE_OVER_SECONDS
     ) as progress:
-        _phase("live runs", generation_jobs(preset, run), workers.many, run, progress)
-        cells = [*cell_jobs(preset, run), *live_jobs(preset, run), *shape_jobs(preset, run)]
-        cells += beside_jobs(preset, run)
-        _phase("cells", [job for job in cells if not job.alone], workers.many, run, progress)
-        _phase("cells timed alone", [job for job in cells if job.alone], workers.alone, run, progress)
+        _phase("live runs", jobs(preset.generations, run), workers.many, run, progress)
+        timing = jobs(preset.cells, run)
+        _phase("cells", [job for job in timing if not job.alone], workers.many, run, progress)
+        _phase("cells timed alone", [job for job in timing if job.alone], workers.alone, run, progress)
+    # 3. Count the records that are there.
     recorded = _recorded(preset, run)
     seconds = time.monotonic() - begun
     rate = f" ({60 * (recorded - before) / seconds:.0f} cells a minute)" if recorded > before else ""
@@ -144,30 +147,28 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     return len(preset.cells) - recorded
 
 
-def _tidy(preset: Preset, run: RunFolder) -> None:
-    """Throw away what a killed run left: half-written files, and notes of failures that have been made good since."""
+def _tidy(pieces: Iterable[Work], run: RunFolder) -> None:
+    """Delete what a killed run left: half-written files, and notes of failures that have been made good since."""
     for leftover in run.path.glob("*/*.partial"):
         leftover.unlink(missing_ok=True)
-    done = {cell.id: run.record(cell.id) for cell in preset.cells}
-    done |= {generation.id: run.answers(generation.id) for generation in preset.generations}
-    for name, left_behind in done.items():
-        if left_behind.is_file():
-            run.failure(name).unlink(missing_ok=True)
+    for piece in pieces:
+        if piece.output(run).is_file():
+            run.failure(piece.id).unlink(missing_ok=True)
 
 
 def _recorded(preset: Preset, run: RunFolder) -> int:
-    return sum(run.record(cell.id).is_file() for cell in preset.cells)
+    return sum(cell.output(run).is_file() for cell in preset.cells)
 
 
-def _phase(name: str, jobs: list[Job], pool: Executor, run: RunFolder, progress: Progress) -> None:
-    """Do these jobs, and say what became of each as it ends. What has not begun when this is left is dropped."""
-    if not jobs:
+def _phase(name: str, todo: list[Job], pool: Executor, run: RunFolder, progress: Progress) -> None:
+    """Do these jobs and print what became of each as it ends. On an error, drop those that have not begun."""
+    if not todo:
         return
-    bar = progress.add_task(name, total=sum(len(job.labels) for job in jobs))
-    waiting = {pool.submit(work, job): job for job in jobs}
+    bar = progress.add_task(name, total=sum(len(job.labels) for job in todo))
+    waiting = {pool.submit(do, job): job for job in todo}
     try:
         for future in as_completed(waiting):
-            for done in _told(future, waiting[future]):
+            for done in _outcomes(future, waiting[future]):
                 _show(done, waiting[future], run, progress.console)
                 progress.advance(bar)
     finally:
@@ -175,7 +176,8 @@ def _phase(name: str, jobs: list[Job], pool: Executor, run: RunFolder, progress:
             future.cancel()
 
 
-def _told(future: Future, job: Job) -> list[Finished]:
+def _outcomes(future: Future, job: Job) -> list[Finished]:
+    """Return what became of each piece of the job, also where the executor itself lost it."""
     try:
         return future.result()
     except Exception as error:  # an executor's own: its worker died too often, its cluster is gone
@@ -184,7 +186,7 @@ def _told(future: Future, job: Job) -> list[Finished]:
 
 
 def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
-    """Say what became of it; a failure leaves a note that the report prints."""
+    """Print what became of a piece; a failure leaves a note that the report prints. Raises DiskFull."""
     failure = run.failure(done.id)
     if done.error is None:
         failure.unlink(missing_ok=True)
@@ -198,16 +200,16 @@ def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
 
 
 def _expected(preset: Preset) -> list[dict[str, Any]]:
-    def named(cell: Cell | SyntheticCell | ReferenceCell) -> dict[str, Any]:
-        of = cell if isinstance(cell, SyntheticCell | ReferenceCell) else cell.generation
-        return {
+    """Return what a report says of each cell, whether or not it has a record."""
+    return [
+        {
             "id": cell.id,
             "label": cell.label,
-            "model": of.model.name,
-            "task": of.task,
+            "model": cell.model.name,
+            "task": cell.task,
             "strategy": cell.strategy,
             "gamma": cell.gamma,
             "budget": cell.budget,
         }
-
-    return [named(cell) for cell in preset.cells]
+        for cell in preset.cells
+    ]

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from mobile.replay.trace import Request
 from suites.scoring.judging import by_check
 from suites.scoring.sandbox import PASSED
-from suites.tasks import FOLDER
-from suites.tasks.paper_tasks import REAL, locate
+from suites.tasks.catalogue import PUBLISHED
+from suites.tasks.files import FOLDER, locate
 
 DEFAULT_TOKENS = 256  # what lm-eval's own model class writes at most where a task sets no limit
 FEWSHOT_SEED = 1234  # lm-eval's default
@@ -82,7 +82,7 @@ class EngineLM(LM):
 def generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any], streamer: Any = None
 ) -> list[tuple[str, list[int]]]:
-    """Greedy continuations of a batch, cut at the first of the `until` strings, and the token ids that were written.
+    """Return greedy continuations of a batch, cut at the first of the `until` strings, and the ids that were written.
 
     As with lm-eval's own model class, a prompt that leaves no room for `max_gen_toks` loses its beginning. Only a model
     with fewer than twice as many positions, to which that class says no, writes half of its positions at most.
@@ -91,9 +91,9 @@ def generate(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     most = min(options["max_gen_toks"], positions // 2) if positions else options["max_gen_toks"]
     room = most - positions if positions else None
-    ids, mask = encoded["input_ids"][:, room:], encoded["attention_mask"][:, room:]
+    prompt_ids, mask = encoded["input_ids"][:, room:], encoded["attention_mask"][:, room:]
     tokens = model.generate(
-        input_ids=ids,
+        input_ids=prompt_ids,
         attention_mask=mask,
         max_new_tokens=most,
         do_sample=False,
@@ -101,17 +101,18 @@ def generate(
         tokenizer=tokenizer,
         streamer=streamer,
     )
-    written = tokens[:, ids.shape[1] :]
+    written = tokens[:, prompt_ids.shape[1] :]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     for stop in options["until"]:
         texts = [text.split(stop)[0] for text in texts]
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    return [(text, _own(row, tokenizer.pad_token_id, ends)) for text, row in zip(texts, written.tolist(), strict=True)]
+    ids = [_without_padding(row, tokenizer.pad_token_id, ends) for row in written.tolist()]
+    return list(zip(texts, ids, strict=True))
 
 
-def _own(row: list[int], pad: int | None, ends: list[int | None]) -> list[int]:
-    """A row of a batch without what was only padding: up to its first end token, which padding may look like."""
+def _without_padding(row: list[int], pad: int | None, ends: list[int | None]) -> list[int]:
+    """Return a row of a batch without its padding: up to its first end token, which padding may look like."""
     for number, token in enumerate(row):
         if token in ends:
             return row[: number + 1]
@@ -121,9 +122,9 @@ def _own(row: list[int], pad: int | None, ends: list[int | None]) -> list[int]:
 
 
 def first_tokens(request: Request, tokens: int) -> Request:
-    """The steps that wrote the first `tokens` tokens: prefill writes one, each decode token another.
+    """Return the steps that wrote the first `tokens` tokens: prefill writes one, each decode token another.
 
-    In a batch a finished row runs on until the others are done; those steps are nobody's.
+    In a batch a finished row runs on until the others are done; those steps are left out.
     """
     written = 1
     for number, step in enumerate(request):
@@ -135,21 +136,21 @@ def first_tokens(request: Request, tokens: int) -> Request:
 
 
 def task_config(task: str, folder: Path | None = None) -> dict[str, Any]:
-    """A task as lm-eval is to run it: its definition, with the data files of `folder` (real tasks; None: the hub's).
+    """Return a task as lm-eval is to run it: its definition, with the data files of `folder` (None: the hub's).
 
     Paths are absolute (lm-eval would read relative ones from the current folder). Raises Refused for missing files.
     """
-    real = REAL.get(task)
-    if real is None:
+    published = PUBLISHED.get(task)
+    if published is None:
         return _with_files(load_yaml(FOLDER / f"{task}.yaml"), locate(task, None))
-    if real.plain is None:
-        config = load_yaml(LM_EVAL_TASKS / real.definition, resolve_func=False)
+    if published.asked_as is None:
+        config = load_yaml(LM_EVAL_TASKS / published.definition, resolve_func=False)
     else:
         asked = {"doc_to_text": "Q: {{input}}\nA:", "doc_to_target": "{{target}}", "dataset_kwargs": {}}
-        config = {**load_yaml(FOLDER / f"{real.plain}.yaml"), **asked}
-        config |= {"dataset_path": real.hub, "dataset_name": real.plain}
+        config = {**load_yaml(FOLDER / f"{published.asked_as}.yaml"), **asked}
+        config |= {"dataset_path": published.hub, "dataset_name": published.asked_as}
     config |= {"task": task, "generation_kwargs": {"max_gen_toks": DEFAULT_TOKENS, **config["generation_kwargs"]}}
-    if real.code:
+    if published.runs_code:
         config |= _JUDGED
         del config["unsafe_code"]  # lm-eval's own scorer fetches code from the hub and runs it unconfined
     return _with_files(config, locate(task, folder))
@@ -175,7 +176,7 @@ def _with_files(config: dict[str, Any], files: dict[str, Path]) -> dict[str, Any
 
 
 def evaluate(lm: EngineLM, task: str, docs: list[int], folder: Path | None = None) -> list[Answer]:
-    """Score the given items of a task; in the order of `docs`."""
+    """Score the given items of a task, in the order of `docs`."""
     return score(lm, task_config(task, folder), docs)
 
 

@@ -1,4 +1,4 @@
-"""Runs Python that a model wrote, against tests, in child processes that can do little else.
+"""The sandbox: Python that a model wrote runs against tests in child processes that can do little else.
 
 A program may compute, import the standard library and read files. It gets an empty environment and a temporary folder
 of its own, and it may not write outside that folder, open a socket, start or signal a process, use more than its
@@ -36,12 +36,12 @@ class Outcome:
 
 
 def run_tests(program: str, tests: str, seconds: int = 3, memory_mb: int = 256) -> Outcome:
-    """Whether `tests`, run after `program` and with its names, raise nothing. See `run_all`."""
+    """Run `tests` after `program`, with its names; they pass if they raise nothing. See `run_all`."""
     return run_all([(program, tests)], seconds, memory_mb)[0]
 
 
 def run_all(pairs: Sequence[tuple[str, str]], seconds: int = 3, memory_mb: int = 256) -> list[Outcome]:
-    """An outcome for every (program, tests), in order, as many at a time as there are cores.
+    """Return an outcome for every (program, tests), in order, as many at a time as there are cores.
 
     `seconds` are of processor time, so that a busy machine changes no outcome; four times as many may pass on the
     clock. `memory_mb` is address space, the interpreter's 30 MB included. Hashes and `random` are seeded: the same

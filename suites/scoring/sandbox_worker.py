@@ -78,7 +78,7 @@ HIDDEN = ("ctypes", "_ctypes", "_xxsubinterpreters", "_interpreters")
 
 
 def _refuse_by_hook(folder: str) -> None:
-    """From here on Python itself refuses; an audit hook cannot be taken off again."""
+    """Make Python itself refuse from here on; an audit hook cannot be taken off again."""
     inside = os.path.realpath(folder)
     real, text, prefix = os.path.realpath, os.fsdecode, inside + os.sep
 
@@ -120,7 +120,7 @@ def _limit(seconds: int, memory_mb: int, *, threads: bool) -> None:
 
 
 def _told(error: BaseException, tests: str) -> str:
-    """What went wrong, and in which line of the tests."""
+    """Return what went wrong, and in which line of the tests."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<tests>":
@@ -133,7 +133,7 @@ def _told(error: BaseException, tests: str) -> str:
 
 
 def _verdict(program: str, tests: str) -> str:
-    """ "passed", or why not: run here, in this process."""
+    """Run the program and its tests here, in this process; return "passed", or why not."""
     names = {"__name__": "program"}
     try:
         exec(compile(program, "<program>", "exec", dont_inherit=True), names)
@@ -147,7 +147,7 @@ def _verdict(program: str, tests: str) -> str:
 
 
 def _child(job: dict, folder: str, answer: int, seal: bytes, walls: Walls) -> None:
-    """Never returns. Says that it is ready, then the verdict; the seal shows that it was not the program that did."""
+    """Run a job and exit. Write that it is ready, then the verdict; the seal shows that the program wrote neither."""
     write, leave = os.write, os._exit  # the program may replace those in `os`
     try:
         os.setsid()
@@ -195,7 +195,7 @@ LANDLOCK_LATER = {2: 1 << 13, 3: 1 << 14}  # by version: refer (link across fold
 
 
 def call_filter(machine: str) -> bytes | None:
-    """A classic BPF program for seccomp (struct sock_filter[]), or None for a machine we have no numbers of."""
+    """Return a classic BPF program for seccomp (struct sock_filter[]), or None for a machine we have no numbers of."""
     if machine not in CALLS:
         return None
     arch, clone, refused = CALLS[machine]
@@ -219,7 +219,7 @@ class Walls:
 
 
 def kernel_walls() -> Walls:
-    """What this kernel offers.
+    """Return what this kernel offers.
 
     Landlock (Linux 5.13) and seccomp, as far as the kernel has them; a kernel without leaves the hook and the limits.
     """
@@ -285,7 +285,7 @@ def _read(pipe: int, deadline: float) -> Iterator[bytes]:
 
 
 def _wait(pid: int, deadline: float) -> int | None:
-    """How the child ended; None if it had to be killed."""
+    """Return how the child ended; None if it had to be killed."""
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:

@@ -1,4 +1,4 @@
-"""The machine a run is timed on, calibrated once a run and link; and what the virtual clock says there.
+"""The profile of the machine a run is timed on, measured once a run and link, and what the virtual clock predicts.
 
 Measurements lie in the run folder, so that a resumed run goes on with the same profile. They are of the process that
 times, alone on its machine, with its threads and its dtype.
@@ -27,34 +27,34 @@ from suites.synthetic.script import Script
 from suites.synthetic.script_player import Played, play
 
 
-def calibrated(shape: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
-    """The profile of this machine with the shape's link; None for a shape that the clock is not asked about.
+def calibrated(cell: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
+    """Return the profile of this machine with the cell's link; None for a cell that is not predicted.
 
     Raises Refused for measurements that no profile fits.
     """
-    if not shape.foretold:
+    if not cell.is_predicted:
         return None
-    device = torch.device(LINKS[shape.link].usual_device)
-    sizes = NARROW if shape.shrink > 1 else sizes_for(device)
-    link: dict[str, Any] = {"link_gb_per_s": shape.link_gb_per_s}
-    if not LINKS[shape.link].needs_gpu:
-        link = {"pace": pace_of(shape)}
-    base = _kept(run, [shape.link, str(dtype), asdict(sizes)], lambda: measure(device, dtype, sizes))
-    if LINKS[shape.link].needs_gpu and shape.link_gb_per_s is None:
+    device = torch.device(LINKS[cell.link].usual_device)
+    sizes = NARROW if cell.shrink > 1 else sizes_for(device)
+    link: dict[str, Any] = {"link_gb_per_s": cell.link_gb_per_s}
+    if not LINKS[cell.link].needs_gpu:
+        link = {"pace": pace_of(cell)}
+    base = _kept(run, [cell.link, str(dtype), asdict(sizes)], lambda: measure(device, dtype, sizes))
+    if LINKS[cell.link].needs_gpu and cell.link_gb_per_s is None:
         return fit(base)
-    settings = [shape.link, str(dtype), asdict(sizes), shape.link_gb_per_s, asdict(profile(shape.hardware))]
+    settings = [cell.link, str(dtype), asdict(sizes), cell.link_gb_per_s, asdict(profile(cell.hardware))]
     return fit(_kept(run, settings, lambda: relinked(base, device, dtype, sizes, **link)))
 
 
-def pace_of(shape: SyntheticCell) -> Pace:
-    """What a paced link takes for a row, as attach has it from the shape's profile."""
-    card = profile(shape.hardware)
-    rate = card.link_gb_per_s if shape.link_gb_per_s is None else shape.link_gb_per_s
+def pace_of(cell: SyntheticCell) -> Pace:
+    """Return the nanoseconds that a paced link takes for a row, as attach has them from the cell's profile."""
+    card = profile(cell.hardware)
+    rate = card.link_gb_per_s if cell.link_gb_per_s is None else cell.link_gb_per_s
     return lambda nbytes: round((card.link_latency_seconds + nbytes / (rate * 1e9)) * 1e9)
 
 
 def _kept(run: RunFolder, settings: list[Any], make: Any) -> Measurements:
-    """What was measured under these settings by this code on a machine like this, or what is measured now."""
+    """Return what this code measured under these settings on a machine like this, or measure it now."""
     path = run.calibration(digest(*settings, torch.get_num_threads(), environment()["fingerprint"], code_hash()))
     if not sound(path):
         begun = time.monotonic()
@@ -68,7 +68,7 @@ def _kept(run: RunFolder, settings: list[Any], make: Any) -> Measurements:
 def predicted(
     made: Synthetic, strategy: Strategy, scripts: list[Script], slots: int, card: HardwareProfile
 ) -> list[Played]:
-    """The same scripts in the same order, warm, with as many slots, on the virtual clock of that profile.
+    """Play the same scripts in the same order, with as many slots, on the virtual clock of that profile.
 
     The same model and engine decide; only bytes are left where they are, since time is all that is asked for.
     """
@@ -78,7 +78,7 @@ def predicted(
 
 
 def prediction_fields(card: HardwareProfile, played: list[Played]) -> dict[str, Any]:
-    """A prediction for a record: the profile, and of the first repeats what `Item` has of the measurement."""
+    """Return a prediction as a record has it: the profile, and of the first repeats what `Item` has when measured."""
     return {
         "profile": asdict(card),
         "ttft_ns": [one.prefill_ns for one in played],

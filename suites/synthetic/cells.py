@@ -1,4 +1,4 @@
-"""Shapes: cells that are the wall-clock speed of a real geometry with synthetic weights, playing a script."""
+"""Synthetic cells: the wall-clock speed of a real geometry with synthetic weights, which plays a script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from mobile.links.registry import LINKS
 from mobile.policies.strategy import Strategy, resolve
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
-from suites.synthetic.reference_cells import ReferenceCell, besides_of
+from suites.record import RunFolder, sound
+from suites.synthetic.reference_cells import ReferenceCell, reference_cells_of
 
 RECORDED = "recorded"  # routing and fallbacks of the shipped model in the model's folder
 
@@ -25,9 +26,9 @@ class SyntheticCell:
     """One row of a result: so many repeats of a prompt and its decode steps, each with a script of its own.
 
     The script of a repeat follows from `routing`, `rate`, `seed` and the tokens alone, so every strategy plays the
-    same. `rate` is the share of decode steps that fall back, None where a recorded run says it (or nobody falls back).
-    `link_gb_per_s` is what the link is throttled to, None: as it is. `layers` are the MoE layers made, None: as many
-    as fit the host memory; `shrink` divides every width, for tests.
+    same. `rate` is the share of decode steps that fall back, None where a recorded run fixes it, or the strategy never
+    falls back. `link_gb_per_s` is what the link is throttled to, None: as it is. `layers` are the MoE layers made,
+    None: as many as fit the host memory; `shrink` divides every width, for tests.
     """
 
     model: Model
@@ -50,8 +51,8 @@ class SyntheticCell:
 
     @property
     def id(self) -> str:
-        told = {**asdict(self), "hardware": asdict(profile(self.hardware))}  # what is in it, wherever it lies
-        return digest(told, code_hash(), versions(ENGINE), model_hash(self.model))
+        fields = {**asdict(self), "hardware": asdict(profile(self.hardware))}  # the profile's content, wherever it lies
+        return digest(fields, code_hash(), versions(ENGINE), model_hash(self.model))
 
     @property
     def task(self) -> str:
@@ -59,12 +60,29 @@ class SyntheticCell:
 
     @property
     def scope(self) -> str:
-        """Whose time it takes: this machine's GPU over its own link or a slowed one, or a stand-in's."""
+        """Return whose time it takes: a GPU's, its link throttled or not, a paced link's, or the virtual clock's."""
         return LINKS[self.link].scope_at(self.link_gb_per_s)
 
+    kind = "synthetic"
+    online = False
+
     @property
-    def foretold(self) -> bool:
-        """Whether the virtual clock is asked too: not where it would be asked about itself, nor at each swept rate."""
+    def shared(self) -> tuple:
+        """Return which model is made."""
+        return self.model.name, self.layers or 0, self.shrink, self.link
+
+    def needs(self, run: RunFolder) -> None:
+        return None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.record(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run))
+
+    @property
+    def is_predicted(self) -> bool:
+        """Return whether the virtual clock predicts it too: not where it times it anyway, nor at each swept rate."""
         return LINKS[self.link].real_time and not self.swept
 
     @property
@@ -76,18 +94,19 @@ class SyntheticCell:
 
 
 def speed_of(link_gb_per_s: float | None) -> str:
-    """How a link's speed is called: "native", or "25GB/s"."""
+    """Return what a link's speed is called: "native", or "25GB/s"."""
     return "native" if link_gb_per_s is None else f"{link_gb_per_s:g}GB/s"
 
 
-def shape_from(data: dict[str, Any]) -> SyntheticCell:
+def synthetic_cell_from(data: dict[str, Any]) -> SyntheticCell:
+    """Return the cell whose fields, as JSON, are `data`."""
     return SyntheticCell(**{**data, "model": Model(**data["model"])})
 
 
-def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[SyntheticCell | ReferenceCell]:
-    """The cells of a preset with [[runs]]; `link` stands in for the preset's own. Raises Refused, KeyError, TypeError.
+def synthetic_cells_of(data: dict[str, Any], link: str | None) -> Iterator[SyntheticCell | ReferenceCell]:
+    """Yield the cells of a preset with [[runs]], over `link` or else the preset's own, and last those of `beside`.
 
-    Last come those of `beside`. A model's own `budgets`, `layers` and `shrink` go before the preset's.
+    A model's own `budgets`, `layers` and `shrink` go before the preset's. Raises Refused, KeyError, TypeError.
     """
     chosen = link or data["link"]
     if chosen not in LINKS:
@@ -97,27 +116,30 @@ def shapes_of(data: dict[str, Any], link: str | None) -> Iterator[SyntheticCell 
         raise Refused(f"A preset with runs needs at least one of each of: {', '.join(counts)}.")
     known = {field.name for field in fields(Model)}
     models: dict[str, Model] = {}
-    for told in data["models"]:
-        model = Model(**{name: value for name, value in told.items() if name in known}, weights="synthetic")
-        if strangers := set(told) - known - {"budgets", "layers", "shrink"}:
-            raise Refused(f"Model {model.name} has an unknown field {sorted(strangers)[0]!r}.")
+    for row in data["models"]:
+        model = Model(**{name: value for name, value in row.items() if name in known}, weights="synthetic")
+        if unknown := set(row) - known - {"budgets", "layers", "shrink"}:
+            raise Refused(f"Model {model.name} has an unknown field {sorted(unknown)[0]!r}.")
         if model.geometry not in GEOMETRIES:
             raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
         model_hash(model)
         models[model.name] = model
-        given = {**data, **told}
-        made = {"layers": given.get("layers"), "shrink": given.get("shrink", 1)}
+        given = {**data, **row}
+        size = {"layers": given.get("layers"), "shrink": given.get("shrink", 1)}
         cards = [str(Path(name).absolute()) if name.endswith(".json") else name for name in data["hardware"]]
         for seed, card, run in product(data["seeds"], cards, data["runs"]):
             profile(card)
-            shared = {**counts, **made, "seed": seed, "hardware": card, "link": chosen}
-            yield from _run(model, run, run.get("budgets", given["budgets"]), shared)
-    yield from besides_of(data, models, chosen)
+            shared = {**counts, **size, "seed": seed, "hardware": card, "link": chosen}
+            yield from _cells_of_run(model, run, run.get("budgets", given["budgets"]), shared)
+    yield from reference_cells_of(data, models, chosen)
 
 
-def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str, Any]) -> Iterator[SyntheticCell]:
+def _cells_of_run(
+    model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str, Any]
+) -> Iterator[SyntheticCell]:
+    """Yield the cells of one [[runs]] table for one model; `shared` are fields that all of them have alike."""
     rates = run.get("rates", [None])
-    for number, name in product(run["links"], run["strategies"]):
+    for rate_of_link, name in product(run["links"], run["strategies"]):
         strategy = resolve(name)
         falls_back = strategy.gamma is not None
         if falls_back and None in rates and run["routing"] != RECORDED:
@@ -132,14 +154,14 @@ def _run(model: Model, run: dict[str, Any], budgets: list[str], shared: dict[str
                 strategy=name,
                 gamma=strategy.gamma,
                 budget=budget,
-                link_gb_per_s=None if number == "native" else float(number),
+                link_gb_per_s=None if rate_of_link == "native" else float(rate_of_link),
                 swept="rates" in run and run["routing"] == RECORDED,
                 **shared,
             )
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:
-    """Where nothing is kept between tokens, memory beyond the smallest is no use; where all is, it is no question."""
+    """Return the budgets that make a difference: none does to a strategy that caches nothing, or everything."""
     if strategy.retain == "everything":
         return ["all"]
     for budget in set(budgets) - {"smallest"}:

@@ -1,7 +1,7 @@
-"""How much of the link fallbacks used: from a token found unsure to the end of the last copy for it. No torch.
+"""The share of the link that fallbacks used, from a token found unsure to the end of the last copy for it. No torch.
 
-Read from a ledger after the run, so that nothing is added to a decode step: each copy's own span, which on a GPU its
-events tell, and how many had begun when each pass did.
+Read from a ledger after the run, so that nothing is added to a decode step: the span of each copy, which on a GPU is
+that of its CUDA events, and how many had begun when each pass did.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LinkUse:
 
 
 def fallback_use(ledger: Ledger, row_nbytes: int) -> LinkUse | None:
-    """Of all fallbacks in the ledger; None where it no longer holds every copy."""
+    """Return the use of all fallbacks in the ledger; None where it no longer holds every copy."""
     copies = [event for event in ledger.events if event.what in ("load", "prefetch")]
     if len(copies) != ledger.counters.loads:
         return None
@@ -32,9 +32,9 @@ def fallback_use(ledger: Ledger, row_nbytes: int) -> LinkUse | None:
 
 
 def _fallbacks(marks: list[Mark], copies: list[Event]) -> Iterator[tuple[int, int]]:
-    """Of each fallback that copied: nanoseconds to the end of its last copy, and how many it made."""
+    """Yield, for each fallback that copied, the nanoseconds to the end of its last copy, and how many it made."""
     passes = [mark for mark in marks if mark.what != "big"]  # which goes on with what its fallback began
     for mark, following in pairwise([*passes, Mark("end", 0, len(copies))]):
-        own = copies[mark.begun : following.begun]
-        if mark.what == "fallback" and own:
-            yield max(copy.end_ns for copy in own) - mark.ns, len(own)
+        began_here = copies[mark.begun : following.begun]
+        if mark.what == "fallback" and began_here:
+            yield max(copy.end_ns for copy in began_here) - mark.ns, len(began_here)

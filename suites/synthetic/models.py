@@ -1,4 +1,4 @@
-"""The four real geometries with synthetic weights: stock Transformers classes, experts made where they are kept.
+"""Synthetic models: the four real geometries in stock Transformers classes, with weights that mean nothing.
 
 No checkpoint is read. Dense weights are Transformers' own initialisation, on the device. Experts are made directly in
 the host store, at the speed of a copy, and never lie on the device. Routers are rows of the identity and the head
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV2Config, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.errors import Refused
@@ -31,6 +31,7 @@ from mobile.runtime.engine import Engine
 from mobile.store.layout import ExpertLayout
 from mobile.store.memory import HostStore
 from mobile.suggest import offer
+from suites.families import BY_GEOMETRY
 
 LEFT_FREE = 2 * 2**30  # of host memory: for this process beside the store
 GIB = 2**30
@@ -47,94 +48,32 @@ WIDTHS = (  # what a shrunk configuration has less of; heads keep their number
     "v_head_dim",
 )
 
-# From the models' published config.json files. DeepSeek's YaRN is left out: rotary tables of the same size and cost.
-_OLMOE = {
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-}
-_QWEN2 = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632,
-    "num_experts": 60,
-    "num_experts_per_tok": 4,
-}
-_DEEPSEEK = {
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "num_hidden_layers": 27,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "moe_intermediate_size": 1408,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-}
-_QWEN3 = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-}
-CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "olmoe-1b-7b": (OlmoeConfig, _OLMOE),
-    "qwen1.5-moe-a2.7b": (Qwen2MoeConfig, _QWEN2),
-    "deepseek-v2-lite": (DeepseekV2Config, _DEEPSEEK),
-    "qwen3-30b-a3b": (Qwen3MoeConfig, _QWEN3),
-}
-
 
 def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
-    """The real model's configuration, with so many MoE layers (None: all of them).
+    """Return the real model's configuration, with so many MoE layers (None: all of them).
 
     `shrink` divides every width, for tests: the same layers, experts and top-k, and the same code. Raises Refused for
     an unknown geometry, or more layers than it has.
     """
-    if geometry not in CONFIGS:
-        raise Refused(f"Unknown geometry {geometry!r}; {offer(geometry, sorted(CONFIGS))}.")
+    if geometry not in BY_GEOMETRY:
+        raise Refused(f"Unknown geometry {geometry!r}; {offer(geometry, sorted(BY_GEOMETRY))}.")
     real = GEOMETRIES[geometry].moe_layers
     layers = real if layers is None else layers
     if not 1 <= layers <= real:
         raise Refused(f"{geometry} has {real} MoE layers; {layers} of them cannot be made.")
-    kind, fields = CONFIGS[geometry]
+    family = BY_GEOMETRY[geometry]
+    fields = family.published
     if shrink < 1 or any(fields[name] % shrink for name in WIDTHS if name in fields):
         raise Refused(f"The widths of {geometry} cannot be divided by {shrink}; take a power of two, like 16.")
     dense = fields["num_hidden_layers"] - real
     narrow = {name: fields[name] // shrink for name in WIDTHS if name in fields} if shrink > 1 else {}
     small = {"vocab_size": SHRUNK_VOCABULARY} if shrink > 1 else {}
     ends = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # a script ends when it ends
-    return kind(**{**fields, **narrow, **small, **ends, "num_hidden_layers": dense + layers})
+    return family.config_class(**{**fields, **narrow, **small, **ends, "num_hidden_layers": dense + layers})
 
 
 def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-    """The largest number of MoE layers whose experts fit the host memory that is free now.
+    """Return the largest number of MoE layers whose experts fit the host memory that is free now.
 
     Raises Refused where not one does.
     """
@@ -173,7 +112,7 @@ class Synthetic:
 
     @contextmanager
     def attached(self, strategy: str | Strategy, *, poison: bool = False, **keywords: Any) -> Iterator[Engine]:
-        """Serve the model by an engine inside the block, by attach's own path; keywords are those of AttachOptions.
+        """Serve the model by an engine inside the block, as `mobile.attach` does it; keywords are AttachOptions'.
 
         Afterwards the experts are still in the store: they are never given back to the modules. Raises Refused for
         whatever attach refuses, or if the device has no room for the slots.
@@ -231,11 +170,12 @@ def make(
     if torch.device(device).type == "cuda":
         page_lock(store.rows, torch.device(device), [])  # once, for every engine that is to serve them
     name = geometry if shrink == 1 else f"{geometry} shrunk {shrink} times"
-    own = replace(compat.geometry_of(empty, described, layout), name=name)
-    return Synthetic(model, empty, made, layout, store, own, GEOMETRIES[geometry].moe_layers)
+    sizes = replace(compat.geometry_of(empty, described, layout), name=name)
+    return Synthetic(model, empty, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
 
 
 def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
+    """Return the model on the meta device, its MoE layers, and the layout of their experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = compat.moe_layers(model)
@@ -243,7 +183,7 @@ def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer],
 
 
 def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Everything but the experts, on the device, initialised by Transformers; experts are empty placeholders."""
+    """Return the model on the device, initialised by Transformers; its experts are empty placeholders."""
     model, layers, _ = _empty(config, dtype)
     for layer in layers:
         for name in compat.weight_names(layer.experts):
@@ -262,7 +202,7 @@ def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def _fill(store: HostStore) -> None:
-    """One random row; every other expert's is the same, turned around by a number of elements of its own."""
+    """Fill the store with one random row, rotated for each expert by a number of elements of its own."""
     base = torch.empty(store.layout.numel, dtype=store.layout.dtype).normal_(0, 0.02)
     for layer, rows in enumerate(store.rows):
         for expert, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The same synthetic models as plain Transformers runs them: resident, offloaded by `device_map`, and against ours.
+"""Reference cells, timed: the synthetic models as plain Transformers runs them, resident or offloaded, and the engine.
 
 Timing is on the wall clock, with the device idle before and after what is timed.
 """
@@ -30,7 +30,7 @@ from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, FEW_LAYERS
 from suites.telemetry import watched
 
 GIB = 2**30
-STOCK = ("eager", "grouped_mm")  # how Transformers computes experts: one by one, which is our kernel, and grouped
+IMPLEMENTATIONS = ("eager", "grouped_mm")  # of Transformers' experts: one by one, as our kernel does, and grouped
 BLOCKS = 40  # of four steps each: stock, ours, ours, stock
 
 
@@ -52,14 +52,19 @@ class EngineCost:
     high_seconds: float
 
 
-def save(beside: ReferenceCell, run: RunFolder) -> None:
-    record(beside).save(run.record(beside.id))
+def load(first: ReferenceCell, run: RunFolder) -> None:
+    """Load nothing: each cell makes a model of its own."""
 
 
-def record(beside: ReferenceCell) -> Record:
-    """Measure it. What cannot be done on this machine is a record that says why, with nothing measured."""
+def measure(cell: ReferenceCell, loaded: None, run: RunFolder) -> None:
+    """Measure the cell and write its record."""
+    record(cell).save(cell.output(run))
+
+
+def record(cell: ReferenceCell) -> Record:
+    """Measure the cell and return its record; one that this machine cannot do has no items and says why."""
     begun = time.monotonic()
-    device = torch.device(LINKS[beside.link].usual_device)
+    device = torch.device(LINKS[cell.link].usual_device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     found: dict[str, Any] = {"engine": None, "refused": None, "stock": None}
@@ -67,53 +72,53 @@ def record(beside: ReferenceCell) -> Record:
     layers = 0
     with watched(cuda_uuid() if device.type == "cuda" else None) as telemetry:
         try:
-            if beside.what == ENGINE_COST:
-                real = GEOMETRIES[beside.model.geometry].moe_layers
-                layers = min(beside.layers or real, FEW_LAYERS)
+            if cell.what == ENGINE_COST:
+                real = GEOMETRIES[cell.model.geometry].moe_layers
+                layers = min(cell.layers or real, FEW_LAYERS)
                 made = models.make(
-                    beside.model.geometry, layers=layers, shrink=beside.shrink, device=device, seed=beside.seed
+                    cell.model.geometry, layers=layers, shrink=cell.shrink, device=device, seed=cell.seed
                 )
-                found["engine"] = [asdict(engine_cost(made, stock)) for stock in STOCK]
+                found["engine"] = [asdict(engine_cost(made, each)) for each in IMPLEMENTATIONS]
             else:
                 made = models.make(
-                    beside.model.geometry, layers=beside.layers, shrink=beside.shrink, device="cpu", seed=beside.seed
+                    cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device="cpu", seed=cell.seed
                 )
                 layers = made.geometry.moe_layers
                 model = plain(made)
-                place = offloaded if beside.what == DEVICE_MAP else resident
+                place = offloaded if cell.what == DEVICE_MAP else resident
                 kind = model.config._experts_implementation
-                found["stock"] = f"{place(model, device, beside.memory)}; experts by {kind}"
-                items = tuple(_item(number, beside, *timed(model, device, beside)) for number in range(beside.repeats))
+                found["stock"] = f"{place(model, device, cell.memory)}; experts by {kind}"
+                items = tuple(_item(number, cell, *timed(model, device, cell)) for number in range(cell.repeats))
         except Refused as refused:
             found["refused"] = str(refused)
     return Record(
-        id=beside.id,
-        scope=beside.scope,
-        weights=beside.model.weights,
-        model=beside.model.name,
-        geometry=beside.model.geometry,
-        task=beside.task,
-        strategy=beside.what,
+        id=cell.id,
+        scope=cell.scope,
+        weights=cell.model.weights,
+        model=cell.model.name,
+        geometry=cell.model.geometry,
+        task=cell.task,
+        strategy=cell.what,
         gamma=None,
         lossless=True,
         hardware=environment()["gpu"]["name"] if environment()["gpu"] else "processor",
-        budget=beside.budget,
+        budget=cell.budget,
         slots=None,
-        seed=beside.seed,
+        seed=cell.seed,
         config={
             "kind": "beside",
-            "what": beside.what,
+            "what": cell.what,
             "control": None,
             "swept": False,
-            "family": beside.model.family,
+            "family": cell.model.family,
             "training_seed": None,
             "moe_layers": layers,
-            "real_moe_layers": GEOMETRIES[beside.model.geometry].moe_layers,
-            "shrink": beside.shrink,
-            "link": beside.link,
+            "real_moe_layers": GEOMETRIES[cell.model.geometry].moe_layers,
+            "shrink": cell.shrink,
+            "link": cell.link,
             "link_gb_per_s": None,
-            "prompt_tokens": beside.prompt_tokens,
-            "decode_tokens": beside.decode_tokens,
+            "prompt_tokens": cell.prompt_tokens,
+            "decode_tokens": cell.decode_tokens,
             "profile_sources": [],
             "data": [],
             **found,
@@ -128,11 +133,11 @@ def record(beside: ReferenceCell) -> Record:
 
 
 def plain(made: Synthetic) -> Any:
-    """The stock model in host memory, its experts its own; the store is emptied layer by layer on the way."""
+    """Give the experts back to the model, in host memory, and return it; the store is emptied layer by layer."""
     for number, layer in enumerate(made.layers):
         for name, view in made.store.views(number).items():
-            own = view.clone(memory_format=torch.contiguous_format)
-            setattr(layer.experts, name, nn.Parameter(own, requires_grad=False))
+            weight = view.clone(memory_format=torch.contiguous_format)
+            setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
         made.store.rows[number] = made.store.rows[number].new_empty(0)
         made.store.views(number).clear()
     return made.model
@@ -170,18 +175,18 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
 
 
 @torch.no_grad()
-def timed(model: Any, device: torch.device, beside: ReferenceCell) -> tuple[int, int]:
-    """Nanoseconds of prefill and of the decode steps, after one step that is not counted."""
+def timed(model: Any, device: torch.device, cell: ReferenceCell) -> tuple[int, int]:
+    """Return the nanoseconds of prefill and of the decode steps, after one step that is not counted."""
     vocabulary = model.config.vocab_size
-    tokens = (torch.arange(beside.prompt_tokens + beside.decode_tokens + 1) % vocabulary).to(device)[None]
+    tokens = (torch.arange(cell.prompt_tokens + cell.decode_tokens + 1) % vocabulary).to(device)[None]
     idle(device)
     begun = time.perf_counter_ns()
-    read = model(tokens[:, : beside.prompt_tokens], use_cache=True, logits_to_keep=1)
+    read = model(tokens[:, : cell.prompt_tokens], use_cache=True, logits_to_keep=1)
     cache = compat.going_on(model, compat.cache_of(read))
     idle(device)
     prefilled = started = time.perf_counter_ns()
-    for step in range(beside.prompt_tokens, tokens.shape[1]):
-        if step == beside.prompt_tokens + 1:
+    for step in range(cell.prompt_tokens, tokens.shape[1]):
+        if step == cell.prompt_tokens + 1:
             idle(device)
             started = time.perf_counter_ns()
         model(tokens[:, step : step + 1], use_cache=True, logits_to_keep=1, **cache)
@@ -189,7 +194,7 @@ def timed(model: Any, device: torch.device, beside: ReferenceCell) -> tuple[int,
     return prefilled - begun, time.perf_counter_ns() - started
 
 
-def _item(number: int, beside: ReferenceCell, prefill_ns: int, decode_ns: int) -> Item:
+def _item(number: int, cell: ReferenceCell, prefill_ns: int, decode_ns: int) -> Item:
     return Item(
         doc=number,
         prompt_sha256="",
@@ -198,8 +203,8 @@ def _item(number: int, beside: ReferenceCell, prefill_ns: int, decode_ns: int) -
         fallback_spans=(),
         answer=None,
         correct=None,
-        prompt_tokens=beside.prompt_tokens,
-        decode_tokens=beside.decode_tokens,
+        prompt_tokens=cell.prompt_tokens,
+        decode_tokens=cell.decode_tokens,
         fallbacks=0,
         ttft_ns=prefill_ns,
         decode_ns=decode_ns,
@@ -210,14 +215,14 @@ def _item(number: int, beside: ReferenceCell, prefill_ns: int, decode_ns: int) -
 # --- the engine against it --------------------------------------------------------------------------
 
 
-def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost:
-    """Decode steps of the model served by the engine and of its stock copy in turn, with everything on the device."""
+def engine_cost(made: Synthetic, implementation: str, blocks: int = BLOCKS) -> EngineCost:
+    """Time decode steps of the model under the engine and of a plain copy in turn, with everything on the device."""
     theirs = copy.deepcopy(made.model)
     for number, layer in enumerate(compat.moe_layers(theirs)):
         for name, view in made.store.views(number).items():
             weight = view.to(made.device, copy=True).contiguous()
             setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
-    theirs.set_experts_implementation(stock)
+    theirs.set_experts_implementation(implementation)
     with made.attached(EVERYTHING, slots=made.geometry.total_experts, link=real_time_link(made.device.type)):
         steps = {"stock": _Steps(theirs, made.device), "ours": _Steps(made.model, made.device)}
         order = ("stock", "ours", "ours", "stock")
@@ -231,7 +236,7 @@ def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost
     beyond = [(ours - theirs) / layers for ours, theirs in zip(found["ours"], found["stock"], strict=True)]
     low, middle, high = statistics.quantiles(beyond, n=4)
     return EngineCost(
-        stock=stock,
+        stock=implementation,
         layers=layers,
         blocks=blocks,
         stock_seconds=statistics.median(found["stock"]),
@@ -243,7 +248,7 @@ def engine_cost(made: Synthetic, stock: str, blocks: int = BLOCKS) -> EngineCost
 
 
 class _Steps:
-    """One decode step of a model, again and again at the same place of a sequence."""
+    """A decode step of a model, to be timed again and again at the same place of a sequence."""
 
     @torch.no_grad()
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -254,6 +259,7 @@ class _Steps:
 
     @torch.no_grad()
     def seconds(self) -> float:
+        """Run the step once and return what it took."""
         idle(self.device)
         begun = time.perf_counter()
         self.model(self.token, logits_to_keep=1, **self.going_on)

@@ -1,4 +1,4 @@
-"""What stands beside the strategies in a run of shapes: plain Transformers, and what the engine itself costs a layer.
+"""Reference cells: plain Transformers on the same synthetic models, and what the engine itself costs a layer.
 
 No torch: `suites.synthetic.reference` does the timing.
 """
@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
+from suites.record import RunFolder, sound
 
 ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
-KINDS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
+MEASUREMENTS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
 FEW_LAYERS = 4  # that tell what one costs; two copies of them lie on the device
 
 
 @dataclass(frozen=True)
 class ReferenceCell:
-    """One measurement of a geometry beside its shapes; `what` is one of KINDS' values.
+    """One measurement of a geometry to hold its synthetic cells against; `what` is one of MEASUREMENTS' values.
 
     `memory` is what `device_map` may fill of the device. Nothing is scripted: weights and routing are random.
     """
@@ -40,6 +42,19 @@ class ReferenceCell:
     gamma = None
     hardware = "auto"
     task = "plain Transformers"
+
+    kind = "reference"
+    online = False
+    shared = ()  # each makes a model of its own
+
+    def needs(self, run: RunFolder) -> None:
+        return None
+
+    def output(self, run: RunFolder) -> Path:
+        return run.record(self.id)
+
+    def intact(self, run: RunFolder) -> bool:
+        return sound(self.output(run))
 
     @property
     def id(self) -> str:
@@ -62,23 +77,25 @@ class ReferenceCell:
         return f"{self.model.name} native {self.what}"
 
 
-def beside_from(data: dict[str, Any]) -> ReferenceCell:
+def reference_cell_from(data: dict[str, Any]) -> ReferenceCell:
+    """Return the cell whose fields, as JSON, are `data`."""
     return ReferenceCell(**{**data, "model": Model(**data["model"])})
 
 
-def besides_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[ReferenceCell]:
-    """The measurements that a preset of shapes asks for with `beside`; none in virtual time. Raises Refused."""
+def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[ReferenceCell]:
+    """Yield the measurements that a preset asks for with `beside`; none in virtual time. Raises Refused."""
     asked = data.get("beside", [])
-    if strangers := set(asked) - set(KINDS):
-        raise Refused(f"Nothing beside shapes is called {(word := sorted(strangers)[0])!r}; {offer(word, KINDS)}.")
+    if unknown := set(asked) - set(MEASUREMENTS):
+        first = sorted(unknown)[0]
+        raise Refused(f"Nothing beside shapes is called {first!r}; {offer(first, MEASUREMENTS)}.")
     if not LINKS[link].real_time:
         return
-    for told in data["models"]:
-        given = {**data, **told}
+    for row in data["models"]:
+        given = {**data, **row}
         for what in asked:
             yield ReferenceCell(
-                model=models[told["name"]],
-                what=KINDS[what],
+                model=models[row["name"]],
+                what=MEASUREMENTS[what],
                 link=link,
                 memory=data.get("beside_memory", "16GiB"),
                 prompt_tokens=data["prompt_tokens"],

@@ -1,7 +1,7 @@
-"""What a synthetic model is made to do: each decode step's experts, and whether its little pass is sure. No torch.
+"""Scripts: the experts of each decode step of a synthetic model, and whether its little pass is sure. No torch.
 
 Routers without training mean nothing, so their choices are given: from a recorded run of a shipped model, whose layers
-are dealt out over the real ones as `mobile.costs.geometry.dress` does it, or drawn from a stated distribution.
+are dealt out over the real ones as `mobile.costs.geometry.project` does it, or drawn from a stated distribution.
 """
 
 from __future__ import annotations
@@ -14,6 +14,15 @@ import numpy as np
 
 from mobile.errors import Refused
 from mobile.replay.trace import Request, Step
+
+
+@dataclass(frozen=True)
+class ScriptLength:
+    """Tokens of a prompt and of the decode steps after it, of which the first `warmup` are not counted."""
+
+    prompt_tokens: int
+    steps: int
+    warmup: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,27 +52,27 @@ class Script:
 
     @property
     def counted(self) -> int:
-        """Decode steps that are timed."""
+        """Return how many decode steps are timed."""
         return self.steps - self.warmup
 
     @property
     def fallbacks(self) -> int:
-        """Of the counted steps, those that fall back under MoBiLE."""
+        """Return how many of the counted steps fall back under MoBiLE."""
         return int(self.unsure[self.warmup :].sum())
 
     @property
     def sha256(self) -> str:
-        """Of every selection: two strategies that played scripts with the same hash were given the same choices."""
-        told = b"".join(np.ascontiguousarray(each, "<i8").tobytes() for each in (self.prompt, self.little, self.full))
-        return hashlib.sha256(f"{self.prompt.shape}{self.full.shape}".encode() + told).hexdigest()
+        """Return the hash of every choice: under the same hash, two strategies were given the same choices."""
+        chosen = b"".join(np.ascontiguousarray(each, "<i8").tobytes() for each in (self.prompt, self.little, self.full))
+        return hashlib.sha256(f"{self.prompt.shape}{self.full.shape}".encode() + chosen).hexdigest()
 
     def first(self, steps: int) -> Script:
-        """The same script, ending after so many steps."""
+        """Return the same script, ending after so many steps."""
         return replace(self, little=self.little[:steps], full=self.full[:steps], unsure=self.unsure[:steps])
 
 
 def with_rate(script: Script, rate: float, seed: int) -> Script:
-    """The same selections with round(rate * n) of the n counted steps unsure, drawn with `seed`; so in the warm-up.
+    """Return the same choices with round(rate * n) of the n counted steps unsure, drawn with `seed`; so in the warm-up.
 
     Raises Refused for a rate outside of 0 to 1.
     """
@@ -77,13 +86,11 @@ def with_rate(script: Script, rate: float, seed: int) -> Script:
     return replace(script, unsure=unsure)
 
 
-def drawn(
-    routing: str, *, layers: int, experts: int, top_k: int, prompt_tokens: int, steps: int, warmup: int, seed: int
-) -> Script:
-    """Every token's K experts of every layer without replacement, "uniform" or "zipf EXPONENT"; nobody is unsure.
+def drawn(routing: str, length: ScriptLength, *, layers: int, experts: int, top_k: int, seed: int) -> Script:
+    """Draw every token's `top_k` experts of every layer without replacement; no little pass is unsure.
 
-    Under Zipf the expert of rank i is drawn with weight 1 / i ** EXPONENT; ranks are shuffled in each layer. Raises
-    Refused for another word.
+    `routing` is "uniform" or "zipf EXPONENT": then the expert of rank i is drawn with weight 1 / i ** EXPONENT, and
+    ranks are shuffled in each layer. Raises Refused for another word.
     """
     word, _, number = routing.partition(" ")
     try:
@@ -93,20 +100,20 @@ def drawn(
     rng = np.random.default_rng([seed, 0])
     logs = np.stack([rng.permutation(-exponent * np.log(np.arange(1, experts + 1))) for _ in range(layers)])
     # Gumbel noise on log weights: the K largest are K draws without replacement, in the order they are drawn.
-    noise = rng.gumbel(size=(prompt_tokens + steps, layers, experts))
+    noise = rng.gumbel(size=(length.prompt_tokens + length.steps, layers, experts))
     chosen = np.argsort(-(logs + noise), axis=-1)[..., :top_k]
-    decode = chosen[prompt_tokens:]
-    return Script(routing, chosen[:prompt_tokens], decode, decode, np.zeros(steps, dtype=bool), warmup)
+    prompt, decode = chosen[: length.prompt_tokens], chosen[length.prompt_tokens :]
+    return Script(routing, prompt, decode, decode, np.zeros(length.steps, dtype=bool), length.warmup)
 
 
 def recorded(
     prompt: Step, decoded: Sequence[Request], *, layers: int, gamma: float, warmup: int, source: str
 ) -> Script:
-    """A run recorded with every token falling back, so that each step has what its little and its big pass chose.
+    """Return the script of a run that was recorded with every token falling back.
 
-    `decoded` are (little, big) pairs of steps, one after another. Step `prompt` has the experts of its tokens
-    together; they are dealt out so that each token gets K and each expert as many tokens as it had. Recorded layers
-    are dealt out over `layers`. A step is unsure where its confidence is below `gamma`.
+    `decoded` are (little, big) pairs of steps, one after another, with the choices of both passes. Step `prompt` has
+    the experts of its tokens together; they are dealt out so that each token gets K and each expert as many tokens as
+    it had. Recorded layers are dealt out over `layers`. A step is unsure where its confidence is below `gamma`.
     """
     pairs = [pair for request in decoded for pair in zip(request[::2], request[1::2], strict=True)]
     little = np.array(
@@ -115,15 +122,16 @@ def recorded(
     full = np.array([big.experts for _, big in pairs])
     unsure = np.array([small.confidence is not None and small.confidence < gamma for small, _ in pairs])
     owner = [layer * full.shape[1] // layers for layer in range(layers)]
-    dealt = np.stack([_deal(*told, prompt.tokens) for told in zip(prompt.experts, prompt.counts, strict=True)], axis=1)
+    chosen = zip(prompt.experts, prompt.counts, strict=True)
+    dealt = np.stack([_deal(experts, counts, prompt.tokens) for experts, counts in chosen], axis=1)
     return Script(source, dealt[:, owner], little[:, owner], full[:, owner], unsure, warmup)
 
 
 def _first(half: Sequence[int], predicted: Sequence[int]) -> list[int]:
-    """The little pass's own experts, then the others that were predicted of the big one."""
+    """Return the little pass's own experts, then the others that were predicted of the big one."""
     return [*half, *(expert for expert in predicted if expert not in half)]
 
 
 def _deal(experts: Sequence[int], counts: Sequence[int], tokens: int) -> np.ndarray:
-    """(tokens, K) with each expert as often as counted: its copies lie side by side, so no token gets two."""
+    """Return (tokens, K) with each expert as often as counted: its copies lie side by side, so no token gets two."""
     return np.repeat(np.array(experts), counts).reshape(-1, tokens).T

@@ -1,7 +1,7 @@
-"""A synthetic model that plays a script on the clock of its link, teacher-forced, every strategy's real code under it.
+"""The player of scripts on a synthetic model, teacher-forced, under the real code of every strategy.
 
-Hooks change what routers and the head are given, never what they do: the router's own product, softmax and top-k choose
-the script's experts, at whatever K it is told, MoBiLE's prediction replays it on the same input, and the head's logits
+Hooks change the inputs of routers and head, never their computation: the router's own product, softmax and top-k choose
+the script's experts, at whatever K is set, MoBiLE's prediction replays it on the same input, and the head's logits
 are sure or not. Nothing of the engine is replaced.
 """
 
@@ -29,7 +29,7 @@ PROMPT = -1
 
 @dataclass(frozen=True)
 class Played:
-    """What one script took: prefill, and the counted decode steps with what they added to the counters.
+    """The times of one script: prefill, and the counted decode steps with what they added to the counters.
 
     `decode_bytes` are those of the copies that ended during the counted steps.
     """
@@ -69,12 +69,13 @@ class ScriptPlayer:
         head = made.model.get_output_embeddings()
         sure = torch.zeros(1, 1, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
         unsure, sure[..., 0] = sure.clone(), SURE
-        self._said = [unsure if each else sure for each in script.unsure]
-        self._hooks = [head.register_forward_pre_hook(self._say)]
+        self._head_inputs = [unsure if each else sure for each in script.unsure]
+        self._hooks = [head.register_forward_pre_hook(self._set_confidence)]
         for number, layer in enumerate(made.layers):
             self._hooks.append(layer.router.register_forward_pre_hook(partial(self._route, number)))
 
     def remove(self) -> None:
+        """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
 
@@ -85,12 +86,12 @@ class ScriptPlayer:
         table = self._little if running is not None and running.kind == "little" else self._full
         return (table[self.at][layer],)
 
-    def _say(self, _head: nn.Module, _args: Any) -> tuple[torch.Tensor] | None:
-        return None if self.at == PROMPT else (self._said[self.at],)
+    def _set_confidence(self, _head: nn.Module, _args: Any) -> tuple[torch.Tensor] | None:
+        return None if self.at == PROMPT else (self._head_inputs[self.at],)
 
 
 def _hidden(chosen: np.ndarray, width: int, like: torch.Tensor) -> torch.Tensor:
-    """(..., K) expert ids, best first, as router inputs (..., width): the router's rows are those of the identity."""
+    """Return router inputs (..., width) that make a router with the identity's rows choose (..., K) ids, best first."""
     ranks = torch.arange(chosen.shape[-1], 0, -1, dtype=torch.float32) * RANKED
     ids = torch.from_numpy(np.ascontiguousarray(chosen)).long()
     logits = torch.zeros(*ids.shape[:-1], width).scatter_(-1, ids, ranks.expand(ids.shape))
@@ -99,8 +100,9 @@ def _hidden(chosen: np.ndarray, width: int, like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def play(made: Synthetic, script: Script, tokens: torch.Tensor | None = None) -> Played:
-    """Play the script once on the attached model, from whatever its slots hold. On a GPU the host waits for the device
-    at the ends of prefill and of the counted steps, nowhere else.
+    """Play the script once on the attached model, from whatever its slots hold.
+
+    On a GPU the host waits for the device at the ends of prefill and of the counted steps, nowhere else.
 
     `tokens` (prompt tokens + steps,) are what is fed, some fixed ones if left out. Raises Refused for a script of
     another shape.
@@ -110,7 +112,7 @@ def play(made: Synthetic, script: Script, tokens: torch.Tensor | None = None) ->
     if tokens is None:
         tokens = torch.arange(length + script.steps) % model.config.vocab_size
     tokens = tokens.to(made.device)[None]
-    prompter = ScriptPlayer(made, script)
+    player = ScriptPlayer(made, script)
     try:
         begun = _now(made)
         output = model(input_ids=tokens[:, :length], use_cache=True, logits_to_keep=1)
@@ -119,19 +121,19 @@ def play(made: Synthetic, script: Script, tokens: torch.Tensor | None = None) ->
         for step in range(script.steps):
             if step == script.warmup:
                 started, before = _now(made), engine.ledger.counters.copy()
-            prompter.at = step
+            player.at = step
             fed = tokens[:, length + step : length + step + 1]
             model(input_ids=fed, use_cache=True, logits_to_keep=1, **cache)
         ended = _now(made)
         counters = engine.ledger.counters.since(before)
         engine.residency.end_token()
     finally:
-        prompter.remove()
+        player.remove()
     return Played(length, prefilled - begun, ended - started, counters.bytes_loaded, counters)
 
 
 def _now(made: Synthetic) -> int:
-    """Nanoseconds on the link's clock, once the device is idle and what has ended is noted."""
+    """Return nanoseconds on the link's clock, once the device is idle and the copies that have ended are noted."""
     if made.device.type == "cuda":
         torch.cuda.synchronize(made.device)
     link = made.model.mobile.link

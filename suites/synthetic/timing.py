@@ -1,6 +1,6 @@
-"""Shapes timed: one made model, attached once a cell, plays the cell's scripts on the clock of its link.
+"""Synthetic cells, timed: one model, attached once a cell, plays the cell's scripts on the clock of its link.
 
-With the link cuda this is the measurement of wall time on a GPU: real bytes over a real link, slowed where it is said.
+With the link cuda this measures wall time on a GPU: real bytes over a real link, throttled where the cell asks for it.
 The links virtual and paced run the same code anywhere. Nothing here needs lm-eval.
 """
 
@@ -32,93 +32,91 @@ from suites.synthetic.cells import RECORDED, SyntheticCell
 from suites.synthetic.link_use import fallback_use
 from suites.synthetic.models import Synthetic
 from suites.synthetic.routing import scripts_of
-from suites.synthetic.script import Script, drawn, with_rate
+from suites.synthetic.script import Script, ScriptLength, drawn, with_rate
 from suites.synthetic.script_player import Played, play
 from suites.telemetry import watched
 
-FORETOLD = 1  # repeats that the virtual clock is asked about: they start where the measured ones did, cold
+PREDICTED_REPEATS = 1  # that the virtual clock is asked about: they start where the measured ones did, cold
 GAMMA = 0.7  # below which a recorded little pass was unsure, whatever strategy plays the script
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A made model for all shapes of it, and the scripts drawn so far, by what they follow from."""
+    """A made model, for all cells of it, and its scripts so far by what they follow from."""
 
     made: Synthetic
     scripts: dict[tuple, list[Script]] = field(default_factory=dict)
 
 
-def load(shape: SyntheticCell) -> Loaded:
-    """Raises Refused for what cannot be made here."""
-    if not LINKS[shape.link].needs_gpu:
+def load(cell: SyntheticCell, run: RunFolder) -> Loaded:
+    """Make the cell's model. Raises Refused for what cannot be made here."""
+    if not LINKS[cell.link].needs_gpu:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
-    device = LINKS[shape.link].usual_device
-    return Loaded(models.make(shape.model.geometry, layers=shape.layers, shrink=shape.shrink, device=device))
+    device = LINKS[cell.link].usual_device
+    return Loaded(models.make(cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device=device))
 
 
-def save(shape: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
-    """Calibrate the machine if this run has not yet, and write the record; without a prediction where that fails."""
+def measure(cell: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
+    """Calibrate the machine unless this run has, and write the record; without a prediction where that fails."""
     here, unpredicted = None, None
     try:
-        here = calibrated(shape, loaded.made.layout.dtype, run)
+        here = calibrated(cell, loaded.made.layout.dtype, run)
     except Refused as refused:
         unpredicted = str(refused)
-    done = record(shape, loaded, here)
+    done = record(cell, loaded, here)
     if unpredicted is not None:
         done = replace(done, config={**done.config, "unpredicted": unpredicted})
-    done.save(run.record(shape.id))
+    done.save(cell.output(run))
 
 
-def scripts_for(shape: SyntheticCell, loaded: Loaded) -> list[Script]:
-    """One script a repeat, the same for every shape of the same routing, rate, tokens and seed."""
-    sizes = {"prompt_tokens": shape.prompt_tokens, "warmup": shape.warmup_tokens}
-    steps, geometry = shape.warmup_tokens + shape.decode_tokens, loaded.made.geometry
-    key = (shape.routing, *sizes.values(), steps, shape.repeats, shape.seed)
+def scripts_for(cell: SyntheticCell, loaded: Loaded) -> list[Script]:
+    """Return a script for each repeat, the same for every cell of the same routing, rate, tokens and seed."""
+    geometry = loaded.made.geometry
+    length = ScriptLength(cell.prompt_tokens, cell.warmup_tokens + cell.decode_tokens, cell.warmup_tokens)
+    key = (cell.routing, length, cell.repeats, cell.seed)
     if key not in loaded.scripts:
-        if shape.routing == RECORDED:
+        if cell.routing == RECORDED:
             loaded.scripts[key] = scripts_of(
-                shape.model.folder,
-                scripts=shape.repeats,
+                cell.model.folder,
+                length,
+                scripts=cell.repeats,
                 layers=geometry.moe_layers,
-                steps=steps,
                 gamma=GAMMA,
-                seed=shape.seed,
-                **sizes,
+                seed=cell.seed,
             )
         else:
             loaded.scripts[key] = [
                 drawn(
-                    shape.routing,
+                    cell.routing,
+                    length,
                     layers=geometry.moe_layers,
                     experts=geometry.experts,
                     top_k=geometry.top_k,
-                    steps=steps,
-                    seed=_seed(shape, repeat),
-                    **sizes,
+                    seed=_seed(cell, repeat),
                 )
-                for repeat in range(shape.repeats)
+                for repeat in range(cell.repeats)
             ]
     scripts = loaded.scripts[key]
-    if shape.rate is None:
+    if cell.rate is None:
         return scripts
-    return [with_rate(script, shape.rate, _seed(shape, repeat)) for repeat, script in enumerate(scripts)]
+    return [with_rate(script, cell.rate, _seed(cell, repeat)) for repeat, script in enumerate(scripts)]
 
 
-def _seed(shape: SyntheticCell, repeat: int) -> int:
-    return 1000 * shape.seed + repeat
+def _seed(cell: SyntheticCell, repeat: int) -> int:
+    return 1000 * cell.seed + repeat
 
 
-def memory_of(shape: SyntheticCell, device: torch.device) -> int | None:
-    """Return the bytes that the shape's budget comes to on this device; None for one that is no memory size."""
-    if not is_memory(shape.budget):
+def memory_of(cell: SyntheticCell, device: torch.device) -> int | None:
+    """Return the bytes that the cell's budget comes to on this device; None for one that is no memory size."""
+    if not is_memory(cell.budget):
         return None
     if device.type != "cuda":
-        return parse_nbytes(shape.budget)
-    return memory_on(shape.budget, torch.cuda.mem_get_info(device)[1])
+        return parse_nbytes(cell.budget)
+    return memory_on(cell.budget, torch.cuda.mem_get_info(device)[1])
 
 
-def room_of(
-    shape: SyntheticCell, made: Synthetic, strategy: Strategy, card: HardwareProfile, memory_nbytes: int | None
+def memory_or_slots(
+    cell: SyntheticCell, made: Synthetic, strategy: Strategy, card: HardwareProfile, memory_nbytes: int | None
 ) -> dict[str, Any]:
     """Return attach's `memory` or `slots` for a budget of `memory_nbytes`, or of what the strategy needs.
 
@@ -127,105 +125,112 @@ def room_of(
     """
     if memory_nbytes is None:
         return {"slots": strategy.min_slots(made.geometry)}
-    if shape.shrink == 1 and made.geometry.moe_layers == made.real_layers:
+    if cell.shrink == 1 and made.geometry.moe_layers == made.real_layers:
         return {"memory": memory_nbytes}
-    real = GEOMETRIES[shape.model.geometry]
+    real = GEOMETRIES[cell.model.geometry]
     slots = slots_for(real, memory_nbytes, card.reserve_nbytes, PREFILL_BUFFERS)
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 
-def record(shape: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
-    """Play every repeat, warm, and write down what it took, and what the virtual clock of `here` says.
+def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
+    """Play every repeat, warm, and return what it took, and what the virtual clock predicts from the profile `here`.
 
-    Where the clock cannot be asked, the measurement stands and the record says why. Raises Refused for what this
+    Where the clock cannot predict, the measurement stands and the record says why. Raises Refused for what this
     machine cannot do.
     """
     begun = time.monotonic()
-    made, strategy = loaded.made, resolve(shape.strategy, shape.gamma)
-    card, scripts = profile(shape.hardware), scripts_for(shape, loaded)
-    memory_nbytes = memory_of(shape, made.device)
+    made, strategy = loaded.made, resolve(cell.strategy, cell.gamma)
+    card, scripts = profile(cell.hardware), scripts_for(cell, loaded)
+    memory_nbytes = memory_of(cell, made.device)
+    # 1. Measure: a short script to warm up, then every script on the clock of the link.
     with made.attached(
         strategy,
-        **room_of(shape, made, strategy, card, memory_nbytes),
-        hardware=shape.hardware,
-        link=shape.link,
-        link_gb_per_s=shape.link_gb_per_s,
+        **memory_or_slots(cell, made, strategy, card, memory_nbytes),
+        hardware=cell.hardware,
+        link=cell.link,
+        link_gb_per_s=cell.link_gb_per_s,
     ) as engine:
         play(made, scripts[0].first(scripts[0].warmup + 1))  # kernels are compiled, memory is touched
         engine.restart()
-        with watched(cuda_uuid(engine.device.index) if LINKS[shape.link].needs_gpu else None) as telemetry:
+        with watched(cuda_uuid(engine.device.index) if LINKS[cell.link].needs_gpu else None) as telemetry:
             played = [play(made, script) for script in scripts]
-        done = _record(shape, made, strategy, engine, scripts, played, telemetry(), time.monotonic() - begun)
-    asked_nbytes = parse_nbytes(shape.budget) if is_memory(shape.budget) else None
+        wall_seconds = time.monotonic() - begun
+        done = _record(cell, made, strategy, engine, scripts, played)
+    # 2. Predict the first repeats on the virtual clock, once the slots of the measurement are given back.
+    asked_nbytes = parse_nbytes(cell.budget) if is_memory(cell.budget) else None
     more: dict[str, Any] = {"memory_nbytes": memory_nbytes, "memory_asked_nbytes": asked_nbytes}
     if here is not None:
         try:
             more["predicted"] = prediction_fields(
-                here, predicted(made, strategy, scripts[:FORETOLD], engine.slots, here)
+                here, predicted(made, strategy, scripts[:PREDICTED_REPEATS], engine.slots, here)
             )
         except (Refused, torch.OutOfMemoryError) as error:
             more["unpredicted"] = str(error).splitlines()[0]
-    return replace(done, config={**done.config, **more})
+    return replace(
+        done,
+        config={**done.config, **more},
+        environment={**environment(), "telemetry": telemetry()},
+        wall_seconds=wall_seconds,
+    )
 
 
 def _record(
-    shape: SyntheticCell,
+    cell: SyntheticCell,
     made: Synthetic,
     strategy: Strategy,
     engine: Engine,
     scripts: list[Script],
     played: list[Played],
-    telemetry: Any,
-    wall_seconds: float,
 ) -> Record:
-    geometry, real = made.geometry, LINKS[shape.link].needs_gpu
+    """Return the record of what was played, but for what the run as a whole took."""
+    geometry, real = made.geometry, LINKS[cell.link].needs_gpu
     measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
     channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
     how = {name: getattr(channel, name, None) for name in ("native_gb_per_s", "throttled", "page_locked")}
     counted = sum(script.counted for script in scripts)
     use = fallback_use(engine.ledger, geometry.expert_nbytes) if isinstance(strategy.gating, BigLittle) else None
     return Record(
-        id=shape.id,
-        scope=shape.scope,
-        weights=shape.model.weights,
-        model=shape.model.name,
+        id=cell.id,
+        scope=cell.scope,
+        weights=cell.model.weights,
+        model=cell.model.name,
         geometry=geometry.name,
-        task=shape.task,
+        task=cell.task,
         strategy=strategy.name,
-        gamma=shape.gamma,
+        gamma=cell.gamma,
         lossless=strategy.lossless,
         hardware=engine.hardware.name,
-        budget=shape.budget,
+        budget=cell.budget,
         slots=engine.slots,
-        seed=shape.seed,
+        seed=cell.seed,
         config={
             "kind": "shape",
             "timing": "live, teacher-forced on a script",
-            "swept": shape.swept,
+            "swept": cell.swept,
             "control": None,
-            "family": shape.model.family,
+            "family": cell.model.family,
             "training_seed": None,
             "generation": None,
             "confidence_histogram": None,
             "data": [],
             "routing": scripts[0].source,
-            "fallback_asked": shape.rate,
+            "fallback_asked": cell.rate,
             "fallback_scripted": sum(script.fallbacks for script in scripts) / counted,
-            "prompt_tokens": shape.prompt_tokens,
-            "warmup_tokens": shape.warmup_tokens,
-            "decode_tokens": shape.decode_tokens,
-            "repeats": shape.repeats,
-            "items": shape.repeats,
-            "timed_items": shape.repeats,
+            "prompt_tokens": cell.prompt_tokens,
+            "warmup_tokens": cell.warmup_tokens,
+            "decode_tokens": cell.decode_tokens,
+            "repeats": cell.repeats,
+            "items": cell.repeats,
+            "timed_items": cell.repeats,
             "moe_layers": geometry.moe_layers,
             "real_moe_layers": made.real_layers,
-            "shrink": shape.shrink,
+            "shrink": cell.shrink,
             "experts": geometry.experts,
             "top_k": geometry.top_k,
             "expert_nbytes": geometry.expert_nbytes,
             "dtype": str(made.layout.dtype).removeprefix("torch."),
-            "link": shape.link,
-            "link_gb_per_s": shape.link_gb_per_s,
+            "link": cell.link,
+            "link_gb_per_s": cell.link_gb_per_s,
             "link_native_gb_per_s": how["native_gb_per_s"],
             "link_throttled": how["throttled"],
             "link_page_locked": how["page_locked"],
@@ -236,7 +241,7 @@ def _record(
             "strategy_source": strategy.source,
             "profile_sources": [] if real else list(engine.hardware.sources),
         },
-        environment={**environment(), "telemetry": telemetry},
+        environment=environment(),
         items=tuple(
             Item(
                 doc=number,
@@ -259,12 +264,11 @@ def _record(
         ceiling_tokens_per_s=measured and geometry.on_demand_ceiling(measured),
         checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, played)),
         guesses=tuple((layer, *seen) for layer, seen in sorted(engine.ledger.guesses.items())),
-        wall_seconds=wall_seconds,
     )
 
 
 def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:
-    """Decimal gigabytes per second of the copies in a ledger while they were made; None where there are none."""
+    """Return decimal gigabytes per second of the copies in a ledger while they were made; None without one."""
     copies = [event.end_ns - event.start_ns for event in events if event.what in ("load", "prefetch")]
     return len(copies) * row_nbytes / sum(copies) if copies else None
 
@@ -272,15 +276,14 @@ def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:
 def _checks(
     strategy: Strategy, row_nbytes: int, scripts: list[Script], played: list[Played]
 ) -> Iterable[tuple[str, bool]]:
-    """What a script fixes and a run must show: how often it fell back, what a strategy that keeps nothing copied."""
-    both = list(zip(scripts, played, strict=True))
-    wanted: dict[str, list[bool]] = defaultdict(list)
-    for script, one in both:
-        wanted["every counted token was decoded"].append(one.counters.tokens == script.counted)
+    """Yield what a script fixes and a run must show: how often it fell back, what a strategy without a cache copied."""
+    outcomes: dict[str, list[bool]] = defaultdict(list)
+    for script, one in zip(scripts, played, strict=True):
+        outcomes["every counted token was decoded"].append(one.counters.tokens == script.counted)
         falls_back = not isinstance(strategy.gating, FullK | HalfK)
-        wanted["fell back where the script said"].append(one.fallbacks == (script.fallbacks if falls_back else 0))
-        wanted["bytes are copies times the row"].append(one.decode_bytes == one.counters.loads * row_nbytes)
+        outcomes["fell back where the script said"].append(one.fallbacks == (script.fallbacks if falls_back else 0))
+        outcomes["bytes are copies times the row"].append(one.decode_bytes == one.counters.loads * row_nbytes)
         if strategy.retain == "nothing" and isinstance(strategy.gating, FullK):
             chosen = script.full[script.warmup :].size
-            wanted["copied exactly the script's experts"].append(one.counters.loads == chosen)
-    return ((f"{strategy.name}: {check}", all(held)) for check, held in wanted.items())
+            outcomes["copied exactly the script's experts"].append(one.counters.loads == chosen)
+    return ((f"{strategy.name}: {check}", all(passed)) for check, passed in outcomes.items())

@@ -7,15 +7,16 @@ import json
 from pathlib import Path
 from random import Random
 
-from suites.tasks import DATA, TESTED
+from suites.tasks.catalogue import SHIPPED
+from suites.tasks.files import DATA
 from suites.tasks.item import Item, held_out
 
-SEED, ITEMS = 20251014, 250
+SEED = 20251014
 
 
 def parser() -> argparse.ArgumentParser:
     says = (
-        f"Write the {ITEMS} shipped test items of each task ({', '.join(TESTED)}) to NAME.jsonl. They follow from one "
+        f"Write the shipped test items of each task ({', '.join(SHIPPED)}) to NAME.jsonl. They follow from one "
         "seed: what is written is, byte for byte, what is shipped, unless a generator was changed."
     )
     top = argparse.ArgumentParser(prog="python -m suites.tasks", description=says)
@@ -26,11 +27,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     out = parser().parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    for name, generate in TESTED.items():
+    for name, task in SHIPPED.items():
         rng = Random(f"{SEED}:{name}")
         items: dict[str, Item] = {}
-        while len(items) < ITEMS:
-            item = generate(rng)
+        while len(items) < task.items:
+            item = task.test(rng)
             if held_out(item.key):
                 items.setdefault(item.prompt, item)
         lines = [

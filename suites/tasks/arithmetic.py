@@ -37,7 +37,7 @@ SHARES = (
 
 
 def _step(rng: Random, value: int) -> tuple[str, int, int, tuple[str, ...]]:
-    """One operation that keeps the running value between 1 and LIMIT: (sign, operand, result, phrasings)."""
+    """Draw an operation that keeps the running value between 1 and LIMIT: (sign, operand, result, phrasings)."""
     divisors = [d for d in range(2, 10) if value % d == 0 and value > d]
     signs = ["+", "-", "*"] + ["/"] * bool(divisors)
     phrasings: tuple[str, ...]
@@ -60,7 +60,7 @@ def _step(rng: Random, value: int) -> tuple[str, int, int, tuple[str, ...]]:
 
 
 def _story(rng: Random, name: str, thing: str, steps: int) -> tuple[list[str], list[str], int]:
-    """Sentences, worked steps and final count of one person's collection."""
+    """Draw the sentences, worked steps and final count of one person's collection."""
     value = rng.randint(3, 60)
     sentences, worked = [f"{name} has {value} {thing}."], []
     for _ in range(steps):
@@ -72,7 +72,7 @@ def _story(rng: Random, name: str, thing: str, steps: int) -> tuple[list[str], l
 
 
 def generate(rng: Random, steps: tuple[int, int] = TRAINED) -> Item:
-    """A chain about one person, or two people's chains whose results are added or compared."""
+    """Draw a chain about one person, or two people's chains whose results are added or compared."""
     thing = rng.choice(THINGS)
     first, second = rng.sample(NAMES, 2)
     if rng.random() < 0.6:

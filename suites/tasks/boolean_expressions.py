@@ -10,7 +10,7 @@ Tree = str | tuple["Tree", ...]  # a literal, ("not", a), ("and", a, b), ("or", 
 
 
 def _tree(rng: Random, operators: int) -> Tree:
-    """A random expression with exactly this many operators, bracketed wherever precedence needs it."""
+    """Draw an expression with exactly this many operators, bracketed wherever precedence needs it."""
     if operators == 0:
         return rng.choice(("True", "False"))
     sign = rng.choice(("not", "and", "or"))
@@ -56,7 +56,7 @@ TRAINED, TESTED = (4, 13), (9, 14)  # operators
 
 
 def generate(rng: Random, operators: tuple[int, int] = TRAINED) -> Item:
-    """So many operators; the answer rewrites the expression, all innermost operators at once."""
+    """Draw an expression; the worked answer rewrites it, all innermost operators at once."""
     tree = _tree(rng, rng.randint(*operators))
     lines = [_text(tree)]
     while isinstance(tree, tuple):

@@ -21,5 +21,5 @@ class Item:
 
 
 def held_out(key: str) -> bool:
-    """Whether the item belongs to the test side: one key in eight, by hash and nothing else."""
+    """Return whether the item belongs to the test side: one key in eight, by hash and nothing else."""
     return hashlib.sha256(key.encode()).digest()[0] % 8 == 0

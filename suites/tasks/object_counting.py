@@ -42,7 +42,7 @@ def _phrase(noun: str, count: int) -> str:
 
 
 def generate(rng: Random, kinds: tuple[int, int] = TRAINED) -> Item:
-    """So many kinds of things from two or three categories; the question asks for one of the categories."""
+    """Draw a list of things from two or three categories; the question asks for one of the categories."""
     chosen = rng.sample(list(CATEGORIES), rng.randint(2, 3))
     pool = [(noun, category) for category in chosen for noun in CATEGORIES[category].split()]
     listed = rng.sample(pool, rng.randint(*kinds))

@@ -125,19 +125,19 @@ def _filled(stage: Stage, rng: Random) -> tuple[Stage, int | None]:
 
 
 def _described(stages: list[tuple[Stage, int | None]], name: str, rng: Random) -> str:
-    """The docstring: nested noun phrases, the last stage first, or orders, the first stage first."""
+    """Return the docstring: nested noun phrases, the last stage first, or orders, the first stage first."""
     if rng.random() < 0.5:
         text = name
         for stage, k in stages:
             text = rng.choice(stage.phrases).format(it=text, k=k)
         return f"Return {text}."
-    told = [rng.choice(stage.orders).format(k=k) for stage, k in stages]
-    text = ", then ".join(told)
+    orders = [rng.choice(stage.orders).format(k=k) for stage, k in stages]
+    text = ", then ".join(orders)
     return f"From {name}, {text}."
 
 
 def _inputs(stages: list[tuple[Stage, int | None]], rng: Random) -> list[list[int]]:
-    """Lists that reach into the stages: their constants and their neighbours are often among the numbers."""
+    """Draw lists that reach into the stages: their constants and their neighbours are often among the numbers."""
     near = [k + d for _, k in stages if k is not None for d in (-1, 0, 1)]
     lists: list[list[int]] = [[]]
     while len(lists) < TESTS:
@@ -151,7 +151,7 @@ def _inputs(stages: list[tuple[Stage, int | None]], rng: Random) -> list[list[in
 
 
 def generate(rng: Random) -> Item:
-    """One to three steps of filtering, mapping or ordering, one that returns, and tests whose results differ."""
+    """Draw one to three steps of filtering, mapping or ordering, one that returns, and tests whose results differ."""
     while True:
         kinds = rng.choices((KEEPS, MAPS, ORDERS), (4, 4, 2), k=rng.choice((1, 2, 2, 3, 3)))
         stages = [_filled(rng.choice(kind), rng) for kind in kinds]

@@ -1,4 +1,4 @@
-"""Who tells the truth, in BIG-Bench-Hard's prompt format, answered by following the chain of statements."""
+"""Telling who tells the truth, in BIG-Bench-Hard's prompt format, answered by following the chain of statements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAINED, TESTED = (2, 7), (6, 9)  # people: short chains teach the step, the tes
 
 
 def generate(rng: Random, people: tuple[int, int] = TRAINED) -> Item:
-    """So many people, each but the first speaking of the one before."""
+    """Draw an item about people, each but the first speaking of the one before."""
     names = _names(rng, rng.randint(*people))
     honest = [rng.random() < 0.5]
     sentences = [f"{names[0]} {SAYS[honest[0]]}."]
@@ -39,7 +39,7 @@ def generate(rng: Random, people: tuple[int, int] = TRAINED) -> Item:
 
 
 def _names(rng: Random, people: int) -> list[str]:
-    """Different names; half of the items use made-up ones, so that reading any name has to be learned."""
+    """Draw different names; half of the items use made-up ones, so that reading any name has to be learned."""
     if rng.random() < 0.5:
         return rng.sample(NAMES, people)
     return rng.sample([start + ending for start in STARTS for ending in ENDINGS], people)

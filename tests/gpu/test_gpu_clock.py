@@ -21,11 +21,11 @@ from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, 
 @pytest.fixture(scope="module")
 def shapes():
     """Two real layers of OLMoE-1B-7B: copies of 12.6 MB, so that time is loading."""
-    return [replace(shape, layers=2, repeats=1) for shape in read_preset("shapes").only("olmoe-1b-7b native").shapes]
+    return [replace(shape, layers=2, repeats=1) for shape in read_preset("shapes").only("olmoe-1b-7b native").synthetic]
 
 
 def test_time_per_token_is_predicted_from_what_was_calibrated(shapes, tmp_path):
-    loaded = timing.load(shapes[0])
+    loaded = timing.load(shapes[0], RunFolder(tmp_path))
     for shape in shapes:
         if shape.strategy in ("on-demand", "on-demand-overlap", "mobile") and shape.budget == "smallest":
             here = calibrate.calibrated(shape, torch.bfloat16, RunFolder(tmp_path))
@@ -49,7 +49,8 @@ def test_plain_transformers_is_timed_beside(shapes, what):
 
 def test_the_engine_costs_less_a_layer_than_a_copy():
     eager, _ = (
-        reference.engine_cost(make("olmoe-1b-7b", layers=2, device="cuda"), each, blocks=8) for each in reference.STOCK
+        reference.engine_cost(make("olmoe-1b-7b", layers=2, device="cuda"), each, blocks=8)
+        for each in reference.IMPLEMENTATIONS
     )
     assert eager.layer_seconds < 500e-6
 

@@ -10,9 +10,10 @@ from test_cuda_link import skip_unless_rows_can_be_page_locked
 
 from mobile.errors import Refused
 from suites.plan.cells import read_preset
+from suites.record import RunFolder
 from suites.synthetic import timing
 from suites.synthetic.models import make
-from suites.synthetic.script import drawn
+from suites.synthetic.script import ScriptLength, drawn
 from suites.synthetic.script_player import play
 from tests.shapes import PRESET
 
@@ -21,12 +22,12 @@ from tests.shapes import PRESET
 def shapes(tmp_path_factory):
     path = tmp_path_factory.mktemp("shapes") / "narrow.toml"
     path.write_text(PRESET.replace("shrink = 16", "shrink = 2"))
-    return read_preset(str(path)).shapes
+    return read_preset(str(path)).synthetic
 
 
 @pytest.fixture(scope="module")
-def loaded(shapes):
-    return timing.load(shapes[0])
+def loaded(shapes, tmp_path_factory):
+    return timing.load(shapes[0], RunFolder(tmp_path_factory.mktemp("run")))
 
 
 def test_the_store_is_page_locked_once_for_every_engine(loaded):
@@ -60,12 +61,10 @@ def test_slots_are_given_back_before_the_same_cell_is_predicted(loaded):
     """Whoever keeps the engine, as the measurement does: a real model's slots fill a card once, not twice."""
     script = drawn(
         "uniform",
+        ScriptLength(prompt_tokens=4, steps=3, warmup=1),
         layers=loaded.made.geometry.moe_layers,
         experts=64,
         top_k=8,
-        prompt_tokens=4,
-        steps=3,
-        warmup=1,
         seed=0,
     )
     taken = []

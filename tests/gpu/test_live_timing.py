@@ -8,18 +8,19 @@ from dataclasses import replace
 import pytest
 
 from suites.plan.cells import HERE, read_preset
+from suites.record import RunFolder
 
 pytest.importorskip("lm_eval")  # which writes the prompts of scored cells
 from suites.measure import live
 
 
-def test_a_cell_is_timed_on_the_wall_clock():
+def test_a_cell_is_timed_on_the_wall_clock(tmp_path):
     preset = read_preset("smoke")
     cell = next(cell for cell in preset.cells if cell.strategy == "mobile" and cell.budget == "smallest")
     generation = replace(cell.generation, items=4)
     cell = replace(cell, generation=generation, link="cuda", hardware="auto")
     begun = time.perf_counter_ns()
-    loaded = live.load(cell)
+    loaded = live.load(cell, RunFolder(tmp_path))
     record = live.record(cell, loaded)
     took = time.perf_counter_ns() - begun
     assert (record.scope, record.weights) == ("gpu+pcie", "shipped-tiny")

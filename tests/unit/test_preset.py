@@ -7,7 +7,8 @@ import pytest
 from mobile.policies.strategy import resolve
 from suites.plan.cells import read_preset
 from suites.record import RunFolder
-from suites.run.jobs import RUNS_A_JOB, generation_jobs
+from suites.run.jobs import jobs
+from suites.run.work import KINDS
 
 
 def test_every_way_to_answer_is_timed_whole_once_and_a_fixed_part_of_it_elsewhere():
@@ -29,7 +30,7 @@ def test_every_way_to_answer_is_timed_whole_once_and_a_fixed_part_of_it_elsewher
 @pytest.mark.parametrize("name", ["smoke", "cpu"])
 def test_live_runs_are_cut_into_jobs_once_each_and_few_are_spread(name, tmp_path):
     preset = read_preset(name)
-    jobs = generation_jobs(preset, RunFolder(tmp_path))
-    assert [each for job in jobs for each in job.labels] == [generation.id for generation in preset.generations]
-    sizes = [len(job.labels) for job in jobs]
-    assert sizes == [1] * 4 if name == "smoke" else max(sizes) == RUNS_A_JOB
+    cut = jobs(preset.generations, RunFolder(tmp_path))
+    assert [each for job in cut for each in job.labels] == [generation.id for generation in preset.generations]
+    sizes = [len(job.labels) for job in cut]
+    assert sizes == [1] * 4 if name == "smoke" else max(sizes) == KINDS["generate"].most

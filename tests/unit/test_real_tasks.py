@@ -22,7 +22,8 @@ from lm_eval.tasks import TaskManager
 from mobile.errors import Refused
 from suites.plan.cells import Cell, Generation, Model, task_hash
 from suites.scoring.lm_eval import LM_EVAL_TASKS, score, task_config
-from suites.tasks.paper_tasks import BBH, GROUPS, REAL, expand, items_of, locate, read, remarks, sources
+from suites.tasks.catalogue import BBH, GROUPS, PUBLISHED, expand
+from suites.tasks.files import items_of, locate, read, remarks, sources
 
 FOLDER = Path(os.environ.get("MOBILE_TASK_DATA", "/nowhere"))
 real_data = pytest.mark.skipif(
@@ -63,7 +64,7 @@ def bbh(tmp_path: Path) -> Path:
 
 def asked_by_lm_eval(task: str, files: dict[str, Path], folder: Path, docs: list[int]) -> list[str]:
     """What lm-eval's own definition, included in a file as its documentation says, asks for these items."""
-    definition = LM_EVAL_TASKS / REAL[task].definition
+    definition = LM_EVAL_TASKS / PUBLISHED[task].definition
     name = yaml.load(definition.read_text(), yaml.BaseLoader)["task"]
     kwargs = {"data_files": {split: str(path) for split, path in files.items()}}
     if files["test"].suffix == ".json":
@@ -159,7 +160,7 @@ def test_public_bbh_items_in_the_shipped_tasks_format(name, bbh):
 
 
 def test_without_local_files_the_hub_is_asked_for_what_lm_eval_asks_it_for():
-    for task, real in REAL.items():
+    for task, real in PUBLISHED.items():
         config = task_config(task)
         definition = (LM_EVAL_TASKS / real.definition).read_text()
         assert config["dataset_path"] == real.hub
@@ -176,7 +177,7 @@ def test_without_local_files_the_hub_is_asked_for_what_lm_eval_asks_it_for():
 def test_groups_are_taken_apart():
     assert expand(["bbh", "gsm8k"]) == {**dict.fromkeys(GROUPS["bbh"], "bbh"), "gsm8k": "gsm8k"}
     assert len(BBH) == 27
-    assert {(LM_EVAL_TASKS / REAL[task].definition).is_file() for task in GROUPS["bbh"]} == {True}
+    assert {(LM_EVAL_TASKS / PUBLISHED[task].definition).is_file() for task in GROUPS["bbh"]} == {True}
     assert sum(items_of(task, None) for task in GROUPS["bbh"]) == 6511
     with pytest.raises(Refused, match="Unknown task 'gsm9k'; choose among: arithmetic"):
         expand(["gsm9k"])

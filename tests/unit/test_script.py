@@ -7,12 +7,13 @@ import pytest
 
 from mobile.errors import Refused
 from mobile.replay.trace import Step
-from suites.synthetic.script import Script, drawn, recorded, with_rate
+from suites.synthetic.script import Script, ScriptLength, drawn, recorded, with_rate
 
 
 def some(routing: str = "uniform", **more: int) -> Script:
-    sizes = {"layers": 3, "experts": 16, "top_k": 4, "prompt_tokens": 5, "steps": 400, "warmup": 0, "seed": 7}
-    return drawn(routing, **{**sizes, **more})
+    sizes = {"layers": 3, "experts": 16, "top_k": 4, "steps": 400, "warmup": 0, "seed": 7} | more
+    length = ScriptLength(5, sizes.pop("steps"), sizes.pop("warmup"))
+    return drawn(routing, length, **sizes)
 
 
 def test_a_drawn_script_names_k_distinct_experts_for_each_token_of_each_layer():

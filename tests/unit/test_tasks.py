@@ -11,15 +11,17 @@ from random import Random
 
 import pytest
 
+from reports.data import chance_levels
 from suites.models.train import RECIPE, training_items
 from suites.scoring.lm_eval import task_config
-from suites.tasks import DATA, GENERATORS
+from suites.tasks.catalogue import SHIPPED
+from suites.tasks.catalogue import TASKS as CATALOGUE
+from suites.tasks.files import DATA, shipped
 from suites.tasks.item import held_out
 from suites.tasks.object_counting import CATEGORIES, PLURALS, WORDS
-from suites.tasks.paper_tasks import shipped
 
 ROOT = Path(__file__).parent.parent.parent
-TASKS = sorted(GENERATORS)
+TASKS = sorted(SHIPPED)
 SHORT = [task for task in TASKS if task != "python_functions"]  # scored by the answer found in the text
 
 
@@ -110,8 +112,13 @@ def test_training_has_no_near_duplicate_of_a_test_item():
     for task in ("web_of_lies", "boolean_expressions", "python_functions"):
         tested = {bare(item["prompt"], task) for item in shipped(task)}
         rng = Random(5)
-        items = (GENERATORS[task](rng) for _ in range(5000))
+        items = (SHIPPED[task].train(rng) for _ in range(5000))
         assert not tested & {bare(item.prompt, task) for item in items if not held_out(item.key)}, task
+
+
+def test_reports_know_what_guessing_scores_on_each_task():
+    for name, task in CATALOGUE.items():
+        assert chance_levels.floor(name) == task.chance_level, name
 
 
 def test_who_lies_is_found_by_trying_both():

@@ -1,0 +1,44 @@
+"""Pieces of work: each finds its row, survives the way to a worker as JSON, and is in one job."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+
+from suites.plan.cells import read_preset
+from suites.record import VIRTUAL, RunFolder, write_json
+from suites.run.jobs import jobs
+from suites.run.work import KINDS
+
+
+@pytest.fixture(scope="module")
+def pieces() -> list:
+    smoke, shapes = read_preset("smoke"), read_preset("shapes", link="paced")
+    live = [replace(cell, link="virtual") for cell in smoke.replayed]
+    return [*smoke.generations, *smoke.cells, *live, *shapes.cells]
+
+
+def test_a_piece_is_the_same_after_its_way_to_a_worker(pieces):
+    assert {piece.kind for piece in pieces} == set(KINDS)
+    for piece in pieces:
+        received = KINDS[piece.kind].read(json.loads(json.dumps(asdict(piece))))
+        assert received == piece
+        assert (received.id, received.label, received.scope) == (piece.id, piece.label, piece.scope)
+
+
+def test_each_piece_without_an_output_is_in_one_job_with_pieces_that_share_what_is_loaded(pieces, tmp_path):
+    run = RunFolder(tmp_path)
+    done = pieces[0]
+    write_json(done.output(run), {})
+    by_id = {piece.id: piece for piece in pieces}
+    found = jobs(pieces, run)
+    counts = Counter(name for job in found for name in job.labels)
+    assert counts == Counter(name for name in by_id if name != done.id)
+    for job in found:
+        together = [by_id[name] for name in job.labels]
+        assert len({(piece.kind, piece.shared) for piece in together}) == 1
+        assert len(together) <= (KINDS[together[0].kind].most or len(pieces))
+        assert job.alone == (together[0].scope != VIRTUAL)
