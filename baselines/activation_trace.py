@@ -92,8 +92,8 @@ class Collection:
 class ActivationTrace:
     """Both policies of the paper, on one running matrix."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        geometry = setting.geometry
+    def __init__(self, context: PolicyContext) -> None:
+        geometry = context.geometry
         self._layers, self._experts, self._top_k = geometry.moe_layers, geometry.experts, geometry.top_k
         self._collection = Collection(self._layers, self._experts)
         self._queues: dict[tuple[int, int], list[Key]] = {}  # by stored matrix and layer
@@ -168,7 +168,7 @@ class ActivationTrace:
         order = order[priority[order] > 0]
         return list(zip((layer + 1 + order // self._top_k).tolist(), likeliest.ravel()[order].tolist(), strict=True))
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
         if not self._ordered:
             self._rank(pool, everything=False)
         found = self._lowest(pool, protected)

@@ -95,30 +95,34 @@ def shares(experts: int, slots: int, runs: int, accuracy: Sequence[float]) -> li
 class Shares:
     """Evict the layer's own least recently used once it has its share; before that, of a layer that has too much."""
 
-    def __init__(self, setting: PolicyContext, accuracy: Sequence[float] | None = None) -> None:
-        geometry = setting.geometry
+    def __init__(self, context: PolicyContext, accuracy: Sequence[float] | None = None) -> None:
+        geometry = context.geometry
         guessed = [0.0] + [ACCURACY] * (geometry.moe_layers - 1)  # nothing foresees the first layer
         if accuracy is not None:
-            guessed = [each for each, layers in zip(accuracy, setting.layer_map, strict=True) for _ in layers]
-        self.share = shares(geometry.experts, setting.slots, geometry.top_k, guessed)
+            guessed = [each for each, layers in zip(accuracy, context.layer_map, strict=True) for _ in layers]
+        self.share = shares(geometry.experts, context.slots, geometry.top_k, guessed)
         self._keys = [[(layer, expert) for expert in range(geometry.experts)] for layer in range(geometry.moe_layers)]
         self._layer = -1  # the last that ran
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
         self._layer = layer
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        return next(self._in_order(pool, coming[0], protected), None)
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
+        return next(self._in_order(pool, incoming[0], protected), None)
 
     def _in_order(self, pool: SlotPool, layer: int, protected: bool) -> Iterator[Key]:
-        refuted = {key for key in pool.unproven if key[0] != self._layer + 1 and pool.may_go(key, protected=protected)}
+        refuted = {
+            key
+            for key in pool.unused_prefetches
+            if key[0] != self._layer + 1 and pool.is_evictable(key, protected=protected)
+        }
         if refuted:  # they came in lately: looked for from the newest on
             newest = islice((key for key in reversed(pool.slots) if key in refuted), len(refuted))
             yield from reversed(list(newest))
         if self._held(pool, layer) >= self.share[layer]:
-            yield from (key for key in pool if key[0] == layer and pool.may_go(key, protected=protected))
+            yield from (key for key in pool if key[0] == layer and pool.is_evictable(key, protected=protected))
         modest = [each for each, share in enumerate(self.share) if self._held(pool, each) <= share]
-        yield from pool.evictable(protected=protected, spared=modest)
+        yield from pool.evictable(protected=protected, skip_layers=modest)
         yield from pool.evictable(protected=protected)
 
     def _held(self, pool: SlotPool, layer: int) -> int:
@@ -145,7 +149,7 @@ def adapmoe(
         source="Zhong et al., AdapMoE, arXiv 2408.10284 (2024)",
         lossless=False,
         gating=CustomRouting(choose),
-        evict=lambda setting: Shares(setting, accuracy),
+        evict=lambda context: Shares(context, accuracy),
         lookahead=NextGate,
         max_prefetch_per_layer=1,
     )

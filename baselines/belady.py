@@ -19,10 +19,10 @@ from mobile.policies.protocols import PolicyContext
 class Future:
     """When each expert is used next, counted in visits; `never` where it is not."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        assert setting.future is not None, "a strategy with foresight is told the future"
-        self._visits = setting.future
-        self.never = len(setting.future)
+    def __init__(self, context: PolicyContext) -> None:
+        assert context.future is not None, "a strategy with foresight is told the future"
+        self._visits = context.future
+        self.never = len(context.future)
         self.visit = 0  # the one that runs, or comes next
         self.next_use: dict[Key, int] = {}  # of every expert that will be used; of others nothing, or `never`
         self._after: list[list[int]] = []  # by visit, the next use of each of its experts after it
@@ -64,8 +64,8 @@ class Future:
 class Farthest(Ranked):
     """Evict the expert that is not needed for the longest time."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        self.future = Future(setting)
+    def __init__(self, context: PolicyContext) -> None:
+        self.future = Future(context)
         uses, never = self.future.next_use, self.future.never
         super().__init__(lambda key: -uses.get(key, never))
 

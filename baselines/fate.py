@@ -33,13 +33,13 @@ def guesses(top_k: int) -> int:
 class Fate:
     """Guess and remember how well; keep the layers where that helps least."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        geometry = setting.geometry
+    def __init__(self, context: PolicyContext) -> None:
+        geometry = context.geometry
         self._guesses = guesses(geometry.top_k)
         self._right = [0] * geometry.moe_layers
         self._asked = [0] * geometry.moe_layers
         self._guessed: dict[int, set[int]] = {}
-        self._whole_layers = int(setting.slots * FAVOURED_SHARE) // geometry.experts
+        self._whole_layers = int(context.slots * FAVOURED_SHARE) // geometry.experts
         self._favoured = frozenset(range(self._whole_layers))
 
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
@@ -57,16 +57,16 @@ class Fate:
     def used(self, layer: int, keys: Sequence[Key]) -> None:
         """The pool keeps the order of use."""
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
         """The least recently used outside the favoured layers; of those only if there is no other."""
         return next(self._in_order(pool, protected), None)
 
-    def victims(self, pool: SlotPool, coming: Sequence[Key]) -> list[Key]:
-        return list(islice(self._in_order(pool, protected=False), len(coming)))
+    def victims(self, pool: SlotPool, incoming: Sequence[Key]) -> list[Key]:
+        return list(islice(self._in_order(pool, protected=False), len(incoming)))
 
     def _in_order(self, pool: SlotPool, protected: bool) -> Iterator[Key]:
         favoured = self._favoured
-        yield from pool.evictable(protected=protected, spared=favoured)
+        yield from pool.evictable(protected=protected, skip_layers=favoured)
         if favoured:
             yield from (key for key in pool.evictable(protected=protected) if key[0] in favoured)
 

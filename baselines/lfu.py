@@ -19,7 +19,7 @@ from mobile.policies.protocols import PolicyContext
 class Frequent(Ranked):
     """Evict the least frequently used, of those the least recently used."""
 
-    def __init__(self, setting: PolicyContext) -> None:
+    def __init__(self, context: PolicyContext) -> None:
         super().__init__(lambda key: self._uses.get(key, (0, 0)))
         self._uses: dict[Key, tuple[int, int]] = {}  # how many, and when the last one was
         self._clock = 0

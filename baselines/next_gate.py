@@ -23,8 +23,8 @@ GUESS_SLOTS = 4
 class NextGate:
     """Guess the next layer's top-k experts, the likeliest first."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        self._guesses = setting.geometry.top_k
+    def __init__(self, context: PolicyContext) -> None:
+        self._guesses = context.geometry.top_k
 
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         if ahead is None:

@@ -26,10 +26,10 @@ from mobile.slots import SlotPool
 class Aggressive(Farthest):
     """Load the next missing expert whenever the link is idle and one that is needed later can give way to it."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        super().__init__(setting)
-        self._slots = setting.slots
-        self._delay = setting.load_ns // setting.layer_ns  # visits
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self._slots = context.slots
+        self._delay = context.load_ns // context.layer_ns  # visits
         self._missing = Ranking()  # by next use; of those in the pool, some are still in here
         for key, use in self.future.next_use.items():
             self._missing.put(key, use)
@@ -39,8 +39,8 @@ class Aggressive(Farthest):
             self._missing.drop(key)
         super().used(layer, keys)
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        gone = super().victim(pool, coming, protected=protected)
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
+        gone = super().victim(pool, incoming, protected=protected)
         if gone is not None and (use := self._next_use(gone)) < self.future.never:
             self._missing.put(gone, use)
         return gone

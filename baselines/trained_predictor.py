@@ -27,10 +27,10 @@ from baselines.next_gate import GUESS_SLOTS, NEXT_GATE
 from baselines.signals.ridge import Examples, Kind, Predictor
 from mobile.errors import Refused
 from mobile.ledger import Key
-from mobile.policies.next_logits import NextLayerLogits, order
+from mobile.policies.next_logits import NextLayerLogits, top_experts
 from mobile.policies.protocols import PolicyContext, Training
 from mobile.policies.strategy import Strategy
-from mobile.replay.trace import foreseen_from
+from mobile.replay.trace import predicting_layer
 
 FITTED_AT = (512, 1024, 2048, 4096)  # tokens seen; with fewer a ridge guesses worse than next-gate
 
@@ -42,9 +42,9 @@ class Trained:
     from the recorded layer before the one to come, and never knows what it is to guess.
     """
 
-    def __init__(self, setting: PolicyContext, predictor: Predictor | None = None, kind: Kind = "ridge") -> None:
-        geometry = setting.geometry
-        layer_map = setting.layer_map
+    def __init__(self, context: PolicyContext, predictor: Predictor | None = None, kind: Kind = "ridge") -> None:
+        geometry = context.geometry
+        layer_map = context.layer_map
         self._layers, self._experts, self._guesses = len(layer_map), geometry.experts, geometry.top_k
         self._place = {each: (mine, each == layers[-1]) for mine, layers in enumerate(layer_map) for each in layers}
         self._chosen: list[Sequence[int]] = [()] * self._layers  # by recorded layer, in the step that runs
@@ -62,7 +62,7 @@ class Trained:
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         mine, last = self._place[layer]
         self._chosen[mine] = experts
-        source = foreseen_from(mine, last, self._layers)
+        source = predicting_layer(mine, last, self._layers)
         if source is None or ahead is None:
             if mine == self._layers - 1 and self._seen is not None:
                 self._learn(self._seen)
@@ -72,7 +72,7 @@ class Trained:
             best = ahead.likeliest(self._guesses)
         else:
             scores = self.predictor.scores(source, logits, self._chosen[source])
-            (best,) = order(scores.max(axis=0, keepdims=True), self._guesses)
+            (best,) = top_experts(scores.max(axis=0, keepdims=True), self._guesses)
         return [(layer + 1, expert) for expert in best]
 
     @property

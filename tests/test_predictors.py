@@ -25,7 +25,7 @@ from mobile.costs.geometry import GEOMETRIES, Geometry, project
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.ledger import Ledger
-from mobile.policies.next_logits import alone
+from mobile.policies.next_logits import of_one_layer
 from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 from mobile.replay import trace
@@ -124,7 +124,7 @@ def test_fate_favours_the_first_layers_until_others_prove_harder_to_guess():
     easy[0, :8], hard[0, 40:48] = 1, 1
     for _ in range(3):
         for layer in range(16):
-            fate.routed(layer, range(8), None if layer == 15 else alone(hard if layer == 6 else easy))
+            fate.routed(layer, range(8), None if layer == 15 else of_one_layer(hard if layer == 6 else easy))
     assert fate._favoured == {0, 7}
     assert not Fate(PolicyContext(GEOMETRIES["olmoe-1b-7b"], 136))._favoured
 

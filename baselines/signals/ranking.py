@@ -75,11 +75,11 @@ class Ranked:
         for key in keys:
             self.held.put(key, self._rank_of(key))
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
         found = self.first(pool, protected=protected)
         if found is not None:
             self.held.drop(found)
-            self.note(coming)
+            self.note(incoming)
         return found
 
     def first(self, pool: SlotPool, *, protected: bool = False) -> Key | None:

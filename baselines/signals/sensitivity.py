@@ -28,7 +28,7 @@ import numpy as np
 from mobile import outputs
 from mobile.cli import prompts
 from mobile.errors import Refused
-from mobile.policies.next_logits import order
+from mobile.policies.next_logits import top_experts
 from mobile.replay.trace import Request
 from mobile.replay.trace import load as load_trace
 
@@ -144,7 +144,7 @@ def guess_accuracy(requests: Iterable[Request]) -> list[float] | None:
     for step in (step for request in requests for step in request if step.kind == "full" and step.ahead is not None):
         if right is None:
             right, needed = np.zeros(len(step.experts)), np.zeros(len(step.experts))
-        guesses = order(np.asarray(step.ahead, dtype=np.float32), max(map(len, step.experts)))
+        guesses = top_experts(np.asarray(step.ahead, dtype=np.float32), max(map(len, step.experts)))
         for layer, (guessed, chosen) in enumerate(zip(guesses, step.experts[1:], strict=True), start=1):
             right[layer] += len(set(guessed[: len(chosen)]).intersection(chosen))
             needed[layer] += len(chosen)

@@ -20,13 +20,13 @@ from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
-from mobile.policies.next_logits import NextLayerLogits, alone
+from mobile.policies.next_logits import NextLayerLogits, of_one_layer
+from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import CustomRouting, Strategy
-from mobile.replay.trace import Request, foreseen_from
+from mobile.replay.trace import Request, predicting_layer
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
-from mobile.slots import SlotPool
 from mobile.store.memory import HostStore
 
 MakeLink = Callable[["Engine", CostModel], Link]
@@ -129,12 +129,11 @@ class Engine:
         self.running = None
         self.residency = Residency(
             self.strategy,
-            SlotPool(self.slots),
+            PolicyContext.of(self._cost, self.slots, layer_map=self.layer_map),
             self.link,
             self._cost,
             self.ledger,
             self._emptied,
-            layer_map=self.layer_map,
         )
         if self._poison:
             self.slot_rows.fill_(float("nan"))
@@ -323,9 +322,9 @@ class Engine:
         return tuple(others), named
 
     def _signal(self, layer: int, *, last: bool) -> NextLayerLogits | None:
-        source = foreseen_from(layer, last, len(self.layers))
+        source = predicting_layer(layer, last, len(self.layers))
         logits = self.running.ahead.get(source) if self.running is not None and source is not None else None
-        return None if logits is None else alone(logits)
+        return None if logits is None else of_one_layer(logits)
 
     def predict(self, little: ForwardPass) -> list[torch.Tensor]:
         """Per layer the K experts (tokens, K) that the little pass's recorded router inputs name."""
