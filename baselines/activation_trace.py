@@ -20,12 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mobile.costs.geometry import Geometry
-from mobile.ledger import Key
-from mobile.policies.next_logits import NextLayerLogits
-from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import Strategy
-from mobile.slots import SlotPool
+from mobile.policies import Geometry, Key, NextLayerLogits, PolicyContext, SlotPool, Strategy
 
 COLLECTION = 128  # the paper keeps a few hundred; every one of them is compared at every layer
 EPSILON = 1e-4

@@ -29,10 +29,7 @@ import numpy as np
 from baselines.lru import LRU
 from baselines.next_gate import NextGate
 from baselines.signals.sensitivity import Measured
-from mobile.ledger import Key
-from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import Chosen, CustomRouting, Strategy
-from mobile.slots import SlotPool
+from mobile.policies import Chosen, CustomRouting, Key, PolicyContext, SlotPool, Strategy
 
 TOLERANCE = 0.005
 ACCURACY = 0.8  # 0.8 to 0.9 is what Eliseev and Mazur report of such guesses

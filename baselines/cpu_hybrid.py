@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import prod
 
 from baselines.lru import LRU
-from mobile.costs.cost_model import CostModel
+from mobile.policies import CostModel
 
 FEW_PLANS = 4096  # so many plans that differ in what each number of tokens goes where are all looked at
 REMEMBERED = 4096  # partings; a decode token's depend on how many experts it misses only

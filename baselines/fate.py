@@ -15,12 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from mobile.costs.geometry import Geometry
-from mobile.ledger import Key
-from mobile.policies.next_logits import NextLayerLogits
-from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import Strategy
-from mobile.slots import SlotPool
+from mobile.policies import Geometry, Key, NextLayerLogits, PolicyContext, SlotPool, Strategy
 
 FAVOURED_SHARE = 1 / 4
 

@@ -12,8 +12,7 @@ from dataclasses import replace
 
 from baselines.lru import LRU
 from baselines.signals.ranking import Ranked
-from mobile.ledger import Key
-from mobile.policies.protocols import PolicyContext
+from mobile.policies import Key, PolicyContext
 
 
 class Frequent(Ranked):

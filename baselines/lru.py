@@ -5,8 +5,7 @@ strategy of its own). Claimed there, with 2- to 3-bit experts and the prefetch: 
 Mixtral-8x7B on small GPUs.
 """
 
-from mobile.costs.geometry import Geometry
-from mobile.policies.strategy import Strategy
+from mobile.policies import Geometry, Strategy
 
 
 def _one_token(geometry: Geometry) -> int:

@@ -11,11 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mobile.costs.geometry import Geometry
-from mobile.ledger import Key
-from mobile.policies.next_logits import NextLayerLogits
-from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import Strategy
+from mobile.policies import Geometry, Key, NextLayerLogits, PolicyContext, Strategy
 
 GUESS_SLOTS = 4
 

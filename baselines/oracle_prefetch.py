@@ -18,9 +18,7 @@ from dataclasses import replace
 
 from baselines.belady import BELADY, Farthest
 from baselines.signals.ranking import Ranking
-from mobile.ledger import Key
-from mobile.policies.protocols import PolicyContext
-from mobile.slots import SlotPool
+from mobile.policies import Key, PolicyContext, SlotPool
 
 
 class Aggressive(Farthest):

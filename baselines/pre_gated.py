@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baselines.next_gate import NEXT_GATE
-from mobile.costs.geometry import Geometry
-from mobile.policies.strategy import Chosen, CustomRouting
+from mobile.policies import Chosen, CustomRouting, Geometry
 
 
 def _ahead(layer: int, routed: Chosen, foreseen: Chosen | None) -> Chosen:

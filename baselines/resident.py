@@ -1,7 +1,6 @@
 """The oracle: every expert on the device, nothing offloaded. Lossless, and the ceiling of every other row."""
 
-from mobile.costs.geometry import Geometry
-from mobile.policies.strategy import Strategy
+from mobile.policies import Geometry, Strategy
 
 
 def _all(geometry: Geometry) -> int:

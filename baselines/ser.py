@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baselines.lru import LRU
-from mobile.policies.strategy import Chosen, CustomRouting, Strategy
+from mobile.policies import Chosen, CustomRouting, Strategy
 
 THRESHOLD = 0.4
 

@@ -6,8 +6,7 @@ Prefill runs with all K, and slots, cache and overlap are MoBiLE's, so that the 
 
 from dataclasses import replace
 
-from mobile.policies.big_little import MOBILE
-from mobile.policies.strategy import HalfK
+from mobile.policies import MOBILE, HalfK
 
 STATIC_HALF = replace(
     MOBILE,

@@ -26,11 +26,7 @@ import numpy as np
 from baselines.next_gate import GUESS_SLOTS, NEXT_GATE
 from baselines.signals.ridge import Examples, Kind, Predictor
 from mobile.errors import Refused
-from mobile.ledger import Key
-from mobile.policies.next_logits import NextLayerLogits, top_experts
-from mobile.policies.protocols import PolicyContext, Training
-from mobile.policies.strategy import Strategy
-from mobile.replay.trace import predicting_layer
+from mobile.policies import Key, NextLayerLogits, PolicyContext, Strategy, Training, predicting_layer, top_experts
 
 FITTED_AT = (512, 1024, 2048, 4096)  # tokens seen; with fewer a ridge guesses worse than next-gate
 

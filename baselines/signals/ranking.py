@@ -6,8 +6,7 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
-from mobile.ledger import Key
-from mobile.slots import SlotPool
+from mobile.policies import Key, SlotPool
 
 
 class Ranking:

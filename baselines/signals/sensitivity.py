@@ -28,7 +28,7 @@ import numpy as np
 from mobile import outputs
 from mobile.cli import prompts
 from mobile.errors import Refused
-from mobile.policies.next_logits import top_experts
+from mobile.policies import top_experts
 from mobile.replay.trace import Request
 from mobile.replay.trace import load as load_trace
 

@@ -60,3 +60,14 @@ def top_experts(scores: np.ndarray, count: int) -> list[list[int]]:
     """Return, for each row of scores (rows, experts), the `count` highest, in order; of equal ones the lower first."""
     found: list[list[int]] = np.argsort(-scores, axis=1, kind="stable")[:, :count].tolist()
     return found
+
+
+def predicting_layer(mine: int, last: bool, layers: int) -> int | None:
+    """Return the recorded layer whose next-layer logits a layer charged with recorded layer `mine` is given, or None.
+
+    The `last` layer of those charged with `mine` is followed by the first one charged with `mine` + 1, so it is given
+    the logits of `mine`. The others are followed by a layer charged with `mine` too, whose routing is predicted by the
+    logits of `mine` - 1. So each layer is predicted as well as a recorded one, and those of the first group are not.
+    """
+    source = mine if last else mine - 1
+    return source if 0 <= source < layers - 1 else None

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mobile.ledger import Counters
-from mobile.policies.next_logits import NextLayerLogits, StepLogits
+from mobile.policies.next_logits import NextLayerLogits, StepLogits, predicting_layer
 from mobile.policies.protocols import LayerMap, Visit
 from mobile.replay import trace_file
 from mobile.replay.fast_residency import FastResidency
@@ -77,17 +77,6 @@ def _layer_visits(layer_map: tuple[tuple[int, ...], ...]) -> list[tuple[int, int
         for mine, layers in enumerate(layer_map)
         for layer in layers
     ]
-
-
-def predicting_layer(mine: int, last: bool, layers: int) -> int | None:
-    """Return the recorded layer whose next-layer logits a layer charged with recorded layer `mine` is given, or None.
-
-    The `last` layer of those charged with `mine` is followed by the first one charged with `mine` + 1, so it is given
-    the logits of `mine`. The others are followed by a layer charged with `mine` too, whose routing is predicted by the
-    logits of `mine` - 1. So each layer is predicted as well as a recorded one, and those of the first group are not.
-    """
-    source = mine if last else mine - 1
-    return source if 0 <= source < layers - 1 else None
 
 
 def visits(requests: Iterable[Request], layer_map: LayerMap) -> tuple[Visit, ...]:

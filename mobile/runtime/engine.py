@@ -20,10 +20,10 @@ from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
-from mobile.policies.next_logits import NextLayerLogits, of_one_layer
+from mobile.policies.next_logits import NextLayerLogits, of_one_layer, predicting_layer
 from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import CustomRouting, Strategy
-from mobile.replay.trace import Request, predicting_layer
+from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
