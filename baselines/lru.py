@@ -9,7 +9,7 @@ from mobile.policies import Geometry, Strategy
 
 
 def _one_token(geometry: Geometry) -> int:
-    """Below one token's experts, least-recently-used order evicts each expert just before its next use."""
+    """Return the experts of one token: with fewer slots LRU evicts each just before its next use."""
     return min(geometry.total_experts, geometry.moe_layers * geometry.top_k)
 
 

@@ -17,7 +17,7 @@ from conftest import greedy, prompt, tiny
 
 import mobile
 from baselines.activation_trace import ACTIVATION_TRACE, ActivationTrace, Collection
-from baselines.fate import FATE, Fate, guesses
+from baselines.fate import FATE, Fate, guess_count
 from baselines.lru import LRU
 from baselines.signals.ridge import Examples, Predictor, recall
 from baselines.trained_predictor import TRAINED_PREDICTOR, Trained, trained_predictor
@@ -114,7 +114,7 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, strategy
 
 
 def test_fate_guesses_a_quarter_more_than_top_k():
-    assert [guesses(k) for k in (1, 2, 4, 6, 8)] == [2, 3, 5, 8, 10]
+    assert [guess_count(k) for k in (1, 2, 4, 6, 8)] == [2, 3, 5, 8, 10]
 
 
 def test_fate_favours_the_first_layers_until_others_prove_harder_to_guess():

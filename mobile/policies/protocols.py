@@ -22,7 +22,7 @@ LayerMap = tuple[tuple[int, ...], ...]  # for each layer of the recorded model, 
 
 @dataclass(frozen=True)
 class PolicyContext:
-    """Everything that a policy knows before it starts: the geometry charged for and the slots there are.
+    """The facts that a policy is given before it starts: the geometry that is charged and the number of slots.
 
     `future` is every decode visit to come, in order; only a replay knows it. `load_ns` is the time of one copy,
     `layer_ns` that of one token's compute of one layer, all its experts resident. `layer_map` gives, for each layer of
@@ -51,7 +51,7 @@ class PolicyContext:
 
 
 class Eviction(Protocol):
-    """Decides which expert is evicted. One object an engine: it may remember what it saw."""
+    """A policy that decides which expert is evicted. There is one object an engine: it may remember what it saw."""
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
         """Note that a decode step ran these experts of `layer`; called once for every visit."""
@@ -77,7 +77,7 @@ class BatchEviction(Eviction, Protocol):
 
 
 class Lookahead(Protocol):
-    """Predicts which experts of later layers will be needed. One object an engine."""
+    """A policy that predicts which experts of later layers will be needed. There is one object an engine."""
 
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         """Return the keys to prefetch, the most urgent first, now that `layer` was routed to `experts`.
@@ -105,7 +105,7 @@ class IdlePrefetcher(Eviction, Protocol):
 
 
 class Placement(Protocol):
-    """Decides where missing experts are computed. One object an engine."""
+    """A policy that decides where missing experts are computed. There is one object an engine."""
 
     def on_cpu(self, layer: int, counts: Sequence[int]) -> Sequence[int]:
         """Return the positions in `counts` of the missing experts that the CPU computes; the others are loaded.
@@ -117,7 +117,7 @@ class Placement(Protocol):
 
 @runtime_checkable
 class PassObserver(Protocol):
-    """An Eviction or a Lookahead that is also told of every forward pass, and of streamed layers."""
+    """An Eviction or a Lookahead that also observes every forward pass, and layers that are streamed."""
 
     def begin(self, kind: str) -> None:
         """Note that a forward pass begins: "prefill" (and with it a new sequence), "full", "little" or "big"."""
@@ -128,7 +128,7 @@ class PassObserver(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """How a lookahead was fitted. It is not part of a ledger, which holds virtual time only.
+    """A report of how a lookahead was fitted. It is not part of a ledger, which holds virtual time only.
 
     The last of `fits` used `tokens`; together they took `seconds` of processor time. The predictor in use has
     `parameters`, of `nbytes`, and was fitted `online`, during the run, or before it.

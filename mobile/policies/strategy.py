@@ -60,12 +60,13 @@ Gating = FullK | HalfK | BigLittle | CustomRouting
 
 
 def _top_k(geometry: Geometry) -> int:
+    """Return the slots of one layer's experts."""
     return geometry.top_k
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run a model that does not fit.
+    """A way to run a model that does not fit.
 
     - `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and evicts those that `evict`
       names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
@@ -146,6 +147,7 @@ def _entry_points() -> list[EntryPoint]:
 
 
 def _is_this_project(package: str | None) -> bool:
+    """Return whether a distribution is this one."""
     return package is not None and package.replace("_", "-") == PROJECT
 
 

@@ -15,7 +15,7 @@ from mobile.residency.residency import Residency
 
 
 class FastResidency(Residency):
-    """A residency on a virtual link, for replays: nobody computes on its waves."""
+    """A residency on a virtual link, for replays, which compute nothing on experts."""
 
     link: VirtualLink
 

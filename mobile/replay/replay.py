@@ -23,7 +23,7 @@ from mobile.residency.prefill import PREFILL_BUFFERS
 
 @dataclass(frozen=True)
 class ReplaySetup:
-    """All that decides what a trace costs: a strategy, a geometry, a GPU and a number of slots.
+    """The decisions that a trace's cost depends on: a strategy, a geometry, a GPU and a number of slots.
 
     `layer_map` gives, for each layer of the recorded model, the layers of `geometry` charged with its routing.
     """
@@ -73,7 +73,7 @@ def time_requests(on: ReplaySetup, requests: Sequence[Request]) -> tuple[list[Co
     return replay_requests(on, requests)[:2]
 
 
-# --- which strategies a trace can stand for ---------------------------------------------------------
+# --- which strategies can be replayed on a trace ----------------------------------------------------
 
 
 def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:

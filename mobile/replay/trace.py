@@ -27,7 +27,7 @@ Experts = tuple[tuple[int, ...], ...]  # per MoE layer of the recorded model, as
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass of one sequence.
+    """A forward pass of one sequence.
 
     `experts` names each layer's active experts and `counts` the tokens each of them got (empty: one each).
     `confidence` is the highest softmax probability after a little pass, `predicted` the experts per layer that
@@ -104,10 +104,12 @@ def replay(requests: Iterable[Request], residency: FastResidency, layer_map: Lay
 
 
 def _pack(rows: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    """Return the rows' lengths, and their values one after another."""
     return [len(row) for row in rows], [value for row in rows for value in row]
 
 
 def _unpack(lengths: np.ndarray, values: np.ndarray) -> list[tuple[int, ...]]:
+    """Return the rows that `_pack` took apart."""
     ends = np.cumsum(lengths.astype(np.int64))
     flat = values.tolist()
     return [tuple(flat[end - n : end]) for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)]

@@ -62,7 +62,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Inconsistent(ValueError):
-    """Arrays that contradict each other or the format; the message says how."""
+    """A contradiction between arrays, or between them and the format; the message says which."""
 
 
 def write(path: Path, arrays: Arrays, layers: int, about: dict[str, Any]) -> None:

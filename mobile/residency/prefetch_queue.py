@@ -11,7 +11,7 @@ from mobile.residency.slot_allocator import SlotAllocator
 
 
 class PrefetchQueue:
-    """Predicted experts that wait for a slot (`pending`), and each layer's prediction until the layer is routed.
+    """A queue of predicted experts without a slot (`pending`), with each layer's prediction until it is routed.
 
     `max_per_layer` is the most that one prediction of a lookahead fetches, 0 for all of it.
     """

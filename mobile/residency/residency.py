@@ -127,6 +127,7 @@ class Residency:
         self._add_elapsed()
 
     def _mark(self, what: str) -> None:
+        """Append a mark to the ledger, if it keeps events."""
         if self.ledger.keeps_events:
             self.ledger.mark(what, self.link.now, self.link.begun)
 
@@ -235,7 +236,7 @@ class Residency:
     ) -> tuple[Sequence[Key], Sequence[Key]]:
         """Have missing experts copied, or computed on the CPU; return the keys of the one kind and of the other.
 
-        Copies are submitted at once, unless the strategy loads and computes in turn. Those that are on their way come
+        Copies are submitted at once, unless the strategy loads without overlap. Those that are on their way come
         first. `counts` are the tokens of each missing expert (empty: one each).
         """
         if not missing:

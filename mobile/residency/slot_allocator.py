@@ -15,7 +15,7 @@ from mobile.slots import SlotPool
 
 
 class SlotAllocator:
-    """Assigns the pool's slots under an eviction policy and submits the copies into them.
+    """An allocator of the pool's slots under an eviction policy, which also submits the copies into them.
 
     `on_emptied(slot)` is called for every slot that lost its expert. Where a strategy has guess slots, experts in use
     take no more than the others, and an eviction frees a slot instead of reassigning it: which kind of expert takes
