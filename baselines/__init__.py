@@ -1,1 +1,4 @@
-"""The approaches MoBiLE is compared with, one Strategy a file."""
+"""The approaches that MoBiLE is compared with, one published approach a file.
+
+`signals` has what some of them predict or rank with.
+"""

@@ -2,13 +2,13 @@
 
 A sequence's activation matrix M counts, for each layer and expert, the tokens routed there. At every layer the stored
 matrix M* nearest to the running one (cosine of rows, mean over layers) gives what comes: the prefetch queue is issued
-anew in order of p[l', e] = (M*[l', e] + eps) (1 - (l' - l) / (L + 1)). Out goes what has the lowest product of its
-frequency in the running sequence and the nearness of its layer, and never what is on its way.
-Lossless. Ours: rows are compared and used as shares of their tokens; nearness in eviction has the form it has in p and
-counts layers on round the end, because decoding begins again at the first; a full collection gives up the matrix
-nearest to the newcomer; the queue is cut at top-k keys, because here a queued prefetch already holds a slot (uncut it
-costs more loads than it saves); a matrix is of a prefill and the steps up to the next, a batch making one.
-Claimed there: 3.1 to 16.7 times lower latency per token than vLLM, Ollama, DeepSpeed and BrainStorm.
+anew in order of p[l', e] = (M*[l', e] + eps) (1 - (l' - l) / (L + 1)). The expert with the lowest product of its
+frequency in the running sequence and the nearness of its layer is evicted, never one that is on its way. Lossless.
+Changed: rows are compared and used as shares of their tokens; nearness in eviction has the form it has in p and goes on
+counting past the last layer at the first, where the next token begins; a full collection gives up the matrix nearest to
+the newcomer; the queue is cut at top-k keys, because here a queued prefetch already holds a slot (uncut it costs more
+loads than it saves); a matrix is of a prefill and the steps up to the next, a batch making one. Claimed there: 3.1 to
+16.7 times lower latency per token than vLLM, Ollama, DeepSpeed and BrainStorm.
 """
 
 from __future__ import annotations
@@ -20,21 +20,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mobile.costs.geometry import Geometry
-from mobile.ledger import Key
-from mobile.policies.next_logits import NextLayerLogits
-from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import Strategy
-from mobile.slots import SlotPool
+from mobile.policies import Geometry, Key, NextLayerLogits, PolicyContext, SlotPool, Strategy
 
-COLLECTION = 128  # the paper keeps a few hundred; every one of them is compared at every layer
+COLLECTION = 128  # matrices; the paper keeps a few hundred, and each is compared at every layer
 EPSILON = 1e-4
-FEW = 256  # slots up to which all in them are put in order for eviction
-RANKED = 32  # beyond that, candidates for eviction that are put in order at a time
+FEW = 256  # slots up to which all experts in them are sorted for eviction
+RANKED = 32  # with more slots, candidates for eviction that are sorted at a time
 
 
 class Collection:
-    """A bounded set of activation matrices, and how near each is to the running one, kept up to date as it grows.
+    """A bounded set of activation matrices, and the cosine of each to the running one, updated as that grows.
 
     Counts are whole numbers in float64, so their products do not depend on the order of a machine's sums.
     """
@@ -49,7 +44,7 @@ class Collection:
         self._nearness = np.zeros(most)  # their sum over layers
 
     def add(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> None:
-        """The running sequence used these experts, for one token each where `counts` is None."""
+        """Count a use of these experts by the running sequence, for one token each where `counts` is None."""
         row, chosen, dots, cosines = self.running[layer], list(experts), self._dots[layer], self._cosines[layer]
         if counts is None:
             row[chosen] += 1
@@ -64,16 +59,16 @@ class Collection:
         self._nearness += cosines
 
     def nearest(self) -> int | None:
-        """The stored matrix nearest to the running one; None of an empty collection."""
+        """Return the place of the stored matrix nearest to the running one; None of an empty collection."""
         return int(self._nearness[: self.size].argmax()) if self.size else None
 
     def shares(self, number: int) -> np.ndarray:
-        """The stored matrix (layers, experts) as shares of each layer's tokens."""
+        """Return the matrix (layers, experts) stored at place `number`, as shares of each layer's tokens."""
         matrix = self._stored[:, :, number]
         return matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
 
     def close(self) -> int | None:
-        """The sequence is over: keep its matrix, and say in which place. None if it did nothing."""
+        """Store the running matrix, start a new one and return the place it took; None if it was empty."""
         if not self.running.any():
             return None
         place: int | None = self.size
@@ -90,10 +85,10 @@ class Collection:
 
 
 class ActivationTrace:
-    """Both policies of the paper, on one running matrix."""
+    """The eviction and the lookahead of the paper, on one running matrix."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        geometry = setting.geometry
+    def __init__(self, context: PolicyContext) -> None:
+        geometry = context.geometry
         self._layers, self._experts, self._top_k = geometry.moe_layers, geometry.experts, geometry.top_k
         self._collection = Collection(self._layers, self._experts)
         self._queues: dict[tuple[int, int], list[Key]] = {}  # by stored matrix and layer
@@ -104,62 +99,68 @@ class ActivationTrace:
         self._keys = [(layer, expert) for layer in range(self._layers) for expert in range(self._experts)]
         self._absent = array("d", [np.inf]) * geometry.total_experts  # 0: may be in the pool
         self._issued: Sequence[Key] = ()
-        self._at = 0
+        self._layer = 0
         self._counted = False
         self._order: deque[int] = deque()  # key numbers, the lowest score first
-        self._kept: deque[int] = deque()  # of these, the protected ones
+        self._protected_order: deque[int] = deque()  # of these, the protected ones
         self._ordered = self._complete = False
 
-    # --- what it is told ---
+    # --- observing the run ---
 
     def begin(self, kind: str) -> None:
-        self._forget_order()
+        """Store the last sequence's matrix when a prefill begins a new one."""
+        self._invalidate_order()
         if kind == "prefill":
             place = self._collection.close()
-            self._queues = {asked: keys for asked, keys in self._queues.items() if asked[0] != place}
+            self._queues = {at: keys for at, keys in self._queues.items() if at[0] != place}
             self._frequency[:] = self._least
 
     def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
+        """Count the use of a prompt's experts."""
         self._count(layer, experts, counts)
-        self._forget_order()
-        self._hold([(layer, expert) for expert in experts])
+        self._invalidate_order()
+        self._mark_present([(layer, expert) for expert in experts])
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
+        """Count the use of a decode step's experts, unless `routed` has."""
         if not self._counted:
             self._count(layer, [expert for _, expert in keys])
         self._counted = False
-        self._forget_order()
-        self._hold(keys)
+        self._invalidate_order()
+        self._mark_present(keys)
 
-    def _hold(self, keys: Sequence[Key]) -> None:
+    def _mark_present(self, keys: Sequence[Key]) -> None:
+        """Note that these keys may be in the pool."""
         absent, experts = self._absent, self._experts
         for layer, expert in keys:
             absent[layer * experts + expert] = 0
 
     def _count(self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> None:
+        """Add the use of `experts` to the running matrix and to the frequencies."""
         self._collection.add(layer, experts, counts)
         row = self._collection.running[layer]
         np.add(row / np.add.reduce(row), self._least, out=self._frequency[layer])
-        self._at = layer
+        self._layer = layer
 
-    # --- what it is asked ---
+    # --- prefetching and evicting ---
 
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
+        """Return what the nearest stored sequence used after `layer`, by priority."""
         self._count(layer, experts)
         self._counted = True
         nearest = self._collection.nearest()
         if nearest is None:
             return ()
-        asked = nearest, layer
-        if asked not in self._queues:
-            self._queues[asked] = self._queue(self._collection.shares(nearest), layer)
-        queue = self._queues[asked]
+        place_and_layer = nearest, layer
+        if place_and_layer not in self._queues:
+            self._queues[place_and_layer] = self._queue(self._collection.shares(nearest), layer)
+        queue = self._queues[place_and_layer]
         self._issued = queue
-        self._hold(queue)
+        self._mark_present(queue)
         return queue
 
     def _queue(self, shares: np.ndarray, layer: int) -> list[Key]:
-        """What a sequence of these shares will need after `layer`, by priority."""
+        """Return the keys that a sequence of these shares will need after `layer`, by priority."""
         likeliest = np.argsort(-shares[layer + 1 :], axis=1, kind="stable")[:, : self._top_k]
         share = np.take_along_axis(shares[layer + 1 :], likeliest, axis=1)
         distance = np.arange(1, len(share) + 1)[:, None]
@@ -168,7 +169,8 @@ class ActivationTrace:
         order = order[priority[order] > 0]
         return list(zip((layer + 1 + order // self._top_k).tolist(), likeliest.ravel()[order].tolist(), strict=True))
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
+        """Return the evictable expert of the lowest score."""
         if not self._ordered:
             self._rank(pool, everything=False)
         found = self._lowest(pool, protected)
@@ -180,13 +182,13 @@ class ActivationTrace:
         return found
 
     def _lowest(self, pool: SlotPool, protected: bool) -> Key | None:
-        """The first in order that may go. The protected are put aside: until the next order they stay so."""
-        order, passed, found = self._kept if protected else self._order, [], None
+        """Return the first evictable key in order. Protected ones are put aside: they stay so until the next order."""
+        order, passed, found = self._protected_order if protected else self._order, [], None
         while order:
             number = order.popleft()
             key = self._keys[number]
             if not protected and key in pool.protected:
-                self._kept.append(number)
+                self._protected_order.append(number)
             elif key in pool.ready and key not in pool.pinned:
                 self._absent[number] = np.inf
                 found = key
@@ -198,12 +200,13 @@ class ActivationTrace:
         order.extendleft(reversed(passed))
         return found
 
-    def _forget_order(self) -> None:
+    def _invalidate_order(self) -> None:
+        """Have the next eviction sort anew."""
         self._ordered = False
 
     def _rank(self, pool: SlotPool, everything: bool) -> None:
-        """Put the keys with the lowest scores in order, or all of them."""
-        scores = (self._frequency * self._nearness[self._at]).ravel()
+        """Sort the keys with the lowest scores by score, or those of all ready experts."""
+        scores = (self._frequency * self._nearness[self._layer]).ravel()
         if everything:
             lowest = np.array([layer * self._experts + expert for layer, expert in pool.ready], dtype=np.intp)
         elif pool.size <= FEW:
@@ -212,11 +215,12 @@ class ActivationTrace:
             scores += np.frombuffer(self._absent)
             lowest = scores.argpartition(RANKED)[:RANKED]
         lowest.sort()
-        self._order, self._kept = deque(lowest[scores[lowest].argsort()].tolist()), deque()
+        self._order, self._protected_order = deque(lowest[scores[lowest].argsort()].tolist()), deque()
         self._ordered, self._complete = True, everything
 
 
 def _one_token_and_queue(geometry: Geometry) -> int:
+    """Return the slots of one token's experts and of the prefetch queue."""
     return min(geometry.total_experts, (geometry.moe_layers + 1) * geometry.top_k)
 
 

@@ -1,13 +1,14 @@
 """AdapMoE (Zhong et al., arXiv 2408.10284): fewer experts where it hardly matters, one guess a layer, a cache a layer.
 
-Gate: the experts of least weight are left out while what is left out stays below tau_l = sqrt(T / w_l), w_l being how
-much the loss feels layer l (T = 0.005); at K = 2 that is the paper's alpha_2 < tau_l. Prefetch: of the next layer's
-likeliest experts the first that is not resident, behind this layer's own loads; one that was not chosen gives way
-first. Cache: each layer's share minimises the expected loads (dynamic programming), the least recently used of the
-layer gives way. Lossy in its gate only. Changed: both formulas hold for any K; what is left out passes its weight to
-what runs, in proportion; where a layer's share is below K, it borrows for its step; prefetch looks one layer ahead and
-never further. The registered `adapmoe` knows nothing of a model: its sensitivities are all 1 and its guesses right with
-probability 0.8. Both can be measured (`baselines.signals.sensitivity` has the formulas), and the file makes a Strategy:
+Gate: the experts of least weight are left out while what is left out stays below tau_l = sqrt(T / w_l), w_l being the
+sensitivity of the loss to layer l (T = 0.005); at K = 2 that is the paper's alpha_2 < tau_l. Prefetch: of the next
+layer's likeliest experts the first that is not resident, behind this layer's own loads; one that was not chosen is
+evicted first. Cache: each layer's share minimises the expected loads (dynamic programming), the least recently used of
+the layer is evicted. Lossy in its gate only. Changed: both formulas hold for any K; the weight of what is left out is
+added to what runs, in proportion; where a layer's share is below K, it borrows for its step; prefetch looks one layer
+ahead and never further. The registered `adapmoe` has measured no model: its sensitivities are all 1 and its guesses
+right with probability 0.8. Both can be measured (`baselines.signals.sensitivity` has the formulas), and the file makes
+a Strategy:
 
     python -m baselines.adapmoe fit --model FOLDER --prompts FILE --out adapmoe.json
     measured("adapmoe.json")
@@ -29,10 +30,7 @@ import numpy as np
 from baselines.lru import LRU
 from baselines.next_gate import NextGate
 from baselines.signals.sensitivity import Measured
-from mobile.ledger import Key
-from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import Chosen, CustomRouting, Strategy
-from mobile.slots import SlotPool
+from mobile.policies import Chosen, CustomRouting, Key, PolicyContext, SlotPool, Strategy
 
 TOLERANCE = 0.005
 ACCURACY = 0.8  # 0.8 to 0.9 is what Eliseev and Mazur report of such guesses
@@ -56,7 +54,7 @@ def adaptive(routed: Chosen, threshold: float) -> Chosen:
 
 
 def expected_loads(experts: int, cached: int, runs: int, accuracy: float) -> float:
-    """Of `runs` experts drawn evenly, those neither among `cached` nor fetched by the one guess.
+    """Return the expected number of `runs` experts, drawn evenly, that are neither `cached` nor fetched by the guess.
 
     The sum over m >= 1 missing, hypergeometric, of Pr(m) (m - accuracy).
     """
@@ -65,7 +63,7 @@ def expected_loads(experts: int, cached: int, runs: int, accuracy: float) -> flo
 
 
 def shares(experts: int, slots: int, runs: int, accuracy: Sequence[float]) -> list[int]:
-    """Slots for each layer, one at least, that together minimise the expected loads of a token; even where it ties.
+    """Return the slots of each layer, at least one, that minimise the expected loads of a token; even where it ties.
 
     `accuracy` gives each layer's chance that its guess is right. O(layers x slots x experts).
     """
@@ -93,35 +91,46 @@ def shares(experts: int, slots: int, runs: int, accuracy: Sequence[float]) -> li
 
 
 class Shares:
-    """Evict the layer's own least recently used once it has its share; before that, of a layer that has too much."""
+    """Eviction from the layer itself once it has its share, before that from a layer above its share; each by LRU."""
 
-    def __init__(self, setting: PolicyContext, accuracy: Sequence[float] | None = None) -> None:
-        geometry = setting.geometry
+    def __init__(self, context: PolicyContext, accuracy: Sequence[float] | None = None) -> None:
+        geometry = context.geometry
         guessed = [0.0] + [ACCURACY] * (geometry.moe_layers - 1)  # nothing foresees the first layer
         if accuracy is not None:
-            guessed = [each for each, layers in zip(accuracy, setting.layer_map, strict=True) for _ in layers]
-        self.share = shares(geometry.experts, setting.slots, geometry.top_k, guessed)
+            guessed = [each for each, layers in zip(accuracy, context.layer_map, strict=True) for _ in layers]
+        self.share = shares(geometry.experts, context.slots, geometry.top_k, guessed)
         self._keys = [[(layer, expert) for expert in range(geometry.experts)] for layer in range(geometry.moe_layers)]
-        self._layer = -1  # the last that ran
+        self._layer = -1  # the last one that ran
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
+        """Note which layer ran last; the pool keeps the order of use."""
         self._layer = layer
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        return next(self._in_order(pool, coming[0], protected), None)
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
+        """Return the first expert of `_in_order`."""
+        return next(self._in_order(pool, incoming[0], protected), None)
 
     def _in_order(self, pool: SlotPool, layer: int, protected: bool) -> Iterator[Key]:
-        refuted = {key for key in pool.unproven if key[0] != self._layer + 1 and pool.may_go(key, protected=protected)}
+        """Iterate over the experts that may be evicted for one of `layer`, the first choice first."""
+        # 1. Wrong guesses.
+        refuted = {
+            key
+            for key in pool.unused_prefetches
+            if key[0] != self._layer + 1 and pool.is_evictable(key, protected=protected)
+        }
         if refuted:  # they came in lately: looked for from the newest on
             newest = islice((key for key in reversed(pool.slots) if key in refuted), len(refuted))
             yield from reversed(list(newest))
-        if self._held(pool, layer) >= self.share[layer]:
-            yield from (key for key in pool if key[0] == layer and pool.may_go(key, protected=protected))
-        modest = [each for each, share in enumerate(self.share) if self._held(pool, each) <= share]
-        yield from pool.evictable(protected=protected, spared=modest)
+        # 2. Experts of this layer, if it has its share.
+        if self._count(pool, layer) >= self.share[layer]:
+            yield from (key for key in pool if key[0] == layer and pool.is_evictable(key, protected=protected))
+        # 3. Experts of layers above their share, then any.
+        modest = [each for each, share in enumerate(self.share) if self._count(pool, each) <= share]
+        yield from pool.evictable(protected=protected, skip_layers=modest)
         yield from pool.evictable(protected=protected)
 
-    def _held(self, pool: SlotPool, layer: int) -> int:
+    def _count(self, pool: SlotPool, layer: int) -> int:
+        """Return how many experts of `layer` are in the pool."""
         return sum(map(pool.slots.__contains__, self._keys[layer]))
 
 
@@ -130,7 +139,7 @@ def adapmoe(
     sensitivities: Sequence[float] | None = None,
     accuracy: Sequence[float] | None = None,
 ) -> Strategy:
-    """The strategy with measured numbers.
+    """Return the strategy with measured numbers.
 
     `sensitivities` are w_l by layer of the model, `accuracy` the chance that a guess of its experts is right.
     """
@@ -145,14 +154,14 @@ def adapmoe(
         source="Zhong et al., AdapMoE, arXiv 2408.10284 (2024)",
         lossless=False,
         gating=CustomRouting(choose),
-        evict=lambda setting: Shares(setting, accuracy),
+        evict=lambda context: Shares(context, accuracy),
         lookahead=NextGate,
         max_prefetch_per_layer=1,
     )
 
 
 def measured(source: str | PathLike[str], tolerance: float = TOLERANCE) -> Strategy:
-    """The strategy with what `python -m baselines.adapmoe fit` measured of a model. Raises Refused for another file."""
+    """Return the strategy with what `python -m baselines.adapmoe fit` measured. Raise Refused for another file."""
     found = Measured.load(Path(source))
     return adapmoe(tolerance, found.sensitivities, found.accuracy)
 

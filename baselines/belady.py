@@ -1,7 +1,7 @@
-"""MIN: drop the expert whose next use is farthest away (Belady, IBM Systems Journal 5(2), 1966).
+"""MIN: evict the expert whose next use is farthest away (Belady, IBM Systems Journal 5(2), 1966).
 
 A limit and not a system: it knows every routing decision to come, so only a recorded trace can be replayed under it.
-Lossless. Changed: one pool for all layers; the experts of the running step are never dropped. It loads on demand only,
+Lossless. Changed: one pool for all layers; the experts of the running step are never evicted. It loads on demand only,
 and no cache that loads on demand only has fewer misses; one that loads ahead may wait less (`oracle-prefetch`).
 """
 
@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from baselines.lru import LRU
-from baselines.signals.ranking import Ranked
-from mobile.ledger import Key
-from mobile.policies.protocols import PolicyContext
+from baselines.signals.ranking import RankedEviction
+from mobile.policies import Key, PolicyContext
 
 
 class Future:
-    """When each expert is used next, counted in visits; `never` where it is not."""
+    """The next use of each expert, counted in visits; `never` where there is none."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        assert setting.future is not None, "a strategy with foresight is told the future"
-        self._visits = setting.future
-        self.never = len(setting.future)
+    def __init__(self, context: PolicyContext) -> None:
+        assert context.future is not None, "a strategy that needs the future is given it"
+        self._visits = context.future
+        self.never = len(context.future)
         self.visit = 0  # the one that runs, or comes next
         self.next_use: dict[Key, int] = {}  # of every expert that will be used; of others nothing, or `never`
         self._after: list[list[int]] = []  # by visit, the next use of each of its experts after it
@@ -33,45 +32,46 @@ class Future:
         self._after.reverse()
 
     def next_use_from(self, visit: int, key: Key) -> int:
-        """Its first use in `visit` or later, not before the visit that runs; looks at each of its uses before that."""
+        """Return the first use of `key` in `visit` or later, looking at each of its uses from the running visit on."""
         use = self.next_use.get(key, self.never)
         while use < visit:
             use = self._after[use][self._visits[use][1].index(key[1])]
         return use
 
     def experts(self, visit: int) -> Sequence[Key]:
-        """What that visit runs."""
+        """Return the keys of the experts that `visit` runs."""
         layer, experts = self._visits[visit]
         return [(layer, expert) for expert in experts]
 
-    def passed(self, keys: Sequence[Key]) -> list[int]:
-        """The visit that used these has run: when they are used next."""
+    def advance(self, keys: Sequence[Key]) -> list[int]:
+        """Advance by the visit that used these keys; return when each is used next."""
         visit, next_use = self.visit, self.next_use
         for key in keys:
             use = next_use.get(key, self.never)
-            assert use == visit, f"expert {key} ran in visit {visit} and was foreseen for {use}"
+            assert use == visit, f"expert {key} ran in visit {visit} and was expected in {use}"
         after = self._after[visit]
         if len(keys) < len(after):  # the others ran on the CPU
-            told = dict(zip(self.experts(visit), after, strict=True))
-            next_use.update(told)
-            after = [told[key] for key in keys]
+            next_uses = dict(zip(self.experts(visit), after, strict=True))
+            next_use.update(next_uses)
+            after = [next_uses[key] for key in keys]
         else:
             next_use.update(zip(keys, after, strict=True))
         self.visit = visit + 1
         return after
 
 
-class Farthest(Ranked):
-    """Evict the expert that is not needed for the longest time."""
+class Farthest(RankedEviction):
+    """Eviction of the expert that is not needed for the longest time."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        self.future = Future(setting)
+    def __init__(self, context: PolicyContext) -> None:
+        self.future = Future(context)
         uses, never = self.future.next_use, self.future.never
         super().__init__(lambda key: -uses.get(key, never))
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
-        put = self.held.put
-        for key, use in zip(keys, self.future.passed(keys), strict=True):
+        """Advance to the next visit, ranking these keys by their next use."""
+        put = self.ranking.put
+        for key, use in zip(keys, self.future.advance(keys), strict=True):
             put(key, -use)
 
 

@@ -1,12 +1,12 @@
 """A missing expert is computed on the CPU where that is done sooner (Fiddler, Kamahori et al., arXiv 2402.07033).
 
-At every layer the missing experts are parted so that the later of two ends comes earliest: the CPU's, which is the sum
+At every layer the missing experts are split so that the later of two ends comes earliest: the CPU's, which is the sum
 of its products, and the device's, which is the sum of loads and products of the rest. Lossless: the CPU computes the
 stock model's own product, on a CPU device bit for bit, beside a GPU equal up to rounding. Changed: the objective is
 the paper's min max, where its published code takes the least sum, that is each expert where it is cheaper alone; a
 cache of recently used experts stands in place of the paper's placement by popularity, which must be counted over other
 data before a run (no other strategy here is given any) and would hide what the CPU adds to `lru`; what the CPU
-computes does not enter the cache. Prefill is parted the same way. Claimed there, for Mixtral-8x7B on 24 GB cards: 1.26
+computes does not enter the cache. Prefill is split the same way. Claimed there, for Mixtral-8x7B on 24 GB cards: 1.26
 times the speed of other offloading systems for single requests, 1.30 times for long prompts.
 """
 
@@ -19,25 +19,26 @@ from functools import lru_cache
 from math import prod
 
 from baselines.lru import LRU
-from mobile.costs.cost_model import CostModel
+from mobile.policies import CostModel
 
-FEW_PLANS = 4096  # so many plans that differ in what each number of tokens goes where are all looked at
-REMEMBERED = 4096  # partings; a decode token's depend on how many experts it misses only
+FEW_PLANS = 4096  # the most splits that are all looked at; those that differ between experts of as many tokens are one
+REMEMBERED = 4096  # splits; a decode token's depends only on how many experts it misses
 
 
-class Sooner:
-    """The parting of missing experts that lets the later of CPU and device end first."""
+class EarliestEnd:
+    """The placement that splits missing experts so that the later of CPU and device ends first."""
 
     def __init__(self, cost: CostModel) -> None:
         self._cpu_ns = cost.cpu_expert_ns
         self._load_ns, self._device_ns = cost.load_ns, cost.expert_ns
-
-        self._parted = lru_cache(REMEMBERED)(self._part)
+        self._split = lru_cache(REMEMBERED)(self._find_split)
 
     def on_cpu(self, layer: int, counts: Sequence[int]) -> Sequence[int]:
-        return self._parted(tuple(counts))
+        """Return the positions of the CPU's experts."""
+        return self._split(tuple(counts))
 
-    def _part(self, counts: tuple[int, ...]) -> Sequence[int]:
+    def _find_split(self, counts: tuple[int, ...]) -> Sequence[int]:
+        """Return the best split, or where there are too many, the best of those in order."""
         cpu = [self._cpu_ns(count) for count in counts]
         device = [self._load_ns + self._device_ns(count) for count in counts]
         plans = prod(times + 1 for times in Counter(counts).values())
@@ -45,7 +46,7 @@ class Sooner:
 
 
 def part(cpu: Sequence[int], device: Sequence[int]) -> tuple[int, ...]:
-    """The positions to leave to the CPU so that max(sum of their `cpu`, sum of the others' `device`) is least.
+    """Return the positions to give to the CPU so that max(sum of their `cpu`, sum of the others' `device`) is least.
 
     Exact. Of equal ends, the one with less on the CPU. Work grows with the number of distinct sums.
     """
@@ -59,7 +60,7 @@ def part(cpu: Sequence[int], device: Sequence[int]) -> tuple[int, ...]:
 
 
 def part_in_order(cpu: Sequence[int], device: Sequence[int]) -> tuple[int, ...]:
-    """The same among those plans only that give the CPU the experts that suit it best, in order of `cpu` / `device`."""
+    """Return the best of those splits only that give the CPU the first experts in order of `cpu` / `device`."""
     order = sorted(range(len(cpu)), key=lambda position: (cpu[position] / device[position], position))
     busy, end, best = 0, sum(device), (sum(device), 0)
     for taken, position in enumerate(order, start=1):
@@ -73,5 +74,5 @@ CPU_HYBRID = replace(
     name="cpu-hybrid",
     summary="lru, and of what is missing the CPU computes as much as ends with the loads of the rest",
     source="Kamahori et al., Fiddler, arXiv 2402.07033 (2024)",
-    on_cpu=Sooner,
+    on_cpu=EarliestEnd,
 )

@@ -5,12 +5,11 @@ strategy of its own). Claimed there, with 2- to 3-bit experts and the prefetch: 
 Mixtral-8x7B on small GPUs.
 """
 
-from mobile.costs.geometry import Geometry
-from mobile.policies.strategy import Strategy
+from mobile.policies import Geometry, Strategy
 
 
 def _one_token(geometry: Geometry) -> int:
-    """Below one token's experts, least-recently-used order evicts each expert just before its next use."""
+    """Return the experts of one token: with fewer slots LRU evicts each just before its next use."""
     return min(geometry.total_experts, geometry.moe_layers * geometry.top_k)
 
 

@@ -11,28 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mobile.costs.geometry import Geometry
-from mobile.ledger import Key
-from mobile.policies.next_logits import NextLayerLogits
-from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import Strategy
+from mobile.policies import Geometry, Key, NextLayerLogits, PolicyContext, Strategy
 
 GUESS_SLOTS = 4
 
 
 class NextGate:
-    """Guess the next layer's top-k experts, the likeliest first."""
+    """A lookahead that guesses the next layer's top-k experts, the likeliest first."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        self._guesses = setting.geometry.top_k
+    def __init__(self, context: PolicyContext) -> None:
+        self._guesses = context.geometry.top_k
 
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
+        """Return the next layer's likeliest experts."""
         if ahead is None:
             return ()
         return [(layer + 1, expert) for expert in ahead.likeliest(self._guesses)]
 
 
-def _one_token_and_staging(geometry: Geometry) -> int:
+def _one_token_and_guesses(geometry: Geometry) -> int:
+    """Return the slots of one token's experts, and the guess slots."""
     return min(geometry.total_experts, geometry.moe_layers * geometry.top_k + GUESS_SLOTS)
 
 
@@ -44,5 +42,5 @@ NEXT_GATE = Strategy(
     retain="some",
     lookahead=NextGate,
     guess_slots=GUESS_SLOTS,
-    min_slots=_one_token_and_staging,
+    min_slots=_one_token_and_guesses,
 )

@@ -5,7 +5,7 @@ The paper's baseline is "naive offloading" of an unstated flavour, so both are h
 Lossless. Nothing changed; no numbers are claimed for it.
 """
 
-from mobile.policies.strategy import Strategy
+from mobile.policies import Strategy
 
 ON_DEMAND = Strategy(
     name="on-demand",

@@ -1,10 +1,13 @@
-"""The oracle: every expert on the device, nothing offloaded. Lossless, and the ceiling of every other row."""
+"""No offloading: every expert on the device. Lossless, and the upper bound of the speed of all others.
 
-from mobile.costs.geometry import Geometry
-from mobile.policies.strategy import Strategy
+Nothing changed: it is the model as published, and no numbers are claimed for it.
+"""
+
+from mobile.policies import Geometry, Strategy
 
 
 def _all(geometry: Geometry) -> int:
+    """Return the slots of all experts."""
     return geometry.total_experts
 
 

@@ -1,4 +1,4 @@
-"""Half the experts for every decode token: MoBiLE's little pass with no way back.
+"""Half the experts for every decode token: MoBiLE's little pass without a fallback.
 
 Lossy: this is the speed MoBiLE would reach if every token were unimportant, and the accuracy it would fall to.
 Prefill runs with all K, and slots, cache and overlap are MoBiLE's, so that the fallback is the only difference.
@@ -6,8 +6,7 @@ Prefill runs with all K, and slots, cache and overlap are MoBiLE's, so that the 
 
 from dataclasses import replace
 
-from mobile.policies.big_little import MOBILE
-from mobile.policies.strategy import HalfK
+from mobile.policies import MOBILE, HalfK
 
 STATIC_HALF = replace(
     MOBILE,

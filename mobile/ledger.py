@@ -1,4 +1,4 @@
-"""The ledger: what happened, in order, and the counters that follow from it."""
+"""The ledger: the events of a run, in order, and the counters that sum them up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Key = tuple[int, int]  # (MoE layer ordinal, expert)
 
 
 class Event(NamedTuple):
-    """One thing that took time: `what` is "load", "prefetch", "compute", "cpu" or "stall"; nanoseconds.
+    """A thing that took time: `what` is "load", "prefetch", "compute", "cpu" or "stall"; nanoseconds.
 
     `about` is the expert key it was for, or a word.
     """
@@ -26,14 +26,14 @@ class Event(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For a reader: "load 3.17" is layer 3, expert 17."""
+        """Return a name to show: "load 3.17" is layer 3, expert 17."""
         return f"{self.what} {self.about if isinstance(self.about, str) else '.'.join(map(str, self.about))}"
 
 
 class Mark(NamedTuple):
-    """A pass began ("prefill", "full", "little", "big"), or a token was found unsure ("fallback").
+    """The begin of a pass ("prefill", "full", "little", "big"), or of the fallback of an unsure token ("fallback").
 
-    `begun` are the copies begun by then: copies end in the order they begin, so it parts the ledger's list of them.
+    `begun` is the number of copies begun by then. Copies end in the order they begin, so it splits the list of them.
     """
 
     what: str
@@ -78,23 +78,25 @@ class Counters:
     decode_cpu_stall_ns: int = 0
 
     def copy(self) -> Counters:
+        """Return a copy."""
         return Counters(**self.as_dict())
 
     def since(self, earlier: Counters) -> Counters:
-        """The difference, field by field."""
+        """Return the difference to earlier counters, field by field."""
         return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
     def as_dict(self) -> dict[str, int]:
+        """Return the counters by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def touches(self) -> int:
-        """Experts the decode steps asked for."""
+        """Return the number of experts that decode steps needed."""
         return self.hits + self.demand_loads + self.late_prefetches + self.cpu_experts
 
 
 class Ledger:
-    """Events and counters of one engine. The newest `limit` events are kept; counters lose nothing."""
+    """The events and counters of one engine. The newest `limit` events are kept; counters lose nothing."""
 
     def __init__(self, limit: int = 200_000) -> None:
         self.counters = Counters()
@@ -113,20 +115,21 @@ class Ledger:
         self.marks.append(Mark(what, ns, begun))
 
     def guess(self, layer: int, foreseen: int, right: int, needed: int) -> None:
-        """A visit of `layer` needed so many experts, of which `right` were among the `foreseen`."""
+        """Count a visit of `layer` that needed so many experts, `right` of which were among the `foreseen`."""
         before = self.guesses.get(layer, (0, 0, 0))
         self.guesses[layer] = (before[0] + foreseen, before[1] + right, before[2] + needed)
 
     def clear(self) -> None:
+        """Forget everything."""
         self.counters = Counters()
         self.guesses.clear()
         self.events.clear()
         self.marks.clear()
 
     def stats(self) -> dict[str, Any]:
-        """Counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds.
+        """Return counters as plain numbers, plus `hit_rate` (None before any decode) and times in seconds.
 
-        What decode is made of is None before any, and on a real link.
+        The parts of the decode time are None before any decode, and on a real link.
         """
         c = self.counters
         numbers: dict[str, Any] = {k: v for k, v in c.as_dict().items() if not k.endswith("_ns")}

@@ -1,8 +1,8 @@
-"""Where output may be written: known before a run, and written whole or not at all.
+"""Output files: checked before a run, and written completely or not at all.
 
 A file is written beside its name and put there when it is complete. Through a symbolic link the file behind it is
-replaced, and the link stays. What is no regular file (a device, a pipe) is refused: putting a file in its place would
-take it away, and half a result in a pipe cannot be taken back.
+replaced, and the link stays. A device or a pipe is refused: a file would take its
+place, and half a result in a pipe cannot be undone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mobile.errors import Refused, said
 
 
 def check_file(path: Path) -> None:
-    """Raise Refused if `whole` could not write there. A file is made beside it and taken away again."""
+    """Raise Refused if `whole` could not write there. A file is made beside it and deleted again."""
     partial, file = _begin(path)
     file.close()
     partial.unlink()
 
 
 def check_folder(path: Path) -> None:
-    """Raise Refused if the folder cannot be made, or no file written into it. What is made to try it is taken away."""
+    """Raise Refused if the folder cannot be made, or no file written into it. What was made to try is deleted."""
     made: list[Path] = []
     try:
         made += (folder for folder in (path, *path.parents) if not folder.exists())
@@ -83,7 +83,7 @@ def _target(path: Path) -> Path:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Inside, what the system says of `path` is raised as a refusal."""
+    """Turn an OSError about `path` that is raised inside into Refused."""
     try:
         yield
     except OSError as error:
@@ -92,5 +92,5 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def shown(path: Path) -> str:
-    """Return the name for a reader, with bytes that are no text escaped."""
+    """Return the path as text, with bytes that are not text escaped."""
     return str(path).encode(errors="backslashreplace").decode()

@@ -1,4 +1,7 @@
-"""The slot pool: which expert sits in which slot, what may be evicted, and what must not."""
+"""The slot pool: which expert sits in which slot, and which of them may be evicted.
+
+Eviction policies read it, the slot allocator changes it.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ class SlotPool:
     """A fixed number of expert-sized places, and the keys in them in order of last use.
 
     Slot numbers run from 0 to `size` - 1. A key in the pool is `ready`, or its copy is queued or in flight. A pinned
-    key is in use by the running step and is never evicted; a protected one will likely be asked for again before the
+    key is in use by the running step and is never evicted; a protected one will likely be needed again before the
     token ends and is evicted only if there is no other choice.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.slots: dict[Key, int] = {}  # by key in the pool, least recently used first; others only read it
+        self.slots: dict[Key, int] = {}  # by key in the pool, least recently used first; policies only read it
         self.ready: set[Key] = set()
         self.pinned: Set[Key] = frozenset()
         self.protected: set[Key] = set()
-        self.unproven: set[Key] = set()  # prefetched and not used yet
+        self.unused_prefetches: set[Key] = set()  # prefetched, or on the way, and not used yet
         self._free = list(range(size - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -31,10 +34,11 @@ class SlotPool:
         return key in self.slots
 
     def __iter__(self) -> Iterator[Key]:
-        """Every key in the pool, least recently used first."""
+        """Iterate over every key in the pool, least recently used first."""
         return iter(self.slots)
 
     def slot(self, key: Key) -> int:
+        """Return the slot number of `key`. Raise KeyError if it is not in the pool."""
         return self.slots[key]
 
     def touch(self, keys: Iterable[Key]) -> None:
@@ -44,14 +48,14 @@ class SlotPool:
             slots[key] = slots.pop(key)
 
     def take_free(self, key: Key) -> int | None:
-        """A free slot for `key`, whose copy is on its way; None if there is none."""
+        """Assign a free slot to `key`, whose copy is on its way, and return its number; None if there is none."""
         if not self._free:
             return None
         slot = self.slots[key] = self._free.pop()
         return slot
 
     def take_free_for(self, keys: Sequence[Key]) -> int:
-        """`take_free` for one key after another, as long as there are free slots; for how many there were."""
+        """Assign free slots to the first of `keys`, as `take_free` does for one; return how many there were."""
         free, slots = self._free, self.slots
         taken = min(len(keys), len(free))
         for number in range(taken):
@@ -59,38 +63,42 @@ class SlotPool:
         return taken
 
     def arrived(self, key: Key) -> None:
+        """Mark `key` as ready: its copy has ended."""
         self.ready.add(key)
 
     def release(self, key: Key) -> int:
         """Empty the slot of `key` and return its number."""
-        slot = self._forget(key)
+        slot = self._remove(key)
         self._free.append(slot)
         return slot
 
-    def replace(self, victim: Key, coming: Key) -> int:
-        """Give the slot of `victim` to `coming`, whose copy is on its way."""
-        slot = self.slots[coming] = self._forget(victim)
+    def replace(self, victim: Key, incoming: Key) -> int:
+        """Assign the slot of `victim` to `incoming`, whose copy is on its way, and return its number."""
+        slot = self.slots[incoming] = self._remove(victim)
         return slot
 
-    def _forget(self, key: Key) -> int:
+    def _remove(self, key: Key) -> int:
         self.ready.discard(key)
         if self.protected:
             self.protected.discard(key)
-        if self.unproven:
-            self.unproven.discard(key)
+        if self.unused_prefetches:
+            self.unused_prefetches.discard(key)
         return self.slots.pop(key)
 
-    def evictable(self, *, protected: bool, spared: Collection[int] = ()) -> Iterator[Key]:
-        """Ready, unpinned keys, least recently used first: protected ones, or the others; none of `spared` layers."""
+    def evictable(self, *, protected: bool, skip_layers: Collection[int] = ()) -> Iterator[Key]:
+        """Iterate over ready, unpinned keys, least recently used first: the protected ones, or only the others.
+
+        Keys of `skip_layers` are left out.
+        """
         ready, pinned, shielded = self.ready, self.pinned, self.protected
         for key in self.slots:
-            if key[0] not in spared and key in ready and key not in pinned and (key in shielded) is protected:
+            if key[0] not in skip_layers and key in ready and key not in pinned and (key in shielded) is protected:
                 yield key
 
-    def may_go(self, key: Key, *, protected: bool) -> bool:
-        """Whether `evictable` would name this key."""
+    def is_evictable(self, key: Key, *, protected: bool) -> bool:
+        """Return whether `evictable` would name this key."""
         return key in self.ready and key not in self.pinned and (key in self.protected) is protected
 
     def queued(self) -> list[Key]:
-        """Keys whose copy has not arrived, oldest request first."""
+        """Return the keys whose copy has not arrived, oldest request first."""
         return [key for key in self.slots if key not in self.ready]

@@ -1,4 +1,4 @@
-"""What to type instead of a word that is none of the choices."""
+"""Suggestions: the choice that a wrong word was probably meant to be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which version this is."""
+"""The version of this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def this_version() -> str:
 
 
 def _named_by(pyproject: Path) -> str:
-    """Return the version that our own pyproject.toml names; another project's says nothing of us."""
+    """Return the version that our own pyproject.toml names; UNKNOWN for another project's."""
     try:
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         return str(project["version"]) if project["name"] == DISTRIBUTION else UNKNOWN

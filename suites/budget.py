@@ -7,7 +7,7 @@ from mobile.costs.hardware import HardwareProfile, parse_nbytes
 from mobile.ledger import Event
 from mobile.policies.strategy import Strategy
 from mobile.replay.replay import ReplaySetup
-from mobile.replay.trace import Request, run, visits
+from mobile.replay.trace import Request, run_step, visits
 from mobile.residency.residency import PREFILL_BUFFERS
 
 SHOWN_SHARE = 0.95  # a card sold with 16 GB shows 15.6 GiB or more; what it keeps lies in the profile's reserve
@@ -54,9 +54,9 @@ def timeline(setup: ReplaySetup, request: Request, tokens: int) -> list[Event]:
     wanted = starts[first : first + tokens + 1]
     end = wanted[tokens] if len(wanted) > tokens else len(request)
     for step in request[: wanted[0]]:
-        run(step, residency, setup.layer_map)
+        run_step(step, residency, setup.layer_map)
     begun = residency.link.now
     residency.ledger.events.clear()
     for step in request[wanted[0] : end]:
-        run(step, residency, setup.layer_map)
+        run_step(step, residency, setup.layer_map)
     return [e._replace(start_ns=e.start_ns - begun, end_ns=e.end_ns - begun) for e in residency.ledger.events]

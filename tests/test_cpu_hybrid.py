@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mobile
-from baselines.cpu_hybrid import CPU_HYBRID, FEW_PLANS, Sooner, part, part_in_order
+from baselines.cpu_hybrid import CPU_HYBRID, FEW_PLANS, EarliestEnd, part, part_in_order
 from baselines.lru import LRU
 from mobile.cli.commands.plan import bound
 from mobile.costs.cost_model import CostModel
@@ -143,7 +143,7 @@ def test_real_costs_are_parted_best_and_in_order_hardly_worse(counts, name):
     cpu = [cost.cpu_expert_ns(count) for count in counts]
     device = [cost.load_ns + cost.expert_ns(count) for count in counts]
     best = brute_force(cpu, device)
-    assert end(cpu, device, Sooner(cost).on_cpu(0, counts)) == best
+    assert end(cpu, device, EarliestEnd(cost).on_cpu(0, counts)) == best
     assert end(cpu, device, part_in_order(cpu, device)) <= best + max(
         min(a, b) for a, b in zip(cpu, device, strict=True)
     )
@@ -155,7 +155,7 @@ def test_a_set_with_too_many_plans_is_parted_in_order():
     assert 2 ** len(counts) > FEW_PLANS
     cpu = [cost.cpu_expert_ns(count) for count in counts]
     device = [cost.load_ns + cost.expert_ns(count) for count in counts]
-    assert Sooner(cost).on_cpu(0, counts) == part_in_order(cpu, device)
+    assert EarliestEnd(cost).on_cpu(0, counts) == part_in_order(cpu, device)
 
 
 # --- on the clock ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from conftest import greedy, prompt, tiny
 
 import mobile
 from baselines.activation_trace import ACTIVATION_TRACE, ActivationTrace, Collection
-from baselines.fate import FATE, Fate, guesses
+from baselines.fate import FATE, Fate, guess_count
 from baselines.lru import LRU
 from baselines.signals.ridge import Examples, Predictor, recall
 from baselines.trained_predictor import TRAINED_PREDICTOR, Trained, trained_predictor
@@ -25,7 +25,7 @@ from mobile.costs.geometry import GEOMETRIES, Geometry, project
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.ledger import Ledger
-from mobile.policies.next_logits import alone
+from mobile.policies.next_logits import of_one_layer
 from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import Strategy
 from mobile.replay import trace
@@ -114,7 +114,7 @@ def test_a_replayed_trace_gives_the_live_ledger_event_for_event(family, strategy
 
 
 def test_fate_guesses_a_quarter_more_than_top_k():
-    assert [guesses(k) for k in (1, 2, 4, 6, 8)] == [2, 3, 5, 8, 10]
+    assert [guess_count(k) for k in (1, 2, 4, 6, 8)] == [2, 3, 5, 8, 10]
 
 
 def test_fate_favours_the_first_layers_until_others_prove_harder_to_guess():
@@ -124,7 +124,7 @@ def test_fate_favours_the_first_layers_until_others_prove_harder_to_guess():
     easy[0, :8], hard[0, 40:48] = 1, 1
     for _ in range(3):
         for layer in range(16):
-            fate.routed(layer, range(8), None if layer == 15 else alone(hard if layer == 6 else easy))
+            fate.routed(layer, range(8), None if layer == 15 else of_one_layer(hard if layer == 6 else easy))
     assert fate._favoured == {0, 7}
     assert not Fate(PolicyContext(GEOMETRIES["olmoe-1b-7b"], 136))._favoured
 

@@ -100,7 +100,7 @@ def test_the_self_test_notices_a_rollback_that_does_nothing(monkeypatch):
 def test_without_pins_the_output_is_wrong(family, monkeypatch):
     """An engine that may evict what the running step needs computes with the wrong weights, or not at all."""
 
-    def unpinned(pool, *, protected, spared=()):
+    def unpinned(pool, *, protected, skip_layers=()):
         return (key for key in list(pool.slots) if (key in pool.protected) is protected and key in pool.ready)
 
     model, ids = tiny(family), prompt()

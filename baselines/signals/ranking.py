@@ -1,4 +1,4 @@
-"""Keys by rank, for eviction rules that are an order: the lowest of those allowed, in O(log n) amortised."""
+"""Keys by rank, for evictions by an order: finds the lowest of those allowed, in O(log n) amortised."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
-from mobile.ledger import Key
-from mobile.slots import SlotPool
+from mobile.policies import Key, SlotPool
 
 
 class Ranking:
-    """A heap with an entry a change of rank, those that a later change overtook skipped. Ties go to the lower key."""
+    """A priority queue whose ranks may change: a heap with lazy updates. Of equal ranks the lower key comes first.
+
+    Every change of rank may add an entry to the heap; entries that are out of date are skipped when they come up.
+    """
 
     def __init__(self) -> None:
         self.rank: dict[Key, Any] = {}
@@ -24,71 +26,74 @@ class Ranking:
         return key in self.rank
 
     def put(self, key: Key, rank: Any) -> None:
-        """Rank `key`, whether it was ranked before or not."""
+        """Set the rank of `key`, which may have had another one."""
         self.rank[key] = rank
         heappush(self._heap, (rank, key))
         if len(self._heap) > 64 + 4 * len(self.rank):
+            # Most entries are out of date: rebuild the heap from the current ranks.
             self._heap = [(rank, key) for key, rank in self.rank.items()]
             heapify(self._heap)
 
-    def raised(self, key: Key, rank: Any) -> None:
-        """Rank `key`, which was ranked no higher before: its entry is mended when it comes to the top."""
+    def increase(self, key: Key, rank: Any) -> None:
+        """Set the rank of `key`, which had none or a lower one; its entry is corrected when it comes to the top."""
         if key in self.rank:
             self.rank[key] = rank
         else:
             self.put(key, rank)
 
-    def drop(self, key: Key) -> None:
+    def remove(self, key: Key) -> None:
+        """Remove `key` if it is ranked; its entries stay in the heap until they come up."""
         self.rank.pop(key, None)
 
     def lowest(self, allowed: Callable[[Key], bool] | None = None) -> Key | None:
-        """The allowed key of the lowest rank; it stays ranked. Costs O(log n) for each that is not allowed."""
+        """Return the allowed key of the lowest rank, which stays ranked. O(log n) for each not allowed."""
         heap, ranks = self._heap, self.rank
-        passed, found = [], None
+        not_allowed, found = [], None
         while heap:
             entry = heap[0]
             rank, key = entry
-            now = ranks.get(key)
-            if now == rank:
+            current = ranks.get(key)
+            if current == rank:
                 if allowed is None or allowed(key):
                     found = key
                     break
-                passed.append(heappop(heap))
-            elif now is not None and rank < now:
-                heapreplace(heap, (now, key))
-            else:
+                not_allowed.append(heappop(heap))
+            elif current is not None and rank < current:  # it was increased: correct its entry
+                heapreplace(heap, (current, key))
+            else:  # the key was removed, or has a newer entry
                 heappop(heap)
-        for entry in passed:
+        for entry in not_allowed:  # they stay ranked
             heappush(heap, entry)
         return found
 
 
-class Ranked:
-    """Evict the held expert of the lowest rank. `rank(key)` may change only when its key is used."""
+class RankedEviction:
+    """Eviction of the expert of the lowest rank. `rank(key)` may change only when its key is used."""
 
     def __init__(self, rank: Callable[[Key], Any]) -> None:
         self._rank_of = rank
-        self.held = Ranking()
+        self.ranking = Ranking()
 
-    def note(self, *keys: Key) -> None:
-        """These are in the pool or on their way there, and their rank may have changed."""
+    def update(self, *keys: Key) -> None:
+        """Update the rank of keys that are in the pool or on their way there."""
         for key in keys:
-            self.held.put(key, self._rank_of(key))
+            self.ranking.put(key, self._rank_of(key))
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        found = self.first(pool, protected=protected)
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
+        """Return the evictable expert of the lowest rank, and rank `incoming` in its place."""
+        found = self.next_victim(pool, protected=protected)
         if found is not None:
-            self.held.drop(found)
-            self.note(coming)
+            self.ranking.remove(found)
+            self.update(incoming)
         return found
 
-    def first(self, pool: SlotPool, *, protected: bool = False) -> Key | None:
-        """The one that would give way now."""
-        if len(self.held) < len(pool):  # prefill leaves experts in free slots without a word
-            self.note(*(key for key in pool if key not in self.held))
+    def next_victim(self, pool: SlotPool, *, protected: bool = False) -> Key | None:
+        """Return the expert that would be evicted now."""
+        if len(self.ranking) < len(pool):  # prefill fills free slots without calling `update`
+            self.update(*(key for key in pool if key not in self.ranking))
         ready, pinned, shielded = pool.ready, pool.pinned, pool.protected
 
-        def may_go(key: Key) -> bool:
+        def is_evictable(key: Key) -> bool:
             return key in ready and key not in pinned and (key in shielded) is protected
 
-        return self.held.lowest(may_go)
+        return self.ranking.lowest(is_evictable)

@@ -1,4 +1,4 @@
-"""What `trained-predictor` guesses with: per-layer predictors of the next layer's experts, fitted with numpy.
+"""Predictors of the next layer's experts for `trained-predictor`, one a layer, fitted with numpy.
 
 A token's features at a layer are the next layer's router logits on this layer's input and, one for each expert, whether
 this layer chose it; its label is the set of experts the next layer chose.
@@ -29,7 +29,7 @@ HIDDEN, EPOCHS, BATCH, RATE = 64, 20, 64, 3e-3
 
 
 class Examples:
-    """Decode tokens to learn from: for each, logits (layers - 1, experts) and the experts each layer chose."""
+    """Decode tokens to fit on: for each, logits (layers - 1, experts) and the experts each layer chose."""
 
     def __init__(self, layers: int, experts: int) -> None:
         self.layers, self.experts = layers, experts
@@ -41,15 +41,16 @@ class Examples:
         return len(self._logits)
 
     def add(self, logits: np.ndarray, chosen: Sequence[Sequence[int]]) -> None:
-        several = np.zeros((self.layers, self.experts), dtype=bool)
+        """Add a token: logits (layers - 1, experts), and the experts that each layer chose."""
+        one_hot = np.zeros((self.layers, self.experts), dtype=bool)
         for layer, experts in enumerate(chosen):
-            several[layer, list(experts)] = True
+            one_hot[layer, list(experts)] = True
         self._logits.append(logits)
-        self._chosen.append(several)
+        self._chosen.append(one_hot)
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Examples:
-        """The full-K decode steps of traces. Raises Refused if there is none that carries what they need."""
+        """Return the full-K decode steps of traces. Raise Refused if none carries router logits."""
         found: Examples | None = None
         for step in (step for request in requests for step in request if step.kind == "full"):
             if step.ahead is not None and step.ahead.size:
@@ -62,14 +63,14 @@ class Examples:
         return found
 
     def at(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Features (tokens, 2 x experts) of a layer, and labels (tokens, experts) of the next, float64."""
+        """Return features (tokens, 2 x experts) of a layer, and labels (tokens, experts) of the next, float64."""
         logits = np.stack([each[layer] for each in self._logits]).astype(np.float64)
         chosen = np.stack([each[layer : layer + 2] for each in self._chosen]).astype(np.float64)
         labels = chosen[:, 1] if self._label_of is None else chosen[self._label_of, 1]
         return np.concatenate([logits, chosen[:, 0]], axis=1), labels
 
     def shuffled(self, seed: int = 0) -> Examples:
-        """The same features under other tokens' labels: a control, from which nothing but popularity can be learnt."""
+        """Return the same features under other tokens' labels: a control, which shows only how popular experts are."""
         control = Examples(self.layers, self.experts)
         control._logits, control._chosen = self._logits, self._chosen
         control._label_of = np.random.default_rng(seed).permutation(len(self))
@@ -78,10 +79,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Matrices for every layer but the last, float64, the last row of each being its bias.
+    """A fitted predictor: matrices for every layer but the last, float64, the last row of each being its bias.
 
-    Their numbers are float16 ones: products of two of those are exact in float64, so that no machine's order of summing
-    shows in a guess. `about` says what the fit took: tokens, seconds of processor time, parameters, nbytes.
+    Their numbers are rounded to float16: products of two of those are exact in float64, so that the order in which a
+    machine sums does not change a guess. `about` is what the fit took:
+    tokens, seconds of processor time, parameters, nbytes.
     """
 
     kind: Kind
@@ -91,13 +93,13 @@ class Predictor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Predicted layers, experts of each."""
+        """Return the number of predicted layers, and of experts of each."""
         return len(self.weights), self.experts
 
     def scores(self, layer: int, logits: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
-        """For each row of logits (rows, experts) at `layer`, a number for each expert of the next: higher is likelier.
+        """Return scores (rows, experts) of the next layer's experts, higher is likelier, for logits of that shape.
 
-        All rows share what was `chosen`: a batch's active experts are known together only.
+        All rows share what was `chosen` at `layer`: of a batch only the union of its active experts is known.
         """
         features = np.zeros((len(logits), 2 * self.experts))
         features[:, : self.experts] = logits
@@ -105,6 +107,7 @@ class Predictor:
         return self._apply(layer, features)
 
     def _apply(self, layer: int, features: np.ndarray) -> np.ndarray:
+        """Return scores (tokens, experts) for features (tokens, 2 x experts)."""
         *hidden, last = self.weights[layer]
         for matrix in hidden:
             features = np.maximum(features @ matrix[:-1] + matrix[-1], 0)
@@ -130,14 +133,14 @@ class Predictor:
         return cls(kind, examples.experts, tuple(weights), about)
 
     def recall(self, examples: Examples, guesses: int) -> list[float]:
-        """By layer, the share of the next layer's experts that are among the predictor's first `guesses`."""
+        """Return, by layer, the share of the next layer's experts that are among the predictor's first `guesses`."""
         return [
             recall(self._apply(layer, features), labels, guesses)
             for layer, (features, labels) in ((layer, examples.at(layer)) for layer in range(len(self.weights)))
         ]
 
     def save(self, path: Path) -> None:
-        """Write it as a numpy archive, without a pickle. Raises Refused where it cannot be written."""
+        """Write it as a numpy archive, without a pickle. Raise Refused where it cannot be written."""
         header = {"format": FORMAT, "kind": self.kind, "experts": self.experts, "about": self.about}
         stages = {
             f"stage_{number}": np.stack([matrices[number] for matrices in self.weights]).astype(np.float16)
@@ -149,7 +152,7 @@ class Predictor:
 
     @classmethod
     def load(cls, path: Path) -> Predictor:
-        """Read what `save` wrote. Raises Refused for any other file."""
+        """Read a file that `save` wrote. Raise Refused for any other file."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 header = json.loads(archive["header"].tobytes())
@@ -166,24 +169,25 @@ class Predictor:
 
 
 def recall(scores: np.ndarray, labels: np.ndarray, guesses: int) -> float:
-    """The share of the labels (tokens, experts) that are among each row's `guesses` highest scores."""
+    """Return the share of the labels (tokens, experts) that are among each row's `guesses` highest scores."""
     best = np.argsort(-scores, axis=1, kind="stable")[:, :guesses]
     return float(np.take_along_axis(labels, best, axis=1).sum() / labels.sum())
 
 
 def _scale(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each feature's mean, and its standard deviation, 1 where that is 0."""
     spread = features.std(axis=0)
     return features.mean(axis=0), np.where(spread > 0, spread, 1)
 
 
 def _unscaled(matrix: np.ndarray, bias: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Weights for features as they are, from weights for features less their mean over their spread."""
+    """Return the weights for raw features, given those for features scaled by `_scale`, with the bias as last row."""
     matrix = matrix / spread[:, None]
     return np.vstack([matrix, bias - mean @ matrix])
 
 
 def ridge(features: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """Least squares with a penalty on the weights of scaled features, in closed form."""
+    """Fit least squares with a penalty on the weights of scaled features, in closed form; return [matrix]."""
     mean, spread = _scale(features)
     x, base = (features - mean) / spread, labels.mean(axis=0)
     gram = x.T @ x
@@ -192,7 +196,10 @@ def ridge(features: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
 
 
 def mlp(features: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """One hidden layer of HIDDEN rectified units; cross-entropy of each expert, Adam (Kingma and Ba, 1412.6980)."""
+    """Fit one hidden layer of HIDDEN rectified units to the cross-entropy of each expert; return both matrices.
+
+    By Adam (Kingma and Ba, arXiv 1412.6980) for EPOCHS epochs.
+    """
     mean, spread = _scale(features)
     x, y = ((features - mean) / spread).astype(np.float32), labels.astype(np.float32)
     prior = np.clip(y.mean(axis=0), 1e-3, 1 - 1e-3)
@@ -220,7 +227,7 @@ def mlp(features: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> l
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`fit --trace TRACE.npz ... --out predictor.npz`: fit a predictor, save it, and say what it took."""
+    """Run `fit --trace TRACE.npz ... --out predictor.npz`: fit a predictor, save it, and print what that took."""
     parser = argparse.ArgumentParser(prog="python -m baselines.trained_predictor")
     fit = parser.add_subparsers(required=True).add_parser("fit", help="fit a predictor of next-layer experts on traces")
     fit.add_argument("--trace", type=Path, nargs="+", required=True, help="recorded with recording(ahead=True)")

@@ -1,4 +1,4 @@
-"""What AdapMoE wants to know of a model: how much its loss feels each layer, and how often a guess is right.
+"""Measurements for AdapMoE: the sensitivity of a model's loss to each layer, and how often a guess is right.
 
 Sensitivity (Zhong et al., arXiv 2408.10284): the trace of the empirical Fisher information of a layer's output,
 
@@ -6,10 +6,10 @@ Sensitivity (Zhong et al., arXiv 2408.10284): the trace of the empirical Fisher 
 
 y_l (H,) being what the layer's routed experts give a token and L the negative log likelihood of its sequence's tokens,
 each given those before it, with all K experts. Ours: the w_l are divided by their geometric mean, so that the paper's
-T = 0.005 says the same of models whose gradients have another scale; the two that it gives for Mixtral (46.7 for the
+T = 0.005 means the same for models whose gradients have another scale; the two that it gives for Mixtral (46.7 for the
 first layer, 0.02 for the last) have a geometric mean of 0.97. Accuracy: the share of a layer's experts that are among
-the top-k of its router's word on the layer before's input, over decode steps; 0 for the first layer, which nothing
-foresees.
+the top-k of its router on the previous layer's input, over decode steps; 0 for the first layer, which is never
+guessed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 from mobile import outputs
 from mobile.cli import prompts
 from mobile.errors import Refused
-from mobile.policies.next_logits import order
+from mobile.policies import top_experts
 from mobile.replay.trace import Request
 from mobile.replay.trace import load as load_trace
 
@@ -39,9 +39,9 @@ SHOWN = 0.005  # the tolerance at which `fit` prints thresholds
 
 @dataclass(frozen=True)
 class Measured:
-    """Of each MoE layer the sensitivity (geometric mean 1) and the accuracy of guesses (None: not measured).
+    """A model's measurements: by MoE layer, sensitivity (geometric mean 1) and accuracy of guesses (None: not taken).
 
-    `raw` are the traces before they were divided, over `tokens` of `texts`, which took `seconds`.
+    `raw` are the Fisher traces before they were divided, over `tokens` of `texts`, which took `seconds`.
     """
 
     model: str
@@ -53,13 +53,13 @@ class Measured:
     seconds: float
 
     def save(self, path: Path) -> None:
-        """Write it as JSON. Raises Refused where it cannot be written."""
+        """Write it as JSON. Raise Refused where it cannot be written."""
         with outputs.whole(path) as file:
             file.write(f"{json.dumps({'format': FORMAT, **asdict(self)}, indent=1)}\n".encode())
 
     @classmethod
     def load(cls, path: Path) -> Measured:
-        """Read what `save` wrote. Raises Refused for any other file."""
+        """Read a file that `save` wrote. Raise Refused for any other file."""
         try:
             data: dict[str, Any] = json.loads(path.read_text())
             if data.pop("format") != FORMAT:
@@ -84,10 +84,10 @@ class Measured:
 
 
 def fisher_traces(model: Any, sequences: Iterable[Any]) -> tuple[list[float], int]:
-    """By MoE layer, the mean of |dL / dy_l|^2 over the tokens of `sequences`, token ids (1, length) each; and how many.
+    """Return, by MoE layer, the mean of |dL / dy_l|^2 over the tokens of `sequences`, and the number of tokens.
 
-    The model computes as it is, its weights and gradients left alone. Sequences of one token say nothing and are left
-    out. Raises Refused if none is longer.
+    `sequences` are token ids, (1, length) each; those of one token are left out. The model's weights and gradients are
+    not changed. Raise Refused if no sequence is longer.
     """
     import torch
 
@@ -96,16 +96,16 @@ def fisher_traces(model: Any, sequences: Iterable[Any]) -> tuple[list[float], in
     layers = moe_layers(model)
     totals, tokens = [0.0] * len(layers), 0
 
-    def listening(number: int) -> Any:
-        def heard(_module: Any, _args: Any, output: Any) -> None:
+    def hook_of(number: int) -> Any:
+        def add_slopes(_module: Any, _args: Any, output: Any) -> None:
             def add(slope: Any) -> None:
                 totals[number] += float(slope.double().square().sum())
 
             output.register_hook(add)
 
-        return heard
+        return add_slopes
 
-    hooks = [layer.experts.register_forward_hook(listening(number)) for number, layer in enumerate(layers)]
+    hooks = [layer.experts.register_forward_hook(hook_of(number)) for number, layer in enumerate(layers)]
     needed = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         for weight, _ in needed:
@@ -127,7 +127,7 @@ def fisher_traces(model: Any, sequences: Iterable[Any]) -> tuple[list[float], in
 
 
 def relative(raw: Sequence[float]) -> list[float]:
-    """The same divided by their geometric mean. Raises Refused if one is not positive."""
+    """Return the values divided by their geometric mean. Raise Refused if one is not positive."""
     if not all(value > 0 for value in raw):
         raise Refused("A layer's output does not touch the loss at all, so its sensitivity has no logarithm.")
     mean = exp(sum(map(log, raw)) / len(raw))
@@ -135,16 +135,17 @@ def relative(raw: Sequence[float]) -> list[float]:
 
 
 def guess_accuracy(requests: Iterable[Request]) -> list[float] | None:
-    """By recorded layer, how many of its experts its router named on the layer before's input; None without such steps.
+    """Return, by recorded layer, the share of its experts that its router guesses from the previous layer's input.
 
-    Of decode steps of full K that carry the router logits ahead, as many guesses as experts chosen.
+    Over the full-K decode steps that carry next-layer logits, with as many guesses as experts chosen; None if there is
+    no such step.
     """
     right: np.ndarray | None = None
     needed = np.zeros(0)
     for step in (step for request in requests for step in request if step.kind == "full" and step.ahead is not None):
         if right is None:
             right, needed = np.zeros(len(step.experts)), np.zeros(len(step.experts))
-        guesses = order(np.asarray(step.ahead, dtype=np.float32), max(map(len, step.experts)))
+        guesses = top_experts(np.asarray(step.ahead, dtype=np.float32), max(map(len, step.experts)))
         for layer, (guessed, chosen) in enumerate(zip(guesses, step.experts[1:], strict=True), start=1):
             right[layer] += len(set(guessed[: len(chosen)]).intersection(chosen))
             needed[layer] += len(chosen)
@@ -152,7 +153,10 @@ def guess_accuracy(requests: Iterable[Request]) -> list[float] | None:
 
 
 def measure(folder: str, texts: Sequence[str], traces: Sequence[Path] = ()) -> Measured:
-    """Measure a checkpoint on calibration texts, in float32, and its guesses on traces of it if there are any."""
+    """Measure a checkpoint on calibration texts, in float32, and its guesses on traces of it if there are any.
+
+    Raise Refused for traces that are of another model or carry no router logits.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mobile.checkpoints.examine import download
@@ -174,7 +178,7 @@ def measure(folder: str, texts: Sequence[str], traces: Sequence[Path] = ()) -> M
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`fit --model FOLDER --prompts FILE --out FILE`: measure, write, and print what it makes of the thresholds."""
+    """Run `fit --model FOLDER --prompts FILE --out FILE`: measure, write, and print the thresholds that follow."""
     parser = argparse.ArgumentParser(prog="python -m baselines.adapmoe")
     fit = parser.add_subparsers(required=True).add_parser("fit", help="measure AdapMoE's layer sensitivities")
     fit.add_argument("--model", required=True, metavar="FOLDER", help="a checkpoint, run in float32 on the CPU")

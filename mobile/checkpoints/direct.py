@@ -1,4 +1,7 @@
-"""How to read every expert of a checkpoint straight from its files into the rows of the host store."""
+"""Direct reading: a plan to read every expert of a checkpoint from its files into the rows of the host store.
+
+It covers the conversions that only place bytes; `loading` reads other checkpoints through Transformers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ from mobile.live_model import compat
 
 @dataclass(frozen=True)
 class Reading:
-    """One tensor of a file and where in the store it goes: all experts, or one; all rows of the weight, or a part."""
+    """A tensor of a file and its place in the store: the `weight` of a `layer`.
+
+    It is that of all experts, or of one `expert`, from its row `start` on.
+    """
 
     file: Path
     key: str
@@ -50,27 +56,27 @@ class Renaming:
         self.of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
     def target(self, key: str) -> tuple[str, str | None]:
-        """The weight that this key becomes or is a part of, and the pattern of the converter that makes it so."""
+        """Return the model's weight that `key` becomes a part of, and the pattern of its converter, if there is one."""
         found, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.state)
         if found not in self.state and key in self.state:
             found, pattern = rename_source_key(key, [], [], self._prefix, self.state)
         return found, pattern
 
     def targets(self, key: str) -> list[str]:
-        """All weights that this key has a part in: a converter that makes several is named after its first."""
+        """Return all weights that `key` becomes a part of; `target` names the first of a converter's."""
         found, pattern = self.target(key)
         if pattern is None:
             return [found]
-        first, *_ = made = self.of_pattern[pattern].target_patterns
-        return [found.replace(first, target) for target in made]
+        first, *_ = targets = self.of_pattern[pattern].target_patterns
+        return [found.replace(first, target) for target in targets]
 
     def used(self) -> list[Any]:
-        """The conversions that changed a key so far, as Transformers keeps them for saving the model again."""
+        """Return the conversions that `target` has used so far, which Transformers keeps for saving the model again."""
         return [conversion for conversion in self._all if conversion.was_used()]
 
 
 def experts_of(layers: Sequence[compat.MoeLayer]) -> dict[str, tuple[int, str]]:
-    """By the name of an experts weight in the model, its layer and its name in the store."""
+    """Return, by the name of an experts weight in the model, its layer and its name in the store."""
     return {
         f"{layer.name}.{weight}": (number, weight)
         for number, layer in enumerate(layers)
@@ -79,7 +85,7 @@ def experts_of(layers: Sequence[compat.MoeLayer]) -> dict[str, tuple[int, str]]:
 
 
 def check_untied(empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
-    """Raises Refused if the experts of one layer are those of another."""
+    """Raise Refused if the experts of one layer are those of another."""
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
     shared = next((weight for weight in experts_of(layers) if weight in tied), None)
     if shared is not None:
@@ -87,7 +93,7 @@ def check_untied(empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
 
 
 def check_names(empty: nn.Module, layers: Sequence[compat.MoeLayer], keys: Iterable[str]) -> None:
-    """Raises Refused if no key of these, all that a checkpoint has, makes some experts weight."""
+    """Raise Refused if an experts weight is made of none of `keys`, which are all that a checkpoint has."""
     renaming = Renaming(empty)
     made = {target for key in keys for target in renaming.targets(key)}
     for weight in experts_of(layers):
@@ -96,38 +102,42 @@ def check_names(empty: nn.Module, layers: Sequence[compat.MoeLayer], keys: Itera
 
 
 def plan_readings(empty: nn.Module, layers: Sequence[compat.MoeLayer], files: Sequence[Path]) -> list[Reading] | None:
-    """How to read every expert, following Transformers' own renaming of checkpoint keys.
+    """Return the readings that fill every expert's row, by Transformers' own renaming of checkpoint keys.
 
     None if the checkpoint needs a conversion other than stacking experts and joining gate with up.
-    Raises Refused if an expert's weight is missing.
+    Raise Refused if an expert's weight is missing.
     """
     renaming, targets = Renaming(empty), experts_of(layers)
     readings: list[Reading] = []
-    stacked: dict[tuple[str, str], int] = defaultdict(int)
-    read: dict[str, int] = defaultdict(int)
+    stacked: dict[tuple[str, str], int] = defaultdict(int)  # experts seen so far, by weight and source pattern
+    read: dict[str, int] = defaultdict(int)  # elements, by weight
     shapes = shapes_in(files)
     for key in sorted(shapes, key=dot_natural_key):
         target, pattern = renaming.target(key)
-        if target not in targets:
+        if target not in targets:  # not an expert
             continue
         number, weight = targets[target]
         file, shape = shapes[key]
         whole = list(renaming.state[target].shape)
+        # 1. A key that is the weight of all experts is read as it is.
         if pattern is None:
             if shape != whole:
                 return None
             readings.append(Reading(file, key, number, weight))
             read[target] += torch.Size(shape).numel()
             continue
+        # 2. A key of one expert is stacked; if gate and up are separate keys, they are joined along its rows.
         kinds = [type(operation) for operation in renaming.of_pattern[pattern].operations]
         parts = renaming.of_pattern[pattern].source_patterns
         joined = [MergeModulelist, Concatenate] if len(parts) > 1 else [MergeModulelist]
         if kinds != joined or not shape or [len(parts) * shape[0], *shape[1:]] != whole[1:]:
             return None
+        # 3. Keys come in natural order, so the next one of a pattern is the next expert.
         start = parts.index(pattern) * shape[0]
         readings.append(Reading(file, key, number, weight, stacked[target, pattern], start))
         stacked[target, pattern] += 1
         read[target] += torch.Size(shape).numel()
+    # 4. Every element of every experts weight must be read exactly once.
     for target in targets if readings else ():
         if read[target] < renaming.state[target].numel():
             raise Refused(f"The checkpoint lacks weights of {target}; copy it again.")
@@ -137,7 +147,7 @@ def plan_readings(empty: nn.Module, layers: Sequence[compat.MoeLayer], files: Se
 
 
 def shapes_in(files: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
-    """By key, the file that it is taken from, which is the last that holds it, and its shape there."""
+    """Return, by key, the file to read it from, which is the last that holds it, and its shape there."""
     found: dict[str, tuple[Path, list[int]]] = {}
     for path in files:
         with opened(path) as file:

@@ -48,9 +48,9 @@ def find(
     trust_remote_code: bool = False,
     patterns: Sequence[str] = READ,
 ) -> Source:
-    """The checkpoint in a folder, or of a hub id, of which its configuration and its tokenizer are fetched.
+    """Find a checkpoint: a folder, or a hub id, of which the configuration and the tokenizer are fetched.
 
-    Raises Refused for what is no checkpoint, and for one with an adapter that Transformers would apply.
+    Raise Refused for anything else, and for one with an adapter that Transformers would apply.
     """
     found = locate(source, revision, [*patterns, *(["*.py"] if trust_remote_code else [])])
     adapter = found.has(ADAPTER)
@@ -67,7 +67,7 @@ def find(
 
 
 def _base(source: Source) -> str:
-    """Of which model the adapter is, if it says so."""
+    """Return " of NAME", the model that the adapter is for, or "" if it does not say."""
     if source.holds(ADAPTER):
         name = json_object(source.folder / ADAPTER, "copy it again").get("base_model_name_or_path")
         if name:
@@ -76,15 +76,15 @@ def _base(source: Source) -> str:
 
 
 def download(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """The checkpoint's folder with all files that are read in it. Raises Refused."""
+    """Download a checkpoint's files that are read, if they are not here; return its folder. Raise Refused."""
     found = find(source, revision=revision)
-    config = _own(config_of(found))
+    config = _text_config(config_of(found))
     found.fetch(weights_of(found, getattr(config, "transformers_weights", None)).files)
     return found.folder
 
 
 def config_of(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's configuration. Raises Refused."""
+    """Return a checkpoint's configuration. Raise Refused if it cannot be read, or needs code that is not trusted."""
     json_object(source.folder / "config.json", "copy it again")
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
@@ -95,11 +95,15 @@ def config_of(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 
 def _own_code(source: Source) -> str:
+    """Return the refusal of a checkpoint that brings its own code."""
     return f"{source.name} runs code of its own; read it, then pass trust_remote_code=True."
 
 
 def model_class(source: Source, config: Any, *, trust_remote_code: bool = False) -> Any:
-    """What loads this configuration: the class for text generation, or the one the checkpoint names."""
+    """Return the class that loads this configuration: the one for text generation, or the one the checkpoint names.
+
+    Raise Refused if there is none, or its code is not trusted.
+    """
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) in AutoModelForCausalLM._model_mapping or (own_code and trust_remote_code):
         return AutoModelForCausalLM
@@ -112,8 +116,8 @@ def model_class(source: Source, config: Any, *, trust_remote_code: bool = False)
     raise Refused(f"{type(config).__name__} names no model class that generates text.")
 
 
-def _own(config: Any) -> Any:
-    """The part of the configuration that the class for text generation takes: AutoModel's own rule."""
+def _text_config(config: Any) -> Any:
+    """Return the part of the configuration that the class for text generation takes, by AutoModel's own rule."""
     if type(config) in AutoModelForCausalLM._model_mapping:
         taken = getattr(_get_model_class(config, AutoModelForCausalLM._model_mapping), "config_class", None)
         if taken is not None and taken == config.sub_configs.get("text_config"):
@@ -122,9 +126,9 @@ def _own(config: Any) -> Any:
 
 
 def dtype_of(config: Any, dtype: torch.dtype | str | None, stored: Callable[[], torch.dtype]) -> torch.dtype:
-    """The dtype to load in: the one given, or with "auto" the configuration's, or where it has none the `stored` one.
+    """Return the dtype to load in: the given one, or with "auto" the configuration's, else the `stored` one.
 
-    Raises Refused for another word, and for what no model computes in.
+    Raise Refused for an unknown name, and for a dtype that no model computes in.
     """
     auto = dtype in (None, "auto")
     named: object = getattr(config, "dtype", None) if auto else dtype
@@ -138,7 +142,10 @@ def dtype_of(config: Any, dtype: torch.dtype | str | None, stored: Callable[[], 
 
 
 def dequantising(config: Any) -> dict[str, Any]:
-    """Options that dequantise a quantised checkpoint while it is read. Raises Refused for a method that cannot."""
+    """Return options that dequantise a quantised checkpoint while it is read; none if it is not quantised.
+
+    Raise Refused for a method that cannot.
+    """
     quantised = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
@@ -162,7 +169,7 @@ def dequantising(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Examined:
-    """A checkpoint of which everything is known but its weights' values.
+    """Everything that is known of a checkpoint before its weights are read.
 
     `empty` is the model on the meta device: every shape and no weight. `options` are for Transformers' loading.
     `weights` is None for a bare configuration.
@@ -179,20 +186,21 @@ class Examined:
 
     @property
     def quantised(self) -> bool:
+        """Return whether the weights are dequantised while they are read."""
         return "quantization_config" in self.options
 
     @property
     def experts_nbytes(self) -> int:
-        """Bytes of all experts in the host store."""
+        """Return the bytes of all experts in the host store."""
         return len(self.layers) * self.layers[0].count * self.layout.nbytes
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The weights' files, in the order they are read."""
+        """Return the paths of the weights' files, in the order they are read."""
         return tuple(self.source.folder / file for file in (self.weights.files if self.weights is not None else ()))
 
     def disk_shortage(self) -> str | None:
-        """Why the hub's cache has no room for the weights that are not in it yet, or None."""
+        """Return why the hub's cache has no room for the weights that are not in it yet, or None."""
         missing = 0 if self.weights is None else self.source.missing_nbytes(self.weights.files)
         return disk_shortage(missing, shutil.disk_usage(cache_folder()).free) if missing else None
 
@@ -202,14 +210,14 @@ def examine(
 ) -> Examined:
     """Decide everything about a checkpoint that its configuration, index and headers can decide.
 
-    `bare` lets a configuration without any weights pass. Raises Refused, before a weight is fetched, for a checkpoint
+    `bare` lets a configuration without any weights pass. Raise Refused, before a weight is fetched, for a checkpoint
     that is broken, incomplete, not safetensors, quantised with what is not supported, or no model with experts that
     generates text.
     """
     compat.check_version()
     whole = config_of(source, trust_remote_code=trust_remote_code)
     kind = model_class(source, whole, trust_remote_code=trust_remote_code)
-    config, options = _own(whole), dequantising(whole)
+    config, options = _text_config(whole), dequantising(whole)
     weights = None
     if not bare or holds_weights(source) or getattr(config, "transformers_weights", None) is not None:
         _check_not_distributed(source)
@@ -230,9 +238,9 @@ def examine(
 
 
 def _check_listed(source: Source, weights: Weights, empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
-    """Raises Refused if the index of files that are still to be fetched has no weights for some experts.
+    """Raise Refused if the index of files that are still to be fetched has no weights for some experts.
 
-    Transformers reads an index for its files' names alone, so the files' headers have the last word.
+    Transformers reads an index for its files' names alone, so the files' headers decide.
     """
     if weights.keys is None or all(map(source.holds, weights.files)):
         return
@@ -245,12 +253,14 @@ def _check_listed(source: Source, weights: Weights, empty: nn.Module, layers: Se
 def skeleton(
     source: str | os.PathLike[str], *, dtype: torch.dtype | str | None = "auto", trust_remote_code: bool = False
 ) -> nn.Module:
-    """The model on the meta device, from its configuration alone: every shape and no weight. Raises Refused."""
+    """Return the model on the meta device, from its configuration alone: all shapes, no weights. Raise Refused."""
     found = find(source, trust_remote_code=trust_remote_code, patterns=CONFIGURATION)
     return examine(found, dtype=dtype, trust_remote_code=trust_remote_code, bare=True).empty
 
 
 def _empty(source: Source, config: Any, kind: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """Build the model on the meta device. Raise Refused if that fails, or it does not generate text."""
+
     def build() -> Any:
         if kind is AutoModelForCausalLM:
             return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -268,7 +278,7 @@ def _empty(source: Source, config: Any, kind: Any, dtype: torch.dtype, trust_rem
 
 
 def check_headers(source: Source, weights: Weights) -> None:
-    """Raises Refused for a file of the weights, as far as they are here, that is damaged or cut short."""
+    """Raise Refused for a file of the weights, as far as they are here, that is damaged or cut short."""
     for file in weights.files:
         if source.holds(file):
             with opened(source.folder / file):
@@ -276,7 +286,7 @@ def check_headers(source: Source, weights: Weights) -> None:
 
 
 def _check_not_distributed(source: Source) -> None:
-    """Raises Refused where this Transformers would read a distributed checkpoint in place of the safetensors."""
+    """Raise Refused where this Transformers would read a distributed checkpoint in place of the safetensors."""
     name = "transformers.distributed.checkpoint"  # newer than the oldest Transformers that is supported
     if importlib.util.find_spec(name) is not None and import_module(name).is_sharded_checkpoint(source.folder):
         raise Refused(f"{source.name} is a distributed checkpoint; load it with Transformers, and save_pretrained it.")

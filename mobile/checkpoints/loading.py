@@ -1,4 +1,7 @@
-"""From a checkpoint to an offloaded model, without ever holding all experts anywhere but in the host store."""
+"""Loading: from a checkpoint to an offloaded model, holding all experts only in the host store.
+
+Experts are read directly where a plan of `direct` says how, else through Transformers' conversions.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from mobile.runtime.attach_plan import AttachOptions, plan_attach
 from mobile.runtime.attachment import install
 from mobile.store.memory import HostStore
 
-Advance = Callable[[int], None]  # told of bytes read
+Advance = Callable[[int], None]  # called with the number of bytes read
 
 ONE_AT_A_TIME = threading.RLock()  # a load changes settings of Transformers that all threads share
 
@@ -66,7 +69,7 @@ def load(
     go from the files into the host store one layer at a time, so that host memory peaks at the store and the dense
     weights, plus one layer.
 
-    Raises Refused, before any weight is fetched or read where it can be known, for a missing, truncated or incomplete
+    Raise Refused, before any weight is fetched or read where it can be known, for a missing, truncated or incomplete
     checkpoint, one without safetensors or with an adapter, and whatever attach refuses. Neither that nor an interrupt
     leaves anything behind. The caller's default device, inference mode and autocast change nothing.
     """
@@ -107,14 +110,14 @@ def load(
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: the end of a block that meets a half-made state turns it into one."""
+    """Return whether Ctrl-C caused an error: cleaning up a half-made state may raise another one."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
 def _device(device: str | int | torch.device | None) -> torch.device:
-    """The device of that name or number; "auto" is a GPU if there is one. Raises Refused for one that is not here."""
+    """Return the device of that name or number; "auto" is a GPU if there is one. Raise Refused if it is not here."""
     if device in ("auto", None):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number = str(device).isdecimal() and not isinstance(device, bool)
@@ -131,13 +134,13 @@ def _device(device: str | int | torch.device | None) -> torch.device:
 
 
 def _beside_nbytes(known: Examined, slots: int) -> int:
-    """Bytes that lie in host memory beside the store where the model does, too: its other weights, and the slots."""
+    """Return the bytes of a CPU model beside the host store: its other weights, and the slots."""
     own = compat.geometry_of(known.empty, known.layers, known.layout)
     return own.resident_nbytes + (slots + PREFILL_BUFFERS) * known.layout.nbytes
 
 
 def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
-    """Raises Refused where this machine, or the container's limit, leaves less than these parts take."""
+    """Raise Refused if this machine, or the container's limit, leaves less than `nbytes`, which `of` take."""
     shortage = memory_shortage(nbytes, host().usable_nbytes, of)
     if shortage is not None:
         raise Refused(
@@ -147,12 +150,13 @@ def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
 
 
 def _examine(found: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, cleanup: Cleanup) -> Examined:
-    _alone(cleanup)
+    """Examine the checkpoint while no other thread loads one."""
+    _take_turn(cleanup)
     return examine.examine(found, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _fetch(known: Examined, shown: bool) -> None:
-    """Have all files of the weights. Raises Refused, before that, where the disk has no room for them."""
+    """Fetch the weights' files that are not here. Raise Refused first if the disk has no room for them."""
     assert known.weights is not None
     shortage = known.disk_shortage()
     if shortage is not None:
@@ -165,8 +169,8 @@ def _fetch(known: Examined, shown: bool) -> None:
 
 
 def _read(known: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStore]:
-    """The model without its experts, and the store with them."""
-    _alone(cleanup)
+    """Read the weights; return the model without its experts, and the store with them."""
+    _take_turn(cleanup)
     _quieten(cleanup)
     store = HostStore(known.layout, len(known.layers), known.layers[0].count)
     readings = None if known.quantised else plan_readings(known.empty, known.layers, known.files)
@@ -193,7 +197,8 @@ def _read(known: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStor
 def _read_directly(
     known: Examined, store: HostStore, readings: Sequence[Reading], advance: Advance, cleanup: Cleanup
 ) -> Any:
-    """Experts by our own threads, everything else by Transformers, whose experts stay empty."""
+    """Read the experts by our own threads and the rest by Transformers; return the model."""
+    # 1. Copy every reading into its place in the store.
     handles: dict[Any, Any] = {}
     cleanup.append(lambda: list(map(_close, handles.values())))
     for file in known.files:
@@ -211,6 +216,7 @@ def _read_directly(
     cleanup.append(partial(threads.shutdown, cancel_futures=True))
     for nbytes in threads.map(read, readings):
         advance(nbytes)
+    # 2. Have Transformers load the other weights, its experts staying empty.
     slices = {key: handle.get_slice(key) for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
     experts = {one.key for one in readings}
     _keep_experts_out(lambda module, name, weight: None, cleanup)
@@ -224,6 +230,7 @@ def _read_directly(
     )
     ours = {f"{layer.name}.{name}" for layer in compat.moe_layers(model) for name in compat.weight_names(layer.experts)}
     _check_complete([key for key in info["missing_keys"] if key not in ours])
+    # 3. Do what from_pretrained does beside: remember the conversions, read the generation configuration.
     renaming = Renaming(model)
     for key in slices:
         renaming.target(key)
@@ -253,7 +260,10 @@ def _close(file: Any) -> None:
 
 
 def _read_converted(known: Examined, store: HostStore, advance: Advance, cleanup: Cleanup) -> Any:
-    """Everything by Transformers; each experts weight is moved into its row as soon as it is whole."""
+    """Read everything by Transformers, moving each experts weight into the store as soon as it is complete.
+
+    Return the model.
+    """
     order: dict[nn.Module, int] = {}
 
     def take(module: nn.Module, name: str, weight: torch.Tensor) -> None:
@@ -273,10 +283,10 @@ def _read_converted(known: Examined, store: HostStore, advance: Advance, cleanup
 
 
 def _keep_experts_out(take: Callable[[nn.Module, str, torch.Tensor], None], cleanup: Cleanup) -> None:
-    """From now on, loaded experts weights are handed to `take`, and their modules keep empty placeholders.
+    """Pass every experts weight that is loaded from now on to `take`, leaving an empty placeholder in its module.
 
-    By PyTorch's own hook on the registration of parameters: Transformers sets each loaded weight that way, on the
-    thread that loads. The models of other threads are left alone.
+    It uses PyTorch's hook on the registration of parameters, which is how Transformers sets each loaded weight, on the
+    thread that loads. The models of other threads are not touched.
     """
     thread, taking = threading.get_ident(), [take]
 
@@ -303,14 +313,15 @@ def _return_freed_memory() -> None:
 
 
 def _check_complete(missing: Sequence[str]) -> None:
+    """Raise Refused if weights are missing."""
     if missing:
         raise Refused(f"The checkpoint lacks {len(missing)} weights, {sorted(missing)[0]} among them; copy it again.")
 
 
-# --- what is changed for the time of reading ------------------------------------------------------
+# --- settings that are changed while reading ------------------------------------------------------
 
 
-def _alone(cleanup: Cleanup) -> None:
+def _take_turn(cleanup: Cleanup) -> None:
     """Wait until no other thread examines or reads a checkpoint; the others wait from now on.
 
     Transformers builds models under a default dtype that all threads share.
@@ -326,6 +337,7 @@ def _alone(cleanup: Cleanup) -> None:
 
 
 def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:
+    """Set an environment variable until the cleanup."""
     before = os.environ.get(name)
     back = partial(os.environ.pop, name, None) if before is None else partial(os.environ.update, {name: before})
     cleanup.append(back)
@@ -333,7 +345,7 @@ def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:
 
 
 def _quieten(cleanup: Cleanup) -> None:
-    """Transformers' own bar and its report of the experts it was not given, off."""
+    """Turn off Transformers' own progress bar and its report of missing experts, until the cleanup."""
     log = transformers.utils.logging
     cleanup.append(partial(log.set_verbosity, log.get_verbosity()))
     if log.is_progress_bar_enabled():
@@ -343,7 +355,7 @@ def _quieten(cleanup: Cleanup) -> None:
 
 
 def _bar(shown: bool, cleanup: Cleanup) -> Progress:
-    """A bar on stderr with bytes and bytes per second."""
+    """Start a progress bar on stderr, with bytes and bytes per second."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
     cleanup.append(bar.stop)

@@ -43,24 +43,24 @@ class Source:
     sizes: Mapping[str, int] | None = None
 
     def has(self, file: str) -> bool:
-        """Whether the file is there, or can be fetched."""
+        """Return whether the file is there, or can be fetched."""
         return self.holds(file) if self.sizes is None else file in self.sizes
 
     def holds(self, file: str) -> bool:
-        """Whether the file is in the folder."""
+        """Return whether the file is in the folder."""
         return (self.folder / file).is_file()
 
     def files(self) -> list[str]:
-        """The names of all files of the top level."""
+        """Return the names of all files in the top folder."""
         names = os.listdir(self.folder) if self.sizes is None else [name for name in self.sizes if "/" not in name]
         return sorted(names)
 
     def missing_nbytes(self, files: Iterable[str]) -> int:
-        """Bytes of these files that are not in the cache yet."""
+        """Return the bytes of those of `files` that are not in the cache yet."""
         return sum((self.sizes or {}).get(file, 0) for file in files if not self.holds(file))
 
     def fetch(self, files: Sequence[str], *, shown: bool = False) -> None:
-        """Have these files in the folder; `shown` shows bars on stderr. Raises Refused for one that cannot be had."""
+        """Download the `files` that are not in the folder; `shown` shows bars on stderr. Raise Refused if it fails."""
         lacking = [file for file in files if not self.holds(file)]
         if lacking and self.sizes is None:
             raise Refused(self.without(lacking[0]))
@@ -75,7 +75,7 @@ class Source:
                     raise Refused(self.without(file))
 
     def without(self, file: str) -> str:
-        """The sentence for a file that should be here and is not."""
+        """Return the refusal of a checkpoint that lacks `file`."""
         if self.commit is None:
             return f"{self.folder} lacks {file}; copy it again."
         if self.sizes is None:
@@ -84,9 +84,9 @@ class Source:
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, patterns: Sequence[str]) -> Source:
-    """A folder as it is, or a repository at that revision, of which files that match are fetched.
+    """Return the source of a folder, or of a hub repository at that revision, whose files that match are fetched.
 
-    Raises Refused for what is neither, and for a repository that is neither reachable nor in the cache.
+    Raise Refused for anything else, and for a repository that is neither reachable nor in the cache.
     """
     name = _name(source)
     folder = _folder(name)
@@ -98,6 +98,7 @@ def locate(source: str | os.PathLike[str], revision: str | None, patterns: Seque
 
 
 def _name(source: object) -> str:
+    """Return the path or hub id as text. Raise Refused if it is none."""
     try:
         name = os.fspath(source)  # type: ignore[call-overload]
     except TypeError:
@@ -112,7 +113,7 @@ def _name(source: object) -> str:
 
 
 def _folder(name: str) -> str | None:
-    """The local folder, None for a hub id; Refused for what is neither."""
+    """Return the local folder, or None for a hub id. Raise Refused for anything else."""
     for path in (name, os.path.expanduser(name)):
         if os.path.isdir(path):
             return path
@@ -124,6 +125,7 @@ def _folder(name: str) -> str | None:
 
 
 def _repository(name: str, revision: str | None, patterns: Sequence[str]) -> Source:
+    """Return the source of a hub repository; without a network, what the cache holds of it. Raise Refused."""
     try:
         folder = Path(_download(name, revision, patterns, shown=False))
     except LocalEntryNotFoundError as error:  # no network, and not everything in the cache; what is there may do
@@ -137,6 +139,7 @@ def _repository(name: str, revision: str | None, patterns: Sequence[str]) -> Sou
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str], shown: bool) -> str:
+    """Download the matching files into the cache; return the folder of the snapshot."""
     bars = tqdm if shown else _Silent
     return snapshot_download(name, revision=revision, allow_patterns=list(patterns), tqdm_class=bars)
 
@@ -149,6 +152,7 @@ class _Silent(tqdm):
 
 
 def _cached(name: str, file: str, revision: str | None) -> Path | None:
+    """Return the path of a repository's file in the cache, or None."""
     try:
         found = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
@@ -157,7 +161,7 @@ def _cached(name: str, file: str, revision: str | None) -> Path | None:
 
 
 def cached_whole(name: str, revision: str | None) -> bool:
-    """Whether all weights of a repository are in the cache: its single file, or every file of its index."""
+    """Return whether all weights of a repository are in the cache: its single file, or every file of its index."""
     if _cached(name, SINGLE, revision) is not None:
         return True
     index = _cached(name, INDEX, revision)
@@ -169,6 +173,7 @@ def cached_whole(name: str, revision: str | None) -> bool:
 
 
 def _listing(name: str, commit: str) -> dict[str, int] | None:
+    """Return the bytes of each file of a repository; None if the hub cannot be reached."""
     try:
         entries = list(HfApi().list_repo_tree(name, recursive=True, revision=commit))
     except Exception:  # without a network there is only the cache, whatever the HTTP client calls that
@@ -177,7 +182,7 @@ def _listing(name: str, commit: str) -> dict[str, int] | None:
 
 
 def _why(error: Exception, revision: str | None) -> str:
-    """What keeps us from a repository, and what to do about it."""
+    """Return why a repository cannot be read, and what to do about it."""
     if isinstance(error, GatedRepoError):
         return "it is gated; accept its terms on its page, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
@@ -192,13 +197,13 @@ def _why(error: Exception, revision: str | None) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of the hub's cache, or where it will be made, the nearest one above that exists."""
+    """Return the folder of the hub's cache, or the nearest one above it that exists."""
     cache = Path(constants.HF_HUB_CACHE)
     return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
 
 
 def disk_shortage(nbytes: int, free_nbytes: int) -> str | None:
-    """Why the disk of the hub's cache, where so much is free, cannot take that many bytes more, or None if it can."""
+    """Return why `nbytes` do not fit into the hub's cache, on whose disk `free_nbytes` are free; None if they do."""
     if nbytes <= free_nbytes:
         return None
     return (

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold its weights, by Transformers' own rule, and what their headers say of them.
+"""Weights of a checkpoint: the files that hold them, by Transformers' own rule, and what their headers say.
 
 The rule is `_get_resolved_checkpoint_files` of transformers.modeling_utils: the file that the configuration names,
 else model.safetensors, else the files of the index. Only safetensors are read here.
@@ -29,7 +29,7 @@ FOREIGN = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Weights:
-    """`files` in the order they are read: of a key that two of them hold, the later file's weight counts.
+    """The files of a checkpoint's weights, in the order they are read: of a key that two hold, the later one counts.
 
     `keys` are the names of all weights and `dtype` their type where an index says so, else None.
     """
@@ -40,9 +40,9 @@ class Weights:
 
 
 def weights_of(source: Source, explicit: object = None) -> Weights:
-    """Where the weights are; `explicit` is the configuration's `transformers_weights`.
+    """Return the files of the weights; `explicit` is the configuration's `transformers_weights`.
 
-    Raises Refused for files that are missing or lie outside, and for an index that is none.
+    Raise Refused for files that are missing or lie outside, and for a broken index.
     """
     if explicit is not None:
         found = _explicit(source, explicit)
@@ -59,12 +59,12 @@ def weights_of(source: Source, explicit: object = None) -> Weights:
 
 
 def holds_weights(source: Source) -> bool:
-    """Whether there is anything that could be meant as weights."""
+    """Return whether there is any file that could be meant as weights."""
     return any(name.endswith(FOREIGN) or name == INDEX for name in source.files())
 
 
 def _none(source: Source) -> str:
-    """The sentence for a checkpoint without model.safetensors and without an index; it names what is there instead."""
+    """Return the refusal of a checkpoint without model.safetensors or an index, naming the file that is there."""
     lacks = f"{source.name} lacks {SINGLE}; only complete safetensors checkpoints are read"
     file = next((name for end in FOREIGN for name in source.files() if name.endswith(end)), None)
     if file is None:
@@ -79,6 +79,7 @@ def _none(source: Source) -> str:
 
 
 def _explicit(source: Source, name: object) -> Weights:
+    """Return the weights that the configuration names. Raise Refused if it names none that can be read."""
     if isinstance(name, str) and name.endswith(".safetensors"):
         return Weights((_inside(source, name, "transformers_weights in config.json"),))
     if isinstance(name, str) and name.endswith(".safetensors.index.json"):
@@ -90,6 +91,7 @@ def _explicit(source: Source, name: object) -> Weights:
 
 
 def _index(source: Source, name: str) -> Weights:
+    """Return the weights that an index lists. Raise Refused for a broken index."""
     if not source.holds(name):
         raise Refused(source.without(name))
     path = source.folder / name
@@ -109,13 +111,14 @@ def _index(source: Source, name: str) -> Weights:
 
 
 def _inside(source: Source, file: str, named_by: str) -> str:
+    """Return the file's name. Raise Refused if it lies outside of the checkpoint's folder."""
     if os.path.isabs(file) or Path(os.path.normpath(file)).parts[0] == "..":
         raise Refused(f"{file!r}, named by {named_by}, lies outside of {source.name}; only files inside are read.")
     return file
 
 
 def json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises Refused, with what to do, if it holds none."""
+    """Read the JSON object in a file. Raise Refused with the `remedy` if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -130,7 +133,7 @@ def json_object(path: Path, remedy: str) -> dict[str, Any]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, whose header has been read. Raises Refused if it is damaged."""
+    """Open a safetensors file, reading its header. Raise Refused if it is damaged."""
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -142,16 +145,17 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _is_pointer(path: Path) -> bool:
+    """Return whether the file is a Git LFS pointer."""
     with suppress(OSError), path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
     return False
 
 
 def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
-    """The type that Transformers takes a checkpoint's weights to have: the index's, else of the first that is a float.
+    """Return the dtype that Transformers takes a checkpoint to have: the index's, else that of the first float weight.
 
-    First is the alphabet's first name in the first file. Floats of 8 bits and fewer are passed over, and taken where
-    there is nothing else. A file that is not here yet is asked for its header alone.
+    The first is that of the alphabetically first name in the first file. Floats of 8 bits and fewer count only if
+    there are no others. Of a file that is not here yet, only the header is read.
     """
     if weights.dtype is not None:
         found = getattr(torch, weights.dtype, None)
@@ -166,12 +170,12 @@ def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
 
 
 def stored_keys(source: Source, weights: Weights) -> set[str]:
-    """The names of all weights in the files; those that are not here yet are asked for their headers alone."""
+    """Return the names of all weights in the files; of those that are not here yet, only the headers are read."""
     return {key for file in weights.files for key in _header(source, file)}
 
 
 def _header(source: Source, file: str) -> dict[str, str]:
-    """By key, the word for its dtype in the file's header."""
+    """Return, by key, its dtype as the file's header spells it."""
     if source.holds(file):
         with opened(source.folder / file) as here:
             return {key: here.get_slice(key).get_dtype() for key in here.keys()}  # noqa: SIM118

@@ -22,8 +22,8 @@ examples:
   mobile chat allenai/OLMoE-1B-7B-0924-Instruct --memory 8GiB
   mobile serve FOLDER --memory 8GiB                 then: http://localhost:8000/v1
   mobile trace FOLDER --prompts prompts.jsonl --out trace.npz
-  mobile replay trace.npz --sweep                   what other strategies and cache sizes would make of it
-  mobile strategies                                 what --strategy can be; `mobile hardware` says it of --hardware
+  mobile replay trace.npz --sweep                   how other strategies and cache sizes would run it
+  mobile strategies                                 the choices of --strategy; `mobile hardware`: those of --hardware
 
 `mobile COMMAND --help` explains one command.
 """
@@ -31,7 +31,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def build() -> Parser:
-    """The parser with every command in it; each command's options are declared beside its code."""
+    """Return the parser with every command in it; each command declares its own options."""
     parser = Parser(
         prog="mobile",
         description="Run Mixture-of-Experts models that do not fit in GPU memory.",
@@ -46,7 +46,7 @@ def build() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    """Run one command; return its exit code: 0, 2 for an error that the user can correct, 130 after Ctrl-C."""
     try:
         show.prepare()
         try:
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    """Run one command; return its exit code. Raise Refused, or what the system raises."""
     torch_is_ours = "torch" not in sys.modules  # else its settings are those of a program that calls this
     parser = build()
     arguments = parser.read(argv)
@@ -83,7 +84,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _about(error: OSError) -> str:
-    """What the system would not do. Where it names no file and speaks of writing, it is of our output."""
+    """Return the system's error as a sentence. One about writing that names no file is about our output."""
     try:
         sys.stdout.flush()
     except OSError:

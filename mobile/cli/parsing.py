@@ -1,4 +1,4 @@
-"""How a command line is read: options before, between and after the arguments, and one sentence for what is wrong."""
+"""Parsing a command line: options before, between and after the arguments, and mistakes refused in one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mobile.suggest import nearest, offer
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a wrong command line in one sentence instead of printing the usage."""
+    """An argparse parser that refuses a wrong command line in one sentence instead of printing the usage."""
 
     commands: Any = None
 
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _read_alone(self, words: list[str]) -> argparse.Namespace:
-        """Options may stand in any place; argparse takes them so only where there are no commands."""
+        """Parse options in any place; argparse can do that only for a parser without commands."""
         found, left = self.parse_known_intermixed_args(words)
         for word in left:
             if word.startswith("-") and word != "-":

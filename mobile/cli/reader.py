@@ -64,18 +64,19 @@ class Reader:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the model knows."""
+        """Return the number of tokens that the model knows; None if unknown."""
         return self._has("vocab_size")
 
     @property
     def positions(self) -> int | None:
-        """The longest text the model can read; None where that is unknown, or grows with the text (dynamic RoPE)."""
+        """Return the most tokens that the model can read; None if unknown, or growing with the text (dynamic RoPE)."""
         rope = getattr(self.config.get_text_config(), "rope_parameters", None)
         if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
             return None
         return self._has("max_position_embeddings")
 
     def _has(self, name: str) -> int | None:
+        """Return a positive number of the text configuration; None if it has none of that name."""
         found = getattr(self.config.get_text_config(), name, None)
         return found if isinstance(found, int) and found > 0 else None
 

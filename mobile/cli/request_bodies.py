@@ -1,7 +1,6 @@
 """Bodies of requests to the server, checked before Transformers' handlers get them.
 
-A client's mistake is told in one sentence. What the handlers ignore or refuse themselves (fields they do not know) is
-left to them.
+A client's mistake is refused in one sentence. Fields that the handlers do not know, they ignore or refuse themselves.
 """
 
 from __future__ import annotations
@@ -22,22 +21,24 @@ OURS = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "loa
 
 
 def _wrong(says: str) -> PydanticCustomError:
+    """Return the validation error with this message."""
     return PydanticCustomError("mobile", "{says}", {"says": says})
 
 
 def _warm(temperature: float) -> float:
+    """Refuse a temperature above 0 that is too low to divide by."""
     if 0 < temperature < COLDEST:
         raise _wrong(f"must be 0 or at least {COLDEST}")
     return temperature
 
 
 def _readable(text: Any) -> bool:
-    """Whether it is a text, without halves of surrogate pairs: JSON can say them, and no tokenizer reads them."""
+    """Return whether it is text without halves of surrogate pairs, which JSON can hold and no tokenizer reads."""
     return isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(content: Any) -> Any:
-    """A text, or a list of parts that are texts."""
+    """Check that the content is a text, or a list of parts that are texts."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") not in PARTS or not _readable(part.get("text")):
@@ -46,7 +47,7 @@ def _text(content: Any) -> Any:
 
 
 def _stop(stop: Any) -> Any:
-    """A text, or a list of some."""
+    """Check that it is a text that is not empty, or a list of such texts."""
     words = stop if isinstance(stop, list) else [stop]
     if not all(word and _readable(word) for word in words):
         raise _wrong("must be a text that is not empty, or a list of such texts")
@@ -54,7 +55,7 @@ def _stop(stop: Any) -> Any:
 
 
 def _object(text: str | dict[str, Any]) -> str | dict[str, Any]:
-    """JSON of an object, or the object."""
+    """Check that it is the JSON of an object, or the object."""
     try:
         found = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
@@ -65,24 +66,28 @@ def _object(text: str | dict[str, Any]) -> str | dict[str, Any]:
 
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
+    """Check that a logit bias maps token ids to numbers from -100 to 100."""
     if not all(token.isascii() and token.isdigit() and abs(by) <= 100 for token, by in bias.items()):
         raise _wrong("must name tokens by their ids, which are whole numbers, and add from -100 to 100 to each")
     return bias
 
 
 def _template_words(words: dict[str, Any]) -> dict[str, Any]:
+    """Check that no argument of apply_chat_template itself is set."""
     if taken := sorted(set(words) & set(OURS)):
         raise _wrong(f"must name variables of the template, and {taken[0]} is none")
     return words
 
 
 def _sound(text: str) -> str:
+    """Check that a text has no halves of surrogate pairs."""
     if not _readable(text):
         raise _wrong("must be a text, and half of a surrogate pair is none")
     return text
 
 
 def _not_empty(text: str) -> str:
+    """Check that a text is not empty."""
     if not text:
         raise _wrong("is empty; give it some text")
     return text
@@ -95,13 +100,13 @@ Content = Annotated[Any, BeforeValidator(_text)]
 
 
 class _Checked(BaseModel):
-    """Nothing is converted, so that what was checked is what the handlers get."""
+    """A model that converts nothing, so that the handlers get exactly the values that were checked."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class Function(_Checked):
-    """What a tool call calls."""
+    """The function that a tool call names, and its arguments."""
 
     name: Text
     arguments: Annotated[str | dict[str, Any], AfterValidator(_object)]
@@ -114,7 +119,7 @@ class ToolCall(_Checked):
 
 
 class Message(_Checked):
-    """One turn of a chat."""
+    """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
@@ -122,7 +127,8 @@ class Message(_Checked):
     tool_call_id: Text | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> Message:
+    def _check_content(self) -> Message:
+        """Check that the message has content or tool calls."""
         if self.content is None and self.tool_calls is None:
             raise _wrong("lacks its content")
         if "tool_calls" in self.model_fields_set and self.tool_calls is None:
@@ -131,14 +137,14 @@ class Message(_Checked):
 
 
 class _Sampled(_Checked):
-    """How a token is chosen."""
+    """The options of sampling that all routes take."""
 
     temperature: Annotated[float, Field(ge=0), AfterValidator(_warm)] | None = None
     top_p: Share | None = None
 
 
 class Generation(_Sampled):
-    """What a request may set of Transformers' GenerationConfig: nothing by which it changes the model, or the cache."""
+    """The fields of Transformers' GenerationConfig that a request may set: none that changes the model or the cache."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -152,6 +158,7 @@ class Generation(_Sampled):
 
 
 def _generation_config(text: str) -> str:
+    """Check that it is the JSON of a `Generation`."""
     _object(text)
     try:
         Generation.model_validate(json.loads(text))
@@ -161,7 +168,7 @@ def _generation_config(text: str) -> str:
 
 
 class _Request(_Sampled):
-    """What all routes take."""
+    """The fields that all routes take."""
 
     model: Text | None = None
     stream: bool | None = None
@@ -170,7 +177,7 @@ class _Request(_Sampled):
 
 
 class _Completing(_Request):
-    """What both kinds of completions take besides."""
+    """The further fields that both kinds of completions take."""
 
     max_tokens: Count | None = None
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
@@ -194,7 +201,7 @@ class Chat(_Completing):
 
 
 def _input(items: Any) -> Any:
-    """A text, parts of one, or the items of a conversation, as ResponseHandler tells them apart."""
+    """Check that it is a text, its parts, or the items of a conversation, which ResponseHandler tells apart."""
     if isinstance(items, str) and items:
         return items
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
@@ -221,14 +228,14 @@ class Call(_Checked):
 
 
 class CallOutput(_Checked):
-    """What a tool answered."""
+    """The output of a tool call."""
 
     call_id: Text
     output: Content
 
 
 class Thought(_Checked):
-    """What a model thought before it answered."""
+    """The reasoning of a model before its answer."""
 
     content: list[dict[Literal["type", "text"], str]] | None = None
 
@@ -270,8 +277,8 @@ def checked(kind: type[_Request], body: dict[str, Any], vocabulary: int | None) 
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first mistake, and where it is. The client's own words are not repeated: they may be no text."""
+    """Return the first mistake, and where it is. The client's own words are not repeated: they may be no text."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    told = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}" if where else first["msg"]
-    return told.encode(errors="backslashreplace").decode()
+    sentence = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}" if where else first["msg"]
+    return sentence.encode(errors="backslashreplace").decode()

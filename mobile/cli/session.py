@@ -1,4 +1,4 @@
-"""What the commands that run a model share: the attached model with its tokenizer, and the line of statistics."""
+"""A session of the commands that run a model: the attached model with its tokenizer, and the line of statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with which a user chooses th
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """generate()'s options for what was asked. Raises Refused for numbers that mean nothing."""
+    """Return generate()'s options for the command line's. Raise Refused for numbers out of range."""
     temperature, top_p = arguments.temperature, arguments.top_p
     if arguments.max_new_tokens < 1:
         raise Refused(f"--max-new-tokens must be at least 1, and {arguments.max_new_tokens} is not.")
@@ -41,7 +41,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Session:
-    """An attached model and what reads for it."""
+    """An attached model, the reader of its prompts, and generate()'s options."""
 
     model: Any
     reader: Reader
@@ -49,36 +49,38 @@ class Session:
 
     @property
     def tokenizer(self) -> Any:
+        """Return the reader's tokenizer."""
         return self.reader.tokenizer
 
     @property
     def template(self) -> bool:
-        """Whether prompts go through the chat template."""
+        """Return whether prompts go through the chat template."""
         return self.reader.template
 
     def encode(self, messages: list[dict[str, str]]) -> Any:
-        """Token ids (1, length) of a conversation, where the model is. Raises Refused as the reader does."""
+        """Return token ids (1, length) of a conversation, on the model's device. Raise Refused as the reader does."""
         return self.reader.encode(messages).to(self.model.device)
 
     def generate(self, ids: Any, **more: Any) -> Any:
-        """The model's generate() with the options of the command line; `more` goes before them."""
+        """Call the model's generate() with the options of the command line; `more` overrides them."""
         ids = ids.to(self.model.device)
         return self.model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **{**self.options, **more})
 
     def decode(self, ids: Any) -> str:
+        """Return the text of token ids, without special tokens."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
 def opening(arguments: argparse.Namespace) -> tuple[Reader, dict[str, Any]]:
-    """The reader and generate()'s options, before a weight is read. Raises Refused for whatever of it cannot work."""
+    """Return the reader and generate()'s options, before any weight is read. Raise Refused if they cannot work."""
     sampled = sampling(arguments)
     show.waiting(f"opening {arguments.model} ...")
     return open_reader(arguments), sampled
 
 
 def start(arguments: argparse.Namespace, reader: Reader, sampled: dict[str, Any]) -> Session:
-    """The model behind what `opening` gave. Raises Refused."""
+    """Load the model for the reader and options that `opening` returned. Raise Refused."""
     import torch
 
     model = load_model(arguments, reader)
@@ -87,7 +89,7 @@ def start(arguments: argparse.Namespace, reader: Reader, sampled: dict[str, Any]
 
 
 def load_model(arguments: argparse.Namespace, reader: Reader) -> Any:
-    """The model as the command line asks for it, attached. Raises Refused."""
+    """Load the model as the command line asks for it, attached. Raise Refused."""
     import mobile
 
     if arguments.torch_is_ours:
@@ -115,12 +117,12 @@ def _choose_threads(config: Any) -> None:
 
 
 def is_virtual(model: Any) -> bool:
-    """Whether the model's time is computed."""
+    """Return whether the model's time is virtual."""
     return not LINKS[model.mobile.plan.link].real_time
 
 
 def line(model: Any, before: dict[str, Any]) -> str:
-    """What happened since the statistics `before`, for a reader; rates without a denominator are left out."""
+    """Return a line on what happened since the statistics `before`; rates without a denominator are left out."""
     now = model.mobile.stats()
     spent = {name: now[name] - (before.get(name) or 0) for name in now if isinstance(now[name], int | float)}
     unit = "virtual second" if is_virtual(model) else "second"

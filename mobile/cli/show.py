@@ -1,4 +1,4 @@
-"""How the commands print: tables and JSON on stdout, everything else on stderr, colours only on a terminal.
+"""Output of the commands: tables and JSON on stdout, everything else on stderr, colours only on a terminal.
 
 Streams may be closed or full; what is said on stderr is then lost, and a lost result is an error.
 """
@@ -19,7 +19,7 @@ GIB, MIB, GB = 2**30, 2**20, 10**9
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that does not wrap what goes into a pipe."""
+    """Return a console that does not wrap lines that go into a pipe."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160)
 
@@ -48,7 +48,7 @@ def silence(stream: Any) -> None:
 
 
 def note(text: str) -> None:
-    """One line for the reader, on stderr; bytes that are no text are escaped."""
+    """Print a line on stderr; bytes that are not text are escaped."""
     try:
         print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
     except OSError:
@@ -56,18 +56,18 @@ def note(text: str) -> None:
 
 
 def waiting(text: str) -> None:
-    """One line on a terminal, said before something that takes long and shows nothing, as importing PyTorch does."""
+    """Print a line on stderr if that is a terminal, before something slow that shows nothing, as importing PyTorch."""
     if sys.stderr.isatty():
         note(text)
 
 
 def as_json(content: dict[str, Any]) -> None:
-    """The one JSON object of --json."""
+    """Print the one JSON object of --json."""
     print(json.dumps(content, indent=2, allow_nan=False))
 
 
 def table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+    """Return a table whose first column is text and whose others are numbers."""
     made = Table(
         title=title,
         title_justify="left",
@@ -83,7 +83,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def memory(nbytes: int | None) -> str:
-    """Bytes for a reader, in binary units."""
+    """Return bytes as text, in binary units."""
     if nbytes is None:
         return "unknown"
     for unit, size in (("GiB", GIB), ("MiB", MIB)):
@@ -93,7 +93,7 @@ def memory(nbytes: int | None) -> str:
 
 
 def moved(nbytes: int) -> str:
-    """Bytes over a link for a reader, in decimal units like its bandwidth."""
+    """Return bytes over a link as text, in decimal units like its bandwidth."""
     for unit, size in (("GB", GB), ("MB", 10**6)):
         if nbytes >= size / 10:
             return f"{nbytes / size:,.2f} {unit}"
@@ -101,5 +101,5 @@ def moved(nbytes: int) -> str:
 
 
 def rate(a_second: float) -> str:
-    """A rate for a reader, without digits that say nothing."""
+    """Return a rate as text, without insignificant digits."""
     return f"{a_second:,.1f}" if a_second < 1000 else f"{a_second:,.0f}"

@@ -1,4 +1,4 @@
-"""What no run of the method can pass: closed forms to hold a measured speed against. Arithmetic only, no torch.
+"""Upper bounds of MoBiLE's speed: closed forms to compare a measured speed with. Arithmetic only, no torch.
 
 `Geometry.on_demand_ceiling` gives the tokens per second that these multiply.
 """
@@ -13,10 +13,10 @@ from mobile.costs.cost_model import CostModel
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What bounds MoBiLE over on-demand loading that takes turns with compute, for one geometry on one profile.
+    """The bounds of MoBiLE's speedup over on-demand loading without overlap, for one geometry on one profile.
 
     `on_demand_tokens_per_s` is the link's bandwidth over the bytes of a token's experts, `loading_share` f and
-    `fallback_cost` phi are what `speedup` takes, `break_even` the fallback rate at which the speedup is 1, and
+    `fallback_cost` phi are the arguments of `speedup`, `break_even` the fallback rate at which the speedup is 1, and
     `speedups` gives, by fallback rate, `loading_speedup` and `speedup`.
     """
 
@@ -28,10 +28,10 @@ class Ceilings:
 
 
 def ceilings(cost: CostModel, fallback_rates: Sequence[float]) -> Ceilings | None:
-    """The closed forms with f and phi of the cost model; None where half of the top-k is no whole number.
+    """Return the closed forms with f and phi of the cost model; None where half of the top-k is not a whole number.
 
     f is the time of a token's K copies and products a layer in that of its whole step. A fallback costs the routers'
-    replay, the copies of the other half, and a full-K compute pass: phi is that in steps. Raises ValueError for a rate
+    replay, the copies of the other half, and a full-K compute pass: phi is that in steps. Raise ValueError for a rate
     outside of 0 to 1.
     """
     geometry = cost.geometry
@@ -52,20 +52,20 @@ def ceilings(cost: CostModel, fallback_rates: Sequence[float]) -> Ceilings | Non
 
 
 def loading_speedup(fallback_rate: float) -> float:
-    """Times faster than on-demand if all decode time is loading and every prefetch is perfect: 2 / (1 + r).
+    """Return the speedup over on-demand if all decode time is loading and every prefetch is right: 2 / (1 + r).
 
     `fallback_rate` r is the share of tokens that run again with all K experts, 0 to 1: each of them loads K experts
-    a layer and the others K/2. Raises ValueError outside of that range.
+    a layer and the others K/2. Raise ValueError outside of that range.
     """
     return speedup(loading_share=1.0, fallback_rate=fallback_rate, fallback_cost=0.5)
 
 
 def speedup(loading_share: float, fallback_rate: float, fallback_cost: float) -> float:
-    """Times faster than on-demand: 1 / (1 - f/2 + r phi).
+    """Return the speedup over on-demand: 1 / (1 - f/2 + r phi).
 
     `loading_share` f is the share of on-demand decode time that grows with the experts loaded, `fallback_rate` r
     the share of tokens that fall back, both 0 to 1, and `fallback_cost` phi what one fallback adds, in on-demand
-    steps: 0.5 if it only loads the other half, 1 if it runs a whole step. Raises ValueError outside of these ranges.
+    steps: 0.5 if it only loads the other half, 1 if it runs a whole step. Raise ValueError outside of these ranges.
     """
     for name, share in (("loading_share", loading_share), ("fallback_rate", fallback_rate)):
         if not 0 <= share <= 1:
@@ -76,7 +76,7 @@ def speedup(loading_share: float, fallback_rate: float, fallback_cost: float) ->
 
 
 def highest_fallback_rate(wanted: float, loading_share: float, fallback_cost: float) -> float | None:
-    """The fallback rate at which `speedup` is `wanted` times: a run above it cannot reach it.
+    """Return the fallback rate at which `speedup` is `wanted` times: a run above it cannot reach it.
 
     None where no rate can, because the cap without any fallback, 1 / (1 - f/2), is lower. 1 at most.
     """

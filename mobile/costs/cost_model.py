@@ -1,4 +1,7 @@
-"""What one layer step costs on a profile: roofline plus launches, in integer nanoseconds."""
+"""The cost model: nanoseconds of a copy, a layer, an expert, by a roofline plus kernel launches.
+
+It is all that virtual time is computed from.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ DENSE_LAUNCHES, EXPERT_LAUNCHES, HEAD_LAUNCHES, ROUTER_LAUNCHES = 20, 4, 4, 3
 
 
 class CostModel:
-    """Nanoseconds of each thing a run does, for one geometry on one profile.
+    """Integer nanoseconds of each thing that a run does, for one geometry on one profile.
 
     A step costs max(bytes / memory bandwidth, flops / peak) plus its launches, a layer and a pass also what was
     measured of them beyond that (`layer_seconds`, `step_seconds`; with the head). Attention over the KV cache is
@@ -36,13 +39,14 @@ class CostModel:
         self.router_replay_ns = geometry.moe_layers * self._step(geometry.router_nbytes, 1, ROUTER_LAUNCHES)
 
     def _on_cpu(self, tokens: int) -> int:
-        """One expert on the processor, its inputs brought there and its outputs back at the link's latency each."""
+        """Return the time of one expert on the CPU, its inputs and its outputs copied at the link's latency each."""
         profile, nbytes = self.profile, self.geometry.expert_nbytes
         reading = nbytes / (profile.cpu_gb_per_s * 1e9)
         computing = 2 * nbytes / self.geometry.weight_nbytes * tokens / (profile.cpu_tflops * 1e12)
         return round((max(reading, computing) + 2 * profile.link_latency_seconds) * 1e9)
 
     def _step(self, nbytes: int, tokens: int, launches: int, beyond_seconds: float = 0.0) -> int:
+        """Return the time of reading `nbytes` of weights and multiplying `tokens` with them, launches included."""
         flops = 2 * nbytes / self.geometry.weight_nbytes * tokens
         reading = nbytes / (self.profile.memory_gb_per_s * 1e9)
         computing = flops / (self.profile.tflops * 1e12)

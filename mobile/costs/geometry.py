@@ -1,4 +1,4 @@
-"""What a model costs to move and to run: layers, experts, bytes. Arithmetic only, no torch."""
+"""Geometries: layers, experts and bytes of a model, which decide what it costs. Arithmetic only, no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mobile.suggest import offer
 
 @dataclass(frozen=True)
 class Geometry:
-    """One model's sizes, in bytes of the dtype it is stored in.
+    """A model's sizes, in bytes of the dtype it is stored in.
 
     `moe_layers`, `experts` (routed, per layer), `top_k`, `expert_nbytes` (one routed expert, as copied),
     `dense_nbytes` (everything else a token reads per MoE layer: attention, norms, router, shared experts;
@@ -43,89 +43,93 @@ class Geometry:
 
     @property
     def little_k(self) -> int:
-        """Experts a little pass runs per layer: half of the top-k."""
+        """Return the experts that a little pass runs per layer: half of the top-k."""
         return max(1, self.top_k // 2)
 
     @property
     def total_experts(self) -> int:
-        """Routed experts in the whole model."""
+        """Return the number of routed experts in the whole model."""
         return self.moe_layers * self.experts
 
     @property
     def resident_nbytes(self) -> int:
-        """Bytes that always stay on the device."""
+        """Return the bytes that always stay on the device."""
         return self.moe_layers * self.dense_nbytes + self.head_nbytes + self.embedding_nbytes
 
     def on_demand_ceiling(self, link_gb_per_s: float) -> float:
-        """Tokens per second no cache-less engine can pass: bandwidth over the bytes of one token's experts."""
+        """Return the most tokens per second without a cache: bandwidth over the bytes of one token's experts."""
         return link_gb_per_s * 1e9 / (self.moe_layers * self.top_k * self.expert_nbytes)
 
 
-def _preset(
-    name: str,
-    *,
-    layers: int,
-    dense_layers: int,
-    experts: int,
-    top_k: int,
-    hidden: int,
-    intermediate: int,
-    attention: int,
-    shared: int,
-    dense_mlp: int,
-    vocabulary: int,
-) -> Geometry:
-    """A published bf16 model from its configuration; `attention` counts weights per layer."""
-    moe_layers = layers - dense_layers
-    router = experts * hidden
-    dense = layers * attention + moe_layers * (router + 3 * hidden * shared) + dense_layers * 3 * hidden * dense_mlp
-    return Geometry(
-        name=name,
-        moe_layers=moe_layers,
-        experts=experts,
-        top_k=top_k,
-        expert_nbytes=2 * 3 * hidden * intermediate,
-        dense_nbytes=2 * dense // moe_layers,
-        router_nbytes=2 * router,
-        head_nbytes=2 * hidden * vocabulary,
-        embedding_nbytes=2 * hidden * vocabulary,
-        weight_nbytes=2,
-    )
+@dataclass(frozen=True)
+class _Configuration:
+    """The numbers of a published bf16 model's config.json. `attention` counts its weights per layer.
+
+    Of its `layers` the first `dense_layers` have a dense MLP of `dense_mlp` features instead of experts. `intermediate`
+    are the features of a routed expert, `shared` those of all shared experts of a layer.
+    """
+
+    name: str
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    attention: int
+    vocabulary: int
+    dense_layers: int = 0
+    dense_mlp: int = 0
+    shared: int = 0
+
+    def geometry(self) -> Geometry:
+        """Return the sizes in bytes that follow."""
+        moe_layers, hidden = self.layers - self.dense_layers, self.hidden
+        router = self.experts * hidden
+        dense = self.layers * self.attention
+        dense += moe_layers * (router + 3 * hidden * self.shared)
+        dense += self.dense_layers * 3 * hidden * self.dense_mlp
+        return Geometry(
+            name=self.name,
+            moe_layers=moe_layers,
+            experts=self.experts,
+            top_k=self.top_k,
+            expert_nbytes=2 * 3 * hidden * self.intermediate,
+            dense_nbytes=2 * dense // moe_layers,
+            router_nbytes=2 * router,
+            head_nbytes=2 * hidden * self.vocabulary,
+            embedding_nbytes=2 * hidden * self.vocabulary,
+            weight_nbytes=2,
+        )
 
 
 # Sizes from the models' published config.json files; norms and biases (below 0.1 %) are left out.
 GEOMETRIES: Mapping[str, Geometry] = {
-    preset.name: preset
-    for preset in (
-        _preset(
-            "olmoe-1b-7b",
+    published.name: published.geometry()
+    for published in (
+        _Configuration(
+            name="olmoe-1b-7b",
             layers=16,
-            dense_layers=0,
             experts=64,
             top_k=8,
             hidden=2048,
             intermediate=1024,
             attention=4 * 2048 * 2048,
-            shared=0,
-            dense_mlp=0,
             vocabulary=50304,
         ),
-        _preset(
-            "qwen1.5-moe-a2.7b",
+        _Configuration(
+            name="qwen1.5-moe-a2.7b",
             layers=24,
-            dense_layers=0,
             experts=60,
             top_k=4,
             hidden=2048,
             intermediate=1408,
             attention=4 * 2048 * 2048,
             shared=5632,
-            dense_mlp=0,
             vocabulary=151936,
         ),
-        _preset(
+        _Configuration(
             # MLA: query 16 x 192, compressed key-value 512 + 64, its expansion to 16 x (128 + 128), output 16 x 128.
-            "deepseek-v2-lite",
+            name="deepseek-v2-lite",
             layers=27,
             dense_layers=1,
             experts=64,
@@ -137,58 +141,55 @@ GEOMETRIES: Mapping[str, Geometry] = {
             dense_mlp=10944,
             vocabulary=102400,
         ),
-        _preset(
-            "qwen3-30b-a3b",
+        _Configuration(
+            name="qwen3-30b-a3b",
             layers=48,
-            dense_layers=0,
             experts=128,
             top_k=8,
             hidden=2048,
             intermediate=768,
             attention=2 * 2048 * 4096 + 2 * 2048 * 512,
-            shared=0,
-            dense_mlp=0,
             vocabulary=151936,
         ),
     )
 }
 
 
-def project(own: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, ...], ...]]:
-    """The geometry to charge for, and for each of the model's own MoE layers the layers it stands for.
+def project(native: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, ...], ...]]:
+    """Return the geometry to compute time for, and for each of the model's MoE layers those charged with its routing.
 
-    None charges the model's own sizes. A preset's layers are dealt out evenly and in order, so a 4-layer
-    model dressed as a 16-layer one stands for layers 0-3, 4-7, 8-11 and 12-15. Raises Refused for an unknown
-    preset, or one whose experts, top-k or layer count the model cannot stand for.
+    `name` None is the model's native geometry. A preset's layers are dealt out evenly and in order, so the routing of a
+    4-layer model is charged to layers 0-3, 4-7, 8-11 and 12-15 of a 16-layer one. Raise Refused for an unknown preset,
+    one of other experts or top-k, or one of fewer layers than the model.
     """
     if name is None:
-        return own, tuple((layer,) for layer in range(own.moe_layers))
+        return native, tuple((layer,) for layer in range(native.moe_layers))
     if name not in GEOMETRIES:
         raise Refused(f"Unknown geometry {name!r}; {offer(name, sorted(GEOMETRIES))}.")
     charged = GEOMETRIES[name]
-    if (charged.experts, charged.top_k) != (own.experts, own.top_k) or charged.moe_layers < own.moe_layers:
+    if (charged.experts, charged.top_k) != (native.experts, native.top_k) or charged.moe_layers < native.moe_layers:
         raise Refused(
             f"Geometry {name} has {charged.moe_layers} layers of {charged.experts} experts, top {charged.top_k}; this "
-            f"model has {own.moe_layers} of {own.experts}, top {own.top_k}, and cannot stand for it."
+            f"model has {native.moe_layers} of {native.experts}, top {native.top_k}, and cannot stand for it."
         )
-    owner = [layer * own.moe_layers // charged.moe_layers for layer in range(charged.moe_layers)]
+    owner = [layer * native.moe_layers // charged.moe_layers for layer in range(charged.moe_layers)]
     return charged, tuple(
-        tuple(layer for layer in range(charged.moe_layers) if owner[layer] == mine) for mine in range(own.moe_layers)
+        tuple(layer for layer in range(charged.moe_layers) if owner[layer] == mine) for mine in range(native.moe_layers)
     )
 
 
-def slots_for(geometry: Geometry, memory_nbytes: int, reserve_nbytes: int, staging: int) -> int:
-    """Expert slots that fit beside the resident weights, the reserve and `staging` prefill buffers.
+def slots_for(geometry: Geometry, memory_nbytes: int, reserve_nbytes: int, prefill_buffers: int) -> int:
+    """Return the expert slots that fit beside the resident weights, the reserve and the prefill buffers.
 
-    Never more than the model has experts. Raises Refused when fewer than `top_k` slots fit.
+    Never more than the model has experts. Raise Refused when fewer than `top_k` slots fit.
     """
     left = memory_nbytes - reserve_nbytes - geometry.resident_nbytes
-    slots = left // geometry.expert_nbytes - staging
+    slots = left // geometry.expert_nbytes - prefill_buffers
     if slots < geometry.top_k:
-        need = reserve_nbytes + geometry.resident_nbytes + (geometry.top_k + staging) * geometry.expert_nbytes
+        need = reserve_nbytes + geometry.resident_nbytes + (geometry.top_k + prefill_buffers) * geometry.expert_nbytes
         raise Refused(
             f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, "
-            f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB and {geometry.top_k} + {staging} expert slots "
+            f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB and {geometry.top_k} + {prefill_buffers} expert slots "
             f"need {need / 2**20:,.0f} MiB."
         )
     return min(slots, geometry.total_experts)

@@ -1,4 +1,4 @@
-"""Hardware profiles: the numbers a virtual run charges time with, each with its source."""
+"""Hardware profiles: the numbers that virtual time is computed from, each with its source."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class HardwareProfile:
     eager decode step, `reserve_nbytes` what the context, the workspace and the KV cache take. The processor
     reads its memory at `cpu_gb_per_s` while it computes an expert, and reaches `cpu_tflops` where that is no limit.
 
-    What only a measurement can tell is nothing where nobody measured: `layer_seconds` is what the engine and the
-    model's own code take in a layer beyond bytes and launches, `step_seconds` the same of a forward pass beyond its
-    layers. `mobile.machine.fit_profile` fits all of it to a machine.
+    Two numbers are 0 unless they were measured: `layer_seconds`, the time of a layer beyond its bytes and launches
+    (the engine's and the model's own code), and `step_seconds`, that of a forward pass beyond its layers.
+    `mobile.machine.fit_profile` fits all of it to a machine.
     """
 
     name: str
@@ -81,9 +81,9 @@ PROFILES = {card.name: card for card in (_RTX4080, _SHARED_MEMORY)}
 
 
 def profile(name: str) -> HardwareProfile:
-    """The profile of that name, or in that file (a path that ends in .json); "auto" is the paper's probable card.
+    """Return the profile `name`, or the one in a file (a path that ends in .json); "auto" is the paper's probable card.
 
-    Raises Refused for a name that is not in `PROFILES`, or a file that holds no profile.
+    Raise Refused for a name that is not in `PROFILES`, or a file that holds no profile.
     """
     if name == "auto":
         return PROFILES["rtx4080-pcie4"]
@@ -104,7 +104,7 @@ def write_profile(card: HardwareProfile, path: Path) -> None:
 
 
 def read_profile(path: Path) -> HardwareProfile:
-    """The profile in a file. Raises Refused unless it holds every field of one, nothing else, and sound numbers."""
+    """Read the profile in a file. Raise Refused unless it holds all fields of one, no others, and sound numbers."""
     try:
         return profile_from(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
@@ -116,7 +116,7 @@ def read_profile(path: Path) -> HardwareProfile:
 
 
 def profile_from(data: object) -> HardwareProfile:
-    """The profile that `asdict` made this of. Raises Refused for anything else."""
+    """Return the profile of which `asdict` made `data`. Raise Refused for anything else."""
     named = {field.name: field for field in fields(HardwareProfile)}
     if not isinstance(data, dict) or set(data) != set(named):
         unlike = sorted(set(data) ^ set(named)) if isinstance(data, dict) else ["all of it"]

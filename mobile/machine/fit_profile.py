@@ -1,4 +1,4 @@
-"""Fit a hardware profile to measurements, by least squares. numpy only; `mobile.machine.measure` makes them."""
+"""Fitting a hardware profile to measurements, by least squares. numpy only; `mobile.machine.measure` makes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORKSPACE_NBYTES = 512 * 2**20  # for workspaces and the KV cache, assumed
 
 
 class Timing(NamedTuple):
-    """Bytes moved or read once, with so many launches (or copies), and the seconds that took."""
+    """A timing: bytes moved or read once, with so many launches (or copies), and the seconds it took."""
 
     nbytes: int
     launches: int
@@ -27,7 +27,7 @@ class Timing(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """A decode step of a model of so many layers, everything resident."""
+    """The time of a decode step of a model of so many layers, everything resident."""
 
     layers: int
     seconds: float
@@ -35,12 +35,12 @@ class Depth(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was timed on a machine, and when and on what (`about`).
+    """The timings of a machine; `about` says when and on which versions.
 
     `copies` are of rows over the link; `kernels` are weights read by the device, one big product (1 launch) or one
     expert (`cost.EXPERT_LAUNCHES`); `cpu_kernels` are experts on the processor. `depths` are decode steps of models
     whose layers have the sizes of `layer`. Rates are of large products. `memory_nbytes` is the device's, and
-    `taken_nbytes` what of it this process could not have.
+    `taken_nbytes` the part of it that this process could not have.
     """
 
     device: str
@@ -57,7 +57,7 @@ class Measurements:
 
 
 class Line(NamedTuple):
-    """seconds = launches x `each_seconds` + bytes / `gb_per_s`; `worst` is the largest relative miss of a timing."""
+    """A fit, seconds = launches x `each_seconds` + bytes / `gb_per_s`; `worst` is its largest relative error."""
 
     each_seconds: float
     gb_per_s: float
@@ -65,9 +65,9 @@ class Line(NamedTuple):
 
 
 def line(timings: Sequence[Timing], what: str) -> Line:
-    """The line through timings, by least squares of relative error; a latency below nothing is nothing.
+    """Fit a line to timings, by least squares of relative error; a latency below 0 becomes 0.
 
-    Raises Refused for too few sizes, for times that are not positive, and where more bytes do not take longer.
+    Raise Refused for too few sizes, for times that are not positive, and where more bytes do not take longer.
     """
     if len({timing.nbytes for timing in timings}) < SIZES:
         raise Refused(f"Measure {what} at {SIZES} sizes at least; there are {len({t.nbytes for t in timings})}.")
@@ -83,7 +83,7 @@ def line(timings: Sequence[Timing], what: str) -> Line:
 
 
 def _positive(columns: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """The two factors of the columns that miss the seconds least, relatively; the first is not below nothing."""
+    """Return the factors of the two columns with the least relative squared error; the first is at least 0."""
     scaled, ones = columns / seconds[:, None], np.ones(len(seconds))
     size = np.abs(scaled).max(axis=0)
     first, second = np.linalg.lstsq(scaled / size, ones, rcond=None)[0] / size
@@ -93,7 +93,7 @@ def _positive(columns: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
 
 
 def fit(measured: Measurements) -> HardwareProfile:
-    """The profile under which the virtual clock comes closest to what was measured. Raises Refused as `line` does."""
+    """Fit the profile under which the virtual clock comes closest to the timings. Raise Refused as `line` does."""
     copies, kernels = line(measured.copies, "copies"), line(measured.kernels, "kernels")
     cpu = line(measured.cpu_kernels, "experts on the processor")
     rates = (measured.tflops, measured.cpu_tflops)
@@ -118,7 +118,7 @@ def fit(measured: Measurements) -> HardwareProfile:
 
 
 def _beyond(measured: Measurements, bare: HardwareProfile) -> tuple[float, float]:
-    """What a layer, and a step beside its layers, took more than the bare profile says; never less than nothing."""
+    """Return the seconds of a layer, and of a step without its layers, beyond the bare profile's; at least 0."""
     if len({depth.layers for depth in measured.depths}) < 2:
         raise Refused("Measure decode steps of models of two depths at least, to tell layers from the rest of a step.")
     if not all(math.isfinite(depth.seconds) and depth.seconds > 0 for depth in measured.depths):
@@ -131,6 +131,8 @@ def _beyond(measured: Measurements, bare: HardwareProfile) -> tuple[float, float
 
 
 def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> tuple[str, ...]:
+    """Return the profile's sources: how each number was measured."""
+
     def fitted(timings: Sequence[Timing], found: Line) -> str:
         sizes = sorted({timing.nbytes for timing in timings})
         return (
@@ -152,7 +154,7 @@ def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> 
 
 
 def measurements_from(data: dict[str, Any]) -> Measurements:
-    """What `asdict` made this of, back from JSON."""
+    """Return the measurements of which `asdict` made `data`, read back from JSON."""
     several = {name: tuple(Timing(*row) for row in data[name]) for name in ("copies", "kernels", "cpu_kernels")}
     depths = tuple(Depth(*row) for row in data["depths"])
     return Measurements(**{**data, **several, "depths": depths, "layer": Geometry(**data["layer"])})

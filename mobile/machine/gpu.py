@@ -24,7 +24,7 @@ class LinkState:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as the driver reports it; `link_max` is what card and machine can do together."""
+    """A GPU as the driver reports it; `link_max` is the best that card and machine can do together."""
 
     name: str
     uuid: str | None
@@ -39,7 +39,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class LinkRates:
-    """Host-to-device copies, measured, in decimal GB/s; the link's state was read while page-locked copies ran.
+    """Measured rates of host-to-device copies, decimal GB/s; the link's state was read while page-locked copies ran.
 
     `registers` says whether the driver page-locked a block of ordinary memory where it lay, as the host store needs.
     """
@@ -55,7 +55,7 @@ UNKNOWN_LINK = LinkState(None, None)
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """pynvml, started; None where there is no package, no driver or no permission."""
+    """Start pynvml and yield it; None where there is no package, no driver or no permission."""
     try:
         import pynvml
     except ImportError:
@@ -73,7 +73,7 @@ def nvml() -> Iterator[Any]:
 
 
 def ask(lib: Any, question: str, *about: Any) -> Any:
-    """What NVML answers, or None: no library, no such function in this version, or nothing to say for this card."""
+    """Return NVML's answer, or None: no library, no such function in this version, or no answer for this card."""
     if lib is None or not hasattr(lib, f"nvml{question}"):
         return None
     try:
@@ -84,12 +84,12 @@ def ask(lib: Any, question: str, *about: Any) -> Any:
 
 
 def gpus() -> list[Gpu]:
-    """Every NVIDIA GPU the driver shows, or what torch alone knows of them where NVML is absent."""
+    """Return every NVIDIA GPU that the driver shows; without NVML, those that torch shows."""
     return gpus_of_driver() or _gpus_of_torch()
 
 
 def gpus_of_driver() -> list[Gpu]:
-    """Every NVIDIA GPU that NVML shows. Imports no torch."""
+    """Return every NVIDIA GPU that NVML shows. Imports no torch."""
     with nvml() as lib:
         count = ask(lib, "DeviceGetCount") or 0
         handles = [ask(lib, "DeviceGetHandleByIndex", index) for index in range(count)]
@@ -97,6 +97,7 @@ def gpus_of_driver() -> list[Gpu]:
 
 
 def _gpu(lib: Any, handle: Any) -> Gpu:
+    """Return the GPU behind an NVML handle."""
     memory = ask(lib, "DeviceGetMemoryInfo", handle)
     capability = ask(lib, "DeviceGetCudaComputeCapability", handle)
     return Gpu(
@@ -115,12 +116,14 @@ def _gpu(lib: Any, handle: Any) -> Gpu:
 
 
 def _link(lib: Any, handle: Any) -> LinkState:
+    """Return the link's present state."""
     return LinkState(
         ask(lib, "DeviceGetCurrPcieLinkGeneration", handle), ask(lib, "DeviceGetCurrPcieLinkWidth", handle)
     )
 
 
 def _gpus_of_torch() -> list[Gpu]:
+    """Return every GPU that torch shows, as far as torch knows it."""
     import torch
 
     if not torch.cuda.is_available():
@@ -145,12 +148,13 @@ def _gpus_of_torch() -> list[Gpu]:
 
 
 def _uuid(properties: Any) -> str | None:
+    """Return a device's UUID as the driver writes it."""
     uuid = getattr(properties, "uuid", None)
     return None if uuid is None else f"GPU-{uuid}"
 
 
 def cuda_uuid(index: int | None = None) -> str | None:
-    """The driver's name for torch's CUDA device `index` (None: the current one); None without CUDA.
+    """Return the driver's name for torch's CUDA device `index` (None: the current one); None without CUDA.
 
     The two count differently under CUDA_VISIBLE_DEVICES.
     """
@@ -162,8 +166,7 @@ def cuda_uuid(index: int | None = None) -> str | None:
 
 
 def link_rates(index: int | None = None, nbytes: int = 256 * MIB, copies: int = 20) -> LinkRates | None:
-    """Measure torch's CUDA device `index` (None: the current one): copies of `nbytes` from page-locked and from
-    ordinary memory.
+    """Measure copies of `nbytes` from page-locked and from ordinary memory to CUDA device `index` (None: the current).
 
     The link is read between queueing the page-locked copies and waiting for them, since an idle card reports a
     slower link than it has. None without CUDA.
@@ -201,7 +204,7 @@ def link_rates(index: int | None = None, nbytes: int = 256 * MIB, copies: int = 
 
 
 def _registers(block: Any, device: Any) -> bool:
-    """Whether the driver page-locks this memory where it lies."""
+    """Return whether the driver page-locks this memory where it lies."""
     from mobile.links.page_lock import register, unregister
 
     if register(block, device) is not None:

@@ -1,4 +1,4 @@
-"""What this process has: versions, CPU, host memory and its limits. Unknown is None, never 0."""
+"""The host as this process has it: versions, CPU, memory and its limits. Unknown is None, never 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Software:
-    """Versions of what the engine runs on; `problem` says why this Transformers is not supported."""
+    """The versions of the software that the engine runs on; `problem` says why this Transformers is not supported."""
 
     python: str
     torch: str | None
@@ -33,7 +33,7 @@ class Software:
 
 @dataclass(frozen=True)
 class Host:
-    """This process's share of the machine. Bytes; a cgroup's usage is without the page cache it can give back."""
+    """The share of the machine that this process has, in bytes. A cgroup's usage leaves out page cache it can free."""
 
     cpu: str | None
     cpus_allowed: int | None
@@ -47,16 +47,16 @@ class Host:
 
     @property
     def usable_nbytes(self) -> int | None:
-        """What can still be allocated here: the machine's available memory, or the container's where that is less."""
-        rooms = [self.memory_available_nbytes]
+        """Return the bytes that can still be allocated: the machine's available memory, or the container's if less."""
+        limits = [self.memory_available_nbytes]
         if isinstance(self.container_limit_nbytes, int):
-            rooms.append(self.container_limit_nbytes - (self.container_used_nbytes or 0))
-        known = [room for room in rooms if room is not None]
+            limits.append(self.container_limit_nbytes - (self.container_used_nbytes or 0))
+        known = [limit for limit in limits if limit is not None]
         return min(known) if known else None
 
 
 def package(name: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -64,7 +64,7 @@ def package(name: str) -> str | None:
 
 
 def software() -> Software:
-    """Versions here. Imports torch and Transformers."""
+    """Return the versions installed here. Imports torch and Transformers."""
     import torch
 
     from mobile.errors import Refused
@@ -87,7 +87,7 @@ def software() -> Software:
 
 
 def host(root: Path = ROOT) -> Host:
-    """Memory, limits and CPUs of this process, read from `root`'s /proc and /sys. No torch."""
+    """Return memory, limits and CPUs of this process, read from `root`'s /proc and /sys. No torch."""
     meminfo = _meminfo(root)
     limit, used = container_memory(root)
     return Host(
@@ -104,17 +104,19 @@ def host(root: Path = ROOT) -> Host:
 
 
 def memory_shortage(nbytes: int, usable_nbytes: int | None, of: str = "the experts") -> str | None:
-    """Why host memory of which so much is usable cannot take these parts, or None if it can or is not known."""
+    """Return why `nbytes`, which `of` take, exceed the `usable_nbytes` of host memory; None if they do not."""
     if usable_nbytes is None or nbytes <= usable_nbytes:
         return None
     return f"{of} take {_gib(nbytes)} of host memory and {_gib(usable_nbytes)} are free"
 
 
 def _gib(nbytes: int) -> str:
+    """Return bytes as text in GiB."""
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**30:.2g} GiB"
 
 
 def _memlock() -> Limit:
+    """Return the limit of memory that this process may lock."""
     try:
         import resource
     except ImportError:  # not a Unix
@@ -124,6 +126,7 @@ def _memlock() -> Limit:
 
 
 def _read(path: Path) -> str | None:
+    """Return the text of a file, or None if it cannot be read."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
@@ -131,19 +134,21 @@ def _read(path: Path) -> str | None:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
+    """Return the entries of /proc/meminfo, in bytes."""
     lines = (_read(root / "proc/meminfo") or "").splitlines()
     pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
 def _cpu(root: Path) -> str | None:
+    """Return the CPU's name."""
     lines = (_read(root / "proc/cpuinfo") or "").splitlines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, None) or platform.processor() or None
 
 
 def container_memory(root: Path = ROOT) -> tuple[Limit, int | None]:
-    """The tightest cgroup memory limit above this process (v2 or v1) and the use counted against it."""
+    """Return the tightest cgroup memory limit above this process (v2 or v1) and the use counted against it."""
     found: list[tuple[int, int | None]] = []
     known = False
     for folder, limit_file, usage_file, prefix in _memory_cgroups(root):
@@ -163,10 +168,7 @@ def container_memory(root: Path = ROOT) -> tuple[Limit, int | None]:
 
 
 def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """This process's memory cgroups from the innermost outwards, with their limit's and their usage's file.
-
-    The last is what their statistics' names begin with.
-    """
+    """Yield this process's memory cgroups, innermost first: (folder, limit file, usage file, statistics prefix)."""
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, inside = line.split(":", 2)
         if controllers == "":
@@ -184,7 +186,7 @@ def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
 
 
 def memcpy_gb_per_s(nbytes: int = 256 * MIB, repeats: int = 5) -> float | None:
-    """Bytes copied per second within host memory, the median of some copies with torch's threads; None if it fails."""
+    """Measure copies within host memory, with torch's threads; return GB/s, the median of `repeats`, or None."""
     import torch
 
     try:

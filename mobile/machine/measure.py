@@ -1,4 +1,4 @@
-"""What `mobile.machine.fit_profile` fits a profile to, timed on this machine: copies, kernels, steps. Under a minute.
+"""Measurements that `fit_profile` fits a profile to, made on this machine: copies, kernels, steps. Under a minute.
 
 Everything goes the engine's own way: rows over its channel, experts through its kernel, steps through an attached
 model. On a GPU the rows lie in registered memory. Without one, the link is a thread that copies within host memory, so
@@ -47,7 +47,7 @@ Pace = Callable[[int], int]  # nanoseconds that a paced link takes for so many b
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed: experts of `hidden` by each of `widths`, of one layer `experts` of which `top_k` run.
+    """The sizes that are timed: experts of `hidden` by each of `widths`, of one layer `experts` of which `top_k` run.
 
     Rows are read in turn from `pool_nbytes`, so that no cache holds them. A timing is the least of `repeats`, each of
     as many runs as take `at_least_seconds`.
@@ -104,15 +104,16 @@ NARROW = Sizes(
 
 
 def sizes_for(device: torch.device) -> Sizes:
+    """Return the sizes to time on a device."""
     return ON_GPU if device.type == "cuda" else ON_CPU
 
 
 def measure(
     device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None, *, say: Say = lambda what: None
 ) -> Measurements:
-    """Time everything that a profile holds; `say` is told what is being timed.
+    """Time everything that a profile holds; `say` is called with the name of each part before it is timed.
 
-    The link is as it is; `relinked` times another. Raises Refused as the link does.
+    The link is as it is; `relinked` times another. Raise Refused as the link does.
     """
     sizes = sizes or sizes_for(device)
     about, taken, total = _machine(device)
@@ -152,16 +153,16 @@ def relinked(
     link_gb_per_s: float | None = None,
     pace: Pace | None = None,
 ) -> Measurements:
-    """The same machine with another link: only the copies are timed again.
+    """Measure the same machine with another link: only the copies are timed again.
 
-    `link_gb_per_s` throttles a real link, `pace` a paced one, as they do in `attach`. Raises Refused as the link does.
+    `link_gb_per_s` throttles a real link, `pace` a paced one, as they do in `attach`. Raise Refused as the link does.
     """
     found = copies(device, dtype, sizes or sizes_for(device), link_gb_per_s=link_gb_per_s, pace=pace)
     return replace(measured, copies=found)
 
 
 def _machine(device: torch.device) -> tuple[str, int, int]:
-    """What this is, the bytes of its memory that cannot be had, and all of them."""
+    """Return a description of the device, the bytes of its memory that cannot be had, and all of its bytes."""
     versions = software()
     if device.type == "cuda":
         torch.zeros(1, device=device)  # so that the context is among what is taken
@@ -183,19 +184,20 @@ def _machine(device: torch.device) -> tuple[str, int, int]:
 
 
 def _name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def idle(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _seconds(device: torch.device, jobs: Sequence[Callable[[int], Any]], sizes: Sizes) -> list[float]:
-    """Of one run of each job, the least of some rounds, in which all take turns: what else runs here only adds to it.
+    """Return the seconds of one run of each job: the least of some rounds, in which all jobs take turns.
 
-    A job is given a number that counts up.
+    Other programs can only add to a time, so the least is nearest. A job is called with a number that counts up.
     """
     runs, numbers = [1] * len(jobs), [0] * len(jobs)
 
@@ -209,7 +211,7 @@ def _seconds(device: torch.device, jobs: Sequence[Callable[[int], Any]], sizes: 
         return time.perf_counter() - begun
 
     for which in range(len(jobs)):
-        some(which)  # what is only done once is done now
+        some(which)  # warm up
         while (taken := some(which)) < sizes.at_least_seconds:
             more = round(1.2 * runs[which] * sizes.at_least_seconds / max(taken, 1e-6))
             runs[which] = min(4 * runs[which], max(runs[which] + 1, more))
@@ -228,7 +230,7 @@ def copies(
     link_gb_per_s: float | None = None,
     pace: Pace | None = None,
 ) -> tuple[Timing, ...]:
-    """Runs of row copies by the engine's own channel, each size's time a row by the channel's own clock."""
+    """Time copies of rows by the engine's own channel and its clock; return the time a row of each size."""
     unreached: Refused | None = None
     with ExitStack() as open_ones:
         timed = []
@@ -255,7 +257,7 @@ def copies(
 
 
 def _run_of(rows: int, channel: Channel) -> float:
-    """Nanoseconds from the end of one copy to the end of the next, the median of a run that follows on one another."""
+    """Return the nanoseconds from one copy's end to the next one's: the median of copies that follow on one another."""
     for slot in range(rows):
         channel.begin((0, slot), slot)
     channel.finish(rows - 1)
@@ -287,7 +289,7 @@ def _channel(
 def kernels(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
     """One token times matrices that no cache holds; and one expert of a decode step's top-k, by the default kernel.
 
-    All are timed in turn.
+    All jobs take turns.
     """
     module, kernel, k = _module(dtype), kernel_named("auto", device, dtype), sizes.top_k
     token = torch.ones(1, sizes.hidden, dtype=dtype, device=device)
@@ -348,12 +350,12 @@ def _rows(width: int, device: torch.device, dtype: torch.dtype, sizes: Sizes) ->
 
 
 def _module(dtype: torch.dtype) -> Any:
-    """Experts whose own weights nobody reads: a kernel asks them how an expert is made."""
+    """Return an experts module of which kernels read only the structure, not the weights."""
     return compat.moe_layers(_model(torch.device("cpu"), dtype, 1, 64, 32, 4, 2))[0].experts
 
 
 def tflops(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
-    """The rate of a large square product."""
+    """Return the rate of a large square product."""
     side = sizes.matmul
     a = torch.ones(side, side, dtype=dtype, device=device)
     return 2 * side**3 / _seconds(device, [lambda number: a @ a], sizes)[0] / 1e12

@@ -7,7 +7,7 @@ from mobile.policies.strategy import BigLittle, Strategy
 
 
 def _little_set_and_one_layer(geometry: Geometry) -> int:
-    """The little pass's experts of every layer stay until the token is accepted, beside one full layer."""
+    """Return the slots of the little pass's experts, which stay until the token is accepted, and one full layer."""
     return min(geometry.total_experts, geometry.moe_layers * geometry.little_k + geometry.top_k)
 
 

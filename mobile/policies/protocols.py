@@ -1,6 +1,6 @@
-"""The two questions a strategy answers in its own words: which expert gives way, and which will be needed soon.
+"""Protocols of a strategy's policies: what is evicted, what will be needed, and what the CPU computes.
 
-Neither needs torch: a live run and a replayed trace ask the same object the same questions in the same order.
+None needs torch: a live run and a replayed trace ask the same object the same questions in the same order.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
+from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.slots import SlotPool
 
 Visit = tuple[int, tuple[int, ...]]  # one decode step of one MoE layer: the layer and its active experts, ascending
+LayerMap = tuple[tuple[int, ...], ...]  # for each layer of the recorded model, the layers charged with its routing
 
 
 @dataclass(frozen=True)
 class PolicyContext:
-    """What a policy knows before it starts: the geometry charged for and the slots there are.
+    """The facts that a policy is given before it starts: the geometry that is charged and the number of slots.
 
-    `future` is every decode visit to come, in order; only a replay can know it. `load_ns` is what one copy takes,
-    `layer_ns` what one token's compute of one layer does, all its experts resident.
-    `layer_map` names, for each layer of the recorded model, the layers of `geometry` charged with its routing (left
-    out: each its own).
+    `future` is every decode visit to come, in order; only a replay knows it. `load_ns` is the time of one copy,
+    `layer_ns` that of one token's compute of one layer, all its experts resident. `layer_map` gives, for each layer of
+    the recorded model, the layers of `geometry` that are charged with its routing (empty: each its own).
     """
 
     geometry: Geometry
@@ -33,91 +34,104 @@ class PolicyContext:
     future: tuple[Visit, ...] | None = None
     load_ns: int = 0
     layer_ns: int = 0
-    layer_map: tuple[tuple[int, ...], ...] = ()
+    layer_map: LayerMap = ()
 
     def __post_init__(self) -> None:
         if not self.layer_map:
             each_its_own = tuple((layer,) for layer in range(self.geometry.moe_layers))
             object.__setattr__(self, "layer_map", each_its_own)
 
+    @classmethod
+    def of(
+        cls, cost: CostModel, slots: int, future: tuple[Visit, ...] | None = None, layer_map: LayerMap = ()
+    ) -> PolicyContext:
+        """Return the context of a run that is charged by `cost`."""
+        layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)
+        return cls(cost.geometry, slots, future, cost.load_ns, layer_ns, layer_map)
+
 
 class Eviction(Protocol):
-    """Which expert gives way. One object an engine: it may remember what it saw."""
+    """A policy that decides which expert is evicted. There is one object an engine: it may remember what it saw."""
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
-        """A decode step ran these experts of `layer`; called once for every visit."""
+        """Note that a decode step ran these experts of `layer`; called once for every visit."""
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
-        """The expert to drop so that `coming` has a slot: ready, unpinned, and in `pool.protected` or not."""
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
+        """Return the expert to evict for `incoming`: ready, unpinned, and in `pool.protected` or not as asked.
+
+        None where there is no such expert.
+        """
         ...
 
 
 @runtime_checkable
 class BatchEviction(Eviction, Protocol):
-    """What an Eviction may be besides: able to name many at once, where that is less work than one by one."""
+    """An Eviction that can name many experts at once, where that is less work than one by one."""
 
-    def victims(self, pool: SlotPool, coming: Sequence[Key]) -> list[Key]:
-        """What `victim(protected=False)` would name for one of `coming` after another, each of them let go at once.
+    def victims(self, pool: SlotPool, incoming: Sequence[Key]) -> list[Key]:
+        """Return the experts that `victim(protected=False)` would name for one of `incoming` after another.
 
-        Fewer than `coming` where there are no more.
+        Each is evicted before the next is asked for. Fewer than `incoming` where there are no more.
         """
         ...
 
 
 class Lookahead(Protocol):
-    """Which experts of later layers will be needed. One object an engine."""
+    """A policy that predicts which experts of later layers will be needed. There is one object an engine."""
 
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
-        """`layer` was routed to `experts`: the keys to bring in next, the most urgent first; called at every visit.
+        """Return the keys to prefetch, the most urgent first, now that `layer` was routed to `experts`.
 
-        `ahead` is what the next layer's router says of this layer's router input (under `Strategy.quasi`, of what
-        stands in for it); None where there is no next layer, or the first layers of a dressed model stand for one
-        small layer.
+        Called at every decode visit. `ahead` are the next layer's router logits on this layer's router input (under
+        `Strategy.quasi`, on the quasi-hidden state). It is None where there is no next layer, and at the first of
+        several layers that are charged with one recorded layer's routing.
         """
         ...
 
 
 @runtime_checkable
 class IdlePrefetcher(Eviction, Protocol):
-    """An eviction that also says what an idle link should bring in. Only a policy that knows the future has an answer
-    that is better than what a lookahead put in the link's queue before."""
+    """An Eviction that also decides what an idle link should prefetch.
+
+    Only a policy that knows the future has an answer that is better than what a lookahead asked for before.
+    """
 
     def idle(self, pool: SlotPool) -> Key | None:
-        """The key to load now that no copy is on its way; None: none. If no slot is free, `victim` is asked for one.
+        """Return the key to load now that no copy is on its way, or None. If no slot is free, `victim` is asked.
 
-        Asked in decode whenever the link falls idle, a layer has run, or a step begins.
+        Called in decode whenever the link becomes idle, a layer has run, or a step begins.
         """
         ...
 
 
 class Placement(Protocol):
-    """Where missing experts are computed. One object an engine."""
+    """A policy that decides where missing experts are computed. There is one object an engine."""
 
     def on_cpu(self, layer: int, counts: Sequence[int]) -> Sequence[int]:
-        """A step of `layer` misses one expert for each of `counts`, the tokens routed to it: which the CPU computes.
+        """Return the positions in `counts` of the missing experts that the CPU computes; the others are loaded.
 
-        The answer are positions in `counts`; the device loads and computes the others.
+        `counts` are the tokens routed to each expert that a step of `layer` misses.
         """
         ...
 
 
 @runtime_checkable
 class PassObserver(Protocol):
-    """What an Eviction or a Lookahead may be besides: told of every pass, and of the steps that keep no order."""
+    """An Eviction or a Lookahead that also observes every forward pass, and layers that are streamed."""
 
     def begin(self, kind: str) -> None:
-        """A forward pass begins: "prefill" (with it, a new sequence), "full", "little" or "big"."""
+        """Note that a forward pass begins: "prefill" (and with it a new sequence), "full", "little" or "big"."""
 
     def streamed(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> None:
-        """Prefill, or a step wider than the pool, runs these experts of `layer` for so many tokens each."""
+        """Note that prefill, or a step wider than the pool, runs these experts of `layer` for `counts` tokens each."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a lookahead took to be fitted: not part of a ledger, which holds no clock but its own.
+    """A report of how a lookahead was fitted. It is not part of a ledger, which holds virtual time only.
 
-    `tokens` learnt from last, `fits` made, `seconds` of processor time that they took together, `parameters` of the
-    predictor in use (`nbytes` of them), and whether it learnt `online`, during the run, or before it.
+    The last of `fits` used `tokens`; together they took `seconds` of processor time. The predictor in use has
+    `parameters`, of `nbytes`, and was fitted `online`, during the run, or before it.
     """
 
     tokens: int
@@ -130,23 +144,27 @@ class Training:
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What a Lookahead may be besides: fitted on data. None as long as it is not."""
+    """A Lookahead that is fitted on data."""
 
     @property
-    def training(self) -> Training | None: ...
+    def training(self) -> Training | None:
+        """Return how it was fitted; None as long as it is not."""
+        ...
 
 
 class LeastRecentlyUsed:
-    """Evict the least recently used; the pool keeps that order itself."""
+    """An Eviction of the least recently used expert; the pool keeps that order itself."""
 
-    def __init__(self, setting: PolicyContext) -> None:
-        """It needs to know nothing."""
+    def __init__(self, context: PolicyContext) -> None:
+        """Take the context that every policy is given; it is not needed."""
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
-        """The pool has noted it."""
+        """Do nothing: the pool has noted it."""
 
-    def victim(self, pool: SlotPool, coming: Key, *, protected: bool) -> Key | None:
+    def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
+        """Return the least recently used expert that may be evicted."""
         return next(pool.evictable(protected=protected), None)
 
-    def victims(self, pool: SlotPool, coming: Sequence[Key]) -> list[Key]:
-        return list(islice(pool.evictable(protected=False), len(coming)))
+    def victims(self, pool: SlotPool, incoming: Sequence[Key]) -> list[Key]:
+        """Return the least recently used experts, as many as `incoming`."""
+        return list(islice(pool.evictable(protected=False), len(incoming)))

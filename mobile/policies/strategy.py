@@ -1,4 +1,7 @@
-"""A strategy: which experts a token runs, what stays in the slots, and what is loaded ahead."""
+"""A strategy: which experts a token runs, what stays in the slots, and what is prefetched.
+
+Strategies are found through entry points, so that a package of its own can add one.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +20,35 @@ from mobile.policies.protocols import Eviction, LeastRecentlyUsed, Lookahead, Pl
 from mobile.suggest import offer
 
 Retain = Literal["nothing", "some", "everything"]
-GROUP = "mobile.strategies"  # of entry points
+GROUP = "mobile.strategies"  # the group of entry points
 PROJECT = "mobile-moe"
 CHECKOUT = Path(__file__).resolve().parents[2] / "pyproject.toml"  # there in a checkout, not in an installed wheel
 
 
 @dataclass(frozen=True)
 class FullK:
-    """Every token runs all K experts the router chose."""
+    """Gating under which every token runs all K experts that the router chose."""
 
 
 @dataclass(frozen=True)
 class HalfK:
-    """Every decode token runs the router's top K/2; prefill runs K."""
+    """Gating under which every decode token runs the router's top K/2; prefill runs K."""
 
 
 @dataclass(frozen=True)
 class BigLittle:
-    """MoBiLE: run K/2 first, and again with K if the highest softmax probability is below `gamma`."""
+    """MoBiLE's gating: run K/2 first, and again with K if the highest softmax probability is below `gamma`."""
 
     gamma: float = 0.7
 
 
 @dataclass(frozen=True)
 class CustomRouting:
-    """Every decode token runs what `choose` makes of the router's choice; prefill runs K.
+    """Gating under which a decode token runs what `choose` makes of the router's choice; prefill runs K.
 
     `choose(layer, routed, foreseen)` takes and returns (expert ids, weights), (tokens, K) each. `routed` is what the
-    layer's router says, `foreseen` what it says of the previous layer's input: None in the first layer, and
-    everywhere if not `foresees`. An expert of weight 0 is not run. The tensors' own methods suffice: no torch here.
+    layer's router chose, `foreseen` its choice on the previous layer's input: None in the first layer, and everywhere
+    if not `foresees`. An expert of weight 0 is not run. Use the tensors' own methods: torch is not imported here.
     """
 
     choose: Callable[[int, Chosen, Chosen | None], Chosen]
@@ -57,24 +60,25 @@ Gating = FullK | HalfK | BigLittle | CustomRouting
 
 
 def _top_k(geometry: Geometry) -> int:
+    """Return the slots of one layer's experts."""
     return geometry.top_k
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run a model that does not fit.
+    """A way to run a model that does not fit.
 
-    - `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and drops those that `evict`
+    - `retain`: "nothing" empties a slot when its layer is done, "some" keeps experts and evicts those that `evict`
       names, "everything" holds every expert from the start. `overlap` lets copies run while the device computes.
-    - `prefetch` loads a fallback's predicted experts ahead of compute; `lookahead` foresees later layers at every
-      layer. Of its guesses no more than `staging` (where that is not 0) lie in slots that nothing else takes, so that
-      a wrong one evicts nothing; `guesses` (where that is not 0) is the most that one layer fetches. Where `evict` and
-      `lookahead` are one callable, one object answers both. `quasi` asks the next layer's router about what this layer
-      will probably leave (see `mobile.runtime.quasi_hidden_state`) instead of about its input.
-    - `on_cpu` has missing experts computed where they lie instead of loaded.
-    - `foresight` says that a policy needs the future, which only a replay has.
-    - `needs` gives the fewest slots with which the strategy does what it is for; fewer, down to top-k, still run
-      exactly.
+    - `prefetch_on_fallback` prefetches the experts predicted for a fallback; `lookahead` predicts later layers' at
+      every layer. `guess_slots` (where not 0) is the number of slots that only prefetches take, and the most that they
+      take, so that a wrong one evicts nothing. `max_prefetch_per_layer` (where not 0) is the most that one prediction
+      fetches. Where `evict` and `lookahead` are one callable, one object serves as both. `quasi` asks the next layer's
+      router about the quasi-hidden state (see `mobile.runtime.quasi_hidden_state`) instead of this layer's input.
+    - `on_cpu` decides which missing experts the CPU computes instead of their being loaded.
+    - `needs_future` says that a policy needs the future, which only a replay has.
+    - `min_slots` gives the fewest slots with which the strategy works as intended; fewer, down to top-k, still give
+      the same tokens.
     """
 
     name: str
@@ -96,19 +100,19 @@ class Strategy:
 
     @property
     def gamma(self) -> float | None:
-        """Below which confidence a token falls back; None where none does."""
+        """Return the confidence below which a token falls back; None where none does."""
         return self.gating.gamma if isinstance(self.gating, BigLittle) else None
 
     @property
     def acts_on_decode(self) -> bool:
-        """Whether a token that is written runs, or finds its experts, otherwise than a prompt's tokens do."""
+        """Return whether decode tokens run other experts than a prompt's tokens, or find them in a cache."""
         return self.retain == "some" or not isinstance(self.gating, FullK)
 
     @property
     def routes_as_full_k(self) -> bool:
-        """Whether its routing is the full-K run's, so that one trace serves it and all others like it.
+        """Return whether its routing is that of full K, so that one trace serves it and all others like it.
 
-        Not where it foresees from something else than a layer's input, which only its own trace holds.
+        It is not where its lookahead needs other logits than those on a layer's input, which only its own trace holds.
         """
         return self.lossless and isinstance(self.gating, FullK) and not self.quasi
 
@@ -118,7 +122,7 @@ def strategies() -> Mapping[str, Strategy]:
     """Return every strategy by name: those of this package, and of each installed plug-in.
 
     A plug-in is an entry point in the group "mobile.strategies" that is a Strategy. In a checkout, which need not be
-    installed, this package's own are those of its pyproject.toml. Raises Refused if two share a name.
+    installed, this package's own are those of its pyproject.toml. Raise Refused if two share a name.
     """
     found: dict[str, Strategy] = {}
     for point in _entry_points():
@@ -136,13 +140,14 @@ def _entry_points() -> list[EntryPoint]:
 
     Metadata of this package itself is left out in a checkout: it may be of another one, or older than the code.
     """
-    own, installed = _entry_points_of_checkout(), list(entry_points(group=GROUP))
-    if own is None:
+    of_checkout, installed = _entry_points_of_checkout(), list(entry_points(group=GROUP))
+    if of_checkout is None:
         return installed
-    return own + [point for point in installed if point.dist is None or not _is_this(point.dist.name)]
+    return of_checkout + [point for point in installed if point.dist is None or not _is_this_project(point.dist.name)]
 
 
-def _is_this(package: str | None) -> bool:
+def _is_this_project(package: str | None) -> bool:
+    """Return whether a distribution is this one."""
     return package is not None and package.replace("_", "-") == PROJECT
 
 
@@ -158,9 +163,9 @@ def _entry_points_of_checkout() -> list[EntryPoint] | None:
 
 
 def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
-    """The Strategy of that name, with its gamma replaced where given.
+    """Return the Strategy of that name, with its gamma replaced where given.
 
-    Raises Refused for an unknown name, or a gamma for a strategy that has none.
+    Raise Refused for an unknown name, or a gamma for a strategy that has none.
     """
     if isinstance(strategy, str):
         if strategy not in strategies():

@@ -1,4 +1,7 @@
-"""Comparing strategies on one trace: cold engines without a model behind them, in virtual time. No torch."""
+"""Replays of one trace under several strategies, in virtual time and without a model. No torch.
+
+Each replay starts with cold slots, so strategies can be compared.
+"""
 
 from __future__ import annotations
 
@@ -11,80 +14,85 @@ from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile
 from mobile.ledger import Counters, Ledger
 from mobile.links.virtual import VirtualLink
-from mobile.policies.protocols import Trainable, Training, Visit
+from mobile.policies.protocols import LayerMap, PolicyContext, Trainable, Training, Visit
 from mobile.policies.strategy import BigLittle, Strategy
 from mobile.replay.fast_residency import FastResidency
 from mobile.replay.trace import Request, replay, visits
 from mobile.residency.prefill import PREFILL_BUFFERS
-from mobile.slots import SlotPool
 
 
 @dataclass(frozen=True)
 class ReplaySetup:
-    """What a trace is charged on: a strategy, a geometry worn by the recorded model, a card, a number of slots."""
+    """The decisions that a trace's cost depends on: a strategy, a geometry, a GPU and a number of slots.
+
+    `layer_map` gives, for each layer of the recorded model, the layers of `geometry` charged with its routing.
+    """
 
     strategy: Strategy
     geometry: Geometry
-    layer_map: tuple[tuple[int, ...], ...]
+    layer_map: LayerMap
     hardware: HardwareProfile
     slots: int
 
     @property
     def memory_nbytes(self) -> int:
-        """Device memory that so many slots take, with everything beside them."""
+        """Return the bytes of device memory taken by the slots, the resident weights and the reserve."""
         held = self.geometry.resident_nbytes + (self.slots + PREFILL_BUFFERS) * self.geometry.expert_nbytes
         return self.hardware.reserve_nbytes + held
 
     def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> FastResidency:
-        """A cold engine; its ledger keeps the newest `events`."""
+        """Return a residency with cold slots; its ledger keeps the newest `events`, its policies know the `future`."""
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
-        made = FastResidency(
-            self.strategy, SlotPool(self.slots), link, cost, ledger, future=future, layer_map=self.layer_map
-        )
+        context = PolicyContext.of(cost, self.slots, future, self.layer_map)
+        made = FastResidency(self.strategy, context, link, cost, ledger)
         link.deliver_to(made.arrived)
         made.preload_all()
         return made
 
 
-class Timed(NamedTuple):
-    """What each request took, the totals, and what a strategy that learns from data took to be fitted."""
+class Replayed(NamedTuple):
+    """The counters of each request, the ledger of all, and how the strategy's predictor was fitted, if it has one."""
 
     requests: list[Counters]
     ledger: Ledger
     training: Training | None
 
 
-def replay_requests(on: ReplaySetup, requests: Sequence[Request]) -> Timed:
+def replay_requests(on: ReplaySetup, requests: Sequence[Request]) -> Replayed:
     """Replay requests in order on one engine that starts cold and stays warm."""
     residency = on.residency(future=visits(requests, on.layer_map) if on.strategy.needs_future else None)
     taken = replay(requests, residency, on.layer_map)
     learner = residency.lookahead
-    return Timed(taken, residency.ledger, learner.training if isinstance(learner, Trainable) else None)
+    return Replayed(taken, residency.ledger, learner.training if isinstance(learner, Trainable) else None)
 
 
 def time_requests(on: ReplaySetup, requests: Sequence[Request]) -> tuple[list[Counters], Ledger]:
-    """What each request takes, and the totals: `timed`, for those who do not ask about training."""
+    """Return `replay_requests` without the training: the counters of each request, and the ledger of all."""
     return replay_requests(on, requests)[:2]
 
 
-# --- which strategies a trace can stand for ---------------------------------------------------------
+# --- which strategies can be replayed on a trace ----------------------------------------------------
 
 
 def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
-    """Why a trace that `recorder` made says nothing about `strategy`; None if it does. For the end of a sentence."""
+    """Return why a trace recorded under `recorder` cannot be replayed under `strategy`; None if it can.
+
+    The reason is worded as the end of a sentence.
+    """
     if recorder.routes_as_full_k and strategy.routes_as_full_k:
-        return _unguessed(strategy, recorder, requests)
+        return _why_not_predictable(strategy, recorder, requests)
     if isinstance(recorder.gating, BigLittle) and isinstance(strategy.gating, BigLittle):
-        wrong = _decided_otherwise(strategy.gating.gamma, requests)
+        wrong = _count_changed_fallbacks(strategy.gating.gamma, requests)
         return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise" if wrong else None
     if (strategy.gating, strategy.lossless) == (recorder.gating, recorder.lossless):
-        return _unguessed(strategy, recorder, requests)
+        return _why_not_predictable(strategy, recorder, requests)
     return f"it would choose other experts than {recorder.name} did, so its tokens would differ"
 
 
-def _unguessed(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+def _why_not_predictable(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+    """Return why the trace lacks what the lookahead of `strategy` predicts from; None if it has it, or has none."""
     if strategy.lookahead is not None and strategy.quasi is not recorder.quasi:
         return f"the router logits that {recorder.name} recorded are of another foresight"
     decoded = [step for request in requests for step in request if step.kind != "prefill" and len(step.experts) > 1]
@@ -93,8 +101,8 @@ def _unguessed(strategy: Strategy, recorder: Strategy, requests: Sequence[Reques
     return None
 
 
-def _decided_otherwise(gamma: float, requests: Sequence[Request]) -> int:
-    """Little passes after which this gamma would have done what the trace did not do."""
+def _count_changed_fallbacks(gamma: float, requests: Sequence[Request]) -> int:
+    """Return how many little passes of the trace this gamma would have judged otherwise."""
     return sum(
         (step.confidence < gamma) is not (following is not None and following.kind == "big")
         for request in requests
@@ -108,11 +116,11 @@ def _decided_otherwise(gamma: float, requests: Sequence[Request]) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trace under one strategy at one size. Rates are of decode; None where there is nothing to divide by.
+    """The cost of a trace under one strategy and number of slots. Rates are of decode; None where they are 0 / 0.
 
-    `prefetch_recall` is the share of needed experts that were foreseen, `prefetch_precision` the share of foreseen
-    ones that were needed, both of layers something was foreseen of. `wasted_prefetch_gb` were copied and never used.
-    `tokens_per_s` is in virtual time, a projection. `training` is what a predictor took, in real time.
+    `prefetch_recall` is the share of needed experts that were predicted, `prefetch_precision` the share of predicted
+    ones that were needed, both over the layers with a prediction. `wasted_prefetch_gb` were copied and never used.
+    `tokens_per_s` is in virtual time, a projection. `training` is in real time.
     """
 
     strategy: str

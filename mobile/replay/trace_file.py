@@ -62,12 +62,13 @@ Arrays = dict[str, np.ndarray]
 
 
 class Inconsistent(ValueError):
-    """What does not add up, in words."""
+    """A contradiction between arrays, or between them and the format; the message says which."""
 
 
 def write(path: Path, arrays: Arrays, layers: int, about: dict[str, Any]) -> None:
-    """Write a trace; the file appears whole or not at all. Raises Refused for arrays that do not add up, or a file that
-    cannot be written.
+    """Write a trace; the file appears whole or not at all.
+
+    Raise Refused for inconsistent arrays, or a file that cannot be written.
     """
     try:
         _check(arrays, layers, about)
@@ -79,7 +80,10 @@ def write(path: Path, arrays: Arrays, layers: int, about: dict[str, Any]) -> Non
 
 
 def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:
-    """Arrays, layers and `about` of a trace, checked. Raises Refused for a truncated, foreign or inconsistent file."""
+    """Read a trace and check it; return its arrays, number of layers and `about`.
+
+    Raise Refused for a truncated, foreign or inconsistent file.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             header = json.loads(_member(archive, "header", np.uint8, 1).tobytes())
@@ -113,6 +117,7 @@ def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:
 
 
 def _refuse_other_formats(path: Path, found: Any) -> None:
+    """Raise Refused for another number of this format, Inconsistent for another format."""
     if found == FORMAT:
         return
     number = str(found).removeprefix(FAMILY)
@@ -123,7 +128,7 @@ def _refuse_other_formats(path: Path, found: Any) -> None:
 
 
 def _member(archive: zipfile.ZipFile, name: str, dtype: type[np.generic], axes: int) -> np.ndarray:
-    """One array. Its size is believed only where the header, the directory and the compressed bytes agree."""
+    """Read one array. Its size is believed only where the header, the directory and the compressed bytes agree."""
     info = archive.getinfo(f"{name}.npy")
     if info.file_size > MOST_EXPANSION * (info.compress_size + 1):
         raise Inconsistent(f"the array {name} claims an impossible size")
@@ -143,7 +148,7 @@ def _member(archive: zipfile.ZipFile, name: str, dtype: type[np.generic], axes: 
 
 
 def _check(arrays: Arrays, layers: int, about: dict[str, Any]) -> None:
-    """Raises Inconsistent for the first thing that does not hold."""
+    """Raise Inconsistent for the first thing that does not hold."""
 
     def demand(holds: bool, otherwise: str) -> None:
         if not holds:
@@ -166,28 +171,28 @@ def _check(arrays: Arrays, layers: int, about: dict[str, Any]) -> None:
     active = arrays["experts_lengths"].reshape(steps, layers)
     demand(bool(((counted == active).all(axis=1) | ~counted.any(axis=1)).all()), "counts and experts do not pair up")
     demand(bool((arrays["counts_values"] > 0).all()), "an active expert has no tokens")
-    foreseen = arrays["predicted_lengths"].reshape(steps, layers).any(axis=1)
-    demand(not (foreseen & (arrays["kind"] != BIG)).any(), "a prediction belongs to no fallback")
+    predicted = arrays["predicted_lengths"].reshape(steps, layers).any(axis=1)
+    demand(not (predicted & (arrays["kind"] != BIG)).any(), "a prediction belongs to no fallback")
     for name in ("experts", "predicted"):
         demand(_ascending(arrays[f"{name}_lengths"], arrays[f"{name}_values"]), f"{name} are not in ascending order")
-    told, ahead = arrays["ahead_steps"].astype(np.int64), arrays["ahead"]
-    demand(ahead.shape[:2] == (len(told), layers - 1), "`ahead` is not one signal for each layer but the last")
-    demand(bool((np.diff(told) > 0).all()) and bool((told < steps).all()), "`ahead` belongs to no step")
+    with_logits, ahead = arrays["ahead_steps"].astype(np.int64), arrays["ahead"]
+    demand(ahead.shape[:2] == (len(with_logits), layers - 1), "`ahead` is not one signal for each layer but the last")
+    demand(bool((np.diff(with_logits) > 0).all()) and bool((with_logits < steps).all()), "`ahead` belongs to no step")
     experts = _experts(layers, about, ahead)
     if experts is not None:
         ids = (arrays["experts_values"], arrays["predicted_values"])
         demand(all(int(each.max(initial=0)) < experts for each in ids), f"an expert's id is not below {experts}")
-        demand(len(told) == 0 or ahead.shape[2] == experts, f"`ahead` does not cover {experts} experts")
+        demand(len(with_logits) == 0 or ahead.shape[2] == experts, f"`ahead` does not cover {experts} experts")
 
 
 def _ascending(lengths: np.ndarray, values: np.ndarray) -> bool:
-    """Whether values strictly ascend within each row."""
+    """Return whether values strictly ascend within each row."""
     row = np.repeat(np.arange(len(lengths)), lengths)
     return not ((np.diff(values.astype(np.int64)) <= 0) & (np.diff(row) == 0)).any()
 
 
 def _experts(layers: int, about: dict[str, Any], ahead: np.ndarray) -> int | None:
-    """Experts a layer of the recorded model, as far as the file tells."""
+    """Return the number of experts a layer of the recorded model; None if the file does not say."""
     geometry = about.get("geometry")
     if geometry is None:
         return ahead.shape[2] if len(ahead) else None

@@ -1,4 +1,4 @@
-"""Foresight: what later layers will probably need, brought in while the link has time, and held against the truth."""
+"""The prefetch queue: predicted experts that have no slot yet, and how right each layer's prediction was. No torch."""
 
 from __future__ import annotations
 
@@ -11,79 +11,84 @@ from mobile.residency.slot_allocator import SlotAllocator
 
 
 class PrefetchQueue:
-    """What was predicted and has no slot yet (`wanted`), and by layer what was foreseen of its next visit.
+    """A queue of predicted experts without a slot (`pending`), with each layer's prediction until it is routed.
 
-    `guesses` is the most that one word of a lookahead fetches, 0 for all of it.
+    `max_per_layer` is the most that one prediction of a lookahead fetches, 0 for all of it.
     """
 
-    def __init__(self, room: SlotAllocator, guesses: int, planner: IdlePrefetcher | None) -> None:
-        self._room, self._most, self._planner = room, guesses or None, planner
-        self.wanted: deque[Key] = deque()
-        self.guessed: dict[int, set[int]] = {}
-        self.idle = True  # whether a planner may use the link
+    def __init__(self, allocator: SlotAllocator, max_per_layer: int, idle_prefetcher: IdlePrefetcher | None) -> None:
+        self._allocator, self._max_per_layer = allocator, max_per_layer or None
+        self._idle_prefetcher = idle_prefetcher
+        self.pending: deque[Key] = deque()
+        self.predicted: dict[int, set[int]] = {}  # by layer
+        self.allow_idle = True  # whether an idle prefetcher may use the link
 
-    def expect(self, keys: Sequence[Key]) -> None:
-        """A fallback's prediction, in the order of its layers, beside what is wanted already."""
+    def extend(self, keys: Sequence[Key]) -> None:
+        """Add a fallback's prediction, in the order of its layers, behind what is pending already."""
         for layer, expert in keys:
-            self.guessed.setdefault(layer, set()).add(expert)
-        pool = self._room.pool
-        self.wanted.extend(key for key in keys if key not in pool)
+            self.predicted.setdefault(layer, set()).add(expert)
+        pool = self._allocator.pool
+        self.pending.extend(key for key in keys if key not in pool)
         pool.protected.update(key for key in keys if key in pool)
-        self.pump()
+        self.submit_pending()
 
-    def look(self, keys: Sequence[Key]) -> None:
-        """A lookahead's word on what comes next, the most urgent first: it stands in place of what it said before."""
-        pool = self._room.pool
-        said: dict[int, set[int]] = {}
+    def replace(self, keys: Sequence[Key]) -> None:
+        """Put a lookahead's prediction, the most urgent first, in place of everything that is pending."""
+        pool = self._allocator.pool
+        by_layer: dict[int, set[int]] = {}
         for layer, expert in keys:
-            if layer in said:
-                said[layer].add(expert)
+            if layer in by_layer:
+                by_layer[layer].add(expert)
             else:
-                said[layer] = {expert}
-        self.guessed.update(said)
+                by_layer[layer] = {expert}
+        self.predicted.update(by_layer)
         slots = pool.slots
         missing = [key for key in keys if key not in slots]
-        self.wanted = deque(missing[: self._most])
+        self.pending = deque(missing[: self._max_per_layer])
         if len(missing) < len(keys):
             pool.protected.update([key for key in keys if key in slots])
         if missing:
-            self.pump()
+            self.submit_pending()
 
-    def refute(self, layer: int, experts: Sequence[int]) -> None:
-        """The router has spoken: what was predicted for this layer and not chosen is not worth a copy any more."""
-        room = self._room
-        guessed = self.guessed.pop(layer, None)
-        if guessed is not None:
-            room.ledger.guess(layer, len(guessed), len(guessed.intersection(experts)), len(experts))
-        while self.wanted and self.wanted[0][0] <= layer:
-            self.wanted.popleft()
-        pool = room.pool
-        if pool.unproven:
+    def resolve(self, layer: int, experts: Sequence[int]) -> None:
+        """Compare the prediction of `layer` with the `experts` it was routed to, and cancel its wrong prefetches."""
+        allocator = self._allocator
+        # 1. Score the prediction.
+        predicted = self.predicted.pop(layer, None)
+        if predicted is not None:
+            allocator.ledger.guess(layer, len(predicted), len(predicted.intersection(experts)), len(experts))
+        # 2. Drop what is pending for this layer or an earlier one.
+        while self.pending and self.pending[0][0] <= layer:
+            self.pending.popleft()
+        # 3. Cancel prefetches of this layer that have a slot, are not needed and have not arrived.
+        pool = allocator.pool
+        unused = pool.unused_prefetches
+        if unused:
             ready, pinned = pool.ready, pool.pinned
-            room.take_back([key for key in pool.unproven if key[0] == layer and key not in ready and key not in pinned])
+            allocator.cancel([key for key in unused if key[0] == layer and key not in ready and key not in pinned])
 
-    def forget(self) -> None:
-        """The token is settled: prefetches not begun are taken back."""
-        self.wanted.clear()
-        self.guessed.clear()
-        pool = self._room.pool
-        if pool.unproven:
-            self._room.take_back(pool.unproven - pool.ready)
+    def clear(self) -> None:
+        """Forget all predictions and cancel all prefetches whose copies have not begun: the token has ended."""
+        self.pending.clear()
+        self.predicted.clear()
+        pool = self._allocator.pool
+        if pool.unused_prefetches:
+            self._allocator.cancel(pool.unused_prefetches - pool.ready)
 
-    def pump(self) -> None:
-        """Start wanted prefetches while a slot can be had without evicting what this token still needs."""
-        if not self.wanted:
+    def submit_pending(self) -> None:
+        """Submit pending prefetches while slots can be had without evicting protected experts."""
+        if not self.pending:
             return
-        slots = self._room.pool.slots
-        absent = [key for key in self.wanted if key not in slots]
-        asked = self._room.prefetch(absent)
-        self.wanted = deque(absent[asked:])
+        slots = self._allocator.pool.slots
+        absent = [key for key in self.pending if key not in slots]
+        submitted = self._allocator.prefetch(absent)
+        self.pending = deque(absent[submitted:])
 
-    def plan(self) -> None:
-        """Let a planner use an idle link: one copy at a time, so that each is chosen, and its slot, when it begins."""
-        pool = self._room.pool
-        if self._planner is None or not self.idle or len(pool.ready) < len(pool):
+    def prefetch_if_idle(self) -> None:
+        """Let an idle prefetcher use an idle link: one copy at a time, chosen, and its slot with it, when it begins."""
+        pool = self._allocator.pool
+        if self._idle_prefetcher is None or not self.allow_idle or len(pool.ready) < len(pool):
             return
-        key = self._planner.idle(pool)
+        key = self._idle_prefetcher.idle(pool)
         if key is not None:
-            self._room.preload(key)
+            self._allocator.prefetch_idle(key)

@@ -1,7 +1,7 @@
 """Residency: makes each layer's experts ready in slots, in time, under a strategy. No torch.
 
-A live run and a replayed trace drive the same object through the same calls, so they give the same ledger. Slots are
-given out by `slot_allocator`, foreseen experts are fetched by `prefetch_queue`, and `prefill` streams a prompt's.
+A live run and a replayed trace make the same calls, so they give the same ledger. `slot_allocator` assigns slots and
+evicts, `prefetch_queue` holds what is predicted, `prefill` streams a prompt's experts; the link copies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
 from mobile.policies.next_logits import NextLayerLogits
-from mobile.policies.protocols import IdlePrefetcher, Lookahead, PassObserver, PolicyContext, Visit
+from mobile.policies.protocols import IdlePrefetcher, Lookahead, PassObserver, PolicyContext
 from mobile.policies.strategy import Strategy
 from mobile.residency.prefetch_queue import PrefetchQueue
 from mobile.residency.prefill import HOST, PREFILL_BUFFERS, PrefillStream, Wave
@@ -25,49 +25,52 @@ __all__ = ["HOST", "PREFILL_BUFFERS", "Residency", "Wave"]
 
 
 class Residency:
-    """Slots `0 .. size - 1` are the decode pool; `size` and `size + 1` are the staging buffers.
+    """The experts of one engine: which are in slots, which are on their way, and what the running pass still needs.
 
-    `emptied(slot)` is told of every slot whose expert was dropped, so that a test can poison it.
+    Slots `0 .. size - 1` are the decode pool; `size` and `size + 1` are the prefill buffers. `on_emptied(slot)` is
+    called for every slot whose expert was dropped, so that a test can poison it.
     """
 
     def __init__(
         self,
         strategy: Strategy,
-        pool: SlotPool,
+        context: PolicyContext,
         link: Link,
         cost: CostModel,
         ledger: Ledger,
-        emptied: Callable[[int], None] | None = None,
-        future: tuple[Visit, ...] | None = None,
-        layer_map: tuple[tuple[int, ...], ...] = (),
+        on_emptied: Callable[[int], None] | None = None,
     ) -> None:
-        self.strategy, self.pool, self.link, self.cost, self.ledger = strategy, pool, link, cost, ledger
-        layer_ns = cost.dense_ns(1) + cost.geometry.top_k * cost.expert_ns(1)
-        setting = PolicyContext(cost.geometry, pool.size, future, cost.load_ns, layer_ns, layer_map)
-        self._evict = strategy.evict(setting)
+        self.strategy, self.link, self.cost, self.ledger = strategy, link, cost, ledger
+        self.pool = SlotPool(context.slots)
+        # The policies. One object answers for both where eviction and lookahead are one callable.
+        self._eviction = strategy.evict(context)
         self.lookahead: Lookahead | None = None
         if strategy.lookahead is strategy.evict:
-            self.lookahead = cast(Lookahead, self._evict)
+            self.lookahead = cast(Lookahead, self._eviction)
         elif strategy.lookahead is not None:
-            self.lookahead = strategy.lookahead(setting)
-        self._followers: list[PassObserver] = [self._evict] if isinstance(self._evict, PassObserver) else []
-        if self.lookahead is not self._evict and isinstance(self.lookahead, PassObserver):
-            self._followers.append(self.lookahead)
-        self._planner = self._evict if isinstance(self._evict, IdlePrefetcher) else None
+            self.lookahead = strategy.lookahead(context)
+        self._observers: list[PassObserver] = [self._eviction] if isinstance(self._eviction, PassObserver) else []
+        if self.lookahead is not self._eviction and isinstance(self.lookahead, PassObserver):
+            self._observers.append(self.lookahead)
+        self._idle_prefetcher = self._eviction if isinstance(self._eviction, IdlePrefetcher) else None
         self._placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
-        self._room = SlotAllocator(strategy, pool, link, ledger, self._evict, emptied)
-        self._foresight = PrefetchQueue(self._room, strategy.max_prefetch_per_layer, self._planner)
-        self._buffers = PrefillStream(self._room, overlap=strategy.overlap, settles=strategy.retain != "nothing")
+        # The parts that act on them.
+        self._allocator = SlotAllocator(strategy, self.pool, link, ledger, self._eviction, on_emptied)
+        self._prefetches = PrefetchQueue(self._allocator, strategy.max_prefetch_per_layer, self._idle_prefetcher)
+        self._prefill = PrefillStream(
+            self._allocator, overlap=strategy.overlap, fill_free_slots=strategy.retain != "nothing"
+        )
         self._keys = [
             [(layer, expert) for expert in range(cost.geometry.experts)] for layer in range(cost.geometry.moe_layers)
         ]
+        # The running pass.
         self._kind = ""
         self._dense_ns = cost.dense_ns(1)
-        self._dense_spent = 0  # nanoseconds, as far as the link tells
-        self._begun = self._clock()  # when this pass began
+        self._dense_total_ns = 0  # as far as the link tells
+        self._pass_start = self._read_clock()
 
     def preload_all(self) -> list[tuple[Key, int]]:
-        """Where a strategy that keeps everything has each expert from the start, uncharged; empty for others."""
+        """Assign every expert a slot at no cost and return (key, slot) of each; empty unless the strategy keeps all."""
         if self.strategy.retain != "everything":
             return []
         placed = []
@@ -81,65 +84,68 @@ class Residency:
     # --- one forward pass ---------------------------------------------------------------------------
 
     def begin(self, kind: str, tokens: int, counted: int | None = None) -> None:
-        """A forward pass of `tokens` tokens begins: "prefill", "full", "little" or "big".
+        """Begin a forward pass of `tokens` tokens: "prefill", "full", "little" or "big".
 
-        Of a batch only `counted` of them are read or written, the others padding (None: all are).
+        Of a batch, only `counted` of them are read or written; the others are padding (None: none is).
         """
         if kind != "big":
             self.end_token()
-        for follower in self._followers:
-            follower.begin(kind)
+        for observer in self._observers:
+            observer.begin(kind)
         self._kind, self._dense_ns = kind, self.cost.dense_ns(tokens)
-        self._foresight.idle = kind != "prefill"
+        self._prefetches.allow_idle = kind != "prefill"
         counters = self.ledger.counters
-        self._begun = self._clock()
+        self._pass_start = self._read_clock()
         self._mark(kind)
         if kind == "prefill":
             counters.prompt_tokens += tokens if counted is None else counted
         elif kind != "big":
             counters.tokens += tokens if counted is None else counted
-        self._foresight.plan()
+        self._prefetches.prefetch_if_idle()
 
     def finish(self) -> None:
-        """The pass ends with the output head (and, after a little pass, the confidence test inside it)."""
-        self._dense_spent += self.link.compute(self.cost.head_ns(1), "head")
-        self._account()
+        """End the pass with the output head (and, after a little pass, the confidence test inside it)."""
+        self._dense_total_ns += self.link.compute(self.cost.head_ns(1), "head")
+        self._add_elapsed()
 
     def abandon(self) -> None:
-        """The pass was broken off, perhaps anywhere: settle the clock. What is in the slots is not to be trusted."""
-        self._account()
+        """End a pass that was interrupted, perhaps anywhere: count its time. The slots are not valid any more."""
+        self._add_elapsed()
 
     def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
-        """The little pass was unsure of `tokens` tokens: its routers, replayed at K, name what the big pass will need.
+        """Prepare the big pass of `tokens` tokens that the little pass was unsure of, prefetching what it will need.
 
-        `predicted` is in the order of its layers.
+        `predicted` are the keys that the little pass's routers name at K, in the order of their layers.
         """
         self.ledger.counters.fallbacks += tokens
-        self._begun = self._clock()
+        self._pass_start = self._read_clock()
         self._mark("fallback")
         self._kind = "big"
         if self.strategy.prefetch_on_fallback:
-            self._dense_spent += self.link.compute(self.cost.router_replay_ns, "router replay")
-            self._foresight.expect(predicted)
-        self._account()
+            self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
+            self._prefetches.extend(predicted)
+        self._add_elapsed()
 
     def _mark(self, what: str) -> None:
+        """Append a mark to the ledger, if it keeps events."""
         if self.ledger.keeps_events:
             self.ledger.mark(what, self.link.now, self.link.begun)
 
     def end_token(self) -> None:
-        """The token is settled: nothing is protected for it any more, and prefetches not begun are taken back."""
-        self._foresight.forget()
+        """End the token: unprotect what it needed, and cancel prefetches whose copies have not begun."""
+        self._prefetches.clear()
         self.pool.protected.clear()
 
-    def _clock(self) -> tuple[int, int, int, int, int]:
+    def _read_clock(self) -> tuple[int, int, int, int, int]:
+        """Return the time, bytes loaded, and nanoseconds of dense compute, of stall, and of stall for the CPU."""
         counters = self.ledger.counters
-        return self.link.now, counters.bytes_loaded, self._dense_spent, counters.stall_ns, counters.cpu_stall_ns
+        return self.link.now, counters.bytes_loaded, self._dense_total_ns, counters.stall_ns, counters.cpu_stall_ns
 
-    def _account(self) -> None:
-        clock, counters = self._clock(), self.ledger.counters
-        elapsed, moved, dense, stalled, for_cpu = map(sub, clock, self._begun)
-        self._begun = clock
+    def _add_elapsed(self) -> None:
+        """Add what the pass took since `_pass_start` to the counters of its kind."""
+        clock, counters = self._read_clock(), self.ledger.counters
+        elapsed, moved, dense, stalled, for_cpu = map(sub, clock, self._pass_start)
+        self._pass_start = clock
         if self._kind == "prefill":
             counters.prefill_ns += elapsed
             return
@@ -152,82 +158,91 @@ class Residency:
             counters.decode_cpu_stall_ns += for_cpu
 
     def arrived(self, key: Key, slot: int) -> None:
-        """The link's word that a copy has ended."""
+        """Mark an expert as ready: the link calls this when its copy has ended."""
         if slot >= self.pool.size:
-            self._buffers.arrived(key, slot)
+            self._prefill.arrived(key, slot)
             return
         self.pool.ready.add(key)
-        if self._planner is not None:
-            self._foresight.plan()
+        if self._idle_prefetcher is not None:
+            self._prefetches.prefetch_if_idle()
 
     # --- one layer ----------------------------------------------------------------------------------
 
     def layer(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None
     ) -> Iterator[Wave]:
-        """Run one MoE layer: yields waves of (position in `experts`, slot), ready until the next wave is asked for.
+        """Run one MoE layer: yield waves of (position in `experts`, slot), ready until the next wave is asked for.
 
         `experts` are the active ones, ascending, `counts` the tokens routed to each; `ahead` is a lookahead's signal.
-        Residents come first.
+        Experts that are ready come first.
         """
-        self._dense_spent += self.link.compute(self._dense_ns, "dense")
+        # 1. Attention, norms, router and shared experts, which are always on the device.
+        self._dense_total_ns += self.link.compute(self._dense_ns, "dense")
+        # 2. The routed experts: through the prefill buffers, or from the decode pool where all fit into it.
         if self._kind == "prefill" or len(experts) > self.pool.size:
-            yield from self._stream(layer, experts, counts)
+            yield from self._stream_layer(layer, experts, counts)
         else:
-            yield from self._hold(layer, experts, counts, ahead)
-        self._foresight.pump()
-        self._foresight.plan()
+            yield from self._run_from_pool(layer, experts, counts, ahead)
+        # 3. Slots may have become evictable: submit prefetches that waited for one.
+        self._prefetches.submit_pending()
+        self._prefetches.prefetch_if_idle()
 
-    def _hold(
+    def _run_from_pool(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None
     ) -> Iterator[Wave]:
-        """A decode step whose experts all fit: residents compute while the others come in, then each as it arrives."""
+        """Run a decode step whose experts all fit: the ready ones while the others are copied, then each of those."""
         pool, link, expert_ns = self.pool, self.link, self.cost.expert_ns
-        keys, missing = self._route(layer, experts)
+        # 1. Pin this layer's experts and submit copies of the missing ones, then predict the next layers'.
+        keys, missing = self._pin_routed(layer, experts)
         absent = set(missing)
-        resident = [position for position, key in enumerate(keys) if key not in absent]
+        ready = [position for position, key in enumerate(keys) if key not in absent]
         position_of = {key: position for position, key in enumerate(keys)}
-        coming, on_cpu = self._request(layer, missing, [counts[position_of[key]] for key in missing])
-        self._look(layer, experts, ahead)
-        for position in resident:
+        incoming, on_cpu = self._request_missing(layer, missing, [counts[position_of[key]] for key in missing])
+        self._prefetch_ahead(layer, experts, ahead)
+        # 2. Compute on the ready experts in one wave.
+        for position in ready:
             link.compute(expert_ns(counts[position]), keys[position])
-        if resident:
-            yield [(position, pool.slot(keys[position])) for position in resident]
+        if ready:
+            yield [(position, pool.slot(keys[position])) for position in ready]
+        # 3. Compute on the others one by one: on the CPU, or on the device as soon as their copies have ended.
         for key in on_cpu:
             yield [(position_of[key], HOST)]
-        for key in coming:
+        for key in incoming:
             if key not in pool.ready:
-                self._bring(key)
+                self._wait_until_ready(key)
             link.compute(expert_ns(counts[position_of[key]]), key)
             yield [(position_of[key], pool.slot(key))]
             if not self.strategy.overlap:
                 link.join()
-        held = self._off_cpu(keys, on_cpu)
-        link.used([pool.slot(key) for key in held])
-        self._settle(layer, held)
+        # 4. Unpin them all, and keep or drop them.
+        in_slots = self._join_cpu(keys, on_cpu)
+        link.used([pool.slot(key) for key in in_slots])
+        self._finish_layer(layer, in_slots)
 
-    def _route(self, layer: int, experts: Sequence[int]) -> tuple[list[Key], list[Key]]:
-        """The layer is routed: the keys of its experts, pinned until it is done, and those of them that are missing."""
+    def _pin_routed(self, layer: int, experts: Sequence[int]) -> tuple[list[Key], list[Key]]:
+        """Pin the experts of a layer until it is done; return their keys, and those of them that are not ready."""
         pool, key_of = self.pool, self._keys[layer]
         keys = [key_of[expert] for expert in experts]
         pool.pinned = set(keys)
-        if self._foresight.guessed:
-            self._foresight.refute(layer, experts)
+        if self._prefetches.predicted:
+            self._prefetches.resolve(layer, experts)
         ready = pool.ready
         missing = [key for key in keys if key not in ready]
         self.ledger.counters.hits += len(keys) - len(missing)
         return keys, missing
 
-    def _request(
+    def _request_missing(
         self, layer: int, missing: list[Key], counts: Sequence[int] = ()
     ) -> tuple[Sequence[Key], Sequence[Key]]:
-        """Of what is missing, what is on its way or to be brought, in this order, and what is the CPU's to compute.
+        """Have missing experts copied, or computed on the CPU; return the keys of the one kind and of the other.
 
-        It is asked for at once, unless loading takes turns with compute. No `counts` are one token each.
+        Copies are submitted at once, unless the strategy loads without overlap. Those that are on their way come
+        first. `counts` are the tokens of each missing expert (empty: one each).
         """
         if not missing:
             return (), ()
         pool, counters = self.pool, self.ledger.counters
+        # 1. Late prefetches: on their way already, they now go with the demand loads.
         late: list[Key] = []
         if len(pool.slots) > len(pool.ready):  # something is on its way
             slots = pool.slots
@@ -239,85 +254,85 @@ class Residency:
             if counts:
                 counts = [count for key, count in zip(missing, counts, strict=True) if key not in slots]
             missing = [key for key in missing if key not in slots]
+        # 2. Those that the placement computes on the CPU.
         on_cpu: Sequence[Key] = ()
         if self._placement is not None and missing:
-            on_cpu = self._begin_on_cpu(layer, missing, counts or (1,) * len(missing))
+            on_cpu = self._submit_to_cpu(layer, missing, counts or (1,) * len(missing))
             counters.cpu_experts += len(on_cpu)
             missing = [key for key in missing if key not in on_cpu]
+        # 3. The rest are demand loads.
         counters.demand_loads += len(missing)
         if self.strategy.overlap:
-            self._room.demand(missing)
+            self._allocator.demand_load(missing)
         return late + missing if late else missing, on_cpu
 
-    def _look(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> None:
+    def _prefetch_ahead(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> None:
+        """Ask the lookahead, if there is one, what comes next, and prefetch that."""
         if self.lookahead is not None:
-            self._foresight.look(self.lookahead.routed(layer, experts, ahead))
+            self._prefetches.replace(self.lookahead.routed(layer, experts, ahead))
 
-    def _bring(self, key: Key) -> None:
-        """Wait for an expert that is not there, asking for it if nobody has."""
+    def _wait_until_ready(self, key: Key) -> None:
+        """Wait for an expert that is not ready, loading it unless its copy is on its way."""
         if key not in self.pool:
-            self._room.demand([key])
+            self._allocator.demand_load([key])
         self.link.wait(key)
 
-    def _begin_on_cpu(self, layer: int, missing: Sequence[Key], counts: Sequence[int]) -> list[Key]:
-        """Give the CPU its share of what is missing; returns that, ascending."""
+    def _submit_to_cpu(self, layer: int, missing: Sequence[Key], counts: Sequence[int]) -> list[Key]:
+        """Have the CPU compute those of `missing` that the placement names; return their keys, ascending."""
         assert self._placement is not None
-        which = sorted(self._placement.on_cpu(layer, counts))
-        for number in which:
+        chosen = sorted(self._placement.on_cpu(layer, counts))
+        for number in chosen:
             self.link.on_cpu(self.cost.cpu_expert_ns(counts[number]), missing[number])
-        return [missing[number] for number in which]
+        return [missing[number] for number in chosen]
 
-    def _off_cpu(self, keys: list[Key], on_cpu: Sequence[Key]) -> list[Key]:
-        """The device waits for what the CPU has not finished; the keys that have a slot."""
+    def _join_cpu(self, keys: list[Key], on_cpu: Sequence[Key]) -> list[Key]:
+        """Wait until the CPU has computed its experts; return the keys of the others, which have a slot."""
         if not on_cpu:
             return keys
         self.link.join_cpu(on_cpu[-1])
         return [key for key in keys if key not in on_cpu]
 
-    def _settle(self, layer: int, keys: list[Key]) -> None:
-        """The layer is done: what it used is the most recent, and the strategy may keep it."""
+    def _finish_layer(self, layer: int, keys: list[Key]) -> None:
+        """Unpin the experts of a layer that is done; make them the most recently used, or drop them."""
         pool = self.pool
-        if pool.unproven:
-            used = pool.pinned & pool.unproven
+        if pool.unused_prefetches:
+            used = pool.pinned & pool.unused_prefetches
             if used:
                 self.ledger.counters.prefetch_useful += len(used)
-                pool.unproven -= used
+                pool.unused_prefetches -= used
         pool.pinned = frozenset()
         if self.strategy.retain == "nothing":
             for key in keys:
-                self._room.drop(key)
+                self._allocator.release(key)
             return
         pool.touch(keys)
-        self._evict.used(layer, keys)
-        if self._kind == "little":
+        self._eviction.used(layer, keys)
+        if self._kind == "little":  # the big pass may need them again
             pool.protected.update(keys)
         elif pool.protected:
             pool.protected.difference_update([key for key in pool.protected if key[0] == layer])
         if self.strategy.guess_slots:
-            self._room.clear_staging(layer)
+            self._allocator.clear_guess_slots(layer)
 
-    def _stream(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
-        """A step wider than a decode token.
-
-        A strategy that keeps experts lets missing ones settle in slots that are still free; none is evicted.
-        """
-        keys, absent, on_cpu = self._route_wide(layer, experts, counts)
-        yield from self._buffers.stream(keys, absent, on_cpu, [self.cost.expert_ns(count) for count in counts])
+    def _stream_layer(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
+        """Run a prompt's layer, or a step wider than the pool, through the prefill buffers; evict nothing."""
+        keys, absent, on_cpu = self._plan_stream(layer, experts, counts)
+        yield from self._prefill.stream(keys, absent, on_cpu, [self.cost.expert_ns(count) for count in counts])
         if on_cpu:
             self.link.join_cpu(keys[on_cpu[-1]])
 
-    def _route_wide(
+    def _plan_stream(
         self, layer: int, experts: Sequence[int], counts: Sequence[int]
     ) -> tuple[list[Key], list[int], list[int]]:
-        """The keys of a wide step, the positions of those to be loaded, and of those that are the CPU's to compute."""
-        for follower in self._followers:
-            follower.streamed(layer, experts, counts)
+        """Return the keys of a step to be streamed, and the positions of those to be copied and of the CPU's."""
+        for observer in self._observers:
+            observer.streamed(layer, experts, counts)
         key_of, slots = self._keys[layer], self.pool.slots
         keys = [key_of[expert] for expert in experts]
         absent = [position for position, key in enumerate(keys) if key not in slots]
         if self._placement is None or not absent:
             return keys, absent, []
-        told = self._begin_on_cpu(layer, [keys[each] for each in absent], [counts[each] for each in absent])
-        self.ledger.counters.streamed_on_cpu += len(told)
-        on_cpu = [position for position in absent if keys[position] in told]
+        submitted = self._submit_to_cpu(layer, [keys[each] for each in absent], [counts[each] for each in absent])
+        self.ledger.counters.streamed_on_cpu += len(submitted)
+        on_cpu = [position for position in absent if keys[position] in submitted]
         return keys, [position for position in absent if position not in on_cpu], on_cpu

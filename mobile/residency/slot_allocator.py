@@ -1,4 +1,7 @@
-"""Making room: how an expert that is asked for, or foreseen, comes to a slot. No torch."""
+"""The slot allocator: finds a slot for each expert to be copied, evicting another where it must. No torch.
+
+Every eviction happens here, and every copy into the decode pool is submitted to the link here.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from mobile.slots import SlotPool
 
 
 class SlotAllocator:
-    """The pool's slots, given out under an eviction rule. `emptied(slot)` is told of every slot that lost its expert.
+    """An allocator of the pool's slots under an eviction policy, which also submits the copies into them.
 
-    Where a strategy has staging slots, experts in use take no more than the others, and a copy never takes a slot from
-    another directly: which slots are free decides who may wait.
+    `on_emptied(slot)` is called for every slot that lost its expert. Where a strategy has guess slots, experts in use
+    take no more than the others, and an eviction frees a slot instead of reassigning it: which kind of expert takes
+    it then depends on how many of each kind are in the pool.
     """
 
     def __init__(
@@ -24,154 +28,166 @@ class SlotAllocator:
         pool: SlotPool,
         link: Link,
         ledger: Ledger,
-        evict: Eviction,
-        emptied: Callable[[int], None] | None,
+        eviction: Eviction,
+        on_emptied: Callable[[int], None] | None,
     ) -> None:
-        self.pool, self.link, self.ledger, self.evict = pool, link, ledger, evict
-        self.emptied = emptied
-        self._staging = strategy.guess_slots
-        self._for_proven = pool.size - strategy.guess_slots  # slots that experts in use may take
-        self._several = evict if isinstance(evict, BatchEviction) else None
+        self.pool, self.link, self.ledger = pool, link, ledger
+        self.on_emptied = on_emptied
+        self._eviction = eviction
+        self._batch_eviction = eviction if isinstance(eviction, BatchEviction) else None
+        self._guess_slots = strategy.guess_slots
+        self._used_slots = pool.size - strategy.guess_slots  # the most that experts in use may take
 
-    # --- for what is asked for ----------------------------------------------------------------------
+    # --- demand loads -------------------------------------------------------------------------------
 
-    def demand(self, keys: Sequence[Key]) -> None:
-        """Ask for experts that are not in the pool, each with a slot found when its turn comes."""
-        at_once, submit, slots = self.give(keys), self.link.submit, self.pool.slots
-        for key in keys[:at_once]:
+    def demand_load(self, keys: Sequence[Key]) -> None:
+        """Submit demand loads of experts that are not in the pool, each with a slot of its own."""
+        assigned, submit, slots = self.assign_batch(keys), self.link.submit, self.pool.slots
+        for key in keys[:assigned]:
             submit(key, slots[key], demand=True)
-        for key in keys[at_once:]:
-            submit(key, self.slot_for(key), demand=True)
+        for key in keys[assigned:]:  # one by one: the next may have to wait until a queued copy has arrived
+            submit(key, self.allocate(key), demand=True)
 
-    def give(self, keys: Sequence[Key]) -> int:
-        """Give slots to the first of `keys`, as far as that needs no thought about each; to how many."""
-        if self._staging:
-            return 0 if self._several is None else self._give_beside_staging(keys, self._several)
-        return self._give_at_once(keys)
+    def assign_batch(self, keys: Sequence[Key]) -> int:
+        """Assign slots to the first of `keys` as far as batch eviction goes; return how many got one."""
+        if self._guess_slots:
+            return 0 if self._batch_eviction is None else self._assign_beside_guesses(keys, self._batch_eviction)
+        return self._assign_free_and_batch(keys)
 
-    def _give_at_once(self, keys: Sequence[Key]) -> int:
-        """Give slots to the first of these: free ones, then evicted ones if the rule names several at a time."""
-        given = self.pool.take_free_for(keys)
-        if given < len(keys) and self._several is not None:
-            rest = keys[given:]
-            victims = self._several.victims(self.pool, rest)
+    def _assign_free_and_batch(self, keys: Sequence[Key]) -> int:
+        """Assign free slots, then those that a batch eviction yields; return how many of `keys` got one."""
+        assigned = self.pool.take_free_for(keys)
+        if assigned < len(keys) and self._batch_eviction is not None:
+            rest = keys[assigned:]
+            victims = self._batch_eviction.victims(self.pool, rest)
             for victim, key in zip(victims, rest, strict=False):
-                self._pass_on(victim, key)
-            given += len(victims)
-        return given
+                self._reassign(victim, key)
+            assigned += len(victims)
+        return assigned
 
-    def _give_beside_staging(self, keys: Sequence[Key], several: BatchEviction) -> int:
+    def _assign_beside_guesses(self, keys: Sequence[Key], batch_eviction: BatchEviction) -> int:
+        """Assign slots to `keys`, leaving the guess slots alone; return how many got one."""
         pool = self.pool
-        slots, unproven = pool.slots, pool.unproven
+        slots, unused = pool.slots, pool.unused_prefetches
         victims: Iterator[Key] | None = None
-        for given, key in enumerate(keys):
-            while len(slots) - len(unproven) >= self._for_proven or pool.take_free(key) is None:
+        for assigned, key in enumerate(keys):
+            # Evict until experts in use take less than their share and a slot is free.
+            while len(slots) - len(unused) >= self._used_slots or pool.take_free(key) is None:
                 if victims is None:
-                    victims = iter(several.victims(pool, keys))
+                    victims = iter(batch_eviction.victims(pool, keys))
                 victim = next(victims, None)
                 if victim is None:
-                    return given
-                self.drop(victim)
+                    return assigned
+                self.release(victim)
         return len(keys)
 
-    def slot_for(self, key: Key) -> int:
-        """A slot for a demand load, whatever it takes: free, evicted, taken from a queued prefetch, or waited for."""
-        pool, victim_of, staged = self.pool, self.evict.victim, self._staging > 0
+    def allocate(self, key: Key) -> int:
+        """Assign a slot to `key` for a demand load, whatever it takes, and return its number.
+
+        A free slot comes first, then one of an evicted expert, then one of a cancelled prefetch. If none can be had
+        at once, compute waits for a queued copy, whose expert may then be evicted.
+        """
+        pool, choose_victim, has_guess_slots = self.pool, self._eviction.victim, self._guess_slots > 0
         while True:
-            reserved = staged and len(pool) - len(pool.unproven) >= self._for_proven
+            # 1. A free slot, unless all that are free are guess slots.
+            reserved = has_guess_slots and len(pool) - len(pool.unused_prefetches) >= self._used_slots
             slot = None if reserved else pool.take_free(key)
             if slot is not None:
                 return slot
-            victim = victim_of(pool, key, protected=False)
+            # 2. Evict an expert that is not protected; else borrow a guess slot; else evict a protected expert.
+            victim = choose_victim(pool, key, protected=False)
             if victim is None:
                 slot = pool.take_free(key)
                 if slot is not None:
                     return slot
-                victim = victim_of(pool, key, protected=True)
-            if victim is not None and not staged:
-                return self._pass_on(victim, key)
+                victim = choose_victim(pool, key, protected=True)
+            if victim is not None and not has_guess_slots:
+                return self._reassign(victim, key)
             if victim is not None:
-                self.drop(victim)
+                self.release(victim)
                 continue
+            # 3. Everything is pinned or on its way: cancel the newest prefetch, or wait for it if it cannot be.
             queued = [other for other in pool.queued() if other not in pool.pinned]
             assert queued, "a pool of at least top-k slots always has one to give"
             last = queued[-1]
-            self.take_back([last])
+            self.cancel([last])
             if last in pool:
                 self.link.wait(last)
 
-    # --- for what is foreseen -----------------------------------------------------------------------
+    # --- prefetches ---------------------------------------------------------------------------------
 
     def prefetch(self, keys: Sequence[Key]) -> int:
-        """Ask for the first of these foreseen experts, as far as slots can be had; none is in the pool. For how many.
+        """Submit prefetches of the first of `keys`, none of them in the pool, while slots last; return how many.
 
-        They become part of what this token still needs, for which nothing of that is evicted.
+        They become protected, and nothing protected is evicted for them.
         """
         pool = self.pool
-        if self._staging:
-            keys = keys[: max(0, self._staging - len(pool.unproven))]
-        given = self._give_foreseen(keys)
+        if self._guess_slots:
+            keys = keys[: max(0, self._guess_slots - len(pool.unused_prefetches))]
+        assigned = self._assign_prefetches(keys)
         slots, submit = pool.slots, self.link.submit
-        keys = keys[:given]
-        pool.unproven.update(keys)
+        keys = keys[:assigned]
+        pool.unused_prefetches.update(keys)
         pool.protected.update(keys)
-        self.ledger.counters.prefetch_loads += given
+        self.ledger.counters.prefetch_loads += assigned
         for key in keys:
             submit(key, slots[key], demand=False)
-        return given
+        return assigned
 
-    def _give_foreseen(self, keys: Sequence[Key]) -> int:
-        """Give slots to the first of these: free ones, then evicted ones."""
-        given = self._give_at_once(keys)
-        if self._several is not None:
-            return given
-        for key in keys[given:]:
-            victim = self.evict.victim(self.pool, key, protected=False)
+    def _assign_prefetches(self, keys: Sequence[Key]) -> int:
+        """Assign slots that are free or of unprotected experts; return how many of `keys` got one."""
+        assigned = self._assign_free_and_batch(keys)
+        if self._batch_eviction is not None:
+            return assigned
+        for key in keys[assigned:]:
+            victim = self._eviction.victim(self.pool, key, protected=False)
             if victim is None:
-                return given
-            self._pass_on(victim, key)
-            given += 1
-        return given
+                return assigned
+            self._reassign(victim, key)
+            assigned += 1
+        return assigned
 
-    def preload(self, key: Key) -> None:
-        """Ask for an expert that a planner chose, knowing that one may give way."""
+    def prefetch_idle(self, key: Key) -> None:
+        """Submit a prefetch of the expert that an idle prefetcher chose, which has made sure that a slot can be had."""
         pool = self.pool
         slot = pool.take_free(key)
         if slot is None:
-            victim = self.evict.victim(pool, key, protected=False)
-            assert victim is not None, "a planner names a key only where one may give way"
-            slot = self._pass_on(victim, key)
-        pool.unproven.add(key)
+            victim = self._eviction.victim(pool, key, protected=False)
+            assert victim is not None, "an idle prefetcher names a key only where a slot is free or can be"
+            slot = self._reassign(victim, key)
+        pool.unused_prefetches.add(key)
         self.ledger.counters.prefetch_loads += 1
         self.link.submit(key, slot, demand=False)
 
-    def take_back(self, keys: Iterable[Key]) -> None:
-        """Undo these prefetches as far as their copies have not begun."""
+    def cancel(self, keys: Iterable[Key]) -> None:
+        """Cancel these prefetches and free their slots, as far as their copies have not begun."""
         for key in sorted(keys):
             if self.link.cancel(key):
-                self.drop(key)
+                self.release(key)
                 self.ledger.counters.prefetch_loads -= 1
 
-    def clear_staging(self, layer: int) -> None:
-        """Wrong guesses of this layer leave their slots, and experts in use take no more than their own."""
+    def clear_guess_slots(self, layer: int) -> None:
+        """Release the wrong guesses of a layer that has run, and evict until experts in use take only their share."""
         pool = self.pool
-        for key in sorted(key for key in pool.unproven if key[0] == layer and key in pool.ready):
-            self.drop(key)
-        while len(pool) - len(pool.unproven) > self._for_proven:
-            victim = self.evict.victim(pool, (layer, -1), protected=False)
+        for key in sorted(key for key in pool.unused_prefetches if key[0] == layer and key in pool.ready):
+            self.release(key)
+        while len(pool) - len(pool.unused_prefetches) > self._used_slots:
+            victim = self._eviction.victim(pool, (layer, -1), protected=False)
             if victim is None:
                 return
-            self.drop(victim)
+            self.release(victim)
 
-    def _pass_on(self, victim: Key, key: Key) -> int:
-        """The slot of `victim` is given to `key`."""
+    # --- slots that lose their expert ---------------------------------------------------------------
+
+    def _reassign(self, victim: Key, key: Key) -> int:
+        """Evict `victim`, assign its slot to `key` and return the slot's number."""
         slot = self.pool.replace(victim, key)
-        if self.emptied is not None:
-            self.emptied(slot)
+        if self.on_emptied is not None:
+            self.on_emptied(slot)
         return slot
 
-    def drop(self, key: Key) -> None:
-        """Empty a slot."""
+    def release(self, key: Key) -> None:
+        """Empty the slot of `key`, which is then free."""
         slot = self.pool.release(key)
-        if self.emptied is not None:
-            self.emptied(slot)
+        if self.on_emptied is not None:
+            self.on_emptied(slot)

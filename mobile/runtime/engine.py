@@ -21,6 +21,7 @@ from mobile.links.base import Link, LinkEnds
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
 from mobile.live_model.overrides import Overrides
+from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import CustomRouting
 from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
@@ -29,7 +30,6 @@ from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
-from mobile.slots import SlotPool
 from mobile.store.memory import HostStore
 
 Scope = AbstractContextManager[Any]
@@ -171,12 +171,11 @@ class Engine:
         self.running = None
         self.residency = Residency(
             self.strategy,
-            SlotPool(self.slots),
+            PolicyContext.of(self._cost, self.slots, layer_map=self.layer_map),
             self.link,
             self._cost,
             self.ledger,
             self._emptied,
-            layer_map=self.layer_map,
         )
         if self._poison:
             self.slot_rows.fill_(float("nan"))

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from mobile.live_model.compat import MoeLayer
-from mobile.policies.next_logits import NextLayerLogits, alone
+from mobile.policies.next_logits import NextLayerLogits, of_one_layer, predicting_layer
 from mobile.policies.strategy import CustomRouting, Strategy
-from mobile.replay.trace import foreseen_from
 from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 
@@ -68,9 +67,9 @@ class NextLayerLookup:
 
         `last` says whether it is the last of the charged layers that this live layer is counted as.
         """
-        source = foreseen_from(layer, last, len(self.layers))
+        source = predicting_layer(layer, last, len(self.layers))
         logits = running.ahead.get(source) if running is not None and source is not None else None
-        return None if logits is None else alone(logits)
+        return None if logits is None else of_one_layer(logits)
 
     def _other_inputs(self, layer: int, running: ForwardPass, hidden: torch.Tensor) -> RouterInput | None:
         """Return what the next layer's router is probably given beside hidden states; None if that is not known.

@@ -151,7 +151,7 @@ def test_a_guess_that_was_not_chosen_gives_way_first():
     for key in ((1, 5), (0, 0), (0, 1), (1, 0), (1, 7), (2, 0)):
         pool.take_free(key)
         pool.arrived(key)
-    pool.unproven = {(1, 7), (2, 0)}
+    pool.unused_prefetches = {(1, 7), (2, 0)}
     evict.used(1, [(1, 0)])  # 7 was guessed for it; 0 of layer 2 may still be right
     assert evict.victim(pool, (2, 3), protected=False) == (1, 7)
 

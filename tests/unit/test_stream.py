@@ -24,8 +24,8 @@ from mobile.ledger import Ledger
 from mobile.links.paced import PacedChannel
 from mobile.links.stream import COMMITTED, StreamLink
 from mobile.policies.big_little import MOBILE
+from mobile.policies.protocols import PolicyContext
 from mobile.residency.residency import Residency
-from mobile.slots import SlotPool
 
 Key = tuple[int, int]
 
@@ -215,8 +215,9 @@ def test_the_slot_of_a_failed_prefetch_is_given_back_when_the_token_ends():
     channel, ledger = ByHand(failing=[(1, 5)]), Ledger()
     link = StreamLink(channel, 7, ledger, lambda key, slot: residency.arrived(key, slot))
     geometry = replace(GEOMETRIES["olmoe-1b-7b"], moe_layers=2, experts=8, top_k=2)
-    pool = SlotPool(6)
-    residency = Residency(MOBILE, pool, link, CostModel(profile("auto"), geometry), ledger)
+    cost = CostModel(profile("auto"), geometry)
+    residency = Residency(MOBILE, PolicyContext.of(cost, 6), link, cost, ledger)
+    pool = residency.pool
     residency.begin("little", 1)
     residency.fallback([(1, 5), (1, 6)])
     channel.complete(2)

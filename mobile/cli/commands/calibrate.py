@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool) -> None:
-    """Measure, fit, print, and write `out`. Imports torch. Raises Refused before measuring if it could not be done."""
+    """Measure, fit, print, and write `out`. Raise Refused before measuring if `out` or the device cannot be used."""
     if out is not None and out.suffix != ".json":
         raise Refused(f"--out {out} must end in .json, which is how --hardware tells a file from a name.")
     if out is not None and not out.absolute().parent.is_dir():
@@ -62,7 +62,7 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
 
 
 def _device(name: str | None) -> torch.device:
-    """Return the device to time: the one of that name, or a GPU if there is one. Raises Refused for one not here."""
+    """Return the device to time: the one of that name, or a GPU if there is one. Raise Refused for one not here."""
     import torch
 
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -80,6 +80,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _print(card: HardwareProfile, out: Path | None) -> None:
+    """Print the profile, its sources and where it was written."""
     screen = show.console()
     table = show.table(card.name, "what", "fitted")
     for name, value in rows(card).items():
@@ -95,7 +96,7 @@ def _print(card: HardwareProfile, out: Path | None) -> None:
 
 
 def rows(card: HardwareProfile) -> dict[str, Any]:
-    """The profile's numbers for a reader."""
+    """Return the profile's numbers as text, by name."""
 
     def micro(seconds: float) -> str:
         return f"{seconds * 1e6:,.1f} us"

@@ -1,7 +1,7 @@
 """`mobile chat`: a conversation on stdin and stdout.
 
-What the cache already holds is not computed again. A strategy that is not lossless thereby keeps the states that half
-the experts wrote; computing an old turn anew would prefill it with all of them.
+Tokens that the cache already holds are not computed again. Under a lossy strategy it thereby keeps the states of old
+turns as fewer experts wrote them, where a new prefill would use all experts.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Conversation:
         self._forget_cache()
 
     def _forget_cache(self) -> None:
+        """Forget the cache, so that the next answer computes all turns again."""
         self.cache: Any = None
         self.seen: Any = None
 
@@ -53,7 +54,7 @@ class Conversation:
         asked = {"role": "user", "content": prompt}
         try:
             ids = opened.encode([*self.messages, asked])
-            self._keep_what_matches(ids[0])
+            self._crop_cache(ids[0])
             cache = compat.going_on(opened.model, self.cache)
             output = opened.generate(ids, streamer=streamer, return_dict_in_generate=True, **cache)
             self.cache = compat.cache_of(output)
@@ -65,8 +66,8 @@ class Conversation:
         if streamer.written:
             self.messages += [asked, {"role": "assistant", "content": opened.decode(streamer.written)}]
 
-    def _keep_what_matches(self, ids: Any) -> None:
-        """Cut the cache back to what it shares with `ids` (length,): a template may render old turns anew.
+    def _crop_cache(self, ids: Any) -> None:
+        """Crop the cache to the tokens it shares with `ids` (length,): a template may render old turns differently.
 
         At least one token must be left to compute. A cache that cannot be cut is dropped.
         """
@@ -87,16 +88,18 @@ class Conversation:
 
 
 def _recorder(tokenizer: Any) -> Any:
+    """Return a streamer that remembers the ids it has written."""
     from transformers import TextStreamer
 
     class Recorder(TextStreamer):
-        """Streams to stdout and remembers the ids, which an interrupted generate() does not return."""
+        """A streamer to stdout that remembers the ids, which an interrupted generate() does not return."""
 
         def __init__(self) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.written: list[int] = []
 
         def put(self, value: Any) -> None:
+            """Write new token ids, and remember them."""
             if not self.next_tokens_are_prompt:
                 self.written += value.flatten().tolist()
             super().put(value)
@@ -108,6 +111,7 @@ def _recorder(tokenizer: Any) -> Any:
 
 
 def declare(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = options.command(
         commands,
         "chat",
@@ -121,6 +125,7 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code. Raise Refused."""
     opened = session.start(arguments, *session.opening(arguments))
     if not opened.template and not arguments.raw:
         show.note("This tokenizer has no chat template, so a prompt is appended to the text so far, on a new line.")
@@ -140,12 +145,13 @@ def run(arguments: argparse.Namespace) -> int:
         elif turn.strip() == "/exit":
             return 0
         elif turn.strip().startswith("/"):
-            _obey(turn.strip(), conversation)
+            _run_command(turn.strip(), conversation)
         elif turn.strip():
             _answer(turn.strip(), conversation)
 
 
-def _obey(command: str, conversation: Conversation) -> None:
+def _run_command(command: str, conversation: Conversation) -> None:
+    """Run a line that begins with a slash."""
     if command == "/reset":
         conversation.reset()
         show.note("(forgotten)")
@@ -159,6 +165,7 @@ def _obey(command: str, conversation: Conversation) -> None:
 
 
 def _answer(prompt: str, conversation: Conversation) -> None:
+    """Answer one turn, and print the statistics or the refusal."""
     model = conversation.opened.model
     before = model.mobile.stats()
     try:

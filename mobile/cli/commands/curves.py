@@ -1,4 +1,4 @@
-"""The picture of `mobile replay`: hit rate against device memory, one labelled curve a strategy."""
+"""The plot of `mobile replay`: hit rate against device memory, one labelled curve a strategy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABEL_GAP = 0.045  # of the axis, between two labels
 
 
 def check(path: Path) -> None:
-    """Refuse before anything is replayed what cannot be drawn."""
+    """Raise Refused if no plot can be written there; call it before anything is replayed."""
     if path.suffix.lower() not in FORMATS:
         raise Refused(f"Cannot draw {outputs.shown(path)}; name a file that ends in {' or '.join(FORMATS)}.")
     outputs.check_file(path)
@@ -29,7 +29,7 @@ def check(path: Path) -> None:
 
 
 def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
-    """Write the picture; strategies without a hit rate are left out. Labels stand at the curves' right ends."""
+    """Draw the plot; strategies without a hit rate are left out. Labels stand at the curves' right ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -63,7 +63,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
 
 
 def _apart(wanted: dict[str, float]) -> dict[str, float]:
-    """Heights as near to the wanted ones as labels that do not cover each other allow."""
+    """Return heights of labels that do not overlap, as near as possible to the wanted ones."""
     placed: dict[str, float] = {}
     lowest, highest = 0.0, 1.0
     for name, height in sorted(wanted.items(), key=lambda item: item[1]):

@@ -1,4 +1,4 @@
-"""`mobile doctor`: what this machine offers, measured where it can be, and what to change."""
+"""`mobile doctor`: this machine's software, memory and link, measured where possible, and advice on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ this processor.
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the screen shows. `rates` and `rates_of` are of torch's current CUDA device, where models go."""
+    """Everything that the command shows. `rates` and `rates_of` are of torch's current CUDA device, where models go."""
 
     software: Software
     host: Host
@@ -47,7 +47,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look and measure. Imports torch."""
+    """Examine this machine and measure its copies. Imports torch."""
     show.waiting("looking at this machine ...")
     import torch
 
@@ -64,11 +64,12 @@ def examine() -> Report:
 
 
 def advice(report: Report) -> list[str]:
-    """What is off, one sentence each with what to do about it; empty if nothing is."""
+    """Return a sentence for each thing that is wrong, with its remedy; none if nothing is."""
     return [*_about_software(report), *_about_link(report), *_about_host(report)]
 
 
 def _about_software(report: Report) -> Iterator[str]:
+    """Yield advice on versions and the driver."""
     if report.software.problem is not None:
         yield report.software.problem
     if report.cuda:
@@ -86,6 +87,7 @@ def _about_software(report: Report) -> Iterator[str]:
 
 
 def _about_link(report: Report) -> Iterator[str]:
+    """Yield advice on the PCIe link and page-locking."""
     rates = report.rates
     if rates is None:
         return
@@ -110,6 +112,7 @@ def _about_link(report: Report) -> Iterator[str]:
 
 
 def _about_host(report: Report) -> Iterator[str]:
+    """Yield advice on host memory."""
     usable = report.host.usable_nbytes
     if usable is None:
         return
@@ -125,6 +128,7 @@ def _about_host(report: Report) -> Iterator[str]:
 
 
 def declare(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = options.command(
         commands,
         "doctor",
@@ -149,6 +153,7 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code. Raise Refused."""
     if arguments.calibrate:
         calibrate(arguments.device, arguments.dtype, arguments.out, as_json=arguments.json)
         return 0
@@ -171,6 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _section(title: str, rows: dict[str, str]) -> Table:
+    """Return a table of names and values."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
     made.add_column(style="dim", min_width=24)
     made.add_column()
@@ -180,6 +186,7 @@ def _section(title: str, rows: dict[str, str]) -> Table:
 
 
 def _software(found: Software) -> Table:
+    """Return the section of versions."""
     return _section(
         "Software",
         {
@@ -193,6 +200,7 @@ def _software(found: Software) -> Table:
 
 
 def _host(report: Report) -> Table:
+    """Return the section of CPU and host memory."""
     found = report.host
     return _section(
         "Host",
@@ -211,6 +219,7 @@ def _host(report: Report) -> Table:
 
 
 def _gpu(report: Report, gpu: Gpu) -> Table:
+    """Return the section of one GPU and its link."""
     rows = {
         "driver": gpu.driver or "unknown",
         "memory": f"{show.memory(gpu.memory_free_nbytes)} free of {show.memory(gpu.memory_total_nbytes)}",
@@ -227,14 +236,17 @@ def _gpu(report: Report, gpu: Gpu) -> Table:
 
 
 def _limit(nbytes: Limit) -> str:
+    """Return a limit as text."""
     return nbytes if isinstance(nbytes, str) else show.memory(nbytes)
 
 
 def _rate(gb_per_s: float | None) -> str:
+    """Return a rate as text."""
     return "unknown" if gb_per_s is None else f"{gb_per_s:.1f} GB/s"
 
 
 def _pcie(link: LinkState) -> str:
+    """Return a link's generation and width as text."""
     if link.generation is None or link.width is None:
         return "unknown"
     return f"PCIe {link.generation}.0 x{link.width}"

@@ -1,4 +1,4 @@
-"""`mobile strategies` and `mobile hardware`: what there is to choose from, each with its source."""
+"""`mobile strategies` and `mobile hardware`: the choices of --strategy and --hardware, each with its source."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ examples:
   mobile strategies
   mobile strategies --json | jq -r '.strategies[] | select(.lossless) | .name'
 
-A lossless strategy writes what the model would write with every expert on the device. Another one runs fewer experts,
-or others. Installed packages add strategies of their own.
+A lossless strategy gives the same text as the model with every expert on the device. A lossy one runs fewer experts, or
+others. Installed packages can add strategies.
 """
 HARDWARE = """
 examples:
@@ -27,16 +27,17 @@ examples:
 Without --hardware, or with `auto`, virtual time is computed for {auto}. `mobile doctor --calibrate --out FILE.json`
 measures a profile of this machine, and --hardware takes FILE.json as well.
 """
-AUTO = "rtx4080-pcie4"  # what mobile.costs.hardware.profile makes of "auto"
+AUTO = "rtx4080-pcie4"  # the profile that mobile.costs.hardware.profile returns for "auto"
 
 
 def declare(commands: Any) -> None:
+    """Declare both commands."""
     parser = options.command(
         commands,
         "strategies",
         list_strategies,
-        help="what --strategy can be",
-        description="List every strategy: what it does, whether it is lossless, and whose it is.",
+        help="list the choices of --strategy",
+        description="List every strategy: a summary, whether it is lossless, and its source.",
         epilog=STRATEGIES,
     )
     options.json(parser)
@@ -44,7 +45,7 @@ def declare(commands: Any) -> None:
         commands,
         "hardware",
         list_hardware,
-        help="what --hardware can be",
+        help="list the choices of --hardware",
         description="List every hardware profile: the numbers that virtual time is computed with, and their sources.",
         epilog=HARDWARE.format(auto=AUTO),
     )
@@ -52,6 +53,7 @@ def declare(commands: Any) -> None:
 
 
 def list_strategies(arguments: argparse.Namespace) -> int:
+    """Run `mobile strategies`; return its exit code."""
     found = strategies().values()
     if arguments.json:
         show.as_json({"strategies": [_described(strategy) for strategy in found]})
@@ -65,10 +67,12 @@ def list_strategies(arguments: argparse.Namespace) -> int:
 
 
 def _described(strategy: Strategy) -> dict[str, Any]:
+    """Return a strategy as --json shows it."""
     return {name: getattr(strategy, name) for name in ("name", "lossless", "summary", "source")}
 
 
 def list_hardware(arguments: argparse.Namespace) -> int:
+    """Run `mobile hardware`; return its exit code."""
     if arguments.json:
         show.as_json({"auto": AUTO, "hardware": [asdict(card) for card in PROFILES.values()]})
         return 0

@@ -37,7 +37,7 @@ experts, or the disk for its weights; 2 if it is refused, by `mobile.load` as we
 
 @dataclass(frozen=True)
 class Bound:
-    """What one decode token costs at a fallback rate (None: the strategy has none). Computed, per token.
+    """The bounds of one decode token at a fallback rate (None: the strategy has none), computed.
 
     `link_tokens_per_s` is None where nothing is copied.
     """
@@ -50,7 +50,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy under the budget: the slots and device memory it needs to do what it is for, and its bounds."""
+    """A strategy under the budget: the slots and device memory that it needs to work as intended, and its bounds."""
 
     strategy: str
     summary: str
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A budget taken apart. Bytes on the device add up to at most `memory_nbytes`.
+    """A memory budget divided. Bytes on the device add up to at most `memory_nbytes`.
 
     `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not.
     """
@@ -90,10 +90,10 @@ class Plan:
 
 
 def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
-    """The bounds of one decode token: bytes over the link's bandwidth without any cache, compute without any wait.
+    """Return the bounds of a decode token: bytes over the link's bandwidth without a cache, compute without a wait.
 
     With K experts a layer a token moves L K bytes(expert); a little pass L K/2 of them, and a fallback the rest.
-    What the CPU computes is not moved, and the link's bound is then the slower one's of both.
+    Experts that the CPU computes are not moved; the link's bound is then the lower one of link and CPU.
     """
     geometry = cost.geometry
     layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
@@ -129,7 +129,7 @@ def plan(
     fallback_rates: Sequence[float] = (0.0, 1.0),
     disk_shortage: str | None = None,
 ) -> Plan:
-    """Divide the budget. Raises Refused when it cannot hold the dense weights and one token's experts."""
+    """Divide the budget. Raise Refused when it cannot hold the dense weights and one token's experts."""
     slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, PREFILL_BUFFERS)
     cost = CostModel(hardware, geometry)
     rows = []
@@ -174,7 +174,7 @@ def plan(
 
 
 def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry | Source:
-    """A preset's sizes, or where the checkpoint is that a folder or a hub id names. Raises Refused if there is none."""
+    """Return a preset's sizes, or the source of the checkpoint of that folder or hub id. Raise Refused."""
     if model in GEOMETRIES and not Path(model).is_dir():
         if dtype not in ("auto", "bfloat16"):
             raise Refused(f"The preset {model} is bfloat16; leave --dtype out, or name a checkpoint.")
@@ -187,9 +187,9 @@ def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Ge
 def sizes(
     found: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Geometry, str | None]:
-    """The model's sizes, and why the disk has no room for its weights, if so; built without weights.
+    """Return the model's sizes, without reading weights, and why they do not fit on the disk, if so.
 
-    Raises Refused for what `mobile.load` refuses before it has the weights.
+    Raise Refused wherever `mobile.load` does before it has the weights.
     """
     if isinstance(found, Geometry):
         return found, None
@@ -204,6 +204,7 @@ def sizes(
 
 
 def declare(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = options.command(
         commands,
         "plan",
@@ -214,21 +215,24 @@ def declare(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
     parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
-    parser.add_argument("--host-memory", metavar="SIZE", help="what the host has for experts (default: this machine's)")
-    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
+    parser.add_argument("--host-memory", metavar="SIZE", help="host memory for experts (default: this machine's)")
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"compute for: {options.CARDS}")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=options.DTYPES,
         metavar="TYPE",
-        help=f"of the weights: {', '.join(options.DTYPES)}",
+        help=f"type of the weights: {', '.join(options.DTYPES)}",
     )
-    parser.add_argument("--fallback-rate", type=float, metavar="R", help="for `mobile` (default: both 0 and 1)")
+    parser.add_argument(
+        "--fallback-rate", type=float, metavar="R", help="fallback rate of `mobile` (default: both 0 and 1)"
+    )
     options.trust(parser)
     options.json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code. Raise Refused."""
     found = None
     try:
         rates: tuple[float, ...] = (0.0, 1.0)
@@ -258,6 +262,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(made: Plan, hardware: HardwareProfile) -> None:
+    """Print the verdict, the budget and the bounds."""
     out, geometry = show.console(), made.geometry
     where = f"{made.model} on {made.hardware} with {show.memory(made.memory_nbytes)}"
     verdict = f"runs: {where}" if made.runs else f"does not run here: {where}, because {made.because}"
@@ -312,6 +317,7 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
 
 
 def _print_ceilings(out: Any, bounds: Ceilings) -> None:
+    """Print the bounds of MoBiLE over on-demand loading."""
     table = show.table(
         "Ceilings of MoBiLE over on-demand loading (closed forms)",
         "fallback\nrate r",
@@ -332,6 +338,7 @@ def _print_ceilings(out: Any, bounds: Ceilings) -> None:
 
 
 def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
+    """Return the formulas behind the columns."""
     geometry = made.geometry
     full, little = geometry.top_k, geometry.little_k
     times = "2 / (1 + r)" if full == 2 * little else f"{full} / ({little} + {full - little} r)"

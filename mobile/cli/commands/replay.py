@@ -1,4 +1,4 @@
-"""`mobile replay`: what other strategies and cache sizes would make of a recorded trace, in virtual time."""
+"""`mobile replay`: a recorded trace under other strategies and cache sizes, in virtual time."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from mobile.residency.residency import PREFILL_BUFFERS
 
 EXAMPLES = """
 examples:
-  mobile replay trace.npz                                  every strategy that the trace can stand for
+  mobile replay trace.npz                                  every strategy that can be replayed on it
   mobile replay trace.npz --strategy lru --strategy next-gate --memory 6GiB 8GiB
   mobile replay trace.npz --geometry olmoe-1b-7b --sweep --plot hit-rate.svg
   mobile replay trace.npz --json | jq '.results[] | [.strategy, .hit_rate]'
 
-Without a size each strategy runs with the fewest slots it is for, and with what the card's memory leaves. A trace holds
-the experts of one token sequence: strategies that would choose other experts, and so other tokens, are refused.
+Without a size each strategy runs twice: with the fewest slots it works as intended with, and with those that the card's
+memory holds. A trace holds the experts of one token sequence: strategies that would choose other experts, and so other
+tokens, are refused.
 """
 SWEPT = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # shares of all experts
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace that can be compared: who chose its experts, at which gamma, with which model."""
+    """A trace with the strategy, gamma and model that it was recorded under."""
 
     requests: list[traces.Request]
     geometry: Geometry
@@ -46,10 +47,12 @@ class Trace:
 
     @property
     def tokens(self) -> int:
+        """Return the number of decoded tokens."""
         return sum(step.kind in ("full", "little") for request in self.requests for step in request)
 
 
 def declare(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = options.command(
         commands,
         "replay",
@@ -58,20 +61,25 @@ def declare(commands: Any) -> None:
         description="Compare strategies and cache sizes on a recorded trace. Times are computed: a projection.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="what `mobile trace` wrote")
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="a file that `mobile trace` wrote")
     parser.add_argument("--strategy", action="append", metavar="NAME", help="repeat it to compare (default: all)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--memory", nargs="+", action="extend", metavar="SIZE", help="device memory, like 6GiB 8GiB")
     size.add_argument("--slots", nargs="+", action="extend", type=int, metavar="N", help="expert slots")
-    size.add_argument("--sweep", action="store_true", help="from a sixteenth of all experts to all of them")
-    parser.add_argument("--geometry", metavar="NAME", help=f"charge the time of: {', '.join(GEOMETRIES)}")
-    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
-    parser.add_argument("--gamma", type=float, metavar="P", help="of `mobile` (default: the trace's)")
+    size.add_argument(
+        "--sweep", action="store_true", help="several sizes, from a sixteenth of all experts to all of them"
+    )
+    parser.add_argument(
+        "--geometry", metavar="NAME", help=f"compute time as if the model were: {', '.join(GEOMETRIES)}"
+    )
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"compute time for: {options.CARDS}")
+    parser.add_argument("--gamma", type=float, metavar="P", help="gamma of `mobile` (default: the trace's)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rate against memory, as .svg or .png")
     options.json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code. Raise Refused."""
     if arguments.plot is not None:
         curves.check(arguments.plot)
     card = profile(arguments.hardware)
@@ -113,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def open_trace(path: Path) -> Trace:
-    """Read a trace and what it says about itself. Raises Refused if that is too little to compare strategies on it."""
+    """Read a trace and its description. Raise Refused if that is too little to compare strategies on it."""
     requests, about = traces.load(path)
     try:
         geometry, name, gamma = Geometry.from_record(about["geometry"]), about["strategy"], about.get("gamma")
@@ -135,7 +143,10 @@ def open_trace(path: Path) -> Trace:
 
 
 def choose(read: Trace, names: Sequence[str] | None, gamma: float | None) -> tuple[list[Strategy], dict[str, str]]:
-    """The strategies to compare and, if none was named, why each of the others is not; a misfit by name is refused."""
+    """Return the strategies to compare and, if none was named, why each of the others is left out.
+
+    Raise Refused for a named one that cannot be replayed.
+    """
     gamma_of_all = read.gamma if gamma is None else gamma
     found, left_out = [], {}
     for name in dict.fromkeys(names or strategies()):
@@ -157,11 +168,12 @@ def choose(read: Trace, names: Sequence[str] | None, gamma: float | None) -> tup
 
 
 def _two_pass(strategy: Strategy) -> bool:
+    """Return whether it runs MoBiLE's two passes, and so has a gamma."""
     return isinstance(strategy.gating, BigLittle)
 
 
 def sizes(arguments: argparse.Namespace, strategy: Strategy, charged: Geometry, card: HardwareProfile) -> list[int]:
-    """Slots to replay a strategy with, ascending. Raises Refused where they cannot hold one token's experts."""
+    """Return the slots to replay a strategy with, ascending. Raise Refused for fewer than one layer needs."""
     if strategy.retain == "everything":
         return [charged.total_experts]
     return sorted({min(slots, charged.total_experts) for slots in _asked(arguments, strategy, charged, card)})
@@ -170,6 +182,7 @@ def sizes(arguments: argparse.Namespace, strategy: Strategy, charged: Geometry, 
 def _asked(
     arguments: argparse.Namespace, strategy: Strategy, charged: Geometry, card: HardwareProfile
 ) -> Iterator[int]:
+    """Yield the slots that the command line asks for, or the defaults."""
     for slots in arguments.slots or ():
         if slots < charged.top_k:
             raise Refused(
@@ -189,6 +202,7 @@ def _asked(
 
 
 def _print(read: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequence[Outcome]) -> None:
+    """Print the table, the training of predictors, and the bound without a cache."""
     out = show.console()
     as_what = "" if charged == read.geometry else f", charged as {charged.name}"
     out.print(
@@ -237,4 +251,5 @@ def _print(read: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequ
 
 
 def _percent(share: float | None) -> str:
+    """Return a share as text."""
     return "-" if share is None else f"{share:.1%}"

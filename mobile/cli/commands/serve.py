@@ -27,11 +27,11 @@ Routes: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /healt
 after another. Temperature 0 is greedy; else the model's generation_config says whether it samples.
 """
 NEEDS = ("fastapi", "uvicorn", "openai", "pydantic")
-SECONDS_TO_FINISH = 5  # what a request may still take after Ctrl-C
+SECONDS_TO_FINISH = 5  # that a running request has after Ctrl-C
 
 
-class _Careful:
-    """A model's tokenizer as Transformers' handlers use it, but that refuses what it cannot read."""
+class _CheckedTokenizer:
+    """A model's tokenizer as Transformers' handlers use it, which refuses text that it cannot read."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -45,12 +45,13 @@ class _Careful:
         return self._reader.checked(lambda: self._reader.tokenizer(*arguments, **options), by="tokenizer")
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+        """Return what the tokenizer's own does. Raise Refused as `Reader.checked` does."""
         rendered = self._reader.tokenizer.apply_chat_template
         return self._reader.checked(lambda: rendered(*arguments, **options), by="chat template")
 
 
 def application(name: str, model: Any, tokenizer: Any) -> Any:
-    """An ASGI application that knows one model. A client's mistake, as a request for another model, gets status 400."""
+    """Return an ASGI application for one model. A client's mistake, as a request for another model, gets status 400."""
     from fastapi import FastAPI, HTTPException
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, StreamingResponse
@@ -63,9 +64,11 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
     from mobile.cli import request_bodies
 
     reader = Reader(name, tokenizer, tokenizer.chat_template is not None, model.config)
-    careful = _Careful(reader)
+    checked_tokenizer = _CheckedTokenizer(reader)
 
     class OneModel(ModelManager):
+        """A manager that has this model whatever is asked for."""
+
         @staticmethod
         def process_model_name(model_id: str) -> str:
             return model_id
@@ -75,12 +78,14 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
             return Modality.LLM  # whatever the model could see: a tokenizer reads text
 
         def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
-            return model, careful
+            return model, checked_tokenizer
 
     app, manager, state = FastAPI(title="mobile"), OneModel(), GenerationState()
     manager.force_model = name  # as an argument it would be loaded by Transformers
 
     def answer(path: str, kind: Any, handler: Any) -> None:
+        """Add a route for bodies of this kind."""
+
         @app.post(path)
         async def route(body: dict[str, Any]) -> Any:
             if kind is not request_bodies.Completion and not reader.template:
@@ -116,7 +121,7 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
 
 
 async def _ended(events: Any) -> AsyncIterator[Any]:
-    """The events of a stream, and the one by which OpenAI's clients know its end. A client that leaves stops both."""
+    """Yield the events of a stream, then the one that ends it for OpenAI's clients. A client that leaves stops both."""
     async with aclosing(events):
         async for event in events:
             yield event
@@ -127,6 +132,7 @@ async def _ended(events: Any) -> AsyncIterator[Any]:
 
 
 def declare(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = options.command(
         commands,
         "serve",
@@ -141,6 +147,7 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code. Raise Refused."""
     lacking = [name for name in NEEDS if find_spec(name) is None]
     if lacking:
         raise Refused(f"mobile serve needs packages that are not installed; run: pip install {' '.join(lacking)}")
@@ -159,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """The address, taken before the model is loaded; who connects meanwhile waits."""
+    """Bind the address, before the model is loaded; clients that connect meanwhile wait."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError, ValueError, TypeError) as error:

@@ -28,6 +28,7 @@ numbers and confidences, no text and no weights.
 
 
 def declare(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = options.command(
         commands,
         "trace",
@@ -36,7 +37,7 @@ def declare(commands: Any) -> None:
         description="Run prompts one by one and save which experts every token chose.",
         epilog=EXAMPLES,
     )
-    options.loading(parser, geometry=False)  # the trace keeps the model's own sizes; a replay dresses it
+    options.loading(parser, geometry=False)  # the trace keeps the model's own sizes; a replay may charge others
     options.text(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="lines or JSONL; - reads stdin")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the trace to write, such as trace.npz")
@@ -45,6 +46,7 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code. Raise Refused."""
     out: Path = arguments.out
     outputs.check_file(out)
     if out.exists() and not arguments.force:
@@ -83,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _encoded(reader: Reader, prompt: str, which: str) -> Any:
-    """The ids of a prompt. Raises Refused, saying which prompt it is that cannot be read."""
+    """Return the token ids of a prompt. Raise Refused, saying which one, if it cannot be read."""
     try:
         return reader.encode([{"role": "user", "content": prompt}])
     except Refused as refused:
