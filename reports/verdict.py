@@ -1,4 +1,4 @@
-"""The verdict rule, fixed before any run, and who may be judged by it."""
+"""The verdict rule, fixed before any run, and which records it may judge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Stamp:
-    """Where numbers come from: scope and weights, and on how many kinds of machine. "mixed" where they differ."""
+    """The scope and weights of some numbers ("mixed" where records differ), and on how many kinds of machine."""
 
     scope: str
     weights: str
@@ -30,7 +30,7 @@ class Stamp:
 
     @property
     def refusal(self) -> str | None:
-        """Why these numbers may not be set against the paper; None if they may."""
+        """Return why these numbers may not be compared with the paper's; None if they may."""
         if self.scope == "cpu+virtual":
             return "NOT COMPARABLE (projected)"
         if (self.scope, self.weights) != MEASURED:
@@ -42,19 +42,19 @@ class Stamp:
 
 
 def likeness(record: Record) -> str:
-    """What a wall time depends on beside the cell; records in which it differs are not compared by their times."""
+    """Return the identity of the machine that timed a record; wall times compare only where it is equal."""
     return record.environment.get("fingerprint") or machine(record)
 
 
 def machine(record: Record) -> str:
-    """Processor and card, for a reader."""
+    """Return processor, cores, GPU and link of a record in words."""
     gpu = record.environment.get("gpu") or {}
     facts = [gpu.get(name) for name in ("name", "driver", "link_generation", "link_width")]
     return " ".join(str(fact) for fact in (record.environment.get("cpu"), record.environment.get("cores"), *facts))
 
 
 def stamp(*groups: Sequence[Record]) -> Stamp:
-    """The stamp of everything a number is made from, baseline included."""
+    """Return the one stamp of all the records that a number is made from, baseline included."""
     records = [record for group in groups for record in group]
     scopes, weights = {r.scope for r in records}, {r.weights for r in records}
     machines = len({likeness(r) for r in records}) if any(s.startswith("gpu") for s in scopes) else 1
@@ -66,12 +66,12 @@ def stamp(*groups: Sequence[Record]) -> Stamp:
 
 
 def of_band(measured: Interval | None, low: float, high: float, of: Stamp, trusted: bool = True) -> str:
-    """Set a ratio against a published band."""
+    """Return the verdict on a speedup, given the published band (both ends as ratios)."""
     return _judge(_meets(measured, low, high) if measured else None, of, trusted)
 
 
 def of_margin(measured: Paired | None, margin_points: float, of: Stamp, trusted: bool = True) -> str:
-    """Set a paired difference of accuracy against a non-inferiority margin."""
+    """Return the verdict on a paired difference of accuracy, given a non-inferiority margin in points."""
     words = {"yes": "REPRODUCED", "no": "SHORT", "not shown": "INCONCLUSIVE"}
     return _judge(words[measured.within(margin_points)] if measured else None, of, trusted)
 
@@ -85,7 +85,7 @@ def _meets(measured: Interval, low: float, high: float) -> str:
 
 
 def _judge(outcome: str | None, of: Stamp, trusted: bool) -> str:
-    """The one door every verdict leaves by: no outcome passes that may not be set against the paper."""
+    """Replace an outcome that may not be compared with the paper; every verdict passes here."""
     if outcome is None:
         return "MISSING"
     if not trusted:

@@ -1,4 +1,4 @@
-"""Judge what `suites.abba` timed: the ratio of two sides' speeds, how sure one can be of it, and what else differs."""
+"""Judgement of the trials of `suites.abba`: the ratio of two sides' speeds, its interval, and what else differs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Unjudgeable(ValueError):
 
 @dataclass(frozen=True)
 class Line:
-    """One strategy, or pair of them: the second side's tokens/s over the first side's.
+    """The comparison of one strategy (or pair of them): the second side's tokens/s over the first side's.
 
     `written` says whether both would have written the same tokens; `counters` are those that are not zero on both
     sides, as (name, first, second), a repeat's mean; `verdict` is None where no gate is asked.
@@ -51,18 +51,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All lines of a trial, and what a reader must be told first."""
+    """All comparisons of a trial, and the warnings that a reader must see first."""
 
     lines: tuple[Line, ...]
     warnings: tuple[str, ...]
 
     @property
     def failed(self) -> bool:
+        """Return whether any comparison is a regression."""
         return any(line.verdict == REGRESSION for line in self.lines)
 
 
 def latest() -> Path:
-    """The folder of the last trial started from here. Raises Unjudgeable."""
+    """Return the folder of the last trial started from here. Raise Unjudgeable if there is none."""
     try:
         return Path(LATEST_TRIAL.read_text().strip())
     except OSError as error:
@@ -70,7 +71,7 @@ def latest() -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The trial in a folder. Raises Unjudgeable."""
+    """Read the trial in a folder. Raise Unjudgeable if there is none, or it is of another format."""
     try:
         found = read_json(folder / TRIAL)
     except (OSError, ValueError) as error:
@@ -85,7 +86,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def judge(trial: dict[str, Any]) -> Judgement:
-    """Raises Unjudgeable where the processes are too few, or not on one GPU, or not given the same work."""
+    """Judge a trial. Raise Unjudgeable where its processes are too few, not on one GPU, or not of the same work."""
     first, second = trial["processes"]
     if len(first) != len(second) or len(first) < FEWEST_PROCESSES:
         raise Unjudgeable(
@@ -129,7 +130,7 @@ def _line(gate: bool, first: list[dict[str, Any]], second: list[dict[str, Any]],
 
 
 def verdict(ratio: Interval) -> str:
-    """REGRESSION only where the whole interval lies below `FLOOR`, PASSED where none of it does."""
+    """Return REGRESSION only where the whole interval lies below `FLOOR`, PASSED where none of it does."""
     if ratio.high < FLOOR:
         return REGRESSION
     return PASSED if ratio.low >= FLOOR else INCONCLUSIVE
@@ -140,13 +141,13 @@ def _repeats(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _speed(runs: Sequence[dict[str, Any]], steps: int) -> float:
-    """All tokens over all seconds."""
+    """Return all tokens over all seconds."""
     repeats = _repeats(runs)
     return steps * len(repeats) / (sum(repeat["wall_ns"] for repeat in repeats) / 1e9)
 
 
 def _mean(runs: Sequence[dict[str, Any]], counter: str) -> float:
-    """Of a counter that a side does not have, not a number."""
+    """Return a counter's mean over repeats; not a number where the side does not have it."""
     found = [repeat["counters"].get(counter, nan) for repeat in _repeats(runs)]
     return sum(found) / len(found)
 
@@ -169,7 +170,7 @@ def _warnings(trial: dict[str, Any], lines: Sequence[Line]) -> Iterator[str]:
 
 
 def report(trial: dict[str, Any], found: Judgement) -> Report:
-    """The page, for the screen and for Markdown."""
+    """Return the page of a judged trial, for the screen and for Markdown."""
     one, (first, second) = trial["processes"][0][0], trial["sides"]
     gate = trial["kind"] == "regression"
     head = (

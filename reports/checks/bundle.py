@@ -1,4 +1,4 @@
-"""The bundle: a run folder with a manifest of SHA-256, so that any changed byte is found."""
+"""The bundle: a run folder sealed by a manifest of SHA-256, so that any changed byte is found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoManifest(ValueError):
 
 @dataclass(frozen=True)
 class Verified:
-    """What differs from the manifest: `changed` breaks the bundle, `elsewhere` is this machine's code and packages."""
+    """The differences from a manifest: `changed` files break the bundle, `surroundings` are code and packages here."""
 
     changed: tuple[str, ...]
     elsewhere: tuple[str, ...]
@@ -31,7 +31,7 @@ class Verified:
 
 
 def seal(run: Path, results: Results) -> str:
-    """Write the manifest over everything in the run folder, the code and the installed packages; returns its hash."""
+    """Write the manifest over the run folder, the code and the installed packages; return its SHA-256."""
     record = results.everything[0]
     manifest = {
         "schema": 1,
@@ -51,7 +51,7 @@ def seal(run: Path, results: Results) -> str:
 
 
 def verify(run: Path) -> Verified:
-    """Hold a run folder against its manifest. Raises NoManifest if it has none."""
+    """Compare a run folder with its manifest. Raise NoManifest if it has none."""
     path = run / MANIFEST
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def verify(run: Path) -> Verified:
 
 
 def files(run: Path) -> dict[str, str]:
-    """SHA-256 of every file of the run folder but the manifest itself, by its path in it."""
+    """Return the SHA-256 of every file of the run folder, the manifest left out, by its path in it."""
     found = sorted(path for path in run.rglob("*") if path.is_file() and path.suffix not in PASSING)
     return {
         name: _hash(path.read_bytes())
@@ -76,7 +76,7 @@ def files(run: Path) -> dict[str, str]:
 
 
 def code() -> dict[str, str]:
-    """SHA-256 of every source file of our own, presets, tasks and templates too; model weights have their own lists."""
+    """Return the SHA-256 of every source file, preset, task, template and list of a model's weights, by path."""
     root = Path(__file__).parents[2]
     kinds = {".py", ".toml", ".yaml", ".jsonl", ".j2"}
     found = sorted(path for room in ROOMS for path in (root / room).rglob("*") if path.suffix in kinds)
@@ -86,7 +86,7 @@ def code() -> dict[str, str]:
 
 @cache
 def wheels() -> dict[str, str]:
-    """Version and SHA-256 of the RECORD (pip's own list of a package's file hashes) of every installed package."""
+    """Return version and SHA-256 of every installed package's RECORD (pip's list of its file hashes), by name."""
     found: dict[str, str] = {}
     for package in distributions():
         name = package.metadata["Name"]

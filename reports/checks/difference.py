@@ -1,4 +1,4 @@
-"""Two runs side by side: what changed, and whether it matters."""
+"""Difference of two runs: the cells that changed, the kind of each change, and whether it matters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MATERIAL = 0.02  # a wall time that moved by less is not told from noise
 
 @dataclass(frozen=True)
 class Difference:
-    """What the runs were made with, what came out otherwise in which cell, and what of it matters."""
+    """The difference of two runs: of their environments, of their cells, and a line for each kind that matters."""
 
     surroundings: Table
     cells: Table
@@ -24,7 +24,7 @@ class Difference:
 
 
 def difference(first: Results, second: Results) -> Difference:
-    """Compare cells by what they are, not by their ids, which change with the code."""
+    """Compare two runs cell by cell, paired by label: ids change with the code."""
     old, new = ({label(r): r for r in run.everything} for run in (first, second))
     ones, others = essences(first), essences(second)
     rows, matters = [], []
@@ -48,7 +48,7 @@ def difference(first: Results, second: Results) -> Difference:
 
 
 def _cell(old: Record, new: Record, same: bool) -> tuple[str, str, str, str] | None:
-    """What changed in one cell: words, the ratio of times where it may be formed, texts changed, the kind of change."""
+    """Return a cell's change as (description, ratio of times, changed texts, kind); None if it did not change."""
     changed, shared = changed_outputs(old, new)
     texts = f"{changed} of {shared}"
     if old.scope != new.scope:
@@ -73,7 +73,7 @@ def _cell(old: Record, new: Record, same: bool) -> tuple[str, str, str, str] | N
 
 
 def _ratio(old: Record, new: Record) -> str:
-    """A ratio of times; none across unlike machines, unless the clock is virtual and does not depend on them."""
+    """Write the ratio of times; none across unlike machines unless the clock is virtual and does not depend on them."""
     if old.scope != VIRTUAL and likeness(old) != likeness(new):
         return "not compared: unlike machines"
     if not any(map(seconds_per_token, old.items)):

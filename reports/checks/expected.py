@@ -1,4 +1,4 @@
-"""What a run of a preset is expected to give, kept small enough to commit, and the gate that holds a run against it."""
+"""Expected results of a preset, small enough to commit, and the gate that compares a run with them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CELLS = "cells.json"
 
 
 class NoExpectation(ValueError):
-    """There is nothing to hold the run against."""
+    """There is no expectation to compare the run with."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """T0 are tokens and counters, T1 virtual times and speedups; a line for each that is not as expected."""
+    """The facts that are not as expected, a line each: `t0` tokens and counters, `t1` virtual times and speedups."""
 
     cells: int
     speedups: int
@@ -31,7 +31,7 @@ class Gate:
 
 
 def expectation(results: Results) -> dict[str, Any]:
-    """Exact facts of each cell, and the virtual speedups of the report."""
+    """Return the expectation of a run, JSON-ready: each cell's fingerprint, and the virtual speedups of the report."""
     record = results.everything[0]
     return {
         "preset": results.preset,
@@ -42,7 +42,7 @@ def expectation(results: Results) -> dict[str, Any]:
 
 
 def speedups(results: Results) -> dict[str, float]:
-    """Virtual speedups of every strategy over every baseline, tasks together, by label; wall times are no part of it.
+    """Return virtual speedups of every strategy over every baseline, all tasks together, by label; no wall times.
 
     Nine digits: the times they are made of are integers and held exactly, while the last bits of a logarithm depend on
     the processor.
@@ -60,7 +60,7 @@ def speedups(results: Results) -> dict[str, float]:
 
 
 def save(results: Results, page: str, folder: Path) -> list[Path]:
-    """Write the expectation, a line a cell, and the page beside it; returns the paths."""
+    """Write the expectation, a line a cell, and the page beside it; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data = expectation(results)
     lines = [
@@ -78,7 +78,7 @@ def _block(entries: dict[str, Any]) -> str:
 
 
 def gate(results: Results, against: Path) -> Gate:
-    """Hold a run against an expectation, tolerance zero. Raises NoExpectation if there is none at that place."""
+    """Compare a run with an expectation, tolerance zero. Raise NoExpectation if there is none at that path."""
     path = against / CELLS if against.is_dir() else against
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def gate(results: Results, against: Path) -> Gate:
 
 
 def _t0(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Cells, then tokens and scores, then counters."""
+    """Return the differing cells, then tokens and scores, then counters."""
     lines = [f"{cell}: not expected" for cell in found if cell not in expected]
     lines += [f"{cell}: no record" for cell in expected if cell not in found]
     lines += _facts(expected, found, ("items", "outputs", "correct"))
@@ -102,7 +102,7 @@ def _t0(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def _facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ...] | None = None) -> list[str]:
-    """A line for each fact that differs, of the cells that both have; all facts where none is named."""
+    """Return a line for each differing fact of the cells that both have; without `names`, of all facts."""
     return [
         f"{cell}: {fact} is {found[cell].get(fact, 0)}, expected {expected[cell].get(fact, 0)}"
         for cell in expected

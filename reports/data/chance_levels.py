@@ -1,4 +1,4 @@
-"""What guessing scores on each task: a score means nothing without it."""
+"""Scores of random answers by task, so that a table can show what a score means."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ FLOORS = {  # shares; tasks whose answers are open-ended have none
 
 
 def floor(task: str) -> float | None:
-    """The share of items that answering at random gets right; None where there are no choices to pick from."""
+    """Return the share of items that random answers get right; None where answers are open-ended."""
     return next((share for name, share in FLOORS.items() if task == name or task.endswith(f"_{name}")), None)

@@ -1,4 +1,4 @@
-"""What the report says, once, for every output format: an overview, a chapter a family, and what can be trusted."""
+"""The report's content, built once for every output format: overview, a chapter a family, controls, provenance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAPER = Path(__file__).parents[1] / "paper.toml"
 
 
 def build(results: Results) -> Report:
-    """The report of a run."""
+    """Build the report of a run."""
     paper = tomllib.loads(PAPER.read_text())
     broken = controls.broken(results)
     sections = [
@@ -52,7 +52,7 @@ def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _alarm(broken: list[str]) -> str | None:
-    """The first line of a page that cannot be trusted; the chapter on controls has all of it."""
+    """Return the first line of a page that cannot be trusted; None if no control is broken."""
     if not broken:
         return None
     more = f"; and {len(broken) - ALARMS} more under Controls" if len(broken) > ALARMS else ""
@@ -119,7 +119,7 @@ def _absent(results: Results) -> Section:
 
 
 def _logs(results: Results) -> tuple[tuple[str, str], ...]:
-    """How the logs of failed cells ended, each text once."""
+    """Return (cells, end of their log) of failed cells, each text once."""
     cells: dict[str, list[str]] = {}
     for label, tail in results.logs:
         cells.setdefault(tail, []).append(label)
@@ -146,7 +146,7 @@ def _provenance(paper: dict[str, Any]) -> Section:
 
 
 def _facts(results: Results) -> tuple[tuple[str, str], ...]:
-    """What a reader needs to repeat the run; nothing that changes when it is repeated."""
+    """Return the (name, value) facts that a reader needs to repeat the run; none changes when it is repeated."""
     record = results.everything[0]
     packages = record.environment["packages"]
     made = (*results.records, *results.shapes, *results.besides)

@@ -21,12 +21,12 @@ SPECIAL = {
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
+    """Return text that LaTeX prints as it stands."""
     return re.sub("|".join(map(re.escape, SPECIAL)), lambda found: SPECIAL[found.group()], text)
 
 
 def tables(results: Results, alarm: str | None) -> str:
-    """Accuracy by task and speed by model, to be read with \\input; needs booktabs and graphicx."""
+    """Return the tables of accuracy by task and speed by model as LaTeX, for the input command."""
     warning = f"% {alarm}\n" if alarm else ""
     return (
         f"{warning}% Made by python -m reports build. Needs: \\usepackage{{booktabs,graphicx}}\n"
@@ -35,7 +35,7 @@ def tables(results: Results, alarm: str | None) -> str:
 
 
 def _accuracy(results: Results) -> str:
-    """Rows are the methods that can change an answer, columns the tasks of each model; scores in percent."""
+    """Return scores in percent: a row a method that can change an answer, a column a model and task."""
     columns = [(model, task) for model in results.models for task in results.tasks(model)]
     methods = dict.fromkeys(name(g[0]) for model in results.models for g in _scored(results, model))
     rows = []
@@ -58,7 +58,7 @@ def _scored(results: Results, model: str, **wanted: str) -> list[Group]:
 
 
 def _speed(results: Results) -> str:
-    """Rows are strategies, for each model its speedup, loss and fallbacks: never a speed without its accuracy."""
+    """Return speedup, loss and fallbacks: a row a strategy, three columns a model (no speed without its accuracy)."""
     methods = dict.fromkeys(
         name(g[0])
         for model in results.models
@@ -95,7 +95,7 @@ def _speed_cells(results: Results, model: str, group: Group | None) -> list[str]
 
 
 def _table(caption: str, label: str, heads: list[tuple[str, int]], second: list[str], rows: list[list[str]]) -> str:
-    """One table, scaled to the text's width; `heads` span so many columns each, rows are LaTeX already."""
+    """Return one table, scaled to the text's width; `heads` are (text, columns spanned), `rows` LaTeX already."""
     spans, rules, column = [], [], 1
     for text, width in heads:
         spans.append(f"\\multicolumn{{{width}}}{{c}}{{{escape(text)}}}" if width > 1 or text else "")

@@ -1,4 +1,4 @@
-"""The timelines of a run as one Chrome trace, which ui.perfetto.dev and chrome://tracing open."""
+"""The timelines of a run as one Chrome trace, for ui.perfetto.dev and chrome://tracing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THREADS = {1: "link", 2: "GPU", 3: "CPU"}
 
 
 def trace(results: Results) -> str:
-    """JSON; a process for each strategy on each model's first task, with rows for link, GPU and CPU."""
+    """Return the trace as JSON: a process a strategy on each model's first task, with rows for link, GPU and CPU."""
     events: list[dict[str, Any]] = []
     records = [
         record

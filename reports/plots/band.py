@@ -1,4 +1,4 @@
-"""MoBiLE's speedup against its fallback rate, beside the closed form and the published band."""
+"""Figure of MoBiLE's speedup by fallback rate, beside the closed form and the published band."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CAPTION = (
 
 
 def by_rate(records: list[Record], claim: dict[str, Any]) -> Figure | None:
-    """One geometry's sweep over the fallback rate; None if there is none."""
+    """Draw one geometry's sweep over the fallback rate; None if there is none."""
     lines = [
         (flavour, 100 * rate_of(record), measured)
         for record in sweep(records)

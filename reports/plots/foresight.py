@@ -1,4 +1,4 @@
-"""Curves over memory and over depth: what caches hit and what predictors recall."""
+"""Figures of a cache's hit rate by memory, and of predictors' recall by depth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HITS = (
 
 
 def hits_by_memory(results: Results, model: str) -> Figure | None:
-    """Decode hit rate against the share of all experts that have a slot, for strategies that only cache."""
+    """Draw the decode hit rate by the share of all experts that have a slot, for strategies that only cache."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for strategy in dict.fromkeys(r.strategy for r in results.pick(model=model) if r.budget.endswith("%")):
         for budget in results.values("budget"):
@@ -33,11 +33,11 @@ def hits_by_memory(results: Results, model: str) -> Figure | None:
 
 
 def recall_by_depth(results: Results, model: str) -> Figure | None:
-    """How many of the experts that a layer needed were foreseen, by depth, at the smallest budget."""
+    """Draw the recall of predictions by MoE layer, at the smallest budget."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for group in groups.own(results, "smallest", model):
         layers = {layer: seen for layer, seen in foreseen(group).items() if seen[2]}
-        executed = not group[0].lossless and group[0].gamma is None  # what runs its guesses is never wrong
+        executed = not group[0].lossless and group[0].gamma is None  # runs its predictions, so none is wrong
         if layers and not executed:
             lines[name(group[0])] = [(layer, 100 * right / needed) for layer, (_, right, needed) in layers.items()]
     return curves(f"recall-{model}", RECALL, lines, "MoE layer", "recall (%)")

@@ -1,4 +1,4 @@
-"""Speedups with their intervals, family by family, beside the published band."""
+"""Forest plot of speedups with their intervals, family by family, beside the published band."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARKS = dict(zip(COMPARED, (("o", BLUE), ("s", ORANGE), ("^", GREEN)), strict=Tr
 
 
 def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
-    """MoBiLE over each baseline, at each budget, for each family; None if there is none."""
+    """Draw MoBiLE over each baseline, at each budget, for each family; None if there is no speedup."""
     low, high = paper["speedup"]["low"], paper["speedup"]["high"]
     lines: list[tuple[str, str, str, Interval]] = []
     for model in results.models:

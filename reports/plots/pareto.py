@@ -1,4 +1,4 @@
-"""Accuracy against speed: every strategy and every gamma, and the front that nothing beats in both."""
+"""Figure of accuracy by speed: every strategy and every gamma, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other passes in one coordinate without falling behind in the other, by the first."""
+    """Return the Pareto front of (x, y) points, larger being better in both, by x."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(set(points), reverse=True):
         if not kept or y > kept[-1][1]:
@@ -33,7 +33,7 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def accuracy_against_speed(results: Results, model: str) -> Figure | None:
-    """None where the baseline or full K is missing, or nothing stands beside them."""
+    """Draw accuracy by speedup; None where the baseline, full K or every other strategy is missing."""
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
     reference = groups.full(results, model)
     if not base or not reference:

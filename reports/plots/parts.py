@@ -1,4 +1,4 @@
-"""Where a token's time goes, as parts of it stacked."""
+"""Figure of a decode token's time, split into stalls, experts and the rest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CAPTION = (
 
 
 def token_time(results: Results, model: str) -> Figure | None:
-    """Milliseconds a token, stacked by part, a bar a strategy; None if nothing was timed."""
+    """Draw milliseconds a token, a bar a strategy, stacked by part; None if nothing was timed."""
     bars = [(name(g[0]), _parts(g)) for g in groups.own(results, "smallest", model) if total(g, "decode_tokens")]
     if not bars:
         return None
@@ -60,7 +60,7 @@ def token_time(results: Results, model: str) -> Figure | None:
 
 
 def _parts(group: Group) -> dict[str, float]:
-    """Milliseconds a token by part: the four of the virtual clock, or two where a record does not tell them apart."""
+    """Return milliseconds a token by part: four of the virtual clock, two where a record does not split compute."""
     tokens = sum(record.counters["tokens"] for record in group)
 
     def of(counter: str) -> float:

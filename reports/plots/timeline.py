@@ -1,4 +1,4 @@
-"""What link, GPU and CPU do during a few decode tokens."""
+"""Timeline of link, GPU and CPU during a few decode tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def shown(results: Results, model: str) -> list[Record]:
-    """The cells drawn: plain offloading with overlap above MoBiLE, on the model's first task."""
+    """Return the cells to draw: on-demand-overlap above MoBiLE, on the model's first task."""
     cells = {"model": model, "task": results.tasks(model)[0], "budget": "smallest"}
     found = results.pick(strategy="on-demand-overlap", **cells)
     found += results.pick(strategy="mobile", gamma=groups.default_gamma(results, model), **cells)
@@ -33,7 +33,7 @@ def shown(results: Results, model: str) -> list[Record]:
 
 
 def token_timeline(results: Results, model: str) -> Figure | None:
-    """None where no cell kept its events."""
+    """Draw the events of a few tokens; None where no cell kept them."""
     records = shown(results, model)
     if not records:
         return None
@@ -65,7 +65,7 @@ def token_timeline(results: Results, model: str) -> Figure | None:
 
 
 def _merged(spans: list[tuple[int, int]]) -> list[tuple[float, float]]:
-    """Touching spans joined, as (start, width) in milliseconds: a drawing needs no seam between equal neighbours."""
+    """Join touching (start, end) spans in ns into (start, width) in ms, so that no seam is drawn between them."""
     joined: list[list[int]] = []
     for start, end in sorted(spans):
         if joined and start <= joined[-1][1]:

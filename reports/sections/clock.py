@@ -1,5 +1,6 @@
-"""Virtual clock against wall clock: what a calibrated profile predicts of the cells that were timed, and how near the
-link they came.
+"""Sections on the virtual clock against the wall clock.
+
+They hold the times that a calibrated profile predicts for timed cells, and how near to the link's rate these came.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LINK = (
 
 
 def sections(results: Results) -> list[Section]:
-    """Nothing where the clock was not asked about any cell."""
+    """Return the sections on the clock; none where no cell was predicted."""
     cells = [record for record in results.shapes if record.config.get("predicted")]
     told = tuple(_unpredicted(record) for record in results.shapes if record.config.get("unpredicted"))
     if not cells:
@@ -56,13 +57,13 @@ def _unpredicted(record: Record) -> str:
 
 
 def error(record: Record, what: str = "decode_ns") -> float | None:
-    """Predicted over measured, less one, of the repeats that were predicted; None where nothing was measured."""
+    """Return predicted over measured time less one, of the predicted repeats; None where nothing was measured."""
     measured = total([_foretold(record)], what)
     return sum(record.config["predicted"][what]) / measured - 1 if measured else None
 
 
 def _foretold(record: Record) -> Record:
-    """The record with the repeats only that the clock was asked about: the first ones."""
+    """Return the record with only the repeats that were predicted, which are the first."""
     return replace(record, items=record.items[: len(record.config["predicted"]["decode_ns"])])
 
 
@@ -80,7 +81,7 @@ def _summary(cells: Sequence[Record]) -> str:
 
 
 def errors(cells: Sequence[Record]) -> Table:
-    """Every cell: time per token and to the first one, predicted and measured."""
+    """Return TPOT, TTFT and bytes a token of every cell, predicted and measured."""
     return Table(
         "Predicted and measured",
         (
@@ -129,13 +130,13 @@ def _signed(value: float | None) -> str:
 
 
 def row_copy_gb_per_s(record: Record) -> float:
-    """Decimal gigabytes per second of this cell's rows, one after another, by the calibrated profile."""
+    """Return the GB/s (decimal) of copies of this cell's rows, one after another, by the calibrated profile."""
     card, nbytes = record.config["predicted"]["profile"], record.config["expert_nbytes"]
     return nbytes / (card["link_latency_seconds"] + nbytes / (card["link_gb_per_s"] * 1e9)) / 1e9
 
 
 def closeness(cells: Sequence[Record]) -> Table:
-    """On-demand loading's decode steps, and fallbacks, against the link."""
+    """Return the GB/s of on-demand decode steps and of fallbacks, as a share of the link's row copies."""
     rows = []
     for record in cells:
         ns, nbytes, use = total([record], "decode_ns"), total([record], "decode_bytes"), record.config["fallback_use"]
@@ -165,7 +166,7 @@ def _near(record: Record, of: str, gb_per_s: float, aimed: bool) -> tuple[str, .
 
 
 def profiles(cells: Sequence[Record]) -> Table:
-    """The numbers of each profile that was fitted."""
+    """Return the numbers of each profile that was fitted."""
     said = [(link_of(record), record.config["predicted"]["profile"]) for record in cells]
     found = {(link, *card["sources"]): (link, card) for link, card in said}
     rows = tuple(

@@ -26,7 +26,7 @@ CANARY = (
 
 @dataclass(frozen=True)
 class Canary:
-    """One scrambled cell against the sound one; `held` is None where there is nothing to hold it against."""
+    """A scrambled cell compared with the sound one; `passed` is None where the comparison cannot decide."""
 
     record: Record
     loss: Paired | None
@@ -36,12 +36,12 @@ class Canary:
 
 
 def canaries(results: Results) -> list[Canary]:
-    """Every canary of the run, judged."""
+    """Return every canary of the run, judged."""
     return [_judged(results, record) for record in results.controls if record.config["control"] == "canary"]
 
 
 def _judged(results: Results, record: Record) -> Canary:
-    """Scores are held against full K's, times against the same strategy's, both on the same items."""
+    """Judge a canary: its scores by full K's, its times by the same strategy's, both on the same items."""
     same = {"model": record.model, "task": record.task, "seed": record.seed}
     sound = results.pick(strategy="resident", **same)
     if not record.lossless:
@@ -65,6 +65,7 @@ def _judged(results: Results, record: Record) -> Canary:
 
 
 def canary_table(results: Results) -> Table:
+    """Return one row a canary."""
     rows = tuple(
         (
             f"{canary.record.model}, {canary.record.task}, {canary.record.strategy}",
@@ -79,7 +80,7 @@ def canary_table(results: Results) -> Table:
 
 
 def checks(results: Results) -> Table:
-    """Every check the live runs made of themselves, and whether all of them held."""
+    """Return one row a check made by the live runs, and whether it held in every cell."""
     seen: dict[str, list[bool]] = {}
     for record in results.everything:
         for check, held in record.checks.items():
@@ -92,7 +93,7 @@ def checks(results: Results) -> Table:
 
 
 def broken(results: Results) -> list[str]:
-    """Everything that makes the page untrustworthy, one clause each; empty where all controls held."""
+    """Return what makes the page untrustworthy, one clause each; empty where all controls held."""
     found = [check for check, result in checks(results).rows if result.startswith("BROKEN")]
     found += [f"canary: {c.says} ({c.record.model}, {c.record.task})" for c in canaries(results) if c.held is False]
     for model in results.values("model"):

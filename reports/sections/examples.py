@@ -14,9 +14,9 @@ SHOWN = 3
 
 
 def disagreements(results: Results, model: str, task: str) -> tuple[Example, ...]:
-    """At most three a task: two answers lost and one gained where there are so many, else what differs at all.
+    """Return at most three examples a task: two answers lost, one gained, then any others that differ.
 
-    Within each kind the items come in the order of the data, so that nobody chose them.
+    Within each kind the items come in the order of the data, so that none is picked by hand.
     """
     own, whole = groups.mobile(results, model, task=task), groups.full(results, model, task=task)
     pairs = [pair for group in matched(own, whole) for pair in group if pair[0].output != pair[1].output]
@@ -39,7 +39,7 @@ def _example(task: str, item: Item, full: Item) -> Example:
 
 
 def marked(text: str, spans: tuple[tuple[int, int], ...]) -> tuple[Run, ...]:
-    """The text cut at the ends of the spans; joined again, the runs are the text. Spans may touch or overlap."""
+    """Cut a text at the ends of (start, end) spans, which may touch or overlap; the parts joined are the text."""
     fell_back = [False] * len(text)
     for start, end in spans:
         fell_back[start:end] = [True] * len(fell_back[start:end])

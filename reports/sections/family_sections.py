@@ -1,4 +1,4 @@
-"""The chapter of one family: accuracy, speed, what was foreseen, and where the time goes."""
+"""The chapter of one family: accuracy, speed, predictions, and the parts of a token's time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXAMPLES = (
 
 
 def family_sections(results: Results, model: str, paper: dict[str, Any]) -> list[Section]:
-    """A heading with the numbers that matter, then its parts, most of them folded away."""
+    """Return a family's heading with its main numbers, then its parts, most of them folded."""
     margin, first = paper["accuracy"]["margin_points"], results.pick(model=model)[0]
     stands = (
         f"{model} ({first.weights}) stands for {first.geometry} on {first.hardware}: its own routing and fallbacks, "

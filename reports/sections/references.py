@@ -1,4 +1,4 @@
-"""Beside the strategies in a run of shapes: plain Transformers on the same sizes, and what the engine itself costs."""
+"""Sections on the reference cells of a synthetic run: plain Transformers, and the engine's own cost a layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OURS = ("on-demand-overlap", "lru", "mobile")
 
 
 def sections(results: Results) -> list[Section]:
-    """Nothing where nothing was measured beside shapes."""
+    """Return the sections on reference cells; none where there are no such cells."""
     if not results.besides:
         return []
     found = [
@@ -38,7 +38,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def plain(results: Results) -> Table:
-    """Each geometry: stock rows, then ours."""
+    """Return, by geometry, the rows of plain Transformers, then the engine's."""
     rows = []
     for model in dict.fromkeys(record.model for record in results.besides):
         rows += [_stock(r) for r in results.besides if r.model == model and r.strategy != COST]
@@ -73,7 +73,7 @@ def _ours(record: Record) -> tuple[str, ...]:
 
 
 def engine(besides: tuple[Record, ...]) -> Table:
-    """The engine against each way in which Transformers computes experts; a refusal in its own words."""
+    """Return the engine's step time against each expert implementation of Transformers, or why one was refused."""
     rows: list[tuple[str, ...]] = []
     for record in (r for r in besides if r.strategy == COST):
         if record.config["refused"]:

@@ -21,7 +21,7 @@ SHOWN = {
 
 
 def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
-    """For someone who has never heard of it, with this run's main numbers, a sentence a family."""
+    """Return an introduction for someone new to MoBiLE, then this run's main numbers."""
     told = (
         "A Mixture-of-Experts language model has many small networks, its experts, and uses only a few of "
         "them for each word it writes. When the experts do not fit in a graphics card's memory they wait in "
@@ -84,7 +84,7 @@ def _one(family: Family, margin: float) -> str:
 
 
 def _many(families: list[Family], margin: float) -> str:
-    """The range over families, and for how many of them the loss was shown to be small."""
+    """Return the range of each number over families, and for how many the loss was shown to be small."""
 
     def span(numbers: list[float], spec: str, unit: str = "") -> str:
         low, high = format(min(numbers), spec), format(max(numbers), spec)
@@ -103,11 +103,12 @@ def _many(families: list[Family], margin: float) -> str:
 
 
 def between(interval: Interval) -> str:
+    """Write a ratio with its interval, without a unit."""
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def arithmetic(results: Results, model: str) -> str:
-    """What the fallback rate alone would give, so that the share of the cache in a speedup is plain."""
+    """Return the speedup that the fallback rate alone would give, so that the cache's share in a speedup is plain."""
     group = groups.mobile(results, model)
     if not group:
         return "There is no MoBiLE cell at the smallest budget."
@@ -122,7 +123,7 @@ def arithmetic(results: Results, model: str) -> str:
 
 
 def limits(results: Results) -> tuple[str, ...]:
-    """What the page does not show; what holds only for a projection is said only of one."""
+    """Return the limits of the page, chosen by the scopes and weights of its records."""
     projected = (
         "Time is computed, not measured: a discrete-event clock charges copies at the profile's bandwidth and compute "
         "by a roofline. It has not been checked against a GPU in this run.",

@@ -1,4 +1,4 @@
-"""The chapters of cells that played a script on a real geometry with synthetic weights."""
+"""The chapters of synthetic cells, which played a script on a real geometry with synthetic weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LIMITS = (
 
 
 def opening(results: Results) -> str:
-    """What stands on top where the run has nothing else."""
+    """Return the opening paragraph on a run's synthetic cells."""
     models = len({record.model for record in results.shapes})
     scopes = "; ".join(dict.fromkeys(str(verdict.stamp([record])) for record in results.shapes))
     return (
@@ -51,7 +51,7 @@ def opening(results: Results) -> str:
 
 
 def chapters(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
-    """An overview, the verdicts that may not be given, and a chapter a geometry; nothing for a run without shapes."""
+    """Return an overview, the verdicts and a chapter a geometry; nothing for a run without synthetic cells."""
     if not results.shapes:
         return []
     models = dict.fromkeys(record.model for record in results.shapes)
@@ -114,7 +114,7 @@ def _stands(records: list[Record]) -> str:
 
 
 def _otherwise(records: list[Record]) -> Iterator[str]:
-    """Where the machine was a little less than a cell asked for and was taken as that."""
+    """Yield a sentence wherever the machine was less than a cell asked for and was accepted."""
     for record in records:
         config = record.config
         if config["link_gb_per_s"] is not None and config.get("link_throttled") is False:

@@ -1,4 +1,4 @@
-"""What strategies that load ahead foresaw, and what it cost."""
+"""Tables of experts predicted and loaded ahead: recall, precision, and the bytes wasted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reports.elements.page import Table
 
 
 def by_strategy(results: Results, model: str, budget: str) -> Table:
-    """All layers and tasks together, at one budget."""
+    """Return recall, precision and waste of each predicting strategy at one budget, all layers and tasks together."""
     rows = []
     for group in groups.own(results, budget, model):
         layers = foreseen(group).values()
@@ -35,7 +35,7 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
 
 
 def by_layer(results: Results, model: str) -> Table:
-    """Recall and precision of each layer's guesses, at the smallest budget."""
+    """Return recall and precision of each layer's predictions, at the smallest budget."""
     seen = {name(group[0]): foreseen(group) for group in groups.own(results, "smallest", model)}
     seen = {strategy: layers for strategy, layers in seen.items() if layers}
     rows = []

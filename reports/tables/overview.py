@@ -1,4 +1,4 @@
-"""The run at a glance: a row a family, the verdicts by claim, and what so many items can show."""
+"""Overview tables: a row a family, the verdicts by claim, and the power of so many items."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = tuple[str, ...]
 
 
 def families(results: Results, margin_points: float) -> Table:
-    """Each family in one row: what MoBiLE does to its accuracy and speed at its own threshold."""
+    """Return one row a family: MoBiLE's effect on its accuracy and speed at its own threshold."""
     rows = []
     for model in results.models:
         whole, own = groups.full(results, model), groups.mobile(results, model)
@@ -59,7 +59,7 @@ def families(results: Results, margin_points: float) -> Table:
 
 
 def verdicts(results: Results, paper: dict[str, Any], trusted: bool) -> Table:
-    """Every published claim, for every family, set against what this run has, and whether it may be."""
+    """Return the verdict on every published claim for every family; `trusted` is False where a control is broken."""
     rows = [row for model in results.models for row in _speed_rows(results, model, paper["speedup"], trusted)]
     rows += [_accuracy_row(results, model, paper["accuracy"], trusted) for model in results.models]
     rows += [_loading_row(results, model, paper["loading"], trusted) for model in results.models]
@@ -68,7 +68,7 @@ def verdicts(results: Results, paper: dict[str, Any], trusted: bool) -> Table:
 
 
 def _speed_rows(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> list[Row]:
-    """Both flavours of the baseline at every budget, since the paper says neither."""
+    """Return rows over both on-demand baselines at every budget, since the paper does not say which it means."""
     rows: list[Row] = []
     for budget in results.budgets(model):
         own, bases = groups.mobile(results, model, budget), groups.baselines(results, budget, model)
@@ -92,7 +92,7 @@ def _accuracy_row(results: Results, model: str, claim: dict[str, Any], trusted: 
 
 
 def _loading_row(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> Row:
-    """The share of decode time that plain offloading waits for the link; a counter's ratio, which has no interval."""
+    """Return the row on the share of decode time that plain offloading waits for the link; it has no interval."""
     base = groups.baselines(results, "smallest", model).get("on-demand", [])
     waited = share(base, "decode_stall_seconds", "decode_seconds") if base else None
     of = verdict.stamp(base)
@@ -103,7 +103,7 @@ def _loading_row(results: Results, model: str, claim: dict[str, Any], trusted: b
 
 
 def shows(results: Results, margin_points: float) -> Table:
-    """What a paired comparison of so many items can show, for the paper's sets and for those of this run."""
+    """Return half width and power of a paired comparison, for the paper's item counts and for those of this run."""
     here: dict[int, str] = {}
     for model in results.models:
         per_task = {len(record.items) for record in groups.full(results, model)}

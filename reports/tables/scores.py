@@ -1,4 +1,4 @@
-"""How accurate: scores, paired differences to full K on the same items, and what gamma and seeds change."""
+"""Accuracy tables: scores, paired differences to full K on the same items, the gamma sweep, and seeds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ SUMMED = "all tasks"
 
 
 def head(margin_points: float) -> tuple[str, ...]:
+    """Return the column heads of `row`."""
     return (
         "strategy",
         "n",
@@ -32,7 +33,7 @@ def head(margin_points: float) -> tuple[str, ...]:
 
 
 def row(group: Group, reference: Group, base: Group | None, margin_points: float) -> tuple[str, ...]:
-    """One strategy's score, what the pairing with full K says, and the speed that was bought with it."""
+    """Return a strategy's score, its paired difference to full K, and its speedup over `base`."""
     scored = (str(count(group)), score(wilson(total(group, "correct"), count(group))))
     if group[0].strategy == "resident":
         return ("full K", *scored, "-", "-", "-", "-", "-", "-")
@@ -50,7 +51,7 @@ def row(group: Group, reference: Group, base: Group | None, margin_points: float
 
 
 def by_task(results: Results, model: str, margin_points: float) -> Table:
-    """Full K and every strategy that can change an answer, by task and all together, at the smallest budget."""
+    """Return full K and every lossy strategy, by task and all tasks together, at the smallest budget."""
     rows = []
     for task in (*results.tasks(model), None):
         wanted = {"task": task} if task else {}
@@ -72,7 +73,7 @@ def _with_floor(task: str) -> str:
 
 
 def gammas(results: Results, model: str, margin_points: float) -> Table:
-    """Every gamma that was run, all tasks together, at the smallest budget: what its fallbacks cost and win back."""
+    """Return accuracy and speed by gamma, all tasks together, at the smallest budget."""
     reference = groups.full(results, model)
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
     rows = []
@@ -83,7 +84,7 @@ def gammas(results: Results, model: str, margin_points: float) -> Table:
 
 
 def sweep(results: Results, model: str) -> list[Group]:
-    """MoBiLE's cells at the smallest budget, gamma ascending."""
+    """Return MoBiLE's cells at the smallest budget, a group a gamma, ascending."""
     found = results.pick(model=model, strategy="mobile", budget="smallest")
     ordered = sorted({record.gamma for record in found if record.gamma is not None})
     pools = (results.pool(model=model, strategy="mobile", budget="smallest", gamma=gamma) for gamma in ordered)
@@ -91,7 +92,7 @@ def sweep(results: Results, model: str) -> list[Group]:
 
 
 def seeds(results: Results, models: list[str], margin_points: float) -> Table:
-    """Trainings of one family side by side, on the tasks that all of them were given, and how far they spread."""
+    """Return one row a training seed of a family, on the tasks that all were given, then mean and deviation."""
     tasks = [task for task in results.tasks(models[0]) if all(task in results.tasks(other) for other in models)]
     rows: list[tuple[str, ...]] = []
     numbers: list[tuple[float, float, float, float | None]] = []
@@ -139,7 +140,7 @@ def seeds(results: Results, models: list[str], margin_points: float) -> Table:
 
 
 def _spread(numbers: list[tuple[float, float, float, float | None]]) -> tuple[str, ...]:
-    """Mean and standard deviation over trainings, of the columns that have both."""
+    """Return the row of mean and standard deviation over trainings, of the columns that have both."""
     full_k, lost, fallbacks, faster = ([n for n in column if n is not None] for column in zip(*numbers, strict=True))
     ratios = f"{mean(faster):.2f} ± {stdev(faster):.2f}" if len(faster) > 1 else "-"
     return (
@@ -164,6 +165,6 @@ def _on(tasks: list[str], group: Group) -> Group:
 
 
 def full_score(results: Results, model: str) -> Interval | None:
-    """Full K's score over all tasks of a model."""
+    """Return full K's score over all tasks of a model, in percent; None if it was not run."""
     whole = groups.full(results, model)
     return wilson(total(whole, "correct"), count(whole)) if whole else None

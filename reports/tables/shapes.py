@@ -1,4 +1,4 @@
-"""Real geometries with synthetic weights: how fast over which link, and what the fallback rate makes of it."""
+"""Tables of synthetic cells (real geometries, synthetic weights): speed by link, and by fallback rate."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ MAIN = "recorded routing"
 
 
 def link_of(record: Record) -> str:
-    """The link a cell was timed over, for a heading."""
+    """Return the link a cell was timed over, for a heading."""
     asked = record.config["link_gb_per_s"]
     return "link as it is" if asked is None else f"link at {asked:g} GB/s"
 
 
 def main(records: Sequence[Record]) -> list[Record]:
-    """Of cells, those on the shipped models' routing and their own fallbacks: no point of a sweep."""
+    """Return the cells on the shipped models' routing with its own fallbacks, without the points of a sweep."""
     return [record for record in records if record.task == MAIN and not record.config["swept"]]
 
 
 def links(records: list[Record]) -> list[str]:
+    """Return the distinct links of the cells, in order."""
     return list(dict.fromkeys(map(link_of, records)))
 
 
 def base(records: list[Record], like: Record, flavour: str) -> list[Record]:
-    """The on-demand cell of the same work over the same link, as a group of one; empty where there is none."""
+    """Return the baseline's cell of the same routing over the same link, as a list of one or none."""
     found = [r for r in records if r.strategy == flavour and r.task == like.task and link_of(r) == link_of(like)]
     return found[:1]
 
 
 def over(records: list[Record], record: Record, flavour: str) -> Interval | None:
-    """How many times faster per token, paired by repeat."""
+    """Return the speedup of a cell over a baseline, paired by repeat; None if that was not run."""
     reference = base(records, record, flavour)
     return speedup([record], reference) if reference else None
 
 
 def by_link(records: list[Record], link: str) -> Table:
-    """Every strategy over one link, on the shipped models' routing and their own fallbacks."""
+    """Return the speed of every strategy over one link, on the shipped models' routing."""
     chosen = [r for r in main(records) if link_of(r) == link]
     head = (
         "strategy",
@@ -85,7 +86,7 @@ def _row(records: list[Record], record: Record) -> tuple[str, ...]:
 
 
 def by_routing(records: list[Record]) -> Table:
-    """The same strategies on routing that was drawn, where there is some."""
+    """Return the speed of every strategy on routing drawn from a distribution."""
     drawn = [r for r in records if r.task != MAIN]
     rows = tuple((r.task.removesuffix(" routing"), link_of(r), *_row(records, r)[:10]) for r in drawn)
     head = (
@@ -105,17 +106,17 @@ def by_routing(records: list[Record]) -> Table:
 
 
 def sweep(records: list[Record]) -> list[Record]:
-    """MoBiLE's cells over a range of fallback rates, ascending."""
+    """Return MoBiLE's cells of the sweep over fallback rates, ascending."""
     return sorted((r for r in records if r.config["swept"] and r.gamma is not None), key=rate_of)
 
 
 def rate_of(record: Record) -> float:
-    """The share of counted decode steps that fell back."""
+    """Return the share of counted decode steps that fell back."""
     return total([record], "fallbacks") / max(1, total([record], "decode_tokens"))
 
 
 def by_rate(records: list[Record]) -> Table:
-    """MoBiLE's speedup against its fallback rate, beside what it would be if all of the time were loading."""
+    """Return MoBiLE's speedup by fallback rate, beside 2 / (1 + r), the speedup if loading took all of the time."""
     rows = tuple(
         (
             percent(record.config["fallback_asked"]),
@@ -137,7 +138,7 @@ def by_rate(records: list[Record]) -> Table:
 
 
 def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Table:
-    """The published band beside what was measured, through the door that every verdict leaves by."""
+    """Return the verdicts on synthetic cells beside the published band; none of them can be REPRODUCED."""
     rows = []
     for record in [r for r in main(records) if r.gamma is not None]:
         for flavour in FLAVOURS:
@@ -151,7 +152,7 @@ def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Tab
 
 
 def families(records: list[Record]) -> Table:
-    """Each geometry and link in one row: MoBiLE at its fewest slots, by the shipped model's own fallbacks."""
+    """Return one row a geometry and link: MoBiLE at its fewest slots, with the shipped model's own fallbacks."""
     rows = []
     for record in [r for r in main(records) if r.gamma is not None]:
         if record.budget == "smallest":

@@ -1,4 +1,4 @@
-"""How fast: tokens per second, speedups over named baselines, and the ceiling of the link."""
+"""Speed tables: tokens per second, speedups over named baselines, and the ceiling of the link."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from reports.elements.page import Table
 
 
 def over(group: Group, baseline: Group | None) -> str:
-    """A speedup as tables write it; a cell with no baseline has none."""
+    """Write the speedup of a group over a baseline: MISSING without one, 1 over itself."""
     if baseline is None:
         return "MISSING"
     return "1" if group == baseline else ratio(speedup(group, baseline))
 
 
 def rate(tokens_per_second: float | None) -> str:
+    """Write tokens per second with one decimal."""
     return "-" if tokens_per_second is None else f"{tokens_per_second:.1f}"
 
 
 def by_strategy(results: Results, model: str, budget: str) -> Table:
-    """Tokens per second and speedups of every strategy at one budget, all tasks together, default gamma."""
+    """Return speed and speedups of every strategy at one budget, all tasks together, default gamma."""
     bases = groups.baselines(results, budget, model)
     rows = []
     for group in groups.own(results, budget, model):
@@ -59,7 +60,7 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
 
 
 def _training(results: Results, model: str, budget: str) -> str:
-    """What a trained predictor took to be fitted: a speed that was bought is shown with its price."""
+    """Return the note on fitting trained predictors: tokens, fits and CPU seconds, which no time of the table holds."""
     told = []
     for group in groups.own(results, budget, model):
         trained = [record.environment["training"] for record in group if record.environment.get("training")]
@@ -74,7 +75,7 @@ def _training(results: Results, model: str, budget: str) -> str:
 
 
 def by_task(results: Results, model: str, budget: str) -> Table:
-    """MoBiLE's speedup and fallback rate for each task at one budget."""
+    """Return MoBiLE's speedup and fallback rate for each task at one budget."""
     rows = []
     for task in results.tasks(model):
         bases = groups.baselines(results, budget, model, task=task)
@@ -95,7 +96,7 @@ def by_task(results: Results, model: str, budget: str) -> Table:
 
 
 def ceilings(results: Results, model: str) -> Table:
-    """On-demand against the bandwidth bound that no cache-less engine can pass."""
+    """Return on-demand's speed beside the bandwidth bound that no engine without a cache can pass."""
     rows = []
     for record in [r for r in results.pick(model=model) if r.strategy in FLAVOURS and r.budget == "smallest"]:
         reached, ceiling = tokens_per_s([record]), record.ceiling_tokens_per_s

@@ -1,4 +1,4 @@
-"""What a GPU did while cells were timed: power, clocks, heat, and what came over the link."""
+"""Table of a GPU's telemetry while cells were timed: power, clocks, temperature, and bytes over the link."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEAD = (
 
 
 def by_strategy(results: Results) -> Table:
-    """One row for each strategy of each model and budget whose records were watched; what no card told is a dash."""
+    """Return one row a strategy, model and budget with telemetry; a dash where the GPU reported nothing."""
     watched: dict[tuple, list[Record]] = {}
     for record in results.records:
         if record.environment.get("telemetry") and not record.config["swept"]:
@@ -62,6 +62,6 @@ def _causes(seen: list[dict[str, Any]]) -> list[str]:
 def _of(
     seen: list[dict[str, Any]], what: str, which: str, reduce: Callable[[list[float]], float], unit: float = 1
 ) -> str:
-    """One number of the cells' summaries; a dash where a card did not tell."""
+    """Write one quantity's statistic over the cells' summaries; a dash where a GPU did not report it."""
     told = [summary[what][which] for summary in seen if summary.get(what)]
     return f"{reduce(told) * unit:,.0f}" if told and len(told) == len(seen) else "-"

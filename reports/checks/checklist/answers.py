@@ -1,4 +1,4 @@
-"""Accuracy: lines 18 to 20."""
+"""Tests of lines 18 to 20: accuracy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from reports.stats.power import PUBLISHED
 
 
 def answers_are_kept(seen: Evidence) -> str:
-    """Every answer is stored, and differences are paired with an interval and an exact test"""
+    """Count the answers. Raise Missing where a record has no item, or the page no paired difference."""
     if empty := [r.id for r in seen.results.records if not r.items]:
         raise Missing(f"{len(empty)} records hold no item")
     if "McNemar" not in seen.page or "difference to full K" not in seen.page:
@@ -16,7 +16,7 @@ def answers_are_kept(seen: Evidence) -> str:
 
 
 def margin_came_first(seen: Evidence) -> str:
-    """The margin was fixed before the run, and the page says what so many items can show"""
+    """Raise Missing unless the page states the margin and the power of so many items."""
     margin = seen.paper["accuracy"]["margin_points"]
     if f"-{margin:g} point" not in seen.page or not all(name in seen.page for name, _ in PUBLISHED):
         raise Missing("the page does not state the margin, or not what so many items can show")
@@ -24,7 +24,7 @@ def margin_came_first(seen: Evidence) -> str:
 
 
 def drawn_not_taken(seen: Evidence) -> str:
-    """Items are the whole set or a seeded random part of it, never the first ones"""
+    """Raise Missing where a cell's items are the first of its task; ByReader where the task's size is unknown."""
     for record in seen.results.records:
         docs, whole = [item.doc for item in record.items], record.config.get("task_items")
         if len(docs) < 8 or docs != list(range(len(docs))) or len(docs) == whole:

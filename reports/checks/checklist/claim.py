@@ -1,4 +1,4 @@
-"""Claim and scope: lines 1 to 5."""
+"""Tests of lines 1 to 5: claim and scope."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reports.verdict import RULE
 
 
 def claims_are_data(seen: Evidence) -> str:
-    """What was published is held as data, each claim with its source"""
+    """Count the claims of paper.toml. Raise Missing where one has no source."""
     held = [name for name, claim in seen.paper.items() if isinstance(claim, dict) and "claim" in claim]
     if lacking := [name for name in held if not seen.paper[name].get("source")]:
         raise Missing(f"no source for {', '.join(lacking)}")
@@ -16,7 +16,7 @@ def claims_are_data(seen: Evidence) -> str:
 
 
 def verdict_for_each_claim(seen: Evidence) -> str:
-    """Every claim has, for every family, what was published, our value with its interval, and a verdict"""
+    """Count the verdicts. Raise Missing where a claim has no value."""
     rows = verdicts(seen.results, seen.paper, trusted=True).rows
     if empty := [f"{row[0]} of {row[2]} ({row[3]})" for row in rows if row[5] == "MISSING"]:
         raise Missing(f"no value for {'; '.join(empty)}")
@@ -24,21 +24,21 @@ def verdict_for_each_claim(seen: Evidence) -> str:
 
 
 def rule_is_printed(seen: Evidence) -> str:
-    """The rule for verdicts was fixed before the run and stands on the page"""
+    """Raise Missing unless the page prints the rule for verdicts."""
     if RULE not in seen.page:
         raise Missing("the page does not print the rule; build it again")
     return "the rule is code and is printed"
 
 
 def deviations_are_listed(seen: Evidence) -> str:
-    """The page says what is ours and not the paper's, and what is unknown"""
+    """Raise Missing unless the page lists all that paper.toml calls ours or unknown."""
     if not all(line in seen.page for key in ("ours", "unknown") for line in seen.paper["known"][key]):
         raise Missing("the page does not list what is ours and what is unknown")
     return "section 'Whose is what'"
 
 
 def every_record_is_stamped(seen: Evidence) -> str:
-    """Every record and the page carry the scope and the kind of weights"""
+    """List the stamps. Raise Missing where a record has none, or the page does not print one."""
     if bare := [r.id for r in seen.results.records if not (r.scope and r.weights)]:
         raise Missing(f"{len(bare)} records have no stamp")
     stamps = {f"{r.scope}, {r.weights}" for r in seen.results.records}

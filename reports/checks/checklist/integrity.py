@@ -1,4 +1,4 @@
-"""Integrity: lines 21 to 26."""
+"""Tests of lines 21 to 26: integrity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reports.sections import controls
 
 
 def everything_is_hashed(seen: Evidence) -> str:
-    """Weights, data, code and packages are hashed, and changes not committed are flagged"""
+    """Raise Missing where a record lacks its generation's hash, or was made with uncommitted code."""
     if not all(
         r.config.get("generation") or r.config.get("timing", "").startswith("live") for r in seen.results.records
     ):
@@ -22,7 +22,7 @@ def everything_is_hashed(seen: Evidence) -> str:
 
 
 def bundle_is_sealed(seen: Evidence) -> str:
-    """A manifest of SHA-256 holds for every file"""
+    """Count the sealed files. Raise Missing where there is no manifest, or a file differs from it."""
     try:
         found = bundle.verify(seen.run)
     except bundle.NoManifest as none:
@@ -33,7 +33,7 @@ def bundle_is_sealed(seen: Evidence) -> str:
 
 
 def oracle_agrees(seen: Evidence) -> str:
-    """Offloaded full K gave the resident model's tokens"""
+    """Count the checks that live runs made. Raise Missing where there are none, or one failed."""
     held = [(name, ok) for record in seen.results.records for name, ok in record.checks.items()]
     if not held:
         raise Missing("no record holds a check")
@@ -43,7 +43,7 @@ def oracle_agrees(seen: Evidence) -> str:
 
 
 def canary_died(seen: Evidence) -> str:
-    """With a scrambled router accuracy falls and time stays"""
+    """Count the canaries that failed as they must. Raise Missing where there is none, or one did not fail."""
     found = controls.canaries(seen.results)
     if not found:
         raise Missing("the run has no canary cell")
@@ -55,7 +55,7 @@ def canary_died(seen: Evidence) -> str:
 
 
 def failures_are_shown(seen: Evidence) -> str:
-    """What failed or is missing stands on the page, with the reason"""
+    """Raise Missing where a cell has no record."""
     if unsaid := [cell for cell, _ in seen.results.absent if cell not in seen.page]:
         raise Missing(f"{len(unsaid)} cells without a record are not on the page; build it again")
     if seen.results.absent:
@@ -64,5 +64,5 @@ def failures_are_shown(seen: Evidence) -> str:
 
 
 def no_favours(seen: Evidence) -> str:
-    """Nothing detects the benchmark or is tuned to its inputs"""
+    """Raise ByReader: no test can decide this line."""
     raise ByReader("no test can show this; the code that ran is named by its commit and hashed in the manifest")

@@ -1,4 +1,4 @@
-"""Measurement: lines 12 to 17. A virtual clock has no noise: what guards against it is asked of GPU times only."""
+"""Tests of lines 12 to 17: measurement. A virtual clock has no noise, so guards against it apply to GPU times only."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _measured(seen: Evidence, *names: str) -> str:
 
 
 def warm_up_is_apart(seen: Evidence) -> str:
-    """Warm-up is stored, and averaged into nothing"""
+    """Raise Missing where a measured record does not hold its warm-up."""
     return f"{EXACT}; nothing warms up" if _only_virtual(seen) else _measured(seen, "warmup")
 
 
 def interleaved(seen: Evidence) -> str:
-    """Enough prompts, and on a GPU strategies interleaved over three processes"""
+    """Raise Missing where prompts are too few, or a measured record has too few processes."""
     for model in seen.results.models:
         own = groups.mobile(seen.results, model)
         for base, group in groups.baselines(seen.results, "smallest", model).items():
@@ -47,21 +47,21 @@ def interleaved(seen: Evidence) -> str:
 
 
 def ratio_of_prompts(seen: Evidence) -> str:
-    """Speedups are geometric means of ratios with a two-level interval, total tokens over total time beside them"""
+    """Raise Missing unless the page says how speedups are averaged and shows tokens per second."""
     if "geometric mean over prompts" not in seen.page or "tokens/s" not in seen.page:
         raise Missing("the page has no speeds, or does not say how they are averaged")
     return "said and shown on the page"
 
 
 def phases_apart(seen: Evidence) -> str:
-    """Prefill and decode are timed each by itself"""
+    """Raise Missing where an item lacks the time of prefill or of decode."""
     if bare := [r.id for r in seen.results.records if any(i.ttft_ns is None or i.decode_ns is None for i in r.items)]:
         raise Missing(f"{len(bare)} records lack one of the two times")
     return "ttft_ns and decode_ns in every item"
 
 
 def device_watched(seen: Evidence) -> str:
-    """Clocks, throttling, temperature and the link's generation and width were sampled while it ran"""
+    """Raise Missing where a measured record has no telemetry."""
     if _only_virtual(seen):
         return "no device: nothing to watch"
     if blind := [r.id for r in seen.measured if not r.environment.get("telemetry")]:
@@ -70,7 +70,7 @@ def device_watched(seen: Evidence) -> str:
 
 
 def link_is_checked(seen: Evidence) -> str:
-    """The link's bandwidth was measured, and the ledger's bytes held against it"""
+    """Raise Missing where no bandwidth is recorded, or a cell's bytes exceed what the link can carry."""
     if _only_virtual(seen):
         seen.everywhere("link_gb_per_s")
         _not_faster(seen.results.records, "link_gb_per_s", 1 + 1e-6)

@@ -1,4 +1,4 @@
-"""Use: lines 27 to 32."""
+"""Tests of lines 27 to 32: use by others."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from reports.checks.checklist.evidence import ByReader, Evidence, Missing
 
 
 def cost_is_told(seen: Evidence) -> str:
-    """What a run takes is said before it starts"""
+    """Raise Missing unless the plan says how many minutes the run may take."""
     if not seen.plan.get("minutes"):
         raise Missing("the plan does not say how long the run may take")
     return f"{seen.plan['minutes']} minutes allowed, said by `python -m suites plan`"
 
 
 def smoke_is_quick(seen: Evidence) -> str:
-    """There is a run of two minutes that needs no network and no GPU"""
+    """Raise Missing where smoke may take more than two minutes; ByReader for any other preset."""
     if seen.results.preset != "smoke":
         raise ByReader("ask this of a run of the smoke preset")
     if seen.plan["minutes"] > 2:
@@ -25,7 +25,7 @@ def smoke_is_quick(seen: Evidence) -> str:
 
 
 def licences(seen: Evidence) -> str:
-    """Code, weights and data are under a licence, and running generated code is safe or asked for"""
+    """Raise Missing unless the installed package names a licence."""
     try:
         licence = metadata("mobile-moe").json.get("license_expression")
     except PackageNotFoundError:
@@ -36,7 +36,7 @@ def licences(seen: Evidence) -> str:
 
 
 def one_command(seen: Evidence) -> str:
-    """The raw records and one command give every table and figure again"""
+    """Raise Missing unless there is a page and it names the command that builds it."""
     page = seen.run / "report.html"
     if not page.is_file():
         raise Missing(f"there is no page; make it with: python -m reports build {seen.run}")
@@ -46,14 +46,14 @@ def one_command(seen: Evidence) -> str:
 
 
 def limits_are_said(seen: Evidence) -> str:
-    """The page says what it does not show"""
+    """Raise Missing unless the page has a section on limits."""
     if "## Limits" not in seen.page:
         raise Missing("the page has no section on limits")
     return "section 'Limits'"
 
 
 def expected_is_kept(seen: Evidence) -> str:
-    """What a shipped preset should give is committed"""
+    """Raise Missing unless the preset's expected results are committed."""
     if not (expected.FOLDER / seen.results.preset / expected.CELLS).is_file():
         raise Missing(f"nothing is expected of preset {seen.results.preset} yet; python -m reports expect makes it")
     return f"reports/expected/{seen.results.preset}"

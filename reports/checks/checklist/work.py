@@ -1,4 +1,4 @@
-"""Same work: lines 6 to 11."""
+"""Tests of lines 6 to 11: the same work for every strategy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from suites.record import Record
 
 
 def same_prompts(seen: Evidence) -> str:
-    """Every strategy was given the same prompts, precision and memory"""
+    """Raise Missing where cells of the same work differ in prompts or precision, or slots are not recorded."""
     groups = list(seen.same_work())
     for cells in groups:
         prompts: dict[int, set[str]] = {}
@@ -23,7 +23,7 @@ def same_prompts(seen: Evidence) -> str:
 
 
 def fixed_length(seen: Evidence) -> str:
-    """Times that are compared are of the same number of tokens"""
+    """Raise Missing where lossless cells decode different numbers of tokens for one item."""
     for cells in seen.same_work():
         lengths: dict[int, set[int]] = {}
         for cell in (c for c in cells if c.lossless):
@@ -35,7 +35,7 @@ def fixed_length(seen: Evidence) -> str:
 
 
 def modes_are_told(seen: Evidence) -> str:
-    """Replayed and free timing are told apart"""
+    """List the ways in which records were timed. Raise Missing where a record does not say."""
     modes = {_mode(record) for record in seen.results.records}
     return " and ".join(sorted(modes))
 
@@ -49,7 +49,7 @@ def _mode(record: Record) -> str:
 
 
 def one_path(seen: Evidence) -> str:
-    """What is scored is what is timed"""
+    """Raise Missing unless every item holds score and time, and live runs were compared with their replays."""
     loose = [
         r.id for r in seen.results.records for item in r.items if item.decode_tokens is None or not item.prompt_sha256
     ]
@@ -62,13 +62,13 @@ def one_path(seen: Evidence) -> str:
 
 
 def baselines_are_sourced(seen: Evidence) -> str:
-    """Every baseline names its paper, and tuning was equal"""
+    """Raise Missing unless every record names the paper of its strategy."""
     seen.everywhere("strategy_source")
     return "strategy_source in every record; no baseline has a knob tuned to these items"
 
 
 def state_of_caches(seen: Evidence) -> str:
-    """Cold or warm, and where the experts lie, is said"""
+    """Raise ByReader unless the page says in what state the caches start."""
     if "cache starts cold" not in seen.page:
         raise ByReader("the page does not say in what state the caches start")
     return "the page says it, beside the speeds"
