@@ -99,7 +99,7 @@ def wasted_bytes(records: Sequence[Record]) -> int:
 
 def hit_rate(records: Sequence[Record]) -> float | None:
     """Return the experts resident when a decode step needed them over all it needed; None if it needed none."""
-    hits = sum(record.counters["hits"] for record in records)
+    hits = sum(record.counters.get("hits", 0) for record in records)
     absent = ("demand_loads", "late_prefetches", "cpu_experts")
     asked = hits + sum(record.counters.get(name, 0) for record in records for name in absent)
     return hits / asked if asked else None
