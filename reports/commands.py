@@ -81,10 +81,10 @@ def verify(options: Namespace) -> int:
     found = bundle.verify(run)
     for line in found.changed:
         console.print(f"[bold red]changed[/] {line}")
-    for line in found.elsewhere[:SHOWN]:
+    for line in found.surroundings[:SHOWN]:
         console.print(f"not as when it was sealed: {line}")
-    if len(found.elsewhere) > SHOWN:
-        console.print(f"and {len(found.elsewhere) - SHOWN} more")
+    if len(found.surroundings) > SHOWN:
+        console.print(f"and {len(found.surroundings) - SHOWN} more")
     if not found.changed:
         console.print(f"{run}: all {found.files} files are as they were sealed")
     return 1 if found.changed else 0

@@ -107,8 +107,8 @@ def test_a_run_on_a_bare_machine_has_their_chapters(preset, tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     results = read(tmp_path / "run")
-    assert len(results.besides) == 3
-    assert not results.shapes
+    assert len(results.references) == 3
+    assert not results.synthetic
     report = content.build(results)
     assert all(path.is_file() for path in write.write(report, results, tmp_path / "run"))
     page = write.markdown(report)

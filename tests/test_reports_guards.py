@@ -43,7 +43,7 @@ def run(tmp_path_factory) -> Path:
 def test_an_untouched_bundle_holds(run):
     found = bundle.verify(run)
     assert found.changed == ()
-    assert found.elsewhere == ()
+    assert found.surroundings == ()
     assert found.files > 30
 
 
@@ -80,7 +80,7 @@ def test_the_manifest_names_code_and_packages(run):
     assert re.fullmatch(r"2\S+ [0-9a-f]{64}", sealed["wheels"]["torch"])
     sealed["code"]["reports/stats/intervals.py"] = "0"
     (run / bundle.MANIFEST).write_text(json.dumps(sealed))
-    assert bundle.verify(run).elsewhere == ("code: reports/stats/intervals.py differs",)
+    assert bundle.verify(run).surroundings == ("code: reports/stats/intervals.py differs",)
     bundle.seal(run, read(run))
 
 
@@ -183,7 +183,7 @@ def test_nothing_to_hold_a_run_against_says_what_to_do(tmp_path):
 
 
 def test_the_checklist_has_32_lines_and_a_sound_run_lacks_only_what_it_lacks(run):
-    answers = lines.answered(evidence.gather(run))
+    answers = lines.run_tests(evidence.gather(run))
     assert [number for number, *_ in answers] == list(range(1, 33))
     assert len({line for _, line, *_ in answers}) == 32
     missing = {number: why for number, _, result, why in answers if result == lines.MISSING}
@@ -218,7 +218,7 @@ def test_the_checklist_has_32_lines_and_a_sound_run_lacks_only_what_it_lacks(run
     ],
 )
 def test_each_line_can_fail(run, number, spoil):
-    answers = {n: result for n, _, result, _ in lines.answered(spoil(evidence.gather(run)))}
+    answers = {n: result for n, _, result, _ in lines.run_tests(spoil(evidence.gather(run)))}
     assert answers[number] == lines.MISSING
 
 
@@ -244,10 +244,10 @@ def test_what_is_measured_says_how(run, number, lacking):
             "environment": {**r.environment, "telemetry": {1}},
         },
     )
-    found = {n: result for n, _, result, _ in lines.answered(seen)}
+    found = {n: result for n, _, result, _ in lines.run_tests(seen)}
     assert [found[n] for n in (12, 13, 16, 17)] == [lines.HELD] * 4
     spoiled = _records(seen, lambda r: {"config": {**r.config, **lacking}})
-    assert {n: result for n, _, result, _ in lines.answered(spoiled)}[number] == lines.MISSING
+    assert {n: result for n, _, result, _ in lines.run_tests(spoiled)}[number] == lines.MISSING
 
 
 def _records(seen, change):

@@ -25,13 +25,13 @@ def identity(machine_info: Any) -> dict[str, Any]:
     if not isinstance(machine_info, dict) or "gpu" not in machine_info:
         raise UnlikeMachines(f"A result does not say which GPU made it; {AGAIN}")
     if machine_info["gpu"] is not None:
-        return _known({"GPU": "name", "UUID": "uuid"}, machine_info["gpu"])
-    return {"GPU": None, **_known({"processor": "brand_raw", "cores": "count"}, machine_info.get("cpu"))}
+        return _known_facts({"GPU": "name", "UUID": "uuid"}, machine_info["gpu"])
+    return {"GPU": None, **_known_facts({"processor": "brand_raw", "cores": "count"}, machine_info.get("cpu"))}
 
 
-def _known(names: dict[str, str], told: Any) -> dict[str, Any]:
+def _known_facts(names: dict[str, str], facts: Any) -> dict[str, Any]:
     """Return facts by our names, given pytest-benchmark's. Raise UnlikeMachines where one is missing."""
-    found = {ours: told.get(theirs) if isinstance(told, dict) else None for ours, theirs in names.items()}
+    found = {ours: facts.get(theirs) if isinstance(facts, dict) else None for ours, theirs in names.items()}
     for name, value in found.items():
         if not isinstance(value, str | int) or not value:
             raise UnlikeMachines(f"A result does not say the {name} of the machine that made it; {AGAIN}")
@@ -43,11 +43,11 @@ def same(base: Any, head: Any) -> None:
     one, other = identity(base), identity(head)
     if one != other:
         raise UnlikeMachines(
-            f"The base was made on {_said(one)} and the head on {_said(other)}; run both on one machine."
+            f"The base was made on {_in_words(one)} and the head on {_in_words(other)}; run both on one machine."
         )
 
 
-def _said(identity: dict[str, Any]) -> str:
+def _in_words(identity: dict[str, Any]) -> str:
     return ", ".join(f"{what} {value}" for what, value in identity.items())
 
 

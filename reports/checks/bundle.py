@@ -14,7 +14,7 @@ from reports.data.results import Results
 
 ROOMS = ("mobile", "baselines", "suites", "reports")
 MANIFEST = "manifest.json"
-PASSING = (".partial", ".lock")  # what a run in progress leaves for a moment
+TEMPORARY = (".partial", ".lock")  # what a run in progress leaves for a moment
 
 
 class NoManifest(ValueError):
@@ -26,24 +26,24 @@ class Verified:
     """The differences from a manifest: `changed` files break the bundle, `surroundings` are code and packages here."""
 
     changed: tuple[str, ...]
-    elsewhere: tuple[str, ...]
+    surroundings: tuple[str, ...]
     files: int
 
 
 def seal(run: Path, results: Results) -> str:
     """Write the manifest over the run folder, the code and the installed packages; return its SHA-256."""
-    record = results.everything[0]
+    record = results.all_records[0]
     manifest = {
         "schema": 1,
         "preset": results.preset,
-        "files": files(run),
+        "files": file_hashes(run),
         "config": {
             "git_commit": record.environment["git_commit"],
             "git_dirty": record.environment["git_dirty"],
-            "cells": sorted(r.id for r in results.everything),
+            "cells": sorted(r.id for r in results.all_records),
         },
-        "code": code(),
-        "wheels": wheels(),
+        "code": code_hashes(),
+        "wheels": package_hashes(),
     }
     path = run / MANIFEST
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -58,16 +58,16 @@ def verify(run: Path) -> Verified:
         kept = {name: sealed[name] for name in ("files", "code", "wheels")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NoManifest(f"{path} cannot be read ({error}); make one with: python -m reports build {run}") from error
-    now = files(run)
+    now = file_hashes(run)
     changed = _differences(kept["files"], now)
-    elsewhere = [f"code: {line}" for line in _differences(kept["code"], code())]
-    elsewhere += [f"package: {line}" for line in _differences(kept["wheels"], wheels())]
-    return Verified(tuple(changed), tuple(elsewhere), len(kept["files"]))
+    surroundings = [f"code: {line}" for line in _differences(kept["code"], code_hashes())]
+    surroundings += [f"package: {line}" for line in _differences(kept["wheels"], package_hashes())]
+    return Verified(tuple(changed), tuple(surroundings), len(kept["files"]))
 
 
-def files(run: Path) -> dict[str, str]:
+def file_hashes(run: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of the run folder, the manifest left out, by its path in it."""
-    found = sorted(path for path in run.rglob("*") if path.is_file() and path.suffix not in PASSING)
+    found = sorted(path for path in run.rglob("*") if path.is_file() and path.suffix not in TEMPORARY)
     return {
         name: _hash(path.read_bytes())
         for path in found
@@ -75,7 +75,7 @@ def files(run: Path) -> dict[str, str]:
     }
 
 
-def code() -> dict[str, str]:
+def code_hashes() -> dict[str, str]:
     """Return the SHA-256 of every source file, preset, task, template and list of a model's weights, by path."""
     root = Path(__file__).parents[2]
     kinds = {".py", ".toml", ".yaml", ".jsonl", ".j2"}
@@ -85,7 +85,7 @@ def code() -> dict[str, str]:
 
 
 @cache
-def wheels() -> dict[str, str]:
+def package_hashes() -> dict[str, str]:
     """Return version and SHA-256 of every installed package's RECORD (pip's list of its file hashes), by name."""
     found: dict[str, str] = {}
     for package in distributions():

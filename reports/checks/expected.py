@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from reports.data import groups
-from reports.data.compare import name, speedup
-from reports.data.fingerprint import TIMES, VIRTUAL, essences
+from reports.data.compare import speedup, strategy_name
+from reports.data.fingerprint import TIMES, VIRTUAL, fingerprints
 from reports.data.results import Results
 
 FOLDER = Path(__file__).parents[1] / "expected"
@@ -32,11 +32,11 @@ class Gate:
 
 def expectation(results: Results) -> dict[str, Any]:
     """Return the expectation of a run, JSON-ready: each cell's fingerprint, and the virtual speedups of the report."""
-    record = results.everything[0]
+    record = results.all_records[0]
     return {
         "preset": results.preset,
         "made_on": {"cpu": record.environment["cpu"], "packages": record.environment["packages"]},
-        "cells": essences(results),
+        "cells": fingerprints(results),
         "speedups": speedups(results),
     }
 
@@ -48,14 +48,16 @@ def speedups(results: Results) -> dict[str, float]:
     the processor.
     """
     found = {}
-    for model in results.values("model"):
+    for model in results.distinct("model"):
         for budget in results.budgets(model):
             bases = groups.baselines(results, budget, model)
-            for group in groups.strategies(results, budget, model):
+            for group in groups.by_strategy(results, budget, model):
                 for base, reference in bases.items():
                     ratio = speedup(group, reference)
                     if ratio and group != reference and all(r.scope == VIRTUAL for r in (*group, *reference)):
-                        found[f"{model} / {name(group[0])} / {budget} / over {base}"] = float(f"{ratio.value:.9g}")
+                        found[f"{model} / {strategy_name(group[0])} / {budget} / over {base}"] = float(
+                            f"{ratio.value:.9g}"
+                        )
     return found
 
 
@@ -87,21 +89,21 @@ def gate(results: Results, against: Path) -> Gate:
         raise NoExpectation(
             f"{path} holds no expectation ({error}); make one with: python -m reports expect RUN"
         ) from error
-    found = essences(results)
-    t1 = [*_facts(cells, found, TIMES), *_speedups(ratios, speedups(results))]
-    return Gate(len(cells), len(ratios), tuple(_t0(cells, found)), tuple(t1))
+    found = fingerprints(results)
+    t1 = [*_unlike_facts(cells, found, TIMES), *_unlike_speedups(ratios, speedups(results))]
+    return Gate(len(cells), len(ratios), tuple(_unlike_work(cells, found)), tuple(t1))
 
 
-def _t0(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def _unlike_work(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Return the differing cells, then tokens and scores, then counters."""
     lines = [f"{cell}: not expected" for cell in found if cell not in expected]
     lines += [f"{cell}: no record" for cell in expected if cell not in found]
-    lines += _facts(expected, found, ("items", "outputs", "correct"))
+    lines += _unlike_facts(expected, found, ("items", "outputs", "correct"))
     wanted, here = ({cell: facts["counters"] for cell, facts in side.items()} for side in (expected, found))
-    return lines + _facts(wanted, here)
+    return lines + _unlike_facts(wanted, here)
 
 
-def _facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ...] | None = None) -> list[str]:
+def _unlike_facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ...] | None = None) -> list[str]:
     """Return a line for each differing fact of the cells that both have; without `names`, of all facts."""
     return [
         f"{cell}: {fact} is {found[cell].get(fact, 0)}, expected {expected[cell].get(fact, 0)}"
@@ -112,7 +114,7 @@ def _facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ..
     ]
 
 
-def _speedups(expected: dict[str, float], found: dict[str, float]) -> list[str]:
+def _unlike_speedups(expected: dict[str, float], found: dict[str, float]) -> list[str]:
     return [
         f"{what}: speedup is {found.get(what)}, expected {expected.get(what)}"
         for what in dict.fromkeys((*expected, *found))

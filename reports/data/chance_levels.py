@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FLOORS = {  # shares; tasks whose answers are open-ended have none
+CHANCE_LEVELS = {  # shares; tasks whose answers are open-ended have none
     "boolean_expressions": 1 / 2,
     "web_of_lies": 1 / 2,
     "navigate": 1 / 2,
@@ -12,6 +12,6 @@ FLOORS = {  # shares; tasks whose answers are open-ended have none
 }
 
 
-def floor(task: str) -> float | None:
+def chance_level(task: str) -> float | None:
     """Return the share of items that random answers get right; None where answers are open-ended."""
-    return next((share for name, share in FLOORS.items() if task == name or task.endswith(f"_{name}")), None)
+    return next((share for name, share in CHANCE_LEVELS.items() if task == name or task.endswith(f"_{name}")), None)

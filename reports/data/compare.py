@@ -12,12 +12,12 @@ class UnlikePrompts(ValueError):
     """Cells that should hold the same items hold other prompts, so nothing of them can be paired."""
 
 
-def name(record: Record) -> str:
+def strategy_name(record: Record) -> str:
     """Return the strategy of a record as tables write it, with its gamma if it has one."""
     return record.strategy if record.gamma is None else f"{record.strategy} (gamma {record.gamma:g})"
 
 
-def matched(first: Sequence[Record], second: Sequence[Record]) -> list[list[tuple[Item, Item]]]:
+def paired_items(first: Sequence[Record], second: Sequence[Record]) -> list[list[tuple[Item, Item]]]:
     """Pair the items that both have by their number; one list of (first, second) a task.
 
     Timed cells may hold fewer items than scored ones, so items are never paired by position. Raise UnlikePrompts
@@ -44,7 +44,7 @@ def seconds_per_token(item: Item) -> float | None:
 def speedup(records: Sequence[Record], baseline: Sequence[Record]) -> Interval | None:
     """Return the geometric mean over prompts of baseline TPOT / TPOT; None if no prompt is timed in both."""
     groups = []
-    for pairs in matched(records, baseline):
+    for pairs in paired_items(records, baseline):
         times = [(seconds_per_token(item), seconds_per_token(base)) for item, base in pairs]
         groups.append([base / own for own, base in times if own and base])
     return geometric_mean(groups) if any(groups) else None
@@ -52,7 +52,7 @@ def speedup(records: Sequence[Record], baseline: Sequence[Record]) -> Interval |
 
 def accuracy(records: Sequence[Record], reference: Sequence[Record]) -> Paired:
     """Pair the scores of `records` with those of `reference`, item by item; leave out items not scored in both."""
-    pairs = [(a.correct, b.correct) for group in matched(reference, records) for a, b in group]
+    pairs = [(a.correct, b.correct) for group in paired_items(reference, records) for a, b in group]
     scored = [(first, second) for first, second in pairs if first is not None and second is not None]
     return paired([first for first, _ in scored], [second for _, second in scored])
 
@@ -80,7 +80,7 @@ def share(records: Sequence[Record], part: str, whole: str) -> float | None:
     return sum(record.counters[part] for record in records) / below if below else None
 
 
-def foreseen(records: Sequence[Record]) -> dict[int, tuple[int, int, int]]:
+def prediction_counts(records: Sequence[Record]) -> dict[int, tuple[int, int, int]]:
     """Sum over cells, by MoE layer, the experts (predicted, rightly predicted, needed); empty without predictions."""
     layers: dict[int, tuple[int, int, int]] = {}
     for record in records:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any
 
-from reports.data.compare import matched, name, total
+from reports.data.compare import paired_items, strategy_name, total
 from reports.data.results import Results
 from suites.record import Record
 
@@ -19,7 +19,7 @@ TIMES = ("decode_ns", "ttft_ns")
 
 def label(record: Record) -> str:
     """Return a cell's label: equal for the same cell of two runs, whose ids differ with the code."""
-    parts: tuple[str, ...] = (record.model, record.task, name(record), record.hardware, record.budget)
+    parts: tuple[str, ...] = (record.model, record.task, strategy_name(record), record.hardware, record.budget)
     parts += (f"seed {record.seed}",)
     if record.config.get("kind") == "shape":
         link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
@@ -45,12 +45,12 @@ def fingerprint(record: Record) -> dict[str, Any]:
     return kept
 
 
-def essences(results: Results) -> dict[str, dict[str, Any]]:
+def fingerprints(results: Results) -> dict[str, dict[str, Any]]:
     """Return the fingerprint of every cell by its label, in the order of the plan."""
-    return {label(record): fingerprint(record) for record in results.everything}
+    return {label(record): fingerprint(record) for record in results.all_records}
 
 
 def changed_outputs(record: Record, other: Record) -> tuple[int, int]:
     """Return (items whose text differs, items that both have) of two cells."""
-    pairs = [pair for group in matched([record], [other]) for pair in group]
+    pairs = [pair for group in paired_items([record], [other]) for pair in group]
     return sum(a.output != b.output for a, b in pairs), len(pairs)

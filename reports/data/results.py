@@ -25,27 +25,27 @@ class Results:
     absent: tuple[tuple[str, str], ...]
     controls: tuple[Record, ...] = ()
     logs: tuple[tuple[str, str], ...] = ()
-    shapes: tuple[Record, ...] = ()
-    besides: tuple[Record, ...] = ()
+    synthetic: tuple[Record, ...] = ()
+    references: tuple[Record, ...] = ()
 
     @property
-    def everything(self) -> tuple[Record, ...]:
+    def all_records(self) -> tuple[Record, ...]:
         """Return every record of the run."""
-        return (*self.records, *self.controls, *self.shapes, *self.besides)
+        return (*self.records, *self.controls, *self.synthetic, *self.references)
 
-    def pick(self, **wanted: Any) -> list[Record]:
+    def select(self, **wanted: Any) -> list[Record]:
         """Return the records whose fields equal `wanted`, in order."""
         found = self._of(wanted["model"]) if "model" in wanted else self.records
         for name, value in wanted.items():
             found = [record for record in found if getattr(record, name) == value]
         return list(found)
 
-    def pool(self, **wanted: Any) -> list[Record]:
+    def select_complete(self, **wanted: Any) -> list[Record]:
         """Return the same records if they cover every task of the model (or the wanted one); otherwise none.
 
         Strategies are compared on the same items, so a selection that lacks a task is none; the page lists what failed.
         """
-        found = self.pick(**wanted)
+        found = self.select(**wanted)
         given = self._of(wanted["model"]) if "model" in wanted else self.records
         tasks = {wanted["task"]} if "task" in wanted else {record.task for record in given}
         return found if {record.task for record in found} == tasks else []
@@ -61,13 +61,13 @@ class Results:
             found.setdefault(record.model, []).append(record)
         return found
 
-    def values(self, name: str) -> list[Any]:
+    def distinct(self, name: str) -> list[Any]:
         """Return the distinct values of a record field, in order of first appearance."""
         return list(dict.fromkeys(getattr(record, name) for record in self.records))
 
     def budgets(self, model: str) -> list[str]:
         """Return the memory budgets that every strategy of a model was given: no shares of experts, no `resident`."""
-        found = dict.fromkeys(record.budget for record in self.pick(model=model))
+        found = dict.fromkeys(record.budget for record in self.select(model=model))
         return [budget for budget in found if budget != "all" and not budget.endswith("%")]
 
     @cached_property
@@ -87,7 +87,7 @@ class Results:
 
     def tasks(self, model: str) -> list[str]:
         """Return the tasks a model was given, in order."""
-        return list(dict.fromkeys(record.task for record in self.pick(model=model)))
+        return list(dict.fromkeys(record.task for record in self.select(model=model)))
 
 
 def family(record: Record) -> str:
@@ -126,35 +126,35 @@ def read(run: Path) -> Results:
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
-    shapes = tuple(record for record in records if record.config.get("kind") == "shape")
-    besides = tuple(record for record in records if record.config.get("kind") == "beside")
-    apart = {record.id for record in (*controls, *shapes, *besides)}
+    synthetic = tuple(record for record in records if record.config.get("kind") == "shape")
+    references = tuple(record for record in records if record.config.get("kind") == "beside")
+    apart = {record.id for record in (*controls, *synthetic, *references)}
     return Results(
         preset,
         tuple(record for record in records if record.id not in apart),
-        tuple((label, why.text) for label, why in absent),
+        tuple((label, gap.reason) for label, gap in absent),
         controls,
-        tuple((label, why.log_tail) for label, why in absent if why.log_tail),
-        shapes,
-        besides,
+        tuple((label, gap.log_tail) for label, gap in absent if gap.log_tail),
+        synthetic,
+        references,
     )
 
 
-class Why(NamedTuple):
+class NoRecord(NamedTuple):
     """The reason why a cell has no record, and the end of its log."""
 
-    text: str
+    reason: str
     log_tail: str | None = None
 
 
-def _record(folder: RunFolder, cell: str) -> Record | Why:
+def _record(folder: RunFolder, cell: str) -> Record | NoRecord:
     path, failure = folder.record(cell), folder.failure(cell)
     try:
         if path.is_file():
             return load(path)
         if failure.is_file():
             note = read_json(failure)
-            return Why(f"FAILED: {note['error']}", note.get("log_tail"))
+            return NoRecord(f"FAILED: {note['error']}", note.get("log_tail"))
     except ValueError as error:
-        return Why(f"FAILED: {error}")
-    return Why("MISSING: not run yet")
+        return NoRecord(f"FAILED: {error}")
+    return NoRecord("MISSING: not run yet")

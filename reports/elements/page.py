@@ -18,7 +18,7 @@ class Table:
     note: str = ""
 
     @property
-    def wordy(self) -> tuple[bool, ...]:
+    def text_columns(self) -> tuple[bool, ...]:
         """Return, by column, whether it holds words rather than numbers and is aligned left."""
         return tuple(any(row[i][:1].isalpha() for row in self.rows) for i in range(len(self.head)))
 
@@ -51,7 +51,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """A span of an answer; `fell_back` where the big pass wrote it."""
 
     text: str
@@ -64,10 +64,10 @@ class Example:
 
     title: str
     prompt: str
-    full: str
-    full_right: bool
-    other: tuple[Run, ...]
-    other_right: bool
+    full_k: str
+    full_k_right: bool
+    mobile: tuple[Span, ...]
+    mobile_right: bool
 
 
 @dataclass(frozen=True)

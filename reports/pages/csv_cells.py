@@ -30,9 +30,9 @@ SCRIPT = ("link_gb_per_s", "link_measured_gb_per_s", "fallback_asked", "moe_laye
 
 def csv_of(results: Results) -> Table:
     """Return all cells, controls too, at full precision; an unknown value is empty."""
-    records = results.everything
+    records = results.all_records
     counters = sorted({name for record in records for name in record.counters})
-    derived = [_derived(record) | (_script(record) if results.shapes else {}) for record in records]
+    derived = [_derived(record) | (_script(record) if results.synthetic else {}) for record in records]
     head = (*FIELDS, *derived[0], *counters)
     rows = tuple(
         tuple(_text(v) for v in (*(getattr(r, f) for f in FIELDS), *d.values(), *(r.counters.get(c) for c in counters)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from reports.data.compare import name
+from reports.data.compare import strategy_name
 from reports.data.results import Results
 
 ROWS = {"load": 1, "prefetch": 1, "compute": 2, "stall": 2, "cpu": 3}
@@ -18,11 +18,11 @@ def trace(results: Results) -> str:
     records = [
         record
         for model in results.models
-        for record in results.pick(model=model, task=results.tasks(model)[0])
+        for record in results.select(model=model, task=results.tasks(model)[0])
         if record.timeline and not record.config["swept"]
     ]
     for process, record in enumerate(records, 1):
-        events.append(_named("process_name", process, 0, f"{record.model} {record.task} {name(record)}"))
+        events.append(_named("process_name", process, 0, f"{record.model} {record.task} {strategy_name(record)}"))
         events += [
             _named("thread_name", process, thread, THREADS[thread])
             for thread in sorted({ROWS[event[0]] for event in record.timeline})

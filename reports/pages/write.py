@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from reports.data.results import Results
-from reports.elements.page import Report, Run
+from reports.elements.page import Report, Span
 from reports.pages import csv_cells, latex, perfetto
 
 # An SVG opened by itself, or shown in a Markdown page, has no text colour of its own.
@@ -64,5 +64,5 @@ def _code(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
 
-def _marked(runs: Iterable[Run]) -> str:
-    return "".join(f"⟦{run.text}⟧" if run.fell_back else run.text for run in runs)
+def _marked(spans: Iterable[Span]) -> str:
+    return "".join(f"⟦{span.text}⟧" if span.fell_back else span.text for span in spans)

@@ -61,7 +61,7 @@ def legend_above(axes: Any, columns: int) -> None:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=columns)
 
 
-def named(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
+def label_points(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
     """Write each (text, x, y) beside its point, where it covers no other and none that was written before.
 
     Right of the point and above it if that is free, else below, left, or farther off. Nothing more may be drawn after.

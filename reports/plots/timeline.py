@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 
 from reports.data import groups
-from reports.data.compare import name
+from reports.data.compare import strategy_name
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, figure
@@ -27,8 +27,8 @@ KINDS = {
 def shown(results: Results, model: str) -> list[Record]:
     """Return the cells to draw: on-demand-overlap above MoBiLE, on the model's first task."""
     cells = {"model": model, "task": results.tasks(model)[0], "budget": "smallest"}
-    found = results.pick(strategy="on-demand-overlap", **cells)
-    found += results.pick(strategy="mobile", gamma=groups.default_gamma(results, model), **cells)
+    found = results.select(strategy="on-demand-overlap", **cells)
+    found += results.select(strategy="mobile", gamma=groups.default_gamma(results, model), **cells)
     return [record for record in found if record.timeline]
 
 
@@ -47,10 +47,10 @@ def token_timeline(results: Results, model: str) -> Figure | None:
             for what, (_, colour, row, hatch) in KINDS.items():
                 spans = _merged([(e[1], e[2]) for e in record.timeline if e[0] == what])
                 axes.broken_barh(spans, (row + 0.1, 0.8), facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0)
-                rows += [(name(record), what, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
+                rows += [(strategy_name(record), what, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
             axes.set_yticks([0.5, 1.5], ["GPU", "link"])
             axes.set_xlim(0, end)
-            axes.set_title(name(record), loc="left", fontsize=10)
+            axes.set_title(strategy_name(record), loc="left", fontsize=10)
         panels[-1, 0].set_xlabel("milliseconds")
         used = {row[1] for row in rows}
         handles = [

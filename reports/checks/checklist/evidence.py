@@ -17,7 +17,7 @@ class Missing(Exception):
     """A line does not hold; the message says what is missing."""
 
 
-class ByReader(Exception):
+class NeedsReader(Exception):
     """No test can decide this line; the message says where a reader should look."""
 
 
@@ -43,7 +43,7 @@ class Evidence:
             groups.setdefault((record.model, record.task, record.hardware, record.seed), []).append(record)
         yield from groups.values()
 
-    def everywhere(self, *names: str) -> None:
+    def require_config(self, *names: str) -> None:
         """Raise Missing unless every record's config has all of these names."""
         for name in names:
             lacking = [r.id for r in self.results.records if r.config.get(name) is None]

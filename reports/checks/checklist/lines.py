@@ -1,14 +1,14 @@
 """All 32 lines in order, each with its test, and the table of their results.
 
-A test returns the evidence for its line, or raises Missing or ByReader with the reason.
+A test returns the evidence for its line, or raises Missing or NeedsReader with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from reports.checks.checklist import answers, claim, integrity, measurement, use, work
-from reports.checks.checklist.evidence import ByReader, Evidence, Missing
+from reports.checks.checklist import accuracy, claim, integrity, measurement, use, work
+from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 from reports.data.compare import UnlikePrompts
 from reports.elements.page import Table
 
@@ -41,9 +41,12 @@ LINES: tuple[tuple[str, Callable[[Evidence], str]], ...] = (
         measurement.device_watched,
     ),
     ("The link's bandwidth was measured, and the ledger's bytes held against it", measurement.link_is_checked),
-    ("Every answer is stored, and differences are paired with an interval and an exact test", answers.answers_are_kept),
-    ("The margin was fixed before the run, and the page says what so many items can show", answers.margin_came_first),
-    ("Items are the whole set or a seeded random part of it, never the first ones", answers.drawn_not_taken),
+    (
+        "Every answer is stored, and differences are paired with an interval and an exact test",
+        accuracy.answers_are_kept,
+    ),
+    ("The margin was fixed before the run, and the page says what so many items can show", accuracy.margin_came_first),
+    ("Items are the whole set or a seeded random part of it, never the first ones", accuracy.drawn_not_taken),
     (
         "Weights, data, code and packages are hashed, and changes not committed are flagged",
         integrity.everything_is_hashed,
@@ -62,21 +65,21 @@ LINES: tuple[tuple[str, Callable[[Evidence], str]], ...] = (
 )
 
 
-def answered(seen: Evidence) -> list[tuple[int, str, str, str]]:
+def run_tests(evidence: Evidence) -> list[tuple[int, str, str, str]]:
     """Return (number, line, result, reason) of every line."""
-    return [(number, line, *_ask(test, seen)) for number, (line, test) in enumerate(LINES, 1)]
+    return [(number, line, *_run(test, evidence)) for number, (line, test) in enumerate(LINES, 1)]
 
 
-def _ask(test: Callable[[Evidence], str], seen: Evidence) -> tuple[str, str]:
+def _run(test: Callable[[Evidence], str], evidence: Evidence) -> tuple[str, str]:
     try:
-        return HELD, test(seen)
+        return HELD, test(evidence)
     except (Missing, UnlikePrompts) as missing:
         return MISSING, str(missing)
-    except ByReader as reader:
+    except NeedsReader as reader:
         return READER, str(reader)
 
 
-def table(seen: Evidence) -> Table:
+def table(evidence: Evidence) -> Table:
     """Return one row a line."""
-    rows = tuple((str(number), line, result, why) for number, line, result, why in answered(seen))
+    rows = tuple((str(number), line, result, why) for number, line, result, why in run_tests(evidence))
     return Table("Checklist", ("", "line", "result", "why"), rows)

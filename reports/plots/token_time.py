@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 
 from reports.data import groups
-from reports.data.compare import name, total
+from reports.data.compare import strategy_name, total
 from reports.data.groups import Group
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
@@ -25,9 +25,13 @@ CAPTION = (
 )
 
 
-def token_time(results: Results, model: str) -> Figure | None:
+def stacked_parts(results: Results, model: str) -> Figure | None:
     """Draw milliseconds a token, a bar a strategy, stacked by part; None if nothing was timed."""
-    bars = [(name(g[0]), _parts(g)) for g in groups.own(results, "smallest", model) if total(g, "decode_tokens")]
+    bars = [
+        (strategy_name(g[0]), _parts(g))
+        for g in groups.unswept(results, "smallest", model)
+        if total(g, "decode_tokens")
+    ]
     if not bars:
         return None
     kinds = [kind for kind in PARTS if any(parts.get(kind[0]) for _, parts in bars)]

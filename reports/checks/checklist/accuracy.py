@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from reports.checks.checklist.evidence import ByReader, Evidence, Missing
+from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 from reports.stats.power import PUBLISHED
 
 
-def answers_are_kept(seen: Evidence) -> str:
+def answers_are_kept(evidence: Evidence) -> str:
     """Count the answers. Raise Missing where a record has no item, or the page no paired difference."""
-    if empty := [r.id for r in seen.results.records if not r.items]:
+    if empty := [r.id for r in evidence.results.records if not r.items]:
         raise Missing(f"{len(empty)} records hold no item")
-    if "McNemar" not in seen.page or "difference to full K" not in seen.page:
+    if "McNemar" not in evidence.page or "difference to full K" not in evidence.page:
         raise Missing("the page shows no paired difference")
-    return f"{sum(len(r.items) for r in seen.results.records):,} answers; differences are paired"
+    return f"{sum(len(r.items) for r in evidence.results.records):,} answers; differences are paired"
 
 
-def margin_came_first(seen: Evidence) -> str:
+def margin_came_first(evidence: Evidence) -> str:
     """Raise Missing unless the page states the margin and the power of so many items."""
-    margin = seen.paper["accuracy"]["margin_points"]
-    if f"-{margin:g} point" not in seen.page or not all(name in seen.page for name, _ in PUBLISHED):
+    margin = evidence.paper["accuracy"]["margin_points"]
+    if f"-{margin:g} point" not in evidence.page or not all(name in evidence.page for name, _ in PUBLISHED):
         raise Missing("the page does not state the margin, or not what so many items can show")
     return f"{margin:g} point, with the power of the comparison beside it"
 
 
-def drawn_not_taken(seen: Evidence) -> str:
-    """Raise Missing where a cell's items are the first of its task; ByReader where the task's size is unknown."""
-    for record in seen.results.records:
+def drawn_not_taken(evidence: Evidence) -> str:
+    """Raise Missing where a cell's items are the first of its task; NeedsReader where the task's size is unknown."""
+    for record in evidence.results.records:
         docs, whole = [item.doc for item in record.items], record.config.get("task_items")
         if len(docs) < 8 or docs != list(range(len(docs))) or len(docs) == whole:
             continue
         if whole is None:
-            raise ByReader(f"{record.model} on {record.task} has items 0 to {docs[-1]}; of how many is not recorded")
+            raise NeedsReader(f"{record.model} on {record.task} has items 0 to {docs[-1]}; of how many is not recorded")
         raise Missing(f"{record.model} on {record.task}: the items are the first {len(docs)} of {whole}")
     return "seeded; the numbers of the items are in the records"

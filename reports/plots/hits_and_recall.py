@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reports.data import groups
-from reports.data.compare import foreseen, hit_rate, name
+from reports.data.compare import hit_rate, prediction_counts, strategy_name
 from reports.data.results import Results
 from reports.elements.page import Figure
 from reports.plots.style import curves
@@ -21,9 +21,9 @@ HITS = (
 def hits_by_memory(results: Results, model: str) -> Figure | None:
     """Draw the decode hit rate by the share of all experts that have a slot, for strategies that only cache."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for strategy in dict.fromkeys(r.strategy for r in results.pick(model=model) if r.budget.endswith("%")):
-        for budget in results.values("budget"):
-            group = results.pool(model=model, strategy=strategy, budget=budget)
+    for strategy in dict.fromkeys(r.strategy for r in results.select(model=model) if r.budget.endswith("%")):
+        for budget in results.distinct("budget"):
+            group = results.select_complete(model=model, strategy=strategy, budget=budget)
             rate = hit_rate(group) if group else None
             if rate is not None:
                 config = group[0].config
@@ -35,9 +35,11 @@ def hits_by_memory(results: Results, model: str) -> Figure | None:
 def recall_by_depth(results: Results, model: str) -> Figure | None:
     """Draw the recall of predictions by MoE layer, at the smallest budget."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for group in groups.own(results, "smallest", model):
-        layers = {layer: seen for layer, seen in foreseen(group).items() if seen[2]}
+    for group in groups.unswept(results, "smallest", model):
+        layers = {layer: seen for layer, seen in prediction_counts(group).items() if seen[2]}
         executed = not group[0].lossless and group[0].gamma is None  # runs its predictions, so none is wrong
         if layers and not executed:
-            lines[name(group[0])] = [(layer, 100 * right / needed) for layer, (_, right, needed) in layers.items()]
+            lines[strategy_name(group[0])] = [
+                (layer, 100 * right / needed) for layer, (_, right, needed) in layers.items()
+            ]
     return curves(f"recall-{model}", RECALL, lines, "MoE layer", "recall (%)")
