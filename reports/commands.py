@@ -121,12 +121,15 @@ def gate(options: Namespace) -> int:
     console = _console()
     results = read(options.run or latest_run())
     found = expected.gate(results, options.against or expected.FOLDER / results.preset)
-    for name, what, unlike in (("T0", "tokens and counters", found.t0), ("T1", "virtual times and speedups", found.t1)):
+    for name, facts, unlike in (
+        ("T0", "tokens and counters", found.t0),
+        ("T1", "virtual times and speedups", found.t1),
+    ):
         for line in unlike[:SHOWN]:
             console.print(f"[bold red]{name}[/] {line}")
         if len(unlike) > SHOWN:
             console.print(f"and {len(unlike) - SHOWN} more")
-        console.print(f"{name} ({what}): {f'{len(unlike)} differ' if unlike else 'as expected'}")
+        console.print(f"{name} ({facts}): {f'{len(unlike)} differ' if unlike else 'as expected'}")
     console.print(f"{found.cells} cells and {found.speedups} speedups were expected; tolerance zero")
     if found.t0:
         console.print("Other processors may round a model's arithmetic otherwise; see made_on in the expectation.")

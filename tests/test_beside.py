@@ -1,4 +1,4 @@
-"""Beside the strategies: plain Transformers on the same weights, and what the engine costs a layer, on a CPU."""
+"""Reference cells on a CPU: plain Transformers on the same weights, and the engine's cost a layer."""
 
 from __future__ import annotations
 

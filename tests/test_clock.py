@@ -59,7 +59,7 @@ def preset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(preset, tmp_path_factory) -> Path:
-    """A run in a Python without the packages that a bare GPU machine lacks."""
+    """Run the preset in a Python without the packages that a bare GPU machine lacks."""
     out, bare = tmp_path_factory.mktemp("run") / "run", narrow.bare(tmp_path_factory.mktemp("bare"))
     ran = narrow.suites("run", "--preset", str(preset), "--out", str(out), environment=bare)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -174,7 +174,7 @@ def test_the_pace_of_a_row_is_what_attach_gives_it(preset):
 
 
 def ledger_of(marks: list[tuple[str, int, int]], ends: list[int]) -> Ledger:
-    """Copies of 10 ns that end then."""
+    """Return a ledger of copies of 10 ns with these ends, and these marks."""
     ledger = Ledger()
     for end in ends:
         ledger.event("load", end - 10, end, (0, 0))

@@ -1,4 +1,4 @@
-"""What guards a report: the manifest, the difference of two runs, the gate, and the checklist."""
+"""The guards of a report: the manifest, the difference of two runs, the gate, and the checklist."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def reports(*arguments: object) -> subprocess.CompletedProcess:
+    """Run `python -m reports` with these arguments."""
     return subprocess.run(
         [sys.executable, "-m", "reports", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
@@ -32,7 +33,7 @@ def reports(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run folder with its page and manifest."""
+    """Return a run folder with its page and manifest."""
     folder = report_runs.write(Rule(), tmp_path_factory.mktemp("run") / "tiny")
     found = read(folder)
     write.write(content.build(found), found, folder)
@@ -93,11 +94,12 @@ def test_a_folder_without_a_manifest_says_what_to_do(tmp_path):
 
 
 def kinds(first, second) -> set[str]:
+    """Return the kinds of change between two runs."""
     return {row[-1] for row in difference(first, second).cells.rows}
 
 
 def changed(found, **changes):
-    """The same results with one lru cell changed."""
+    """Return the same results with one lru cell changed, and that cell."""
     at = next(n for n, r in enumerate(found.records) if r.strategy == "lru")
     records = list(found.records)
     records[at] = replace(records[at], **changes)

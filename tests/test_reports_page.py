@@ -195,7 +195,7 @@ def test_no_output_calls_a_projection_reproduced(tmp_path, scope, weights):
 
 
 class Tags(HTMLParser):
-    """Whether every tag is closed by its own, and which ids there are."""
+    """A parser that raises where a tag is not closed by its own, and keeps the ids."""
 
     VOID = ("meta", "br", "use", "path", "rect", "link")
 

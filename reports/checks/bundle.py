@@ -14,7 +14,7 @@ from reports.data.results import Results
 
 ROOMS = ("mobile", "baselines", "suites", "reports")
 MANIFEST = "manifest.json"
-TEMPORARY = (".partial", ".lock")  # what a run in progress leaves for a moment
+TEMPORARY = (".partial", ".lock")  # suffixes of files that exist only while a run goes on
 
 
 class NoManifest(ValueError):

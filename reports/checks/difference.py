@@ -93,11 +93,11 @@ def _surroundings(first: Results, second: Results) -> Table:
         ("scope", one.scope, other.scope),
         ("machine", machine(one), machine(other)),
         *(
-            (what, one.environment.get(what), other.environment.get(what))
-            for what in ("python", "platform", "git_commit", "git_dirty")
+            (fact, one.environment.get(fact), other.environment.get(fact))
+            for fact in ("python", "platform", "git_commit", "git_dirty")
         ),
     ]
     packages = one.environment["packages"], other.environment["packages"]
     facts += [(f"package {n}", packages[0].get(n), packages[1].get(n)) for n in sorted({*packages[0], *packages[1]})]
-    rows = tuple((what, str(a), str(b)) for what, a, b in facts if a != b)
+    rows = tuple((fact, str(a), str(b)) for fact, a, b in facts if a != b)
     return Table("What the runs were made with, where it differs", ("what", "first", "second"), rows)

@@ -116,7 +116,7 @@ def _unlike_facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[
 
 def _unlike_speedups(expected: dict[str, float], found: dict[str, float]) -> list[str]:
     return [
-        f"{what}: speedup is {found.get(what)}, expected {expected.get(what)}"
-        for what in dict.fromkeys((*expected, *found))
-        if expected.get(what) != found.get(what)
+        f"{label}: speedup is {found.get(label)}, expected {expected.get(label)}"
+        for label in dict.fromkeys((*expected, *found))
+        if expected.get(label) != found.get(label)
     ]

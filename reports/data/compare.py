@@ -46,7 +46,7 @@ def speedup(records: Sequence[Record], baseline: Sequence[Record]) -> Interval |
     groups = []
     for pairs in paired_items(records, baseline):
         times = [(seconds_per_token(item), seconds_per_token(base)) for item, base in pairs]
-        groups.append([base / own for own, base in times if own and base])
+        groups.append([baseline_s / seconds for seconds, baseline_s in times if seconds and baseline_s])
     return geometric_mean(groups) if any(groups) else None
 
 
@@ -76,8 +76,8 @@ def tokens_per_s(records: Sequence[Record]) -> float | None:
 
 def share(records: Sequence[Record], part: str, whole: str) -> float | None:
     """Return one counter over another, both summed over the cells; None where the second sum is 0."""
-    below = sum(record.counters[whole] for record in records)
-    return sum(record.counters[part] for record in records) / below if below else None
+    denominator = sum(record.counters[whole] for record in records)
+    return sum(record.counters[part] for record in records) / denominator if denominator else None
 
 
 def prediction_counts(records: Sequence[Record]) -> dict[int, tuple[int, int, int]]:

@@ -8,7 +8,7 @@ from reports.data.results import Results
 from suites.record import Record
 
 ON_DEMAND = ("on-demand", "on-demand-overlap")
-BASELINES = (*ON_DEMAND, "lru")  # caching alone, so that its share of a speedup can be told
+BASELINES = (*ON_DEMAND, "lru")  # lru only caches: what the cache alone gives of a speedup
 
 Group = list[Record]
 

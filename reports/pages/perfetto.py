@@ -28,11 +28,11 @@ def trace(results: Results) -> str:
             for thread in sorted({ROWS[event[0]] for event in record.timeline})
         ]
         events += [
-            {"ph": "X", "pid": process, "tid": ROWS[what], "name": shown, "ts": start / 1e3, "dur": (end - start) / 1e3}
-            for what, start, end, shown in record.timeline
+            {"ph": "X", "pid": process, "tid": ROWS[kind], "name": label, "ts": start / 1e3, "dur": (end - start) / 1e3}
+            for kind, start, end, label in record.timeline
         ]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"
 
 
-def _named(what: str, process: int, thread: int, shown: str) -> dict[str, Any]:
-    return {"ph": "M", "pid": process, "tid": thread, "name": what, "args": {"name": shown}}
+def _named(kind: str, process: int, thread: int, label: str) -> dict[str, Any]:
+    return {"ph": "M", "pid": process, "tid": thread, "name": kind, "args": {"name": label}}

@@ -27,8 +27,8 @@ def hits_by_memory(results: Results, model: str) -> Figure | None:
             rate = hit_rate(group) if group else None
             if rate is not None:
                 config = group[0].config
-                held = 100 * (group[0].slots or 0) / (config["moe_layers"] * config["experts"])
-                lines.setdefault(strategy, []).append((held, 100 * rate))
+                slots_percent = 100 * (group[0].slots or 0) / (config["moe_layers"] * config["experts"])
+                lines.setdefault(strategy, []).append((slots_percent, 100 * rate))
     return curves(f"hits-{model}", HITS, lines, "slots, % of all experts", "decode hit rate (%)")
 
 

@@ -44,10 +44,10 @@ def token_timeline(results: Results, model: str) -> Figure | None:
         )
         rows: list[tuple[str, ...]] = []
         for axes, record in zip(panels[:, 0], records, strict=True):
-            for what, (_, colour, row, hatch) in KINDS.items():
-                spans = _merged([(e[1], e[2]) for e in record.timeline if e[0] == what])
+            for kind, (_, colour, row, hatch) in KINDS.items():
+                spans = _merged([(e[1], e[2]) for e in record.timeline if e[0] == kind])
                 axes.broken_barh(spans, (row + 0.1, 0.8), facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0)
-                rows += [(strategy_name(record), what, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
+                rows += [(strategy_name(record), kind, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
             axes.set_yticks([0.5, 1.5], ["GPU", "link"])
             axes.set_xlim(0, end)
             axes.set_title(strategy_name(record), loc="left", fontsize=10)
@@ -55,8 +55,8 @@ def token_timeline(results: Results, model: str) -> Figure | None:
         used = {row[1] for row in rows}
         handles = [
             plt.Rectangle((0, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
-            for what, (label, colour, _, hatch) in KINDS.items()
-            if what in used
+            for kind, (label, colour, _, hatch) in KINDS.items()
+            if kind in used
         ]
         drawn.legend(handles=handles, ncols=len(handles), frameon=False, loc="upper right")
         drawn.tight_layout()

@@ -67,11 +67,16 @@ def _parts(group: Group) -> dict[str, float]:
     """Return milliseconds a token by part: four of the virtual clock, two where a record does not split compute."""
     tokens = sum(record.counters["tokens"] for record in group)
 
-    def of(counter: str) -> float:
+    def of_counter(counter: str) -> float:
         return 1e3 * sum(record.counters[f"decode_{counter}_seconds"] for record in group) / tokens
 
-    whole = 1e3 * sum(record.counters["decode_seconds"] for record in group) / tokens
+    step = 1e3 * sum(record.counters["decode_seconds"] for record in group) / tokens
     if any(record.counters.get("decode_dense_seconds") is None for record in group):
-        return {"waiting": of("stall"), "everything else": whole - of("stall")}
-    shares = (of("stall") - of("cpu_stall"), of("cpu_stall"), of("expert"), of("dense"))
+        return {"waiting": of_counter("stall"), "everything else": step - of_counter("stall")}
+    shares = (
+        of_counter("stall") - of_counter("cpu_stall"),
+        of_counter("cpu_stall"),
+        of_counter("expert"),
+        of_counter("dense"),
+    )
     return {label: share for (label, *_), share in zip(PARTS, shares, strict=False)}

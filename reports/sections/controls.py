@@ -37,10 +37,10 @@ class Canary:
 
 def canaries(results: Results) -> list[Canary]:
     """Return every canary of the run, judged."""
-    return [_judged(results, record) for record in results.controls if record.config["control"] == "canary"]
+    return [_judge(results, record) for record in results.controls if record.config["control"] == "canary"]
 
 
-def _judged(results: Results, record: Record) -> Canary:
+def _judge(results: Results, record: Record) -> Canary:
     """Judge a canary: its scores by full K's, its times by the same strategy's, both on the same items."""
     same = {"model": record.model, "task": record.task, "seed": record.seed}
     sound = results.select(strategy="resident", **same)
@@ -81,13 +81,18 @@ def canary_table(results: Results) -> Table:
 
 def checks(results: Results) -> Table:
     """Return one row a check made by the live runs, and whether it held in every cell."""
-    seen: dict[str, list[bool]] = {}
+    by_check: dict[str, list[bool]] = {}
     for record in results.all_records:
-        for check, held in record.checks.items():
-            seen.setdefault(check, []).append(held)
+        for check, passed in record.checks.items():
+            by_check.setdefault(check, []).append(passed)
     rows = tuple(
-        (check, f"held in {len(held)} cells" if all(held) else f"BROKEN in {held.count(False)} of {len(held)} cells")
-        for check, held in sorted(seen.items())
+        (
+            check,
+            f"held in {len(outcomes)} cells"
+            if all(outcomes)
+            else f"BROKEN in {outcomes.count(False)} of {len(outcomes)} cells",
+        )
+        for check, outcomes in sorted(by_check.items())
     )
     return Table("Checks made during the run", ("check", "result"), rows)
 

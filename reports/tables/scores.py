@@ -99,11 +99,10 @@ def by_seed(results: Results, models: list[str], margin_points: float) -> Table:
     rows: list[tuple[str, ...]] = []
     numbers: list[tuple[float, float, float, float | None]] = []
     for model in models:
-        found = [
-            _of_tasks(tasks, groups.full_k(results, model)),
-            *(_cells_of(results, model, tasks, s) for s in ("static-half",)),
-        ]
-        full_k, static_half, mobile = (*found, _of_tasks(tasks, groups.mobile(results, model)))
+        full_k = _of_tasks(tasks, groups.full_k(results, model))
+        mobile = _of_tasks(tasks, groups.mobile(results, model))
+        static_half = results.select_complete(model=model, strategy="static-half", budget="smallest")
+        static_half = _of_tasks(tasks, static_half)
         base = _of_tasks(tasks, groups.baselines(results, "smallest", model).get("on-demand-overlap", []))
         if not (full_k and mobile and count(mobile)):
             continue
@@ -159,10 +158,6 @@ def _spread(numbers: list[tuple[float, float, float, float | None]]) -> tuple[st
         f"{mean(fallbacks):.1f} ± {stdev(fallbacks):.1f} %",
         ratios,
     )
-
-
-def _cells_of(results: Results, model: str, tasks: list[str], strategy: str) -> Group:
-    return _of_tasks(tasks, results.select_complete(model=model, strategy=strategy, budget="smallest"))
 
 
 def _of_tasks(tasks: list[str], group: Group) -> Group:

@@ -145,14 +145,12 @@ def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Tab
     rows = []
     for record in [r for r in on_recorded_routing(records) if r.gamma is not None]:
         for baseline in ON_DEMAND:
-            measured, of = (
-                speedup_over(records, record, baseline),
-                verdict.stamp_of([record], baseline_cell(records, record, baseline)),
-            )
-            outcome = verdict.of_band(measured, claim["low"], claim["high"], of, trusted)
+            measured = speedup_over(records, record, baseline)
+            stamp = verdict.stamp_of([record], baseline_cell(records, record, baseline))
+            outcome = verdict.of_band(measured, claim["low"], claim["high"], stamp, trusted)
             here = f"over {baseline}, {record.budget}, {link_title(record)}"
             band = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
-            rows.append(("speedup", band, record.model, here, ratio(measured), outcome, str(of)))
+            rows.append(("speedup", band, record.model, here, ratio(measured), outcome, str(stamp)))
     head = ("claim", "published", "model", "here", "value", "verdict", "scope")
     return Table("Verdicts on synthetic weights", head, tuple(rows))
 

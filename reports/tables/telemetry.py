@@ -70,5 +70,5 @@ def _statistic(
     unit: float = 1,
 ) -> str:
     """Write one quantity's statistic over the cells' summaries; a dash where a GPU did not report it."""
-    summary = [summary[quantity][statistic] for summary in summaries if summary.get(quantity)]
-    return f"{reduce(summary) * unit:,.0f}" if summary and len(summary) == len(summaries) else "-"
+    values = [summary[quantity][statistic] for summary in summaries if summary.get(quantity)]
+    return f"{reduce(values) * unit:,.0f}" if values and len(values) == len(summaries) else "-"

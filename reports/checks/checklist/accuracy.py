@@ -15,7 +15,7 @@ def answers_are_kept(evidence: Evidence) -> str:
     return f"{sum(len(r.items) for r in evidence.results.records):,} answers; differences are paired"
 
 
-def margin_came_first(evidence: Evidence) -> str:
+def margin_is_stated(evidence: Evidence) -> str:
     """Raise Missing unless the page states the margin and the power of so many items."""
     margin = evidence.paper["accuracy"]["margin_points"]
     if f"-{margin:g} point" not in evidence.page or not all(name in evidence.page for name, _ in PUBLISHED):
@@ -23,13 +23,13 @@ def margin_came_first(evidence: Evidence) -> str:
     return f"{margin:g} point, with the power of the comparison beside it"
 
 
-def drawn_not_taken(evidence: Evidence) -> str:
+def items_are_sampled(evidence: Evidence) -> str:
     """Raise Missing where a cell's items are the first of its task; NeedsReader where the task's size is unknown."""
     for record in evidence.results.records:
-        docs, whole = [item.doc for item in record.items], record.config.get("task_items")
-        if len(docs) < 8 or docs != list(range(len(docs))) or len(docs) == whole:
+        docs, task_items = [item.doc for item in record.items], record.config.get("task_items")
+        if len(docs) < 8 or docs != list(range(len(docs))) or len(docs) == task_items:
             continue
-        if whole is None:
+        if task_items is None:
             raise NeedsReader(f"{record.model} on {record.task} has items 0 to {docs[-1]}; of how many is not recorded")
-        raise Missing(f"{record.model} on {record.task}: the items are the first {len(docs)} of {whole}")
+        raise Missing(f"{record.model} on {record.task}: the items are the first {len(docs)} of {task_items}")
     return "seeded; the numbers of the items are in the records"

@@ -9,10 +9,10 @@ from reports.verdict import RULE
 
 def claims_are_data(evidence: Evidence) -> str:
     """Count the claims of paper.toml. Raise Missing where one has no source."""
-    held = [name for name, claim in evidence.paper.items() if isinstance(claim, dict) and "claim" in claim]
-    if lacking := [name for name in held if not evidence.paper[name].get("source")]:
+    claims = [name for name, claim in evidence.paper.items() if isinstance(claim, dict) and "claim" in claim]
+    if lacking := [name for name in claims if not evidence.paper[name].get("source")]:
         raise Missing(f"no source for {', '.join(lacking)}")
-    return f"{', '.join(held)} in paper.toml"
+    return f"{', '.join(claims)} in paper.toml"
 
 
 def verdict_for_each_claim(evidence: Evidence) -> str:

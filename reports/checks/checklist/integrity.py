@@ -32,7 +32,7 @@ def bundle_is_sealed(evidence: Evidence) -> str:
     return f"{found.files} files as sealed"
 
 
-def oracle_agrees(evidence: Evidence) -> str:
+def offloading_keeps_tokens(evidence: Evidence) -> str:
     """Count the checks that live runs made. Raise Missing where there are none, or one failed."""
     outcomes = [(name, ok) for record in evidence.results.records for name, ok in record.checks.items()]
     if not outcomes:
@@ -42,7 +42,7 @@ def oracle_agrees(evidence: Evidence) -> str:
     return f"{len({name for name, _ in outcomes})} checks held in every record"
 
 
-def canary_died(evidence: Evidence) -> str:
+def canary_fails(evidence: Evidence) -> str:
     """Count the canaries that failed as they must. Raise Missing where there is none, or one did not fail."""
     found = controls.canaries(evidence.results)
     if not found:
@@ -63,6 +63,6 @@ def failures_are_shown(evidence: Evidence) -> str:
     return "no cell failed"
 
 
-def no_favours(evidence: Evidence) -> str:
+def no_benchmark_is_detected(evidence: Evidence) -> str:
     """Raise NeedsReader: no test can decide this line."""
     raise NeedsReader("no test can show this; the code that ran is named by its commit and hashed in the manifest")

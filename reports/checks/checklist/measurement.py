@@ -26,12 +26,12 @@ def _measured(evidence: Evidence, *names: str) -> str:
     return f"{len(evidence.measured)} measured records hold {', '.join(names)}"
 
 
-def warm_up_is_apart(evidence: Evidence) -> str:
+def warm_up_is_stored(evidence: Evidence) -> str:
     """Raise Missing where a measured record does not hold its warm-up."""
     return f"{EXACT}; nothing warms up" if _only_virtual(evidence) else _measured(evidence, "warmup")
 
 
-def interleaved(evidence: Evidence) -> str:
+def prompts_and_processes_suffice(evidence: Evidence) -> str:
     """Raise Missing where prompts are too few, or a measured record has too few processes."""
     for model in evidence.results.models:
         mobile = groups.mobile(evidence.results, model)
@@ -46,14 +46,14 @@ def interleaved(evidence: Evidence) -> str:
     return f"at least {PROMPTS} pairs and {PROCESSES} processes each"
 
 
-def ratio_of_prompts(evidence: Evidence) -> str:
+def averaging_is_stated(evidence: Evidence) -> str:
     """Raise Missing unless the page says how speedups are averaged and shows tokens per second."""
     if "geometric mean over prompts" not in evidence.page or "tokens/s" not in evidence.page:
         raise Missing("the page has no speeds, or does not say how they are averaged")
     return "said and shown on the page"
 
 
-def phases_apart(evidence: Evidence) -> str:
+def phases_are_timed_apart(evidence: Evidence) -> str:
     """Raise Missing where an item lacks the time of prefill or of decode."""
     if bare := [
         r.id for r in evidence.results.records if any(i.ttft_ns is None or i.decode_ns is None for i in r.items)
@@ -62,7 +62,7 @@ def phases_apart(evidence: Evidence) -> str:
     return "ttft_ns and decode_ns in every item"
 
 
-def device_watched(evidence: Evidence) -> str:
+def device_is_monitored(evidence: Evidence) -> str:
     """Raise Missing where a measured record has no telemetry."""
     if _only_virtual(evidence):
         return "no device: nothing to watch"

@@ -8,14 +8,14 @@ from reports.checks import expected
 from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 
 
-def cost_is_told(evidence: Evidence) -> str:
+def cost_is_stated(evidence: Evidence) -> str:
     """Raise Missing unless the plan says how many minutes the run may take."""
     if not evidence.plan.get("minutes"):
         raise Missing("the plan does not say how long the run may take")
     return f"{evidence.plan['minutes']} minutes allowed, said by `python -m suites plan`"
 
 
-def smoke_is_quick(evidence: Evidence) -> str:
+def smoke_is_short(evidence: Evidence) -> str:
     """Raise Missing where smoke may take more than two minutes; NeedsReader for any other preset."""
     if evidence.results.preset != "smoke":
         raise NeedsReader("ask this of a run of the smoke preset")
@@ -45,7 +45,7 @@ def one_command(evidence: Evidence) -> str:
     return "python -m reports build"
 
 
-def limits_are_said(evidence: Evidence) -> str:
+def limits_are_stated(evidence: Evidence) -> str:
     """Raise Missing unless the page has a section on limits."""
     if "## Limits" not in evidence.page:
         raise Missing("the page has no section on limits")

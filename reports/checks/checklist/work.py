@@ -22,7 +22,7 @@ def same_prompts(evidence: Evidence) -> str:
     return f"{len(groups)} groups of cells, items paired by number and prompt hash; slots in every record"
 
 
-def fixed_length(evidence: Evidence) -> str:
+def lengths_are_equal(evidence: Evidence) -> str:
     """Raise Missing where lossless cells decode different numbers of tokens for one item."""
     for cells in evidence.same_work():
         lengths: dict[int, set[int]] = {}
@@ -34,7 +34,7 @@ def fixed_length(evidence: Evidence) -> str:
     return "lossless cells decode the same tokens; others are compared by time per token"
 
 
-def modes_are_told(evidence: Evidence) -> str:
+def timing_modes_are_stated(evidence: Evidence) -> str:
     """List the ways in which records were timed. Raise Missing where a record does not say."""
     modes = {_mode(record) for record in evidence.results.records}
     return " and ".join(sorted(modes))
@@ -48,7 +48,7 @@ def _mode(record: Record) -> str:
     raise Missing(f"record {record.id} does not say how it was timed")
 
 
-def one_path(evidence: Evidence) -> str:
+def scored_runs_are_timed(evidence: Evidence) -> str:
     """Raise Missing unless every item holds score and time, and live runs were compared with their replays."""
     loose = [
         r.id
@@ -70,7 +70,7 @@ def baselines_are_sourced(evidence: Evidence) -> str:
     return "strategy_source in every record; no baseline has a knob tuned to these items"
 
 
-def state_of_caches(evidence: Evidence) -> str:
+def cache_state_is_stated(evidence: Evidence) -> str:
     """Raise NeedsReader unless the page says in what state the caches start."""
     if "cache starts cold" not in evidence.page:
         raise NeedsReader("the page does not say in what state the caches start")
