@@ -1,1 +1,1 @@
-"""From records to a page that says how far the paper's claim holds. Reads suites.record and nothing else of ours."""
+"""Reports on how far the paper's claim holds, built from records. Imports `suites.record` and nothing else of ours."""

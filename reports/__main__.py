@@ -1,4 +1,7 @@
-"""From a run's records to a report, and what guards it: `python -m reports build | check | verify | diff | ...`."""
+"""From a run's records to a report, and what guards it: `python -m reports build | check | verify | diff | ...`.
+
+Parse the command line here; `commands` does the work. The part before the colon is the description of --help.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,28 @@ REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, e
 
 
 class Refused(ValueError):
-    """A command line that cannot be read; the message is one sentence."""
+    """A command line that cannot be parsed; the message is one sentence."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a wrong command line in one sentence instead of printing the usage."""
+    """A parser that refuses a wrong command line in one sentence instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise Refused with argparse's message as a sentence."""
         raise Refused(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser; the parsed options hold the verb's function as `command`."""
     top = Parser(prog="python -m reports", description=__doc__.split(":")[0], epilog=EPILOG)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, does: Callable[[argparse.Namespace], int], says: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=says, description=says, epilog=EPILOG)
-        sub.set_defaults(does=does)
+    def verb(name: str, command: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=summary, description=summary, epilog=EPILOG)
+        sub.set_defaults(command=command)
         return sub
 
-    for name, does, says in (
+    for name, command, summary in (
         (
             "build",
             commands.build,
@@ -51,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         ("expect", commands.expect, "keep a run's counters, tokens and virtual speedups, to hold later runs against"),
         ("gate", commands.gate, "hold a run against what is expected: counters, tokens, virtual times; tolerance zero"),
     ):
-        sub = verb(name, does, says)
+        sub = verb(name, command, summary)
         sub.add_argument("run", nargs="?", type=Path, help="run folder (default: that of the last run)")
         if name == "expect":
             sub.add_argument("--out", type=Path, help=f"where to keep it (default: {expected.FOLDER.name}/PRESET)")
@@ -72,11 +77,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """Run the verb of the command line and return its exit code; 2 for a refusal, printed as one line on stderr."""
     try:
         options = parser().parse_args()
         if sys.stderr.isatty():
             print("reading ...", file=sys.stderr)  # a large run takes a while
-        code: int = options.does(options)
+        code: int = options.command(options)
         sys.stdout.flush()
         return code
     except (*REFUSALS, Refused, OSError) as refused:  # the last: a folder that cannot be written, a disk that is full

@@ -1,4 +1,7 @@
-"""What each verb does and prints. Exit codes: 0 all well, 1 something to heed, 2 nothing to work on."""
+"""The verbs of `python -m reports`: each prints its findings and returns the exit code.
+
+Exit codes: 0 all well, 1 something to heed, 2 (by __main__) nothing to work on.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def _print(console: Console, table: Table) -> None:
 
 
 def build(options: Namespace) -> int:
-    """Write every output, seal the folder, and print the overview with the path of the page."""
+    """Write every output, seal the folder, print the overview and the page's path; 1 on an alarm or a missing cell."""
     console, begun = _console(), time.monotonic()
     run: Path = options.run or latest_run()
     results = read(run)
@@ -78,10 +81,10 @@ def verify(options: Namespace) -> int:
     found = bundle.verify(run)
     for line in found.changed:
         console.print(f"[bold red]changed[/] {line}")
-    for line in found.elsewhere[:SHOWN]:
+    for line in found.surroundings[:SHOWN]:
         console.print(f"not as when it was sealed: {line}")
-    if len(found.elsewhere) > SHOWN:
-        console.print(f"and {len(found.elsewhere) - SHOWN} more")
+    if len(found.surroundings) > SHOWN:
+        console.print(f"and {len(found.surroundings) - SHOWN} more")
     if not found.changed:
         console.print(f"{run}: all {found.files} files are as they were sealed")
     return 1 if found.changed else 0
@@ -100,7 +103,7 @@ def diff(options: Namespace) -> int:
 
 
 def expect(options: Namespace) -> int:
-    """Keep a run as what later runs are held against. A run with a broken control or a missing cell is refused."""
+    """Save a run as what later runs must give; 1, and nothing saved, if a control is broken or a cell is missing."""
     console = _console()
     results = read(options.run or latest_run())
     report = content.build(results)
@@ -114,16 +117,19 @@ def expect(options: Namespace) -> int:
 
 
 def gate(options: Namespace) -> int:
-    """Print what is not as expected; 1 if anything is not."""
+    """Print each fact that differs from the expectation; 1 if any does."""
     console = _console()
     results = read(options.run or latest_run())
     found = expected.gate(results, options.against or expected.FOLDER / results.preset)
-    for name, what, unlike in (("T0", "tokens and counters", found.t0), ("T1", "virtual times and speedups", found.t1)):
+    for name, facts, unlike in (
+        ("T0", "tokens and counters", found.t0),
+        ("T1", "virtual times and speedups", found.t1),
+    ):
         for line in unlike[:SHOWN]:
             console.print(f"[bold red]{name}[/] {line}")
         if len(unlike) > SHOWN:
             console.print(f"and {len(unlike) - SHOWN} more")
-        console.print(f"{name} ({what}): {f'{len(unlike)} differ' if unlike else 'as expected'}")
+        console.print(f"{name} ({facts}): {f'{len(unlike)} differ' if unlike else 'as expected'}")
     console.print(f"{found.cells} cells and {found.speedups} speedups were expected; tolerance zero")
     if found.t0:
         console.print("Other processors may round a model's arithmetic otherwise; see made_on in the expectation.")
@@ -131,7 +137,7 @@ def gate(options: Namespace) -> int:
 
 
 def abba(options: Namespace) -> int:
-    """Print the judgement of a trial, and write it beside the trial; 1 if it is a regression."""
+    """Print the judgement of a trial, and write it into the trial's folder; 1 if it is a regression."""
     console = _console()
     folder = options.trial or trials.latest()
     trial = trials.read(folder)
@@ -161,6 +167,6 @@ def abba(options: Namespace) -> int:
 
 
 def benchmarks(options: Namespace) -> int:
-    """Print pytest-benchmark's own comparison of two of its files, if one machine made both."""
+    """Print pytest-benchmark's comparison of two files. Raise UnlikeMachines unless one machine made both."""
     micro.same_machine(options.base, options.head)
     return micro.compare(options.base, options.head)

@@ -1,4 +1,4 @@
-"""The verdict rule, fixed before any run, and who may be judged by it."""
+"""The verdict rule, fixed before any run, and which records it may judge."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from reports.stats.intervals import Interval, Paired
 from suites.record import Record
 
-WIDENING = 0.02  # "materially different" starts beyond 2 %
-WIDEST = 0.10  # an interval wider than ±10 % decides nothing
+BAND_TOLERANCE = 0.02  # "materially different" starts beyond 2 %
+MAX_HALF_WIDTH = 0.10  # an interval wider than ±10 % decides nothing
 MEASURED = ("gpu+pcie", "real")  # the only scope and weights that are set against the paper
 
 RULE = (
@@ -22,7 +22,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Stamp:
-    """Where numbers come from: scope and weights, and on how many kinds of machine. "mixed" where they differ."""
+    """The scope and weights of some numbers ("mixed" where records differ), and on how many kinds of machine."""
 
     scope: str
     weights: str
@@ -30,7 +30,7 @@ class Stamp:
 
     @property
     def refusal(self) -> str | None:
-        """Why these numbers may not be set against the paper; None if they may."""
+        """Return why these numbers may not be compared with the paper's; None if they may."""
         if self.scope == "cpu+virtual":
             return "NOT COMPARABLE (projected)"
         if (self.scope, self.weights) != MEASURED:
@@ -41,23 +41,23 @@ class Stamp:
         return f"{self.scope}, {self.weights}" + (f", {self.machines} machines" if self.machines > 1 else "")
 
 
-def likeness(record: Record) -> str:
-    """What a wall time depends on beside the cell; records in which it differs are not compared by their times."""
+def machine_identity(record: Record) -> str:
+    """Return the identity of the machine that timed a record; wall times compare only where it is equal."""
     return record.environment.get("fingerprint") or machine(record)
 
 
 def machine(record: Record) -> str:
-    """Processor and card, for a reader."""
+    """Return processor, cores, GPU and link of a record in words."""
     gpu = record.environment.get("gpu") or {}
     facts = [gpu.get(name) for name in ("name", "driver", "link_generation", "link_width")]
     return " ".join(str(fact) for fact in (record.environment.get("cpu"), record.environment.get("cores"), *facts))
 
 
-def stamp(*groups: Sequence[Record]) -> Stamp:
-    """The stamp of everything a number is made from, baseline included."""
+def stamp_of(*groups: Sequence[Record]) -> Stamp:
+    """Return the one stamp of all the records that a number is made from, baseline included."""
     records = [record for group in groups for record in group]
     scopes, weights = {r.scope for r in records}, {r.weights for r in records}
-    machines = len({likeness(r) for r in records}) if any(s.startswith("gpu") for s in scopes) else 1
+    machines = len({machine_identity(r) for r in records}) if any(s.startswith("gpu") for s in scopes) else 1
     return Stamp(
         scopes.pop() if len(scopes) == 1 else "mixed" if scopes else "-",
         weights.pop() if len(weights) == 1 else "mixed" if weights else "-",
@@ -65,29 +65,29 @@ def stamp(*groups: Sequence[Record]) -> Stamp:
     )
 
 
-def of_band(measured: Interval | None, low: float, high: float, of: Stamp, trusted: bool = True) -> str:
-    """Set a ratio against a published band."""
-    return _judge(_meets(measured, low, high) if measured else None, of, trusted)
+def of_band(measured: Interval | None, low: float, high: float, stamp: Stamp, trusted: bool = True) -> str:
+    """Return the verdict on a speedup, given the published band (both ends as ratios)."""
+    return _comparable(_band_outcome(measured, low, high) if measured else None, stamp, trusted)
 
 
-def of_margin(measured: Paired | None, margin_points: float, of: Stamp, trusted: bool = True) -> str:
-    """Set a paired difference of accuracy against a non-inferiority margin."""
+def of_margin(measured: Paired | None, margin_points: float, stamp: Stamp, trusted: bool = True) -> str:
+    """Return the verdict on a paired difference of accuracy, given a non-inferiority margin in points."""
     words = {"yes": "REPRODUCED", "no": "SHORT", "not shown": "INCONCLUSIVE"}
-    return _judge(words[measured.within(margin_points)] if measured else None, of, trusted)
+    return _comparable(words[measured.within(margin_points)] if measured else None, stamp, trusted)
 
 
-def _meets(measured: Interval, low: float, high: float) -> str:
-    if (measured.high - measured.low) / 2 > WIDEST * measured.value:
+def _band_outcome(measured: Interval, low: float, high: float) -> str:
+    if (measured.high - measured.low) / 2 > MAX_HALF_WIDTH * measured.value:
         return "INCONCLUSIVE"
-    if measured.high < low * (1 - WIDENING):
+    if measured.high < low * (1 - BAND_TOLERANCE):
         return "SHORT"
-    return "EXCEEDS" if measured.low > high * (1 + WIDENING) else "REPRODUCED"
+    return "EXCEEDS" if measured.low > high * (1 + BAND_TOLERANCE) else "REPRODUCED"
 
 
-def _judge(outcome: str | None, of: Stamp, trusted: bool) -> str:
-    """The one door every verdict leaves by: no outcome passes that may not be set against the paper."""
+def _comparable(outcome: str | None, stamp: Stamp, trusted: bool) -> str:
+    """Replace an outcome that may not be compared with the paper; every verdict passes here."""
     if outcome is None:
         return "MISSING"
     if not trusted:
         return "FAILED"
-    return of.refusal or outcome
+    return stamp.refusal or outcome

@@ -25,7 +25,7 @@ PACKAGES = {"torch": "2.13.0", "numpy": "2.4.6"}
 
 @dataclass(frozen=True)
 class Rule:
-    """What the records are to hold; `wrong` are the items full K gets wrong, `lost` those a lossy strategy loses."""
+    """The contents of the records; `wrong` are the items full K gets wrong, `lost` those a lossy strategy loses."""
 
     models: tuple[tuple[str, str, int], ...] = (("olmoe-tiny", "olmoe", 0),)
     tasks: tuple[str, ...] = ("arithmetic", "web_of_lies")
@@ -42,6 +42,7 @@ class Rule:
 
 
 def item(rule: Rule, task: str, strategy: str, doc: int) -> Item:
+    """Return item number `doc` as a strategy answered it; later items take a little longer."""
     right = doc not in rule.wrong and not (strategy in LOSSY and doc in rule.lost)
     text = f" {doc} + 1 = {doc + 1 if right else doc}. So the answer is {doc + 1 if right else doc}."
     nanoseconds = NANOSECONDS[strategy] * (1 + doc / 1000)
@@ -65,6 +66,7 @@ def item(rule: Rule, task: str, strategy: str, doc: int) -> Item:
 def record(
     rule: Rule, model: tuple[str, str, int], task: str, strategy: str, gamma: float | None, budget: str
 ) -> Record:
+    """Return a cell; `model` is (name, family, training seed), and a gamma other than 0.7 belongs to the sweep."""
     swept = gamma is not None and gamma != 0.7
     few = ITEMS if strategy in ("resident", *LOSSY) else rule.timed
     items = tuple(item(rule, task, strategy, doc) for doc in range(ITEMS) if doc % (ITEMS // few) == 0)
@@ -140,7 +142,7 @@ def record(
 
 
 def canary(rule: Rule, sound: Record) -> Record:
-    """The same cell with a scrambled router: so many right, so much slower."""
+    """Return the same cell with a scrambled router, by the rule's number of right answers and slowdown."""
     items = tuple(
         replace(i, output=" ?", correct=n < rule.canary_correct, decode_ns=round(i.decode_ns * rule.canary_slowdown))
         for n, i in enumerate(sound.items)
@@ -149,7 +151,7 @@ def canary(rule: Rule, sound: Record) -> Record:
 
 
 def records(rule: Rule) -> list[Record]:
-    """Every cell of a small preset: all strategies at two budgets, a gamma sweep, and a canary a model."""
+    """Return every cell of a small preset: all strategies at two budgets, a gamma sweep, and a canary a model."""
     made = []
     for model in rule.models:
         for task in rule.tasks:
@@ -165,13 +167,14 @@ def records(rule: Rule) -> list[Record]:
 
 
 def results(rule: Rule) -> Results:
+    """Return the records as `reports.data.results.read` would."""
     made = records(rule)
     controls = tuple(r for r in made if r.config["control"])
     return Results("tiny", tuple(r for r in made if r not in controls), (), controls)
 
 
 def write(rule: Rule, run: Path) -> Path:
-    """The same as a run folder."""
+    """Write the records as a run folder and return it."""
     folder = RunFolder(run)
     made = records(rule)
     cells = [{"id": r.id, "label": f"{r.model} {r.task} {r.strategy} {r.budget}"} for r in made]

@@ -1,4 +1,4 @@
-"""Beside the strategies: plain Transformers on the same weights, and what the engine costs a layer, on a CPU."""
+"""Reference cells on a CPU: plain Transformers on the same weights, and the engine's cost a layer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from reports.data.results import read
-from reports.pages import content
-from reports.pages.write import markdown
+from reports.pages import content, write
 from suites.plan.cells import read_preset
 from suites.synthetic import models, reference
 from suites.synthetic.cells import LINKS
@@ -108,9 +107,11 @@ def test_a_run_on_a_bare_machine_has_their_chapters(preset, tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     results = read(tmp_path / "run")
-    assert len(results.besides) == 3
-    assert not results.shapes
-    page = markdown(content.build(results))
+    assert len(results.references) == 3
+    assert not results.synthetic
+    report = content.build(results)
+    assert all(path.is_file() for path in write.write(report, results, tmp_path / "run"))
+    page = write.markdown(report)
     assert "## Beside plain Transformers" in page
     assert "accelerate is not installed" in page
     assert "| stock, everything resident |" in page

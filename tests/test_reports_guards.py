@@ -1,4 +1,4 @@
-"""What guards a report: the manifest, the difference of two runs, the gate, and the checklist."""
+"""The guards of a report: the manifest, the difference of two runs, the gate, and the checklist."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def reports(*arguments: object) -> subprocess.CompletedProcess:
+    """Run `python -m reports` with these arguments."""
     return subprocess.run(
         [sys.executable, "-m", "reports", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
@@ -32,7 +33,7 @@ def reports(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run folder with its page and manifest."""
+    """Return a run folder with its page and manifest."""
     folder = report_runs.write(Rule(), tmp_path_factory.mktemp("run") / "tiny")
     found = read(folder)
     write.write(content.build(found), found, folder)
@@ -43,7 +44,7 @@ def run(tmp_path_factory) -> Path:
 def test_an_untouched_bundle_holds(run):
     found = bundle.verify(run)
     assert found.changed == ()
-    assert found.elsewhere == ()
+    assert found.surroundings == ()
     assert found.files > 30
 
 
@@ -80,7 +81,7 @@ def test_the_manifest_names_code_and_packages(run):
     assert re.fullmatch(r"2\S+ [0-9a-f]{64}", sealed["wheels"]["torch"])
     sealed["code"]["reports/stats/intervals.py"] = "0"
     (run / bundle.MANIFEST).write_text(json.dumps(sealed))
-    assert bundle.verify(run).elsewhere == ("code: reports/stats/intervals.py differs",)
+    assert bundle.verify(run).surroundings == ("code: reports/stats/intervals.py differs",)
     bundle.seal(run, read(run))
 
 
@@ -93,11 +94,12 @@ def test_a_folder_without_a_manifest_says_what_to_do(tmp_path):
 
 
 def kinds(first, second) -> set[str]:
+    """Return the kinds of change between two runs."""
     return {row[-1] for row in difference(first, second).cells.rows}
 
 
 def changed(found, **changes):
-    """The same results with one lru cell changed."""
+    """Return the same results with one lru cell changed, and that cell."""
     at = next(n for n, r in enumerate(found.records) if r.strategy == "lru")
     records = list(found.records)
     records[at] = replace(records[at], **changes)
@@ -183,7 +185,7 @@ def test_nothing_to_hold_a_run_against_says_what_to_do(tmp_path):
 
 
 def test_the_checklist_has_32_lines_and_a_sound_run_lacks_only_what_it_lacks(run):
-    answers = lines.answered(evidence.gather(run))
+    answers = lines.run_tests(evidence.gather(run))
     assert [number for number, *_ in answers] == list(range(1, 33))
     assert len({line for _, line, *_ in answers}) == 32
     missing = {number: why for number, _, result, why in answers if result == lines.MISSING}
@@ -218,7 +220,7 @@ def test_the_checklist_has_32_lines_and_a_sound_run_lacks_only_what_it_lacks(run
     ],
 )
 def test_each_line_can_fail(run, number, spoil):
-    answers = {n: result for n, _, result, _ in lines.answered(spoil(evidence.gather(run)))}
+    answers = {n: result for n, _, result, _ in lines.run_tests(spoil(evidence.gather(run)))}
     assert answers[number] == lines.MISSING
 
 
@@ -244,10 +246,10 @@ def test_what_is_measured_says_how(run, number, lacking):
             "environment": {**r.environment, "telemetry": {1}},
         },
     )
-    found = {n: result for n, _, result, _ in lines.answered(seen)}
+    found = {n: result for n, _, result, _ in lines.run_tests(seen)}
     assert [found[n] for n in (12, 13, 16, 17)] == [lines.HELD] * 4
     spoiled = _records(seen, lambda r: {"config": {**r.config, **lacking}})
-    assert {n: result for n, _, result, _ in lines.answered(spoiled)}[number] == lines.MISSING
+    assert {n: result for n, _, result, _ in lines.run_tests(spoiled)}[number] == lines.MISSING
 
 
 def _records(seen, change):

@@ -21,9 +21,9 @@ from reports.data import groups
 from reports.data.compare import UnlikePrompts, accuracy, speedup
 from reports.pages import content, write
 from reports.plots.pareto import front
-from reports.plots.style import curves, named
+from reports.plots.style import curves, label_points
 from reports.sections import controls
-from reports.sections.examples import disagreements, marked
+from reports.sections.examples import cut_at_spans, disagreements
 from reports.tables import overview, scores, speed
 from tests.report_runs import ITEMS, Rule, record, results
 
@@ -54,7 +54,7 @@ def test_items_are_paired_by_number_and_never_by_position():
     own = [replace(r, items=r.items[::-1]) for r in groups.mobile(found, "olmoe-tiny")]
     assert [len(r.items) for r in base] == [10, 10]
     assert speedup(own, base).value == pytest.approx(64 / 40)
-    against = accuracy(own, groups.full(found, "olmoe-tiny"))
+    against = accuracy(own, groups.full_k(found, "olmoe-tiny"))
     assert (against.items, against.lost, against.gained) == (2 * ITEMS, 4, 0)
 
 
@@ -100,7 +100,7 @@ def test_a_model_with_fewer_budgets_has_no_empty_rows(four):
 
 def test_seeds_stand_in_one_table_and_have_no_chapter():
     found = results(Rule(models=SEEDS))
-    table = scores.seeds(found, found.families["olmoe"], 1.0)
+    table = scores.by_seed(found, found.families["olmoe"], 1.0)
     assert [row[1] for row in table.rows] == ["0", "1", "2", "-"]
     assert table.rows[-1][3] == "92.5 ± 0.0"
     page = content.build(found)
@@ -111,8 +111,8 @@ def test_seeds_stand_in_one_table_and_have_no_chapter():
 def test_examples_are_two_lost_and_what_fell_back_is_marked():
     found = disagreements(results(Rule()), "olmoe-tiny", "arithmetic")
     assert [example.title.split(":")[0] for example in found] == ["arithmetic 2", "arithmetic 7"]
-    assert all(example.full_right and not example.other_right for example in found)
-    assert [(run.text, run.fell_back) for run in found[0].other[:5]] == [
+    assert all(example.full_k_right and not example.mobile_right for example in found)
+    assert [(run.text, run.fell_back) for run in found[0].mobile[:5]] == [
         (" ", False),
         ("2 ", True),
         ("+", False),
@@ -123,7 +123,7 @@ def test_examples_are_two_lost_and_what_fell_back_is_marked():
 
 @given(some.text(max_size=30), some.lists(some.tuples(some.integers(0, 35), some.integers(0, 35)), max_size=5))
 def test_marking_loses_no_character(text, spans):
-    runs = marked(text, tuple(spans))
+    runs = cut_at_spans(text, tuple(spans))
     assert "".join(run.text for run in runs) == text
     at = 0
     for run in runs:
@@ -159,7 +159,7 @@ def test_a_broken_control_is_the_first_line_and_no_verdict_survives_it(rule, ala
 
 def test_a_model_that_guesses_cannot_tell_whether_the_canary_fell():
     found = results(Rule(tasks=("web_of_lies",), wrong=tuple(range(0, ITEMS, 2))))
-    assert [(canary.held, canary.says) for canary in controls.canaries(found)] == [
+    assert [(canary.passed, canary.result) for canary in controls.canaries(found)] == [
         (None, "cannot tell: the sound score is near guessing")
     ]
     assert content.build(found).alarm is None
@@ -195,7 +195,7 @@ def test_no_output_calls_a_projection_reproduced(tmp_path, scope, weights):
 
 
 class Tags(HTMLParser):
-    """Whether every tag is closed by its own, and which ids there are."""
+    """A parser that raises where a tag is not closed by its own, and keeps the ids."""
 
     VOID = ("meta", "br", "use", "path", "rect", "link")
 
@@ -340,7 +340,7 @@ def test_labels_of_points_that_lie_together_do_not_cover_each_other():
     drawn, axes = plt.subplots(figsize=(7.5, 4.8))
     points = [(f"label {n}", 1 + n / 100, n / 1000) for n in range(8)]
     axes.plot([1, 3], [-20, 2])
-    named(axes, points)
+    label_points(axes, points)
     drawn.canvas.draw()
     boxes = [text.get_window_extent() for text in axes.texts]
     plt.close(drawn)

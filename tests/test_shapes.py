@@ -132,8 +132,8 @@ def test_the_page_says_where_the_machine_was_a_little_less_than_was_asked_for(do
     results = read(done)
 
     def page(**config: object) -> str:
-        changed = [replace(record, config={**record.config, **config}) for record in results.shapes]
-        return markdown(content.build(replace(results, shapes=tuple(changed))))
+        changed = [replace(record, config={**record.config, **config}) for record in results.synthetic]
+        return markdown(content.build(replace(results, synthetic=tuple(changed))))
 
     assert "The link carries 24.4 GB/s by itself, which was taken as the 25 asked for." in page(
         link_native_gb_per_s=24.4, link_throttled=False
@@ -162,7 +162,7 @@ def test_what_a_preset_of_shapes_cannot_be_asked(preset, tmp_path):
 
 
 def test_records_say_what_was_asked_and_what_was_got(done):
-    records = {(r.task, r.strategy, r.config["fallback_asked"]): r for r in read(done).shapes}
+    records = {(r.task, r.strategy, r.config["fallback_asked"]): r for r in read(done).synthetic}
     assert len(records) == shapes.CELLS
     for record in records.values():
         assert (record.scope, record.weights) == ("cpu+virtual", "synthetic")
@@ -193,7 +193,7 @@ def test_the_same_cell_is_the_same_again(done, preset):
 
 
 def test_a_memory_budget_holds_the_share_that_it_would_hold_of_the_real_model(done):
-    lru = next(record for record in read(done).shapes if record.strategy == "lru")
+    lru = next(record for record in read(done).synthetic if record.strategy == "lru")
     assert lru.budget == "8GiB"
     assert 0.4 < lru.slots / (2 * 64) < 0.6  # about half of the real model's 13 GB fit beside what is dense
 
@@ -216,8 +216,8 @@ def test_a_run_of_shapes_alone_is_a_whole_page(done):
 def test_shapes_stand_beside_scored_cells_and_change_none_of_their_chapters(done):
     from tests.report_runs import Rule, results
 
-    scored, shaped = results(Rule()), read(done).shapes
-    alone, both = content.build(scored), content.build(replace(scored, shapes=shaped))
+    scored, shaped = results(Rule()), read(done).synthetic
+    alone, both = content.build(scored), content.build(replace(scored, synthetic=shaped))
     kept = {section.heading: section for section in both.sections}
     changed = [section.heading for section in alone.sections if kept.get(section.heading) != section]
     assert changed == ["Controls", "Limits"]  # which hold the checks and the limits of both

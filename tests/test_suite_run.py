@@ -14,7 +14,7 @@ import pytest
 from reports.data import compare
 from reports.data.results import read
 from reports.pages.content import build
-from reports.plots import parts
+from reports.plots import token_time
 from reports.tables import speed
 from suites.plan.cells import read_preset
 from suites.record import RunFolder, load, read_json, write_json
@@ -163,18 +163,18 @@ def test_on_demand_never_passes_its_ceiling(finished):
 def test_the_parts_of_a_tokens_time_add_up_to_it(finished):
     """And where a record does not tell them apart, waiting is set against everything else."""
     results = read(finished)
-    data = parts.token_time(results, "olmoe-tiny").data
+    data = token_time.stacked_parts(results, "olmoe-tiny").data
     assert {f"{part} (ms)" for part in ("waiting for the link", "experts")} < set(data.head)
     whole = {
         name: 1e3 * r.counters["decode_seconds"] / r.counters["tokens"]
         for r in results.records
-        for name in [compare.name(r)]
+        for name in [compare.strategy_name(r)]
         if r.budget in ("smallest", "all")
     }
     assert {row[0]: sum(map(float, row[1:])) for row in data.rows} == pytest.approx(whole, abs=3e-4)
     unknown = dict.fromkeys(("decode_dense_seconds", "decode_expert_seconds", "decode_cpu_stall_seconds"))
     untold = tuple(replace(r, counters={**r.counters, **unknown}) for r in results.records)
-    assert parts.token_time(replace(results, records=untold), "olmoe-tiny").data.head[1:] == (
+    assert token_time.stacked_parts(replace(results, records=untold), "olmoe-tiny").data.head[1:] == (
         "waiting (ms)",
         "everything else (ms)",
     )

@@ -1,4 +1,4 @@
-"""Judge what `suites.abba` timed: the ratio of two sides' speeds, how sure one can be of it, and what else differs."""
+"""Judgement of the trials of `suites.abba`: the ratio of two sides' speeds, its interval, and what else differs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from reports.elements.page import Report, Section, Table
 from reports.stats.intervals import Interval, geometric_mean
 from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, read_json
 
-FLOOR = 0.95  # of the base's speed
+MIN_RATIO = 0.95  # of the base's speed
 REGRESSION, PASSED, INCONCLUSIVE = "REGRESSION", "PASSED", "INCONCLUSIVE"
-ALIKE = {
+SAME_FACTS = {
     "gpu": "GPU",
     "cpu": "processor",
     "torch": "PyTorch",
@@ -34,8 +34,8 @@ class Unjudgeable(ValueError):
 
 
 @dataclass(frozen=True)
-class Line:
-    """One strategy, or pair of them: the second side's tokens/s over the first side's.
+class Comparison:
+    """The comparison of one strategy (or pair of them): the second side's tokens/s over the first side's.
 
     `written` says whether both would have written the same tokens; `counters` are those that are not zero on both
     sides, as (name, first, second), a repeat's mean; `verdict` is None where no gate is asked.
@@ -51,18 +51,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All lines of a trial, and what a reader must be told first."""
+    """All comparisons of a trial, and the warnings that a reader must see first."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[Comparison, ...]
     warnings: tuple[str, ...]
 
     @property
     def failed(self) -> bool:
+        """Return whether any comparison is a regression."""
         return any(line.verdict == REGRESSION for line in self.lines)
 
 
 def latest() -> Path:
-    """The folder of the last trial started from here. Raises Unjudgeable."""
+    """Return the folder of the last trial started from here. Raise Unjudgeable if there is none."""
     try:
         return Path(LATEST_TRIAL.read_text().strip())
     except OSError as error:
@@ -70,7 +71,7 @@ def latest() -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The trial in a folder. Raises Unjudgeable."""
+    """Read the trial in a folder. Raise Unjudgeable if there is none, or it is of another format."""
     try:
         found = read_json(folder / TRIAL)
     except (OSError, ValueError) as error:
@@ -85,30 +86,30 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def judge(trial: dict[str, Any]) -> Judgement:
-    """Raises Unjudgeable where the processes are too few, or not on one GPU, or not given the same work."""
+    """Judge a trial. Raise Unjudgeable where its processes are too few, not on one GPU, or not of the same work."""
     first, second = trial["processes"]
     if len(first) != len(second) or len(first) < FEWEST_PROCESSES:
         raise Unjudgeable(
             f"There are {len(first)} and {len(second)} processes; {FEWEST_PROCESSES} a side at least, as many each."
         )
-    for fact, says in ALIKE.items():
+    for fact, fact_name in SAME_FACTS.items():
         seen = {str(process[fact]): process[fact] for process in (*first, *second)}
         if len(seen) > 1:
             raise Unjudgeable(
-                f"Not one {says} in all processes ({' and '.join(seen)}), so their times are not compared."
+                f"Not one {fact_name} in all processes ({' and '.join(seen)}), so their times are not compared."
             )
     for side, processes in zip(trial["sides"], (first, second), strict=True):
         if len({(process["git_commit"], process["git_dirty"]) for process in processes}) > 1:
             raise Unjudgeable(f"The code of {side['name']} changed while it was timed; leave it alone, and run again.")
     gate = trial["kind"] == "regression"
     lines = tuple(
-        _line(gate, [p["strategies"][at] for p in first], [p["strategies"][at] for p in second], first[0]["steps"])
+        _compare(gate, [p["strategies"][at] for p in first], [p["strategies"][at] for p in second], first[0]["steps"])
         for at in range(len(first[0]["strategies"]))
     )
     return Judgement(lines, tuple(_warnings(trial, lines)))
 
 
-def _line(gate: bool, first: list[dict[str, Any]], second: list[dict[str, Any]], steps: int) -> Line:
+def _compare(gate: bool, first: list[dict[str, Any]], second: list[dict[str, Any]], steps: int) -> Comparison:
     if len({run["ids_sha256"] for run in (*first, *second)}) > 1:
         raise Unjudgeable("The processes were not given the same tokens, so their times are not compared.")
     pairs = [
@@ -118,21 +119,21 @@ def _line(gate: bool, first: list[dict[str, Any]], second: list[dict[str, Any]],
     ratio = geometric_mean(pairs)
     names = dict.fromkeys((first[0]["strategy"], second[0]["strategy"]))
     counters = ((name, _mean(first, name), _mean(second, name)) for name in first[0]["repeats"][0]["counters"])
-    return Line(
+    return Comparison(
         " over ".join(reversed(names)),
         ratio,
         (_speed(first, steps), _speed(second, steps)),
-        _written(first, second),
+        _compare_tokens(first, second),
         tuple(row for row in counters if any(row[1:])),
         verdict(ratio) if gate else None,
     )
 
 
 def verdict(ratio: Interval) -> str:
-    """REGRESSION only where the whole interval lies below `FLOOR`, PASSED where none of it does."""
-    if ratio.high < FLOOR:
+    """Return REGRESSION only where the whole interval lies below `MIN_RATIO`, PASSED where none of it does."""
+    if ratio.high < MIN_RATIO:
         return REGRESSION
-    return PASSED if ratio.low >= FLOOR else INCONCLUSIVE
+    return PASSED if ratio.low >= MIN_RATIO else INCONCLUSIVE
 
 
 def _repeats(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,18 +141,18 @@ def _repeats(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _speed(runs: Sequence[dict[str, Any]], steps: int) -> float:
-    """All tokens over all seconds."""
+    """Return all tokens over all seconds."""
     repeats = _repeats(runs)
     return steps * len(repeats) / (sum(repeat["wall_ns"] for repeat in repeats) / 1e9)
 
 
 def _mean(runs: Sequence[dict[str, Any]], counter: str) -> float:
-    """Of a counter that a side does not have, not a number."""
+    """Return a counter's mean over repeats; not a number where the side does not have it."""
     found = [repeat["counters"].get(counter, nan) for repeat in _repeats(runs)]
     return sum(found) / len(found)
 
 
-def _written(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
+def _compare_tokens(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
     for runs in (first, second):
         if any(run["written"] != runs[0]["written"] for run in runs):
             return f"not repeatable under {runs[0]['strategy']}"
@@ -160,7 +161,7 @@ def _written(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
     return f"differ at {unlike} of {len(one)} steps" if unlike else "equal"
 
 
-def _warnings(trial: dict[str, Any], lines: Sequence[Line]) -> Iterator[str]:
+def _warnings(trial: dict[str, Any], lines: Sequence[Comparison]) -> Iterator[str]:
     for side, processes in zip(trial["sides"], trial["processes"], strict=True):
         if any(process["git_dirty"] for process in processes):
             yield f"{side['name']} has changes that are not committed: nobody can check it out again."
@@ -169,7 +170,7 @@ def _warnings(trial: dict[str, Any], lines: Sequence[Line]) -> Iterator[str]:
 
 
 def report(trial: dict[str, Any], found: Judgement) -> Report:
-    """The page, for the screen and for Markdown."""
+    """Return the page of a judged trial, for the screen and for Markdown."""
     one, (first, second) = trial["processes"][0][0], trial["sides"]
     gate = trial["kind"] == "regression"
     head = (
@@ -185,7 +186,7 @@ def report(trial: dict[str, Any], found: Judgement) -> Report:
         tuple(_row(line, gate) for line in found.lines),
         f"Ratio with its 95 % interval over {len(trial['processes'][0])} pairs of processes in ABBA order and their "
         f"{one['repeats']} repeats of {one['steps']} steps each."
-        + (f" {REGRESSION} only where the whole interval lies below {FLOOR}." if gate else ""),
+        + (f" {REGRESSION} only where the whole interval lies below {MIN_RATIO}." if gate else ""),
     )
     counters = tuple(
         Table(
@@ -209,7 +210,7 @@ def report(trial: dict[str, Any], found: Judgement) -> Report:
     return Report(f"{second['name']} against {first['name']}", found.warnings, alarm, sections, tuple(facts))
 
 
-def _row(line: Line, gate: bool) -> tuple[str, ...]:
+def _row(line: Comparison, gate: bool) -> tuple[str, ...]:
     shown = (line.name, *(f"{speed:.1f}" for speed in line.tokens_per_s), numbers.ratio(line.ratio), line.written)
     return (*shown, str(line.verdict)) if gate else shown
 

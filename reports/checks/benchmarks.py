@@ -1,4 +1,4 @@
-"""Two files of pytest-benchmark: compared only where one GPU made both, or one kind of processor where there is none.
+"""Comparison of two files of pytest-benchmark, only where one GPU made both (or one processor, without a GPU).
 
 pytest-benchmark keys its results by system and Python, so that two cards would share a baseline.
 """
@@ -21,17 +21,17 @@ class UnlikeMachines(ValueError):
 
 
 def identity(machine_info: Any) -> dict[str, Any]:
-    """Return what times depend on most. Raise UnlikeMachines where a part of it is unknown: that is like nothing."""
+    """Return the facts of a machine that times depend on most. Raise UnlikeMachines where one of them is unknown."""
     if not isinstance(machine_info, dict) or "gpu" not in machine_info:
         raise UnlikeMachines(f"A result does not say which GPU made it; {AGAIN}")
     if machine_info["gpu"] is not None:
-        return _known({"GPU": "name", "UUID": "uuid"}, machine_info["gpu"])
-    return {"GPU": None, **_known({"processor": "brand_raw", "cores": "count"}, machine_info.get("cpu"))}
+        return _known_facts({"GPU": "name", "UUID": "uuid"}, machine_info["gpu"])
+    return {"GPU": None, **_known_facts({"processor": "brand_raw", "cores": "count"}, machine_info.get("cpu"))}
 
 
-def _known(names: dict[str, str], told: Any) -> dict[str, Any]:
-    """Return by our names what was told by pytest-benchmark's. Raise UnlikeMachines for one that is missing."""
-    found = {ours: told.get(theirs) if isinstance(told, dict) else None for ours, theirs in names.items()}
+def _known_facts(names: dict[str, str], facts: Any) -> dict[str, Any]:
+    """Return facts by our names, given pytest-benchmark's. Raise UnlikeMachines where one is missing."""
+    found = {ours: facts.get(theirs) if isinstance(facts, dict) else None for ours, theirs in names.items()}
     for name, value in found.items():
         if not isinstance(value, str | int) or not value:
             raise UnlikeMachines(f"A result does not say the {name} of the machine that made it; {AGAIN}")
@@ -43,16 +43,16 @@ def same(base: Any, head: Any) -> None:
     one, other = identity(base), identity(head)
     if one != other:
         raise UnlikeMachines(
-            f"The base was made on {_said(one)} and the head on {_said(other)}; run both on one machine."
+            f"The base was made on {_in_words(one)} and the head on {_in_words(other)}; run both on one machine."
         )
 
 
-def _said(identity: dict[str, Any]) -> str:
+def _in_words(identity: dict[str, Any]) -> str:
     return ", ".join(f"{what} {value}" for what, value in identity.items())
 
 
 def same_machine(base: Path, head: Path) -> None:
-    """Raise UnlikeMachines for files that are not of one machine, or no such files."""
+    """Raise UnlikeMachines unless both files are results of one machine."""
     infos = []
     for path in (base, head):
         try:
@@ -67,7 +67,7 @@ def same_machine(base: Path, head: Path) -> None:
 
 
 def _check_results(benchmarks: Any) -> None:
-    """Raise ValueError, KeyError or TypeError unless there is one and each can be shown: others would be left out."""
+    """Raise ValueError, KeyError or TypeError unless there is a result and each is complete; no table may drop one."""
     if not isinstance(benchmarks, list) or not benchmarks:
         raise ValueError("it holds no benchmark")
     for one in benchmarks:
@@ -77,7 +77,7 @@ def _check_results(benchmarks: Any) -> None:
 
 
 def compare(base: Path, head: Path) -> int:
-    """Print pytest-benchmark's own table of both; its exit code. Raise UnlikeMachines where it makes none of them."""
+    """Print pytest-benchmark's own table of both files and return 0. Raise UnlikeMachines where it cannot make one."""
     words = (
         "compare",
         base.absolute(),

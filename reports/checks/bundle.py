@@ -1,4 +1,4 @@
-"""The bundle: a run folder with a manifest of SHA-256, so that any changed byte is found."""
+"""The bundle: a run folder sealed by a manifest of SHA-256, so that any changed byte is found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reports.data.results import Results
 
 ROOMS = ("mobile", "baselines", "suites", "reports")
 MANIFEST = "manifest.json"
-PASSING = (".partial", ".lock")  # what a run in progress leaves for a moment
+TEMPORARY = (".partial", ".lock")  # suffixes of files that exist only while a run goes on
 
 
 class NoManifest(ValueError):
@@ -23,27 +23,27 @@ class NoManifest(ValueError):
 
 @dataclass(frozen=True)
 class Verified:
-    """What differs from the manifest: `changed` breaks the bundle, `elsewhere` is this machine's code and packages."""
+    """The differences from a manifest: `changed` files break the bundle, `surroundings` are code and packages here."""
 
     changed: tuple[str, ...]
-    elsewhere: tuple[str, ...]
+    surroundings: tuple[str, ...]
     files: int
 
 
 def seal(run: Path, results: Results) -> str:
-    """Write the manifest over everything in the run folder, the code and the installed packages; returns its hash."""
-    record = results.everything[0]
+    """Write the manifest over the run folder, the code and the installed packages; return its SHA-256."""
+    record = results.all_records[0]
     manifest = {
         "schema": 1,
         "preset": results.preset,
-        "files": files(run),
+        "files": file_hashes(run),
         "config": {
             "git_commit": record.environment["git_commit"],
             "git_dirty": record.environment["git_dirty"],
-            "cells": sorted(r.id for r in results.everything),
+            "cells": sorted(r.id for r in results.all_records),
         },
-        "code": code(),
-        "wheels": wheels(),
+        "code": code_hashes(),
+        "wheels": package_hashes(),
     }
     path = run / MANIFEST
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -51,23 +51,23 @@ def seal(run: Path, results: Results) -> str:
 
 
 def verify(run: Path) -> Verified:
-    """Hold a run folder against its manifest. Raises NoManifest if it has none."""
+    """Compare a run folder with its manifest. Raise NoManifest if it has none."""
     path = run / MANIFEST
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: sealed[name] for name in ("files", "code", "wheels")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NoManifest(f"{path} cannot be read ({error}); make one with: python -m reports build {run}") from error
-    now = files(run)
+    now = file_hashes(run)
     changed = _differences(kept["files"], now)
-    elsewhere = [f"code: {line}" for line in _differences(kept["code"], code())]
-    elsewhere += [f"package: {line}" for line in _differences(kept["wheels"], wheels())]
-    return Verified(tuple(changed), tuple(elsewhere), len(kept["files"]))
+    surroundings = [f"code: {line}" for line in _differences(kept["code"], code_hashes())]
+    surroundings += [f"package: {line}" for line in _differences(kept["wheels"], package_hashes())]
+    return Verified(tuple(changed), tuple(surroundings), len(kept["files"]))
 
 
-def files(run: Path) -> dict[str, str]:
-    """SHA-256 of every file of the run folder but the manifest itself, by its path in it."""
-    found = sorted(path for path in run.rglob("*") if path.is_file() and path.suffix not in PASSING)
+def file_hashes(run: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of the run folder, the manifest left out, by its path in it."""
+    found = sorted(path for path in run.rglob("*") if path.is_file() and path.suffix not in TEMPORARY)
     return {
         name: _hash(path.read_bytes())
         for path in found
@@ -75,8 +75,8 @@ def files(run: Path) -> dict[str, str]:
     }
 
 
-def code() -> dict[str, str]:
-    """SHA-256 of every source file of our own, presets, tasks and templates too; model weights have their own lists."""
+def code_hashes() -> dict[str, str]:
+    """Return the SHA-256 of every source file, preset, task, template and list of a model's weights, by path."""
     root = Path(__file__).parents[2]
     kinds = {".py", ".toml", ".yaml", ".jsonl", ".j2"}
     found = sorted(path for room in ROOMS for path in (root / room).rglob("*") if path.suffix in kinds)
@@ -85,8 +85,8 @@ def code() -> dict[str, str]:
 
 
 @cache
-def wheels() -> dict[str, str]:
-    """Version and SHA-256 of the RECORD (pip's own list of a package's file hashes) of every installed package."""
+def package_hashes() -> dict[str, str]:
+    """Return version and SHA-256 of every installed package's RECORD (pip's list of its file hashes), by name."""
     found: dict[str, str] = {}
     for package in distributions():
         name = package.metadata["Name"]

@@ -1,4 +1,4 @@
-"""What a run of a preset is expected to give, kept small enough to commit, and the gate that holds a run against it."""
+"""Expected results of a preset, small enough to commit, and the gate that compares a run with them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from reports.data import groups
-from reports.data.compare import name, speedup
-from reports.data.fingerprint import TIMES, VIRTUAL, essences
+from reports.data.compare import speedup, strategy_name
+from reports.data.fingerprint import TIMES, VIRTUAL, fingerprints
 from reports.data.results import Results
 
 FOLDER = Path(__file__).parents[1] / "expected"
@@ -17,12 +17,12 @@ CELLS = "cells.json"
 
 
 class NoExpectation(ValueError):
-    """There is nothing to hold the run against."""
+    """There is no expectation to compare the run with."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """T0 are tokens and counters, T1 virtual times and speedups; a line for each that is not as expected."""
+    """The facts that are not as expected, a line each: `t0` tokens and counters, `t1` virtual times and speedups."""
 
     cells: int
     speedups: int
@@ -31,36 +31,38 @@ class Gate:
 
 
 def expectation(results: Results) -> dict[str, Any]:
-    """Exact facts of each cell, and the virtual speedups of the report."""
-    record = results.everything[0]
+    """Return the expectation of a run, JSON-ready: each cell's fingerprint, and the virtual speedups of the report."""
+    record = results.all_records[0]
     return {
         "preset": results.preset,
         "made_on": {"cpu": record.environment["cpu"], "packages": record.environment["packages"]},
-        "cells": essences(results),
+        "cells": fingerprints(results),
         "speedups": speedups(results),
     }
 
 
 def speedups(results: Results) -> dict[str, float]:
-    """Virtual speedups of every strategy over every baseline, tasks together, by label; wall times are no part of it.
+    """Return virtual speedups of every strategy over every baseline, all tasks together, by label; no wall times.
 
     Nine digits: the times they are made of are integers and held exactly, while the last bits of a logarithm depend on
     the processor.
     """
     found = {}
-    for model in results.values("model"):
+    for model in results.distinct("model"):
         for budget in results.budgets(model):
             bases = groups.baselines(results, budget, model)
-            for group in groups.strategies(results, budget, model):
+            for group in groups.by_strategy(results, budget, model):
                 for base, reference in bases.items():
                     ratio = speedup(group, reference)
                     if ratio and group != reference and all(r.scope == VIRTUAL for r in (*group, *reference)):
-                        found[f"{model} / {name(group[0])} / {budget} / over {base}"] = float(f"{ratio.value:.9g}")
+                        found[f"{model} / {strategy_name(group[0])} / {budget} / over {base}"] = float(
+                            f"{ratio.value:.9g}"
+                        )
     return found
 
 
 def save(results: Results, page: str, folder: Path) -> list[Path]:
-    """Write the expectation, a line a cell, and the page beside it; returns the paths."""
+    """Write the expectation, a line a cell, and the page beside it; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data = expectation(results)
     lines = [
@@ -78,7 +80,7 @@ def _block(entries: dict[str, Any]) -> str:
 
 
 def gate(results: Results, against: Path) -> Gate:
-    """Hold a run against an expectation, tolerance zero. Raises NoExpectation if there is none at that place."""
+    """Compare a run with an expectation, tolerance zero. Raise NoExpectation if there is none at that path."""
     path = against / CELLS if against.is_dir() else against
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
@@ -87,22 +89,22 @@ def gate(results: Results, against: Path) -> Gate:
         raise NoExpectation(
             f"{path} holds no expectation ({error}); make one with: python -m reports expect RUN"
         ) from error
-    found = essences(results)
-    t1 = [*_facts(cells, found, TIMES), *_speedups(ratios, speedups(results))]
-    return Gate(len(cells), len(ratios), tuple(_t0(cells, found)), tuple(t1))
+    found = fingerprints(results)
+    t1 = [*_unlike_facts(cells, found, TIMES), *_unlike_speedups(ratios, speedups(results))]
+    return Gate(len(cells), len(ratios), tuple(_unlike_work(cells, found)), tuple(t1))
 
 
-def _t0(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Cells, then tokens and scores, then counters."""
+def _unlike_work(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Return the differing cells, then tokens and scores, then counters."""
     lines = [f"{cell}: not expected" for cell in found if cell not in expected]
     lines += [f"{cell}: no record" for cell in expected if cell not in found]
-    lines += _facts(expected, found, ("items", "outputs", "correct"))
+    lines += _unlike_facts(expected, found, ("items", "outputs", "correct"))
     wanted, here = ({cell: facts["counters"] for cell, facts in side.items()} for side in (expected, found))
-    return lines + _facts(wanted, here)
+    return lines + _unlike_facts(wanted, here)
 
 
-def _facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ...] | None = None) -> list[str]:
-    """A line for each fact that differs, of the cells that both have; all facts where none is named."""
+def _unlike_facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ...] | None = None) -> list[str]:
+    """Return a line for each differing fact of the cells that both have; without `names`, of all facts."""
     return [
         f"{cell}: {fact} is {found[cell].get(fact, 0)}, expected {expected[cell].get(fact, 0)}"
         for cell in expected
@@ -112,9 +114,9 @@ def _facts(expected: dict[str, Any], found: dict[str, Any], names: tuple[str, ..
     ]
 
 
-def _speedups(expected: dict[str, float], found: dict[str, float]) -> list[str]:
+def _unlike_speedups(expected: dict[str, float], found: dict[str, float]) -> list[str]:
     return [
-        f"{what}: speedup is {found.get(what)}, expected {expected.get(what)}"
-        for what in dict.fromkeys((*expected, *found))
-        if expected.get(what) != found.get(what)
+        f"{label}: speedup is {found.get(label)}, expected {expected.get(label)}"
+        for label in dict.fromkeys((*expected, *found))
+        if expected.get(label) != found.get(label)
     ]

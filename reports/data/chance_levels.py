@@ -1,8 +1,8 @@
-"""What guessing scores on each task: a score means nothing without it."""
+"""Scores of random answers by task, so that a table can show what a score means."""
 
 from __future__ import annotations
 
-FLOORS = {  # shares; tasks whose answers are open-ended have none
+CHANCE_LEVELS = {  # shares; tasks whose answers are open-ended have none
     "boolean_expressions": 1 / 2,
     "web_of_lies": 1 / 2,
     "navigate": 1 / 2,
@@ -12,6 +12,6 @@ FLOORS = {  # shares; tasks whose answers are open-ended have none
 }
 
 
-def floor(task: str) -> float | None:
-    """The share of items that answering at random gets right; None where there are no choices to pick from."""
-    return next((share for name, share in FLOORS.items() if task == name or task.endswith(f"_{name}")), None)
+def chance_level(task: str) -> float | None:
+    """Return the share of items that random answers get right; None where answers are open-ended."""
+    return next((share for name, share in CHANCE_LEVELS.items() if task == name or task.endswith(f"_{name}")), None)

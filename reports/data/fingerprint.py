@@ -1,4 +1,7 @@
-"""What of a cell must repeat exactly: its tokens and its counters, and in virtual time its times."""
+"""Fingerprints of cells: the facts that must repeat exactly.
+
+These are tokens, scores and counters, and for the virtual clock the times.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import json
 from typing import Any
 
-from reports.data.compare import matched, name, total
+from reports.data.compare import paired_items, strategy_name, total
 from reports.data.results import Results
 from suites.record import Record
 
@@ -15,8 +18,8 @@ TIMES = ("decode_ns", "ttft_ns")
 
 
 def label(record: Record) -> str:
-    """What a cell is, whatever run it belongs to."""
-    parts: tuple[str, ...] = (record.model, record.task, name(record), record.hardware, record.budget)
+    """Return a cell's label: equal for the same cell of two runs, whose ids differ with the code."""
+    parts: tuple[str, ...] = (record.model, record.task, strategy_name(record), record.hardware, record.budget)
     parts += (f"seed {record.seed}",)
     if record.config.get("kind") == "shape":
         link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
@@ -26,9 +29,9 @@ def label(record: Record) -> str:
 
 
 def fingerprint(record: Record) -> dict[str, Any]:
-    """Exact facts of a cell: JSON-ready, the same on every machine unless the arithmetic of its model differs.
+    """Return the exact facts of a cell, JSON-ready; counters that are 0 are left out.
 
-    Counters of nothing are left out.
+    They are the same on every machine unless the arithmetic of its model differs.
     """
     outputs = [[item.doc, item.prompt_sha256, item.output, item.correct] for item in record.items]
     kept = {
@@ -42,12 +45,12 @@ def fingerprint(record: Record) -> dict[str, Any]:
     return kept
 
 
-def essences(results: Results) -> dict[str, dict[str, Any]]:
-    """By label, in the order of the plan."""
-    return {label(record): fingerprint(record) for record in results.everything}
+def fingerprints(results: Results) -> dict[str, dict[str, Any]]:
+    """Return the fingerprint of every cell by its label, in the order of the plan."""
+    return {label(record): fingerprint(record) for record in results.all_records}
 
 
 def changed_outputs(record: Record, other: Record) -> tuple[int, int]:
-    """How many of the items that two cells share have another text, and how many they share."""
-    pairs = [pair for group in matched([record], [other]) for pair in group]
+    """Return (items whose text differs, items that both have) of two cells."""
+    pairs = [pair for group in paired_items([record], [other]) for pair in group]
     return sum(a.output != b.output for a, b in pairs), len(pairs)

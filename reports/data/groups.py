@@ -1,4 +1,4 @@
-"""Cells gathered for a comparison: all tasks of a strategy, what it is compared with, and its own threshold."""
+"""Groups of cells for comparisons: all tasks of one strategy, its baselines, MoBiLE at its own threshold."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from typing import Any
 from reports.data.results import Results
 from suites.record import Record
 
-FLAVOURS = ("on-demand", "on-demand-overlap")
-COMPARED = (*FLAVOURS, "lru")  # caching alone, so that its share of a speedup can be told
+ON_DEMAND = ("on-demand", "on-demand-overlap")
+BASELINES = (*ON_DEMAND, "lru")  # lru only caches: what the cache alone gives of a speedup
 
 Group = list[Record]
 
 
-def strategies(results: Results, budget: str, model: str, **wanted: Any) -> list[Group]:
-    """The cells of a budget, grouped by strategy and gamma in the plan's order; `resident` belongs to every budget."""
-    cells = [record for record in results.pick(model=model, **wanted) if record.budget in (budget, "all")]
+def by_strategy(results: Results, budget: str, model: str, **wanted: Any) -> list[Group]:
+    """Group the cells of a budget by strategy and gamma, in the plan's order; `resident` belongs to every budget."""
+    cells = [record for record in results.select(model=model, **wanted) if record.budget in (budget, "all")]
     kinds = dict.fromkeys((record.strategy, record.gamma, record.budget) for record in cells)
-    groups = (results.pool(model=model, strategy=s, gamma=g, budget=b, **wanted) for s, g, b in kinds)
+    groups = (results.select_complete(model=model, strategy=s, gamma=g, budget=b, **wanted) for s, g, b in kinds)
     return [group for group in groups if group]
 
 
-def own(results: Results, budget: str, model: str, **wanted: Any) -> list[Group]:
-    """The same without the points of a sweep."""
-    return [group for group in strategies(results, budget, model, **wanted) if not group[0].config["swept"]]
+def unswept(results: Results, budget: str, model: str, **wanted: Any) -> list[Group]:
+    """Group the cells of a budget by strategy, without the points of a sweep."""
+    return [group for group in by_strategy(results, budget, model, **wanted) if not group[0].config["swept"]]
 
 
 def baselines(results: Results, budget: str, model: str, **wanted: Any) -> dict[str, Group]:
-    """The cells that others are compared with, of those that were recorded."""
-    found = {base: results.pool(model=model, strategy=base, budget=budget, **wanted) for base in COMPARED}
+    """Return the cells of each baseline that was recorded, by its name."""
+    found = {base: results.select_complete(model=model, strategy=base, budget=budget, **wanted) for base in BASELINES}
     return {base: records for base, records in found.items() if records}
 
 
 def default_gamma(results: Results, model: str) -> float | None:
-    """MoBiLE's own threshold in this run; the other gammas belong to the sweep."""
-    found = [r.gamma for r in results.pick(model=model, strategy="mobile") if not r.config["swept"]]
+    """Return MoBiLE's own threshold in this run; the other gammas belong to the sweep."""
+    found = [r.gamma for r in results.select(model=model, strategy="mobile") if not r.config["swept"]]
     return found[0] if found else None
 
 
 def mobile(results: Results, model: str, budget: str = "smallest", **wanted: Any) -> Group:
-    """MoBiLE's cells at its own threshold."""
+    """Return MoBiLE's cells at its own threshold."""
     gamma = default_gamma(results, model)
-    return results.pool(model=model, strategy="mobile", gamma=gamma, budget=budget, **wanted)
+    return results.select_complete(model=model, strategy="mobile", gamma=gamma, budget=budget, **wanted)
 
 
-def full(results: Results, model: str, **wanted: Any) -> Group:
-    """The cells of the model with everything resident: full K, the oracle that others are paired with."""
-    return results.pool(model=model, strategy="resident", **wanted)
+def full_k(results: Results, model: str, **wanted: Any) -> Group:
+    """Return the cells of the model with everything resident: full K, the reference that others are paired with."""
+    return results.select_complete(model=model, strategy="resident", **wanted)

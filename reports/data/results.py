@@ -1,4 +1,4 @@
-"""A run folder read back: what was planned, what has a record, what failed and what is missing."""
+"""A run folder read back: the planned cells, those with a record, and why the others have none."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from suites.record import LATEST, Record, RunFolder, load, read_json
 
 @dataclass(frozen=True)
 class Results:
-    """Records in the order of the plan; `absent` are planned cells without one, with the reason if there is one.
+    """The records of a run in the order of the plan, by the tables that may hold them.
 
-    `controls` are cells run to fail (a scrambled router), `shapes` those that played a script on synthetic weights,
-    `besides` what was measured beside these; no table but their own may hold any of them. `logs` are how the logs of
-    failed cells ended, by the cells' labels.
+    `records` are scored cells, `controls` cells that must fail (a scrambled router), `synthetic` cells that played a
+    script on synthetic weights, `references` plain Transformers on the same sizes. `absent` are planned cells without
+    a record as (label, reason), `logs` the ends of failed cells' logs as (label, text).
     """
 
     preset: str
@@ -25,27 +25,27 @@ class Results:
     absent: tuple[tuple[str, str], ...]
     controls: tuple[Record, ...] = ()
     logs: tuple[tuple[str, str], ...] = ()
-    shapes: tuple[Record, ...] = ()
-    besides: tuple[Record, ...] = ()
+    synthetic: tuple[Record, ...] = ()
+    references: tuple[Record, ...] = ()
 
     @property
-    def everything(self) -> tuple[Record, ...]:
-        """Every record of the run."""
-        return (*self.records, *self.controls, *self.shapes, *self.besides)
+    def all_records(self) -> tuple[Record, ...]:
+        """Return every record of the run."""
+        return (*self.records, *self.controls, *self.synthetic, *self.references)
 
-    def pick(self, **wanted: Any) -> list[Record]:
-        """Records whose fields all equal what is wanted, in order."""
+    def select(self, **wanted: Any) -> list[Record]:
+        """Return the records whose fields equal `wanted`, in order."""
         found = self._of(wanted["model"]) if "model" in wanted else self.records
         for name, value in wanted.items():
             found = [record for record in found if getattr(record, name) == value]
         return list(found)
 
-    def pool(self, **wanted: Any) -> list[Record]:
-        """The same, if every task that the model was given (or the one wanted) is among them; otherwise none.
+    def select_complete(self, **wanted: Any) -> list[Record]:
+        """Return the same records if they cover every task of the model (or the wanted one); otherwise none.
 
-        Strategies are compared on the same items, so a pool that lacks a task is no pool; the page lists what failed.
+        Strategies are compared on the same items, so a selection that lacks a task is none; the page lists what failed.
         """
-        found = self.pick(**wanted)
+        found = self.select(**wanted)
         given = self._of(wanted["model"]) if "model" in wanted else self.records
         tasks = {wanted["task"]} if "task" in wanted else {record.task for record in given}
         return found if {record.task for record in found} == tasks else []
@@ -55,24 +55,24 @@ class Results:
 
     @cached_property
     def _by_model(self) -> dict[str, list[Record]]:
-        """A page asks for some cells of a model thousands of times."""
+        """Index the records by model: a page selects cells of a model thousands of times."""
         found: dict[str, list[Record]] = {}
         for record in self.records:
             found.setdefault(record.model, []).append(record)
         return found
 
-    def values(self, name: str) -> list[Any]:
-        """The different values of a field, in order of first appearance."""
+    def distinct(self, name: str) -> list[Any]:
+        """Return the distinct values of a record field, in order of first appearance."""
         return list(dict.fromkeys(getattr(record, name) for record in self.records))
 
     def budgets(self, model: str) -> list[str]:
-        """Memory budgets every strategy of a model was given; shares of the experts and `resident`'s own are not."""
-        found = dict.fromkeys(record.budget for record in self.pick(model=model))
+        """Return the memory budgets that every strategy of a model was given: no shares of experts, no `resident`."""
+        found = dict.fromkeys(record.budget for record in self.select(model=model))
         return [budget for budget in found if budget != "all" and not budget.endswith("%")]
 
     @cached_property
     def families(self) -> dict[str, list[str]]:
-        """Models of each family, the one the page is about first; the others are further trainings of it."""
+        """Return the models of each family, first the one the page is about, then its other trainings."""
         found: dict[str, list[str]] = {}
         for record in self.records:
             models = found.setdefault(family(record), [])
@@ -82,16 +82,16 @@ class Results:
 
     @property
     def models(self) -> list[str]:
-        """One model a family."""
+        """Return one model a family."""
         return [models[0] for models in self.families.values()]
 
     def tasks(self, model: str) -> list[str]:
-        """The tasks a model was given, in order."""
-        return list(dict.fromkeys(record.task for record in self.pick(model=model)))
+        """Return the tasks a model was given, in order."""
+        return list(dict.fromkeys(record.task for record in self.select(model=model)))
 
 
 def family(record: Record) -> str:
-    """The architecture a model belongs to; seeds of one training recipe share it."""
+    """Return the family of a record's model; seeds of one training recipe share it."""
     return record.config.get("family") or re.sub(r"-seed-?\d+$", "", record.model)
 
 
@@ -100,14 +100,14 @@ class NoResults(ValueError):
 
 
 def latest_run() -> Path:
-    """The folder of the run that was started last from here. Raises NoResults if there is none."""
+    """Return the folder of the run that was started last from here. Raise NoResults if there is none."""
     if not LATEST.is_file():
         raise NoResults("There has been no run here; make one with: python -m suites run")
     return Path(LATEST.read_text().strip())
 
 
 def read(run: Path) -> Results:
-    """Raises NoResults if the folder is no run, or has no record at all."""
+    """Read a run folder. Raise NoResults if it is no run, or has no record at all."""
     folder = RunFolder(run)
     if not folder.plan.is_file():
         raise NoResults(f"{run} is not a run folder (it has no run.json); make one with: python -m suites run")
@@ -126,35 +126,35 @@ def read(run: Path) -> Results:
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
-    shapes = tuple(record for record in records if record.config.get("kind") == "shape")
-    besides = tuple(record for record in records if record.config.get("kind") == "beside")
-    apart = {record.id for record in (*controls, *shapes, *besides)}
+    synthetic = tuple(record for record in records if record.config.get("kind") == "shape")
+    references = tuple(record for record in records if record.config.get("kind") == "beside")
+    apart = {record.id for record in (*controls, *synthetic, *references)}
     return Results(
         preset,
         tuple(record for record in records if record.id not in apart),
-        tuple((label, why.text) for label, why in absent),
+        tuple((label, gap.reason) for label, gap in absent),
         controls,
-        tuple((label, why.log_tail) for label, why in absent if why.log_tail),
-        shapes,
-        besides,
+        tuple((label, gap.log_tail) for label, gap in absent if gap.log_tail),
+        synthetic,
+        references,
     )
 
 
-class Why(NamedTuple):
-    """Why a cell has no record, and how its log ended."""
+class NoRecord(NamedTuple):
+    """The reason why a cell has no record, and the end of its log."""
 
-    text: str
+    reason: str
     log_tail: str | None = None
 
 
-def _record(folder: RunFolder, cell: str) -> Record | Why:
+def _record(folder: RunFolder, cell: str) -> Record | NoRecord:
     path, failure = folder.record(cell), folder.failure(cell)
     try:
         if path.is_file():
             return load(path)
         if failure.is_file():
             note = read_json(failure)
-            return Why(f"FAILED: {note['error']}", note.get("log_tail"))
+            return NoRecord(f"FAILED: {note['error']}", note.get("log_tail"))
     except ValueError as error:
-        return Why(f"FAILED: {error}")
-    return Why("MISSING: not run yet")
+        return NoRecord(f"FAILED: {error}")
+    return NoRecord("MISSING: not run yet")

@@ -1,4 +1,4 @@
-"""How numbers are written in tables. What is unknown is a dash, never a zero."""
+"""Numbers as tables write them. An unknown one is a dash, never a zero."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ from reports.stats.intervals import Interval
 
 
 def ratio(interval: Interval | None) -> str:
+    """Write a ratio with its interval."""
     return "-" if interval is None else f"{interval.value:.2f}x [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def points(interval: Interval) -> str:
+    """Write a difference in points with its interval, signed."""
     return f"{interval.value:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
 
 
 def percent(share: float | None) -> str:
+    """Write a share (0 to 1) in percent."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def score(interval: Interval) -> str:
+    """Write an accuracy, in percent already, with its interval."""
     return f"{interval.value:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
 
 
 def p_value(p: float) -> str:
+    """Write a p-value with three decimals."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def budget_title(budget: str) -> str:
-    """A memory budget as a reader would say it."""
+    """Write a memory budget (`smallest`, `16GiB`, `25%`) in words."""
     if budget.endswith("%"):
         return f"slots for {budget} of all experts"
     return {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {budget}")

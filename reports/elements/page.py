@@ -1,4 +1,4 @@
-"""What a page is made of, for every output format."""
+"""The parts of a page: tables, figures, examples and sections, independent of any output format."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Table:
     note: str = ""
 
     @property
-    def wordy(self) -> tuple[bool, ...]:
-        """Which columns hold words rather than numbers, and read better from the left."""
+    def text_columns(self) -> tuple[bool, ...]:
+        """Return, by column, whether it holds words rather than numbers and is aligned left."""
         return tuple(any(row[i][:1].isalpha() for row in self.rows) for i in range(len(self.head)))
 
     @property
     def grouped(self) -> bool:
-        """Whether rows that begin alike belong together."""
+        """Return whether several rows share a first cell, so that they belong together."""
         return len({row[0] for row in self.rows}) < len(self.rows)
 
     @property
     def csv(self) -> str:
-        """The same as comma-separated values, heads first."""
+        """Return the table as comma-separated values, heads first."""
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows((self.head, *self.rows))
         return out.getvalue()
@@ -46,13 +46,13 @@ class Figure:
 
     @property
     def link(self) -> str:
-        """The numbers as a data: link, so that the page needs no other file."""
+        """Return the numbers as a data: link, so that the page needs no other file."""
         return f"data:text/csv;charset=utf-8,{quote(self.data.csv)}"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A stretch of an answer; `fell_back` where the big pass wrote it."""
+class Span:
+    """A span of an answer; `fell_back` where the big pass wrote it."""
 
     text: str
     fell_back: bool
@@ -64,31 +64,33 @@ class Example:
 
     title: str
     prompt: str
-    full: str
-    full_right: bool
-    other: tuple[Run, ...]
-    other_right: bool
+    full_k: str
+    full_k_right: bool
+    mobile: tuple[Span, ...]
+    mobile_right: bool
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it; `level` 2 is a chapter, 3 a part of one, which may be folded away."""
+    """A heading and its content; `level` 2 is a chapter, 3 a part of one, which may be folded."""
 
     heading: str
     paragraphs: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     examples: tuple[Example, ...] = ()
-    logs: tuple[tuple[str, str], ...] = ()  # of what, and how the log ended
+    logs: tuple[tuple[str, str], ...] = ()  # label, end of the log
     level: int = 2
     folded: bool = False
 
     @property
     def empty(self) -> bool:
+        """Return whether nothing stands below the heading."""
         return not (self.paragraphs or any(t.rows for t in self.tables) or self.figures or self.examples)
 
     @property
     def anchor(self) -> str:
+        """Return the heading as an HTML id."""
         return "-".join("".join(c if c.isalnum() else " " for c in self.heading.lower()).split())
 
 
@@ -104,4 +106,5 @@ class Report:
 
     @property
     def figures(self) -> tuple[Figure, ...]:
+        """Return the figures of all sections."""
         return tuple(figure for section in self.sections for figure in section.figures)

@@ -1,4 +1,4 @@
-"""What the report says, once, for every output format: an overview, a chapter a family, and what can be trusted."""
+"""The report's content, built once for every output format: overview, a chapter a family, controls, provenance."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from reports.plots import forest
 from reports.sections import clock, controls, references, sentences, synthetic
 from reports.sections.family_sections import family_sections
 from reports.tables import overview, scores, telemetry
-from reports.verdict import RULE, likeness
+from reports.verdict import RULE, machine_identity
 
 ALARMS = 5  # that the first line names
 PAPER = Path(__file__).parents[1] / "paper.toml"
 
 
 def build(results: Results) -> Report:
-    """The report of a run."""
+    """Build the report of a run."""
     paper = tomllib.loads(PAPER.read_text())
     broken = controls.broken(results)
     sections = [
         *(_overview(results, paper, trusted=not broken) if results.records else ()),
         *(section for model in results.models for section in family_sections(results, model, paper)),
-        *synthetic.chapters(results, paper, trusted=not broken),
+        *synthetic.sections(results, paper, trusted=not broken),
         *clock.sections(results),
         *references.sections(results),
-        *_seeds(results, paper["accuracy"]["margin_points"]),
+        *_by_seed(results, paper["accuracy"]["margin_points"]),
         _controls(results),
-        _watched(results),
+        _telemetry(results),
         _absent(results),
         _provenance(paper),
-        Section("Limits", (*sentences.limits(results), *(synthetic.LIMITS if results.shapes else ()))),
+        Section("Limits", (*sentences.limits(results), *(synthetic.LIMITS if results.synthetic else ()))),
     ]
     return Report(
         title=f"How far does MoBiLE hold? ({results.preset})",
@@ -45,14 +45,14 @@ def build(results: Results) -> Report:
 
 
 def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
-    told = sentences.opening(results, paper)
-    if not results.shapes:
-        return told
-    return (*(told if results.records else told[:1]), synthetic.opening(results))
+    paragraphs = sentences.opening(results, paper)
+    if not results.synthetic:
+        return paragraphs
+    return (*(paragraphs if results.records else paragraphs[:1]), synthetic.opening(results))
 
 
 def _alarm(broken: list[str]) -> str | None:
-    """The first line of a page that cannot be trusted; the chapter on controls has all of it."""
+    """Return the first line of a page that cannot be trusted; None if no control is broken."""
     if not broken:
         return None
     more = f"; and {len(broken) - ALARMS} more under Controls" if len(broken) > ALARMS else ""
@@ -74,13 +74,15 @@ def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Se
             (drawn,) if drawn else (),
         ),
         Section("Verdicts", (RULE,), (overview.verdicts(results, paper, trusted),)),
-        Section("What so many questions can show", (), (overview.shows(results, margin),), level=3, folded=True),
+        Section(
+            "What so many questions can show", (), (overview.power_of_items(results, margin),), level=3, folded=True
+        ),
     ]
 
 
-def _seeds(results: Results, margin_points: float) -> list[Section]:
+def _by_seed(results: Results, margin_points: float) -> list[Section]:
     families = [models for models in results.families.values() if len(models) > 1]
-    tables = tuple(scores.seeds(results, models, margin_points) for models in families)
+    tables = tuple(scores.by_seed(results, models, margin_points) for models in families)
     text = "The same recipe trained from other seeds: how much of a result is the luck of one training."
     return [Section("Seeds", (text,), tables)] if any(table.rows for table in tables) else []
 
@@ -102,7 +104,7 @@ def _controls(results: Results) -> Section:
     return Section("Controls", (text, *nothing), tables)
 
 
-def _watched(results: Results) -> Section:
+def _telemetry(results: Results) -> Section:
     table = telemetry.by_strategy(results)
     text = (
         "Sampled while the cells ran. The card's own count of what came over the link is held against the ledger's: it "
@@ -119,7 +121,7 @@ def _absent(results: Results) -> Section:
 
 
 def _logs(results: Results) -> tuple[tuple[str, str], ...]:
-    """How the logs of failed cells ended, each text once."""
+    """Return (cells, end of their log) of failed cells, each text once."""
     cells: dict[str, list[str]] = {}
     for label, tail in results.logs:
         cells.setdefault(tail, []).append(label)
@@ -146,11 +148,11 @@ def _provenance(paper: dict[str, Any]) -> Section:
 
 
 def _facts(results: Results) -> tuple[tuple[str, str], ...]:
-    """What a reader needs to repeat the run; nothing that changes when it is repeated."""
-    record = results.everything[0]
+    """Return the (name, value) facts that a reader needs to repeat the run; none changes when it is repeated."""
+    record = results.all_records[0]
     packages = record.environment["packages"]
-    made = (*results.records, *results.shapes, *results.besides)
-    machines = {likeness(r) for r in made}
+    made = (*results.records, *results.synthetic, *results.references)
+    machines = {machine_identity(r) for r in made}
     dirty = any(r.environment["git_dirty"] for r in made)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)
     return (

@@ -1,4 +1,4 @@
-"""Every cell as one row of numbers, for a spreadsheet or a data frame."""
+"""The table of all cells as CSV, one row a cell, for a spreadsheet or a data frame."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SCRIPT = ("link_gb_per_s", "link_measured_gb_per_s", "fallback_asked", "moe_laye
 
 
 def csv_of(results: Results) -> Table:
-    """All cells, controls too, at full precision; unknown is empty."""
-    records = results.everything
+    """Return all cells, controls too, at full precision; an unknown value is empty."""
+    records = results.all_records
     counters = sorted({name for record in records for name in record.counters})
-    derived = [_derived(record) | (_script(record) if results.shapes else {}) for record in records]
+    derived = [_derived(record) | (_script(record) if results.synthetic else {}) for record in records]
     head = (*FIELDS, *derived[0], *counters)
     rows = tuple(
         tuple(_text(v) for v in (*(getattr(r, f) for f in FIELDS), *d.values(), *(r.counters.get(c) for c in counters)))
@@ -61,7 +61,7 @@ def _derived(record: Record) -> dict[str, Any]:
 
 
 def _script(record: Record) -> dict[str, Any]:
-    """What a cell that played a script says beside; unknown of the others."""
+    """Return the columns that only synthetic cells fill."""
     return {name: record.config.get(name) for name in SCRIPT}
 
 

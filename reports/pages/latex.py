@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from reports.data import groups
-from reports.data.compare import accuracy, count, name, share, speedup, total
+from reports.data.compare import accuracy, count, share, speedup, strategy_name, total
 from reports.data.groups import Group
 from reports.data.results import Results
-from reports.verdict import stamp
+from reports.verdict import stamp_of
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -21,12 +21,12 @@ SPECIAL = {
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it stands."""
+    """Return text that LaTeX prints as it stands."""
     return re.sub("|".join(map(re.escape, SPECIAL)), lambda found: SPECIAL[found.group()], text)
 
 
 def tables(results: Results, alarm: str | None) -> str:
-    """Accuracy by task and speed by model, to be read with \\input; needs booktabs and graphicx."""
+    """Return the tables of accuracy by task and speed by model as LaTeX, for the input command."""
     warning = f"% {alarm}\n" if alarm else ""
     return (
         f"{warning}% Made by python -m reports build. Needs: \\usepackage{{booktabs,graphicx}}\n"
@@ -35,48 +35,48 @@ def tables(results: Results, alarm: str | None) -> str:
 
 
 def _accuracy(results: Results) -> str:
-    """Rows are the methods that can change an answer, columns the tasks of each model; scores in percent."""
+    """Return scores in percent: a row a method that can change an answer, a column a model and task."""
     columns = [(model, task) for model in results.models for task in results.tasks(model)]
-    methods = dict.fromkeys(name(g[0]) for model in results.models for g in _scored(results, model))
+    methods = dict.fromkeys(strategy_name(g[0]) for model in results.models for g in _scored(results, model))
     rows = []
     for method in methods:
         cells = []
         for model, task in columns:
-            group = next((g for g in _scored(results, model, task=task) if name(g[0]) == method), None)
+            group = next((g for g in _scored(results, model, task=task) if strategy_name(g[0]) == method), None)
             cells.append(f"{100 * total(group, 'correct') / count(group):.1f}" if group else "--")
         rows.append([escape("full K" if method == "resident" else method), *cells])
     heads = [("", 1), *((model, len(results.tasks(model))) for model in results.models)]
     second = ["Method", *(escape(task.replace("_", " ")) for _, task in columns)]
-    scope = escape(str(stamp(results.records)))
+    scope = escape(str(stamp_of(results.records)))
     caption = f"Accuracy (\\%), greedy decoding, the same items for every method ({scope})."
     return _table(caption, "tab:accuracy", heads, second, rows)
 
 
 def _scored(results: Results, model: str, **wanted: str) -> list[Group]:
-    found = groups.own(results, "smallest", model, **wanted)
+    found = groups.unswept(results, "smallest", model, **wanted)
     return [group for group in found if group[0].strategy == "resident" or not group[0].lossless]
 
 
 def _speed(results: Results) -> str:
-    """Rows are strategies, for each model its speedup, loss and fallbacks: never a speed without its accuracy."""
+    """Return speedup, loss and fallbacks: a row a strategy, three columns a model (no speed without its accuracy)."""
     methods = dict.fromkeys(
-        name(g[0])
+        strategy_name(g[0])
         for model in results.models
-        for g in groups.own(results, "smallest", model)
+        for g in groups.unswept(results, "smallest", model)
         if g[0].strategy != "resident"
     )
     rows = []
     for method in methods:
         cells: list[str] = []
         for model in results.models:
-            found = (g for g in groups.own(results, "smallest", model) if name(g[0]) == method)
+            found = (g for g in groups.unswept(results, "smallest", model) if strategy_name(g[0]) == method)
             cells += _speed_cells(results, model, next(found, None))
         rows.append([escape(method), *cells])
     heads = [("", 1), *((model, 3) for model in results.models)]
     second = ["Method", *(["Speedup", "$\\Delta$acc.", "Fallb."] * len(results.models))]
     caption = (
         "Decode speedup over on-demand-overlap with the fewest slots each method needs, change of accuracy in points, "
-        f"and fallback rate in \\% ({escape(str(stamp(results.records)))}; published: on a real GPU, "
+        f"and fallback rate in \\% ({escape(str(stamp_of(results.records)))}; published: on a real GPU, "
         "1.60 to 1.72)."
     )
     return _table(caption, "tab:speed", heads, second, rows)
@@ -84,18 +84,18 @@ def _speed(results: Results) -> str:
 
 def _speed_cells(results: Results, model: str, group: Group | None) -> list[str]:
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
-    whole = groups.full(results, model)
+    full_k = groups.full_k(results, model)
     if group is None or base is None:
         return ["--"] * 3
-    faster = speedup(group, base)
-    lost = "0" if group[0].lossless else f"${accuracy(group, whole).difference.value:+.1f}$" if whole else "--"
-    fell = share(group, "fallbacks", "tokens")
-    rate = "--" if group[0].gamma is None or fell is None else f"{100 * fell:.1f}"
-    return [f"{faster.value:.2f}$\\times$" if faster else "--", lost, rate]
+    speed_up = speedup(group, base)
+    loss = "0" if group[0].lossless else f"${accuracy(group, full_k).difference.value:+.1f}$" if full_k else "--"
+    fallbacks = share(group, "fallbacks", "tokens")
+    rate = "--" if group[0].gamma is None or fallbacks is None else f"{100 * fallbacks:.1f}"
+    return [f"{speed_up.value:.2f}$\\times$" if speed_up else "--", loss, rate]
 
 
 def _table(caption: str, label: str, heads: list[tuple[str, int]], second: list[str], rows: list[list[str]]) -> str:
-    """One table, scaled to the text's width; `heads` span so many columns each, rows are LaTeX already."""
+    """Return one table, scaled to the text's width; `heads` are (text, columns spanned), `rows` LaTeX already."""
     spans, rules, column = [], [], 1
     for text, width in heads:
         spans.append(f"\\multicolumn{{{width}}}{{c}}{{{escape(text)}}}" if width > 1 or text else "")

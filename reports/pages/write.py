@@ -1,4 +1,4 @@
-"""Put a report on disk: one HTML file that needs nothing else, and Markdown, LaTeX, CSV and a timeline beside it."""
+"""Writing a report to disk: one HTML file that needs no other, and Markdown, LaTeX, CSV and a timeline beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from reports.data.results import Results
-from reports.elements.page import Report, Run
+from reports.elements.page import Report, Span
 from reports.pages import csv_cells, latex, perfetto
 
 # An SVG opened by itself, or shown in a Markdown page, has no text colour of its own.
@@ -17,7 +17,7 @@ STANDALONE = "<style>:root{color:#1b1b1b}@media (prefers-color-scheme:dark){:roo
 
 
 def write(report: Report, results: Results, folder: Path) -> list[Path]:
-    """Write every output into `folder`; returns the paths, the HTML page first."""
+    """Write every output into `folder`; return the paths, the HTML page first."""
     texts = {
         "report.html": _render("report.html.j2", report),
         "report.md": markdown(report),
@@ -37,7 +37,7 @@ def write(report: Report, results: Results, folder: Path) -> list[Path]:
 
 
 def markdown(report: Report, figures: bool = True) -> str:
-    """The page as Markdown; without figures it needs no file beside it."""
+    """Return the page as Markdown; without figures it needs no file beside it."""
     if not figures:
         report = replace(report, sections=tuple(replace(section, figures=()) for section in report.sections))
     return _render("report.md.j2", report)
@@ -60,9 +60,9 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A code block; each line is indented, so that no text can close it."""
+    """Return a code block, each line indented, so that no text can close it."""
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
 
-def _marked(runs: Iterable[Run]) -> str:
-    return "".join(f"⟦{run.text}⟧" if run.fell_back else run.text for run in runs)
+def _marked(spans: Iterable[Span]) -> str:
+    return "".join(f"⟦{span.text}⟧" if span.fell_back else span.text for span in spans)

@@ -1,4 +1,4 @@
-"""How sure the little pass was of its tokens, and which of them fell back."""
+"""Histogram of the little pass's confidence, split where tokens fall back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAPTION = (
 
 
 def histogram(results: Results, model: str) -> Figure | None:
-    """None where the records keep no confidences."""
+    """Draw the histogram of MoBiLE's confidences; None where the records keep none."""
     group = groups.mobile(results, model)
     bins: dict[float, int] = {}
     for record in group:

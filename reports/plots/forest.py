@@ -1,4 +1,4 @@
-"""Speedups with their intervals, family by family, beside the published band."""
+"""Forest plot of speedups with their intervals, family by family, beside the published band."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import matplotlib.pyplot as plt
 
 from reports.data import groups
 from reports.data.compare import speedup
-from reports.data.groups import COMPARED
+from reports.data.groups import BASELINES
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above
 from reports.stats.intervals import Interval
 
-MARKS = dict(zip(COMPARED, (("o", BLUE), ("s", ORANGE), ("^", GREEN)), strict=True))
+MARKS = dict(zip(BASELINES, (("o", BLUE), ("s", ORANGE), ("^", GREEN)), strict=True))
 
 
 def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
-    """MoBiLE over each baseline, at each budget, for each family; None if there is none."""
+    """Draw MoBiLE over each baseline, at each budget, for each family; None if there is no speedup."""
     low, high = paper["speedup"]["low"], paper["speedup"]["high"]
     lines: list[tuple[str, str, str, Interval]] = []
     for model in results.models:
         for budget in results.budgets(model):
-            own = groups.mobile(results, model, budget)
+            mobile = groups.mobile(results, model, budget)
             for base, group in groups.baselines(results, budget, model).items():
-                measured = speedup(own, group) if own else None
+                measured = speedup(mobile, group) if mobile else None
                 if measured:
                     lines.append((model, budget, base, measured))
     if not lines:
@@ -36,7 +36,7 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
         axes.axvspan(low, high, facecolor=GREY, alpha=0.35, hatch="//", edgecolor=GREY, linewidth=0)
         axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
         for model, budget, base, measured in lines:
-            row = places.index((model, budget)) + 0.22 * (COMPARED.index(base) - 1)
+            row = places.index((model, budget)) + 0.22 * (BASELINES.index(base) - 1)
             mark, colour = MARKS[base]
             bars = [[measured.value - measured.low], [measured.high - measured.value]]
             axes.errorbar(
@@ -52,7 +52,8 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
         axes.fill_between([], [], [], facecolor=GREY, alpha=0.35, hatch="//", edgecolor=GREY, label="published band")
         legend_above(axes, 4)
         rows = tuple(
-            (m, budget, base, f"{i.value:.4f}", f"{i.low:.4f}", f"{i.high:.4f}") for m, budget, base, i in lines
+            (m, budget, base, f"{interval.value:.4f}", f"{interval.low:.4f}", f"{interval.high:.4f}")
+            for m, budget, base, interval in lines
         )
         head = ("model", "budget", "baseline", "speedup", "low", "high")
         caption = (

@@ -1,14 +1,14 @@
-"""Accuracy against speed: every strategy and every gamma, and the front that nothing beats in both."""
+"""Figure of accuracy by speed: every strategy and every gamma, and the Pareto front."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
 from reports.data import groups
-from reports.data.compare import accuracy, name, speedup
+from reports.data.compare import accuracy, speedup, strategy_name
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
-from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above, named
+from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, label_points, legend_above
 from reports.stats.intervals import Interval
 
 CAPTION = (
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other passes in one coordinate without falling behind in the other, by the first."""
+    """Return the Pareto front of (x, y) points, larger being better in both, by x."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(set(points), reverse=True):
         if not kept or y > kept[-1][1]:
@@ -33,19 +33,19 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def accuracy_against_speed(results: Results, model: str) -> Figure | None:
-    """None where the baseline or full K is missing, or nothing stands beside them."""
+    """Draw accuracy by speedup; None where the baseline, full K or every other strategy is missing."""
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
-    reference = groups.full(results, model)
+    reference = groups.full_k(results, model)
     if not base or not reference:
         return None
     points: list[tuple[str, str, Interval, Interval]] = []
-    for group in groups.strategies(results, "smallest", model):
-        first, faster = group[0], speedup(group, base)
-        if first.strategy == "resident" or faster is None:
+    for group in groups.by_strategy(results, "smallest", model):
+        first, speed_up = group[0], speedup(group, base)
+        if first.strategy == "resident" or speed_up is None:
             continue
         kind = "mobile" if first.gamma is not None else "lossless" if first.lossless else "lossy"
-        lost = Interval(0, 0, 0) if first.lossless else accuracy(group, reference).difference
-        points.append((name(first), kind, faster, lost))
+        loss = Interval(0, 0, 0) if first.lossless else accuracy(group, reference).difference
+        points.append((strategy_name(first), kind, speed_up, loss))
     if not points:
         return None
     with plt.rc_context(STYLE):
@@ -53,8 +53,8 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
         for kind, (mark, colour, label) in KINDS.items():
             axes.plot([], [], mark, color=colour, label=label)
-            for _, of, x, y in points:
-                if of == kind:
+            for _, its_kind, x, y in points:
+                if its_kind == kind:
                     bars = None if kind == "lossless" else [[y.value - y.low], [y.high - y.value]]
                     axes.errorbar(x.value, y.value, yerr=bars, fmt=mark, color=colour, capsize=2, elinewidth=0.7)
         edge = front([(x.value, y.value) for _, _, x, y in points])
@@ -62,22 +62,22 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         axes.set_xlabel("speedup over on-demand-overlap (decode)")
         axes.set_ylabel("accuracy less full K's (points)")
         legend_above(axes, 2)
-        _, fastest = max(((x.value, shown) for shown, kind, x, _ in points if kind == "lossless"), default=(0, ""))
-        named(
+        _, fastest = max(((x.value, label) for label, kind, x, _ in points if kind == "lossless"), default=(0, ""))
+        label_points(
             axes,
             [
-                (shown.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value)
-                for shown, kind, x, y in points
-                if kind != "lossless" or shown == fastest
+                (label.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value)
+                for label, kind, x, y in points
+                if kind != "lossless" or label == fastest
             ],
         )
         rows = tuple(
             (
-                shown,
+                label,
                 *(f"{n:.4f}" for n in (x.value, x.low, x.high, y.value, y.low, y.high)),
                 "yes" if (x.value, y.value) in edge else "no",
             )
-            for shown, _, x, y in points
+            for label, _, x, y in points
         )
         head = ("strategy", "speedup", "low", "high", "points", "low", "high", "on the front")
         return figure(f"pareto-{model}", CAPTION, drawn, Table("Accuracy against speed", head, rows))

@@ -1,4 +1,4 @@
-"""How every figure looks: Okabe and Ito's colours, told apart by marks, dashes or hatches too, on light and on dark."""
+"""Style of every figure: Okabe and Ito's colours, with marks, dashes or hatches too, on light and on dark."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LINES = tuple(zip(COLOURS, DASHES, MARKS, strict=True))
 
 
 def figure(name: str, caption: str, drawn: Any, data: Table) -> Figure:
-    """Close a matplotlib figure and keep its SVG, in the page's text colour and with ids of its own."""
+    """Close a matplotlib figure and return its SVG, in the page's text colour, each id prefixed by `name`."""
     out = io.StringIO()
     drawn.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
     plt.close(drawn)
@@ -57,16 +57,16 @@ def figure(name: str, caption: str, drawn: Any, data: Table) -> Figure:
 
 
 def legend_above(axes: Any, columns: int) -> None:
-    """The legend above the drawing, where it hides nothing."""
+    """Put the legend above the axes, where it hides nothing."""
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=columns)
 
 
-def named(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
+def label_points(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
     """Write each (text, x, y) beside its point, where it covers no other and none that was written before.
 
     Right of the point and above it if that is free, else below, left, or farther off. Nothing more may be drawn after.
     """
-    axes.autoscale_view()  # is put off until something is drawn, and then moves what was measured before
+    axes.autoscale_view()  # now: matplotlib would do it at the first draw, after the places below were measured
     at = axes.transData.transform([(x, y) for _, x, y in labels])
     taken: list[Any] = [Bbox.from_bounds(left - 4, below - 4, 8, 8) for left, below in at]
     for text, x, y in labels:
@@ -83,7 +83,7 @@ def named(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
 def curves(
     name: str, caption: str, points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str
 ) -> Figure | None:
-    """One line a name, told apart by dashes and marks as well as colour, and named beside its end; None if empty."""
+    """Draw one line a name, labelled at its end, each with its colour, dashes and mark; None without lines."""
     if not points:
         return None
     with plt.rc_context(STYLE):

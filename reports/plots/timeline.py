@@ -1,11 +1,11 @@
-"""What link, GPU and CPU do during a few decode tokens."""
+"""Timeline of link, GPU and CPU during a few decode tokens."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
 from reports.data import groups
-from reports.data.compare import name
+from reports.data.compare import strategy_name
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, figure
@@ -25,15 +25,15 @@ KINDS = {
 
 
 def shown(results: Results, model: str) -> list[Record]:
-    """The cells drawn: plain offloading with overlap above MoBiLE, on the model's first task."""
+    """Return the cells to draw: on-demand-overlap above MoBiLE, on the model's first task."""
     cells = {"model": model, "task": results.tasks(model)[0], "budget": "smallest"}
-    found = results.pick(strategy="on-demand-overlap", **cells)
-    found += results.pick(strategy="mobile", gamma=groups.default_gamma(results, model), **cells)
+    found = results.select(strategy="on-demand-overlap", **cells)
+    found += results.select(strategy="mobile", gamma=groups.default_gamma(results, model), **cells)
     return [record for record in found if record.timeline]
 
 
 def token_timeline(results: Results, model: str) -> Figure | None:
-    """None where no cell kept its events."""
+    """Draw the events of a few tokens; None where no cell kept them."""
     records = shown(results, model)
     if not records:
         return None
@@ -44,19 +44,19 @@ def token_timeline(results: Results, model: str) -> Figure | None:
         )
         rows: list[tuple[str, ...]] = []
         for axes, record in zip(panels[:, 0], records, strict=True):
-            for what, (_, colour, row, hatch) in KINDS.items():
-                spans = _merged([(e[1], e[2]) for e in record.timeline if e[0] == what])
+            for kind, (_, colour, row, hatch) in KINDS.items():
+                spans = _merged([(e[1], e[2]) for e in record.timeline if e[0] == kind])
                 axes.broken_barh(spans, (row + 0.1, 0.8), facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0)
-                rows += [(name(record), what, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
+                rows += [(strategy_name(record), kind, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
             axes.set_yticks([0.5, 1.5], ["GPU", "link"])
             axes.set_xlim(0, end)
-            axes.set_title(name(record), loc="left", fontsize=10)
+            axes.set_title(strategy_name(record), loc="left", fontsize=10)
         panels[-1, 0].set_xlabel("milliseconds")
         used = {row[1] for row in rows}
         handles = [
             plt.Rectangle((0, 0), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
-            for what, (label, colour, _, hatch) in KINDS.items()
-            if what in used
+            for kind, (label, colour, _, hatch) in KINDS.items()
+            if kind in used
         ]
         drawn.legend(handles=handles, ncols=len(handles), frameon=False, loc="upper right")
         drawn.tight_layout()
@@ -65,7 +65,7 @@ def token_timeline(results: Results, model: str) -> Figure | None:
 
 
 def _merged(spans: list[tuple[int, int]]) -> list[tuple[float, float]]:
-    """Touching spans joined, as (start, width) in milliseconds: a drawing needs no seam between equal neighbours."""
+    """Join touching (start, end) spans in ns into (start, width) in ms, so that no seam is drawn between them."""
     joined: list[list[int]] = []
     for start, end in sorted(spans):
         if joined and start <= joined[-1][1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reports.data.chance_levels import floor
+from reports.data.chance_levels import chance_level
 from reports.data.compare import accuracy, count, speedup, total
 from reports.data.results import Results
 from reports.elements.numbers import points
@@ -26,33 +26,33 @@ CANARY = (
 
 @dataclass(frozen=True)
 class Canary:
-    """One scrambled cell against the sound one; `held` is None where there is nothing to hold it against."""
+    """A scrambled cell compared with the sound one; `passed` is None where the comparison cannot decide."""
 
     record: Record
     loss: Paired | None
-    slower: float | None
-    held: bool | None
-    says: str
+    speedup: float | None
+    passed: bool | None
+    result: str
 
 
 def canaries(results: Results) -> list[Canary]:
-    """Every canary of the run, judged."""
-    return [_judged(results, record) for record in results.controls if record.config["control"] == "canary"]
+    """Return every canary of the run, judged."""
+    return [_judge(results, record) for record in results.controls if record.config["control"] == "canary"]
 
 
-def _judged(results: Results, record: Record) -> Canary:
-    """Scores are held against full K's, times against the same strategy's, both on the same items."""
+def _judge(results: Results, record: Record) -> Canary:
+    """Judge a canary: its scores by full K's, its times by the same strategy's, both on the same items."""
     same = {"model": record.model, "task": record.task, "seed": record.seed}
-    sound = results.pick(strategy="resident", **same)
+    sound = results.select(strategy="resident", **same)
     if not record.lossless:
-        sound = results.pick(strategy=record.strategy, gamma=record.gamma, budget=record.budget, **same)
-    timed = results.pick(strategy=record.strategy, gamma=record.gamma, budget=record.budget, **same)
+        sound = results.select(strategy=record.strategy, gamma=record.gamma, budget=record.budget, **same)
+    timed = results.select(strategy=record.strategy, gamma=record.gamma, budget=record.budget, **same)
     loss = accuracy([record], sound) if sound else None
     change = speedup([record], timed) if timed and record.strategy != "resident" else None
     ratio = change.value if change else None
     if loss is None or not loss.items:
         return Canary(record, None, None, None, "nothing to hold it against")
-    above_guessing = 100 * (total(sound, "correct") / count(sound) - (floor(record.task) or 0))
+    above_guessing = 100 * (total(sound, "correct") / count(sound) - (chance_level(record.task) or 0))
     if above_guessing < COLLAPSE_POINTS:
         return Canary(record, loss, ratio, None, "cannot tell: the sound score is near guessing")
     faults = []
@@ -65,13 +65,14 @@ def _judged(results: Results, record: Record) -> Canary:
 
 
 def canary_table(results: Results) -> Table:
+    """Return one row a canary."""
     rows = tuple(
         (
             f"{canary.record.model}, {canary.record.task}, {canary.record.strategy}",
             str(canary.loss.items if canary.loss else 0),
             points(canary.loss.difference) if canary.loss else "-",
-            "-" if canary.slower is None else f"{canary.slower:.3f}x",
-            canary.says if canary.held is not False else f"BROKEN: {canary.says}",
+            "-" if canary.speedup is None else f"{canary.speedup:.3f}x",
+            canary.result if canary.passed is not False else f"BROKEN: {canary.result}",
         )
         for canary in canaries(results)
     )
@@ -79,24 +80,29 @@ def canary_table(results: Results) -> Table:
 
 
 def checks(results: Results) -> Table:
-    """Every check the live runs made of themselves, and whether all of them held."""
-    seen: dict[str, list[bool]] = {}
-    for record in results.everything:
-        for check, held in record.checks.items():
-            seen.setdefault(check, []).append(held)
+    """Return one row a check made by the live runs, and whether it held in every cell."""
+    by_check: dict[str, list[bool]] = {}
+    for record in results.all_records:
+        for check, passed in record.checks.items():
+            by_check.setdefault(check, []).append(passed)
     rows = tuple(
-        (check, f"held in {len(held)} cells" if all(held) else f"BROKEN in {held.count(False)} of {len(held)} cells")
-        for check, held in sorted(seen.items())
+        (
+            check,
+            f"held in {len(outcomes)} cells"
+            if all(outcomes)
+            else f"BROKEN in {outcomes.count(False)} of {len(outcomes)} cells",
+        )
+        for check, outcomes in sorted(by_check.items())
     )
     return Table("Checks made during the run", ("check", "result"), rows)
 
 
 def broken(results: Results) -> list[str]:
-    """Everything that makes the page untrustworthy, one clause each; empty where all controls held."""
+    """Return what makes the page untrustworthy, one clause each; empty where all controls held."""
     found = [check for check, result in checks(results).rows if result.startswith("BROKEN")]
-    found += [f"canary: {c.says} ({c.record.model}, {c.record.task})" for c in canaries(results) if c.held is False]
-    for model in results.values("model"):
-        above = [row for row in speed.ceilings(results, model).rows if row[-1] != "yes"]
+    found += [f"canary: {c.result} ({c.record.model}, {c.record.task})" for c in canaries(results) if c.passed is False]
+    for model in results.distinct("model"):
+        above = [row for row in speed.against_ceiling(results, model).rows if row[-1] != "yes"]
         for strategy in dict.fromkeys(row[1] for row in above):
             tasks = [row[0] for row in above if row[1] == strategy]
             found.append(f"{strategy} passed its bandwidth ceiling with {model} on {', '.join(tasks)}")

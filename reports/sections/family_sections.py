@@ -1,4 +1,4 @@
-"""The chapter of one family: accuracy, speed, what was foreseen, and where the time goes."""
+"""The chapter of one family: accuracy, speed, predictions, and the parts of a token's time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 from reports.data.results import Results
 from reports.elements.page import Section
-from reports.plots import confidence, foresight, pareto, parts, timeline
+from reports.plots import confidence, hits_and_recall, pareto, timeline, token_time
 from reports.sections import sentences
 from reports.sections.examples import disagreements
-from reports.tables import foresight as foreseen
-from reports.tables import scores, speed
+from reports.tables import prediction, scores, speed
 
 ACCURACY = (
     "Greedy decoding scored on the engine that is timed. Lossless strategies give full K's answers by construction, "
@@ -24,7 +23,7 @@ SPEED = (
     "warm from prompt to prompt. Plain offloading keeps nothing between tokens, so memory beyond its smallest does not "
     "help it: where a budget holds much of the model, compare with lru instead."
 )
-FORESIGHT = (
+PREDICTION = (
     "Recall is the share of the experts a layer needed that had been foreseen, precision the share of the foreseen "
     "that were needed; MoBiLE foresees only when it falls back. What was fetched and not used is wasted on the link. "
     "A layer of the small model stands for several of the real one; each is foreseen as well as a recorded layer is."
@@ -36,9 +35,9 @@ EXAMPLES = (
 
 
 def family_sections(results: Results, model: str, paper: dict[str, Any]) -> list[Section]:
-    """A heading with the numbers that matter, then its parts, most of them folded away."""
-    margin, first = paper["accuracy"]["margin_points"], results.pick(model=model)[0]
-    stands = (
+    """Return a family's heading with its main numbers, then its parts, most of them folded."""
+    margin, first = paper["accuracy"]["margin_points"], results.select(model=model)[0]
+    conditions = (
         f"{model} ({first.weights}) stands for {first.geometry} on {first.hardware}: its own routing and fallbacks, "
         "the real model's bytes, layers and memory budget, on a virtual clock. Projected."
         if first.scope == "cpu+virtual"
@@ -50,7 +49,7 @@ def family_sections(results: Results, model: str, paper: dict[str, Any]) -> list
         Section(
             f"{model}: accuracy against speed",
             (),
-            (scores.gammas(results, model, margin),),
+            (scores.by_gamma(results, model, margin),),
             tuple(
                 f for f in (pareto.accuracy_against_speed(results, model), confidence.histogram(results, model)) if f
             ),
@@ -75,7 +74,7 @@ def family_sections(results: Results, model: str, paper: dict[str, Any]) -> list
             (),
             (
                 *(speed.by_task(results, model, budget) for budget in results.budgets(model)[:1]),
-                speed.ceilings(results, model),
+                speed.against_ceiling(results, model),
             ),
             level=3,
             folded=True,
@@ -84,29 +83,29 @@ def family_sections(results: Results, model: str, paper: dict[str, Any]) -> list
             f"{model}: where a token's time goes",
             (),
             (),
-            tuple(f for f in (parts.token_time(results, model), timeline.token_timeline(results, model)) if f),
+            tuple(f for f in (token_time.stacked_parts(results, model), timeline.token_timeline(results, model)) if f),
             level=3,
             folded=True,
         ),
-        _foresight(results, model),
+        _prediction(results, model),
     ]
     return [
-        Section(model, (stands, sentences.arithmetic(results, model))),
+        Section(model, (conditions, sentences.fallback_arithmetic(results, model))),
         *(part for part in parts_of if not part.empty),
     ]
 
 
-def _foresight(results: Results, model: str) -> Section:
-    tables = tuple(foreseen.by_strategy(results, model, budget) for budget in results.budgets(model))
-    tables = tuple(table for table in (*tables, foreseen.by_layer(results, model)) if table.rows)
+def _prediction(results: Results, model: str) -> Section:
+    tables = tuple(prediction.by_strategy(results, model, budget) for budget in results.budgets(model))
+    tables = tuple(table for table in (*tables, prediction.by_layer(results, model)) if table.rows)
     figures = tuple(
         figure
-        for figure in (foresight.recall_by_depth(results, model), foresight.hits_by_memory(results, model))
+        for figure in (hits_and_recall.recall_by_depth(results, model), hits_and_recall.hits_by_memory(results, model))
         if figure
     )
     return Section(
         f"{model}: what can be foreseen, and what a cache holds",
-        (FORESIGHT,) if tables else (),
+        (PREDICTION,) if tables else (),
         tables,
         figures,
         level=3,

@@ -1,11 +1,11 @@
-"""Beside the strategies in a run of shapes: plain Transformers on the same sizes, and what the engine itself costs."""
+"""Sections on the reference cells of a synthetic run: plain Transformers, and the engine's own cost a layer."""
 
 from __future__ import annotations
 
-from reports.data.compare import name, tokens_per_s, total
+from reports.data.compare import strategy_name, tokens_per_s, total
 from reports.data.results import Results
 from reports.elements.page import Section, Table
-from reports.tables.shapes import main, rate_of
+from reports.tables.synthetic import fallback_rate, on_recorded_routing
 from suites.record import Record
 
 AIM_SECONDS = 60e-6  # of the engine's own time a MoE layer
@@ -27,22 +27,22 @@ OURS = ("on-demand-overlap", "lru", "mobile")
 
 
 def sections(results: Results) -> list[Section]:
-    """Nothing where nothing was measured beside shapes."""
-    if not results.besides:
+    """Return the sections on reference cells; none where there are no such cells."""
+    if not results.references:
         return []
     found = [
-        Section("Beside plain Transformers", (PLAIN,), (plain(results),)),
-        Section("What the engine costs a layer", (ENGINE,), (engine(results.besides),)),
+        Section("Beside plain Transformers", (PLAIN,), (plain_transformers(results),)),
+        Section("What the engine costs a layer", (ENGINE,), (engine_cost(results.references),)),
     ]
     return [section for section in found if any(table.rows for table in section.tables)]
 
 
-def plain(results: Results) -> Table:
-    """Each geometry: stock rows, then ours."""
+def plain_transformers(results: Results) -> Table:
+    """Return, by geometry, the rows of plain Transformers, then the engine's."""
     rows = []
-    for model in dict.fromkeys(record.model for record in results.besides):
-        rows += [_stock(r) for r in results.besides if r.model == model and r.strategy != COST]
-        rows += [_ours(r) for r in main(results.shapes) if r.model == model and _comparable(r)]
+    for model in dict.fromkeys(record.model for record in results.references):
+        rows += [_stock_row(r) for r in results.references if r.model == model and r.strategy != COST]
+        rows += [_engine_row(r) for r in on_recorded_routing(results.synthetic) if r.model == model and _comparable(r)]
     head = ("geometry", "MoE layers", "what", "device memory", "fallbacks", "TPOT ms", "tokens/s", "TTFT ms", "how")
     return Table("The same sizes with plain Transformers, and here", head, tuple(rows))
 
@@ -62,20 +62,28 @@ def _times(record: Record) -> tuple[str, str, str]:
     return f"{1000 / rate:,.2f}", f"{rate:,.2f}", f"{total([record], 'ttft_ns') / 1e6 / len(record.items):,.1f}"
 
 
-def _stock(record: Record) -> tuple[str, ...]:
+def _stock_row(record: Record) -> tuple[str, ...]:
     how = record.config["refused"] or record.config["stock"] or "-"
     return (record.model, _layers(record), record.strategy, record.budget, "-", *_times(record), how)
 
 
-def _ours(record: Record) -> tuple[str, ...]:
-    rate = f"{rate_of(record):.1%}" if record.gamma is not None else "-"
-    return (record.model, _layers(record), name(record), record.budget, rate, *_times(record), "single experts move")
+def _engine_row(record: Record) -> tuple[str, ...]:
+    rate = f"{fallback_rate(record):.1%}" if record.gamma is not None else "-"
+    return (
+        record.model,
+        _layers(record),
+        strategy_name(record),
+        record.budget,
+        rate,
+        *_times(record),
+        "single experts move",
+    )
 
 
-def engine(besides: tuple[Record, ...]) -> Table:
-    """The engine against each way in which Transformers computes experts; a refusal in its own words."""
+def engine_cost(references: tuple[Record, ...]) -> Table:
+    """Return the engine's step time against each expert implementation of Transformers, or why one was refused."""
     rows: list[tuple[str, ...]] = []
-    for record in (r for r in besides if r.strategy == COST):
+    for record in (r for r in references if r.strategy == COST):
         if record.config["refused"]:
             rows.append((record.model, "-", "-", "-", "-", "-", "-", record.config["refused"]))
         for cost in record.config["engine"] or ():

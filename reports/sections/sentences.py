@@ -11,7 +11,7 @@ from reports.data.compare import accuracy, hit_rate, share, speedup
 from reports.data.results import Results
 from reports.elements.numbers import percent
 from reports.stats.intervals import Interval, Paired
-from reports.verdict import Stamp, stamp
+from reports.verdict import Stamp, stamp_of
 
 SHOWN = {
     "yes": "within the {margin:g} point we call negligible",
@@ -21,8 +21,8 @@ SHOWN = {
 
 
 def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
-    """For someone who has never heard of it, with this run's main numbers, a sentence a family."""
-    told = (
+    """Return an introduction for someone new to MoBiLE, then this run's main numbers."""
+    introduction = (
         "A Mixture-of-Experts language model has many small networks, its experts, and uses only a few of "
         "them for each word it writes. When the experts do not fit in a graphics card's memory they wait in "
         "main memory, and copying the chosen ones over for every token takes most of the time. MoBiLE is an "
@@ -32,24 +32,24 @@ def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
     )
     found = [family for model in results.models if (family := _measure(results, model))]
     if not found:
-        return told, "This run lacks the cells to say how far that holds; see what is missing below."
+        return introduction, "This run lacks the cells to say how far that holds; see what is missing below."
     margin = paper["accuracy"]["margin_points"]
-    said = _one(found[0], margin) if len(found) == 1 else _many(found, margin)
-    return told, f"{_kind(stamp(results.records))} {said}"
+    findings = _one_family(found[0], margin) if len(found) == 1 else _all_families(found, margin)
+    return introduction, f"{_scope_sentence(stamp_of(results.records))} {findings}"
 
 
-def _kind(of: Stamp) -> str:
+def _scope_sentence(stamp: Stamp) -> str:
     models = {
         "shipped-tiny": "small models trained for the purpose",
         "synthetic": "models with made-up weights",
         "real": "the published weights",
-    }.get(of.weights, "models of several kinds")
-    if of.scope == "cpu+virtual":
+    }.get(stamp.weights, "models of several kinds")
+    if stamp.scope == "cpu+virtual":
         return (
             f"This run used {models} on a simulated card with the sizes of real models: a projection, not a "
             "measurement, and nothing on this page is judged by the published numbers."
         )
-    return f"This run used {models} ({of})."
+    return f"This run used {models} ({stamp})."
 
 
 @dataclass(frozen=True)
@@ -59,32 +59,32 @@ class Family:
     model: str
     geometry: str
     fallbacks: float
-    faster: Interval
+    speed_up: Interval
     loss: Paired
 
 
 def _measure(results: Results, model: str) -> Family | None:
-    own, whole = groups.mobile(results, model), groups.full(results, model)
+    mobile, full_k = groups.mobile(results, model), groups.full_k(results, model)
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
-    faster = speedup(own, base) if own and base else None
-    if not whole or faster is None:
+    speed_up = speedup(mobile, base) if mobile and base else None
+    if not full_k or speed_up is None:
         return None
-    rate = share(own, "fallbacks", "tokens") or 0.0
-    return Family(model, own[0].geometry, rate, faster, accuracy(own, whole))
+    rate = share(mobile, "fallbacks", "tokens") or 0.0
+    return Family(model, mobile[0].geometry, rate, speed_up, accuracy(mobile, full_k))
 
 
-def _one(family: Family, margin: float) -> str:
+def _one_family(family: Family, margin: float) -> str:
     lost = family.loss.difference
     return (
         f"{family.model}, timed as {family.geometry}, fell back on {percent(family.fallbacks)} of tokens, ran "
-        f"{between(family.faster)} times as fast as overlapped plain offloading, and changed accuracy by "
+        f"{bare_ratio(family.speed_up)} times as fast as overlapped plain offloading, and changed accuracy by "
         f"{lost.value:+.1f} points [{lost.low:+.1f}, {lost.high:+.1f}] over {family.loss.items:,} questions: "
         f"{SHOWN[family.loss.within(margin)].format(margin=margin)}."
     )
 
 
-def _many(families: list[Family], margin: float) -> str:
-    """The range over families, and for how many of them the loss was shown to be small."""
+def _all_families(families: list[Family], margin: float) -> str:
+    """Return the range of each number over families, and for how many the loss was shown to be small."""
 
     def span(numbers: list[float], spec: str, unit: str = "") -> str:
         low, high = format(min(numbers), spec), format(max(numbers), spec)
@@ -92,22 +92,23 @@ def _many(families: list[Family], margin: float) -> str:
 
     shown = Counter(family.loss.within(margin) for family in families)
     fallbacks = span([100 * family.fallbacks for family in families], ".1f", " %")
-    faster = span([family.faster.value for family in families], ".2f")
+    speed_up = span([family.speed_up.value for family in families], ".2f")
     lost = span([family.loss.difference.value for family in families], "+.1f")
     return (
-        f"Over {len(families)} families MoBiLE fell back on {fallbacks} of tokens, ran {faster} times as fast as "
+        f"Over {len(families)} families MoBiLE fell back on {fallbacks} of tokens, ran {speed_up} times as fast as "
         f"overlapped plain offloading, and changed accuracy by {lost} points. The loss was shown to be within "
         f"{margin:g} point, which we call negligible, for {shown['yes']} of them, to be more for {shown['no']}, and "
         f"neither for {shown['not shown']}."
     )
 
 
-def between(interval: Interval) -> str:
+def bare_ratio(interval: Interval) -> str:
+    """Write a ratio with its interval, without a unit."""
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def arithmetic(results: Results, model: str) -> str:
-    """What the fallback rate alone would give, so that the share of the cache in a speedup is plain."""
+def fallback_arithmetic(results: Results, model: str) -> str:
+    """Return the speedup that the fallback rate alone would give, so that the cache's share in a speedup is plain."""
     group = groups.mobile(results, model)
     if not group:
         return "There is no MoBiLE cell at the smallest budget."
@@ -122,7 +123,7 @@ def arithmetic(results: Results, model: str) -> str:
 
 
 def limits(results: Results) -> tuple[str, ...]:
-    """What the page does not show; what holds only for a projection is said only of one."""
+    """Return the limits of the page, chosen by the scopes and weights of its records."""
     projected = (
         "Time is computed, not measured: a discrete-event clock charges copies at the profile's bandwidth and compute "
         "by a roofline. It has not been checked against a GPU in this run.",
@@ -143,7 +144,7 @@ def limits(results: Results) -> tuple[str, ...]:
         "The driver did not page-lock the experts' host memory on the machine that was timed, so that copies read "
         "ordinary memory: its link was slower than it could be.",
     )
-    scopes, weights = set(results.values("scope")), set(results.values("weights"))
+    scopes, weights = set(results.distinct("scope")), set(results.distinct("weights"))
     return (
         *(projected if "cpu+virtual" in scopes else ()),
         *(pageable if any(record.config.get("link_page_locked") is False for record in results.records) else ()),

@@ -1,4 +1,4 @@
-"""The chapters of cells that played a script on a real geometry with synthetic weights."""
+"""The chapters of synthetic cells, which played a script on a real geometry with synthetic weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from reports import verdict
 from reports.data.results import Results
 from reports.elements.page import Section
-from reports.plots import band
-from reports.tables import shapes
+from reports.plots import fallback_rate
+from reports.tables import synthetic as tables
 from suites.record import Record
 
 METHOD = (
@@ -40,9 +40,9 @@ LIMITS = (
 
 
 def opening(results: Results) -> str:
-    """What stands on top where the run has nothing else."""
-    models = len({record.model for record in results.shapes})
-    scopes = "; ".join(dict.fromkeys(str(verdict.stamp([record])) for record in results.shapes))
+    """Return the opening paragraph on a run's synthetic cells."""
+    models = len({record.model for record in results.synthetic})
+    scopes = "; ".join(dict.fromkeys(str(verdict.stamp_of([record])) for record in results.synthetic))
     return (
         f"This run timed {models} {'geometry' if models == 1 else 'geometries'} of real models with synthetic weights "
         f"({scopes}). It says how fast offloading is at these sizes, and nothing of accuracy; nothing on this page is "
@@ -50,16 +50,16 @@ def opening(results: Results) -> str:
     )
 
 
-def chapters(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
-    """An overview, the verdicts that may not be given, and a chapter a geometry; nothing for a run without shapes."""
-    if not results.shapes:
+def sections(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
+    """Return an overview, the verdicts and a chapter a geometry; nothing for a run without synthetic cells."""
+    if not results.synthetic:
         return []
-    models = dict.fromkeys(record.model for record in results.shapes)
-    of = {model: [record for record in results.shapes if record.model == model] for model in models}
-    rows = tuple(row for own in of.values() for row in shapes.verdicts(own, paper["speedup"], trusted).rows)
-    judged = shapes.verdicts([], paper["speedup"], trusted)
+    models = dict.fromkeys(record.model for record in results.synthetic)
+    by_model = {model: [record for record in results.synthetic if record.model == model] for model in models}
+    rows = tuple(row for cells in by_model.values() for row in tables.verdicts(cells, paper["speedup"], trusted).rows)
+    judged = tables.verdicts([], paper["speedup"], trusted)
     return [
-        Section("Shapes: wall-clock speed of the real sizes", (METHOD,), (shapes.families(list(results.shapes)),)),
+        Section("Shapes: wall-clock speed of the real sizes", (METHOD,), (tables.families(list(results.synthetic)),)),
         Section(
             "Shapes: beside the published band",
             (verdict.RULE,),
@@ -67,33 +67,33 @@ def chapters(results: Results, paper: dict[str, Any], trusted: bool) -> list[Sec
             level=3,
             folded=True,
         ),
-        *(section for own in of.values() for section in _chapter(own, paper)),
+        *(section for cells in by_model.values() for section in _geometry_sections(cells, paper)),
     ]
 
 
-def _chapter(records: list[Record], paper: dict[str, Any]) -> list[Section]:
+def _geometry_sections(records: list[Record], paper: dict[str, Any]) -> list[Section]:
     first = records[0]
-    drawn = band.by_rate(records, paper["speedup"])
+    drawn = fallback_rate.speedups(records, paper["speedup"])
     parts = [
         Section(
             f"{first.model}, synthetic: speed",
             (READING,),
-            tuple(t for link in shapes.links(records) if (t := shapes.by_link(records, link)).rows),
+            tuple(t for link in tables.links(records) if (t := tables.by_link(records, link)).rows),
             level=3,
         ),
         Section(
             f"{first.model}, synthetic: the fallback rate",
             (),
-            (shapes.by_rate(records),),
+            (tables.by_fallback_rate(records),),
             (drawn,) if drawn else (),
             level=3,
         ),
-        Section(f"{first.model}, synthetic: other routing", (), (shapes.by_routing(records),), level=3, folded=True),
+        Section(f"{first.model}, synthetic: other routing", (), (tables.by_routing(records),), level=3, folded=True),
     ]
-    return [Section(f"{first.model}, synthetic", (_stands(records),)), *(part for part in parts if not part.empty)]
+    return [Section(f"{first.model}, synthetic", (_conditions(records),)), *(part for part in parts if not part.empty)]
 
 
-def _stands(records: list[Record]) -> str:
+def _conditions(records: list[Record]) -> str:
     config = records[0].config
     scopes = ", ".join(dict.fromkeys(record.scope for record in records))
     made, real = config["moe_layers"], config["real_moe_layers"]
@@ -103,7 +103,7 @@ def _stands(records: list[Record]) -> str:
         else " Times, tokens per second and ceilings are of the layers made, and a memory budget holds the share of "
         "their experts that it would hold of the real model's."
     )
-    other = "".join(f" {told}" for told in dict.fromkeys(_otherwise(records)))
+    other = "".join(f" {sentence}" for sentence in dict.fromkeys(_shortfalls(records)))
     narrow = "" if config["shrink"] == 1 else f" Every width was divided by {config['shrink']}: this is a test."
     return (
         f"{records[0].geometry} (synthetic) on {records[0].hardware}, {scopes}: {made} of {real} MoE layers, "
@@ -113,8 +113,8 @@ def _stands(records: list[Record]) -> str:
     )
 
 
-def _otherwise(records: list[Record]) -> Iterator[str]:
-    """Where the machine was a little less than a cell asked for and was taken as that."""
+def _shortfalls(records: list[Record]) -> Iterator[str]:
+    """Yield a sentence wherever the machine was less than a cell asked for and was accepted."""
     for record in records:
         config = record.config
         if config["link_gb_per_s"] is not None and config.get("link_throttled") is False:

@@ -1,4 +1,4 @@
-"""Statistics of paired runs: ratios of time, differences of accuracy, and how sure one can be of them.
+"""Statistics of paired runs: ratios of time and differences of accuracy, each with its 95 % interval.
 
 scipy is imported where it is called: times are read off records on GPU machines that do not have it.
 """
@@ -27,13 +27,13 @@ class Interval:
 
 
 def geometric_mean(groups: Sequence[Sequence[float]]) -> Interval:
-    """Geometric mean of per-prompt ratios, with a two-level bootstrap: tasks are redrawn, then prompts within each.
+    """Return the geometric mean of per-prompt ratios with a two-level bootstrap interval (tasks, then prompts in each).
 
     `groups` holds one list of ratios a task, all positive. Every prompt counts once in the value. The percentiles are
     expanded for the number of units of the upper level (Hesterberg, The American Statistician 69 (2015), section
     4.4): the plain percentile interval of five tasks would cover the truth far less often than it says. With two
     or three tasks the interval is about the range between them, and says so by its width. With one task, prompts are
-    the only level. The draws are seeded: the same ratios give the same interval. Raises ValueError without ratios.
+    the only level. The draws are seeded: the same ratios give the same interval. Raise ValueError without ratios.
     """
     kept = tuple(tuple(float(ratio) for ratio in group) for group in groups if len(group))
     if not kept:
@@ -43,11 +43,14 @@ def geometric_mean(groups: Sequence[Sequence[float]]) -> Interval:
 
 @lru_cache(maxsize=4096)
 def _geometric_mean(groups: tuple[tuple[float, ...], ...]) -> Interval:
+    # 1. The value: every prompt counts once, whatever its task.
     pooled = np.log(np.concatenate(groups))
     value = math.exp(pooled.mean())
     if len(pooled) < 2 or np.ptp(pooled) == 0:
         return Interval(value, value, value)
+    # 2. The tails, expanded for the units of the upper level: tasks, or prompts where there is one task.
     tail = expanded_tail(len(groups) if len(groups) > 1 else len(pooled))
+    # 3. The mean log ratio of each resample, and its quantiles.
     means = resampling_weights(tuple(len(group) for group in groups)) @ pooled
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(value, math.exp(low), math.exp(high))
@@ -55,37 +58,41 @@ def _geometric_mean(groups: tuple[tuple[float, ...], ...]) -> Interval:
 
 @lru_cache(maxsize=16)
 def resampling_weights(sizes: tuple[int, ...]) -> np.ndarray:
-    """How much each value weighs in each two-level resample (float64, shape (RESAMPLES, sum of sizes), rows sum to 1).
+    """Return the weight of each value in each two-level resample: float64 (RESAMPLES, sum of sizes), rows sum to 1.
 
     A resample draws as many groups as there are, with replacement, and within each as many values as it has. Groups
     of the same sizes get the same draws, so a table costs one matrix and strategies differ by nothing but their times.
     """
     rng = np.random.default_rng(0)
+    # 1. Draw groups: row r lists the groups of resample r, with repetitions.
     drawn = rng.integers(len(sizes), size=(RESAMPLES, len(sizes)))
     columns = []
     for number, size in enumerate(sizes):
+        # 2. For every time that this group was drawn, note the resample that drew it (shape (draws,)).
         owner = np.repeat(np.arange(RESAMPLES), (drawn == number).sum(axis=1))
+        # 3. Draw `size` of its values; resample and value are one number, so that one count serves all.
         picked = owner[:, None] * size + rng.integers(size, size=(len(owner), size))
         columns.append(np.bincount(picked.ravel(), minlength=RESAMPLES * size).reshape(RESAMPLES, size))
+    # 4. Counts become weights: a resample of larger groups holds more values.
     counts = np.concatenate(columns, axis=1, dtype=float)
     return counts / counts.sum(axis=1, keepdims=True)
 
 
 def expanded_tail(units: int) -> float:
-    """The share cut off on either side so that a percentile interval of `units` values is as wide as Student's."""
+    """Return the share to cut off on each side to make a percentile interval of `units` values as wide as Student's."""
     from scipy.stats import norm, t
 
     return float(norm.cdf(-math.sqrt(units / (units - 1)) * t.ppf((1 + LEVEL) / 2, units - 1)))
 
 
 def bonett_price(lost: Any, gained: Any, items: int) -> tuple[Any, Any]:
-    """Low and high end, as shares, of the 95 % interval of a paired difference (Bonett and Price 2012).
+    """Return (low, high), as shares, of the 95 % interval of a paired difference (Bonett and Price 2012).
 
-    Takes counts or arrays of them. It adds one to each discordant count, so that it keeps its width where Wald's
-    interval collapses.
+    `lost` and `gained` are counts or arrays of them. The interval keeps its width where Wald's collapses.
     """
     from scipy.stats import norm
 
+    # One is added to each discordant count, and two to the items, before Wald's formula.
     down, up, n = (lost + 1) / (items + 2), (gained + 1) / (items + 2), items + 2
     half = norm.ppf((1 + LEVEL) / 2) * np.sqrt((down + up - (up - down) ** 2) / n)
     return up - down - half, up - down + half
@@ -101,20 +108,20 @@ class Paired:
 
     @property
     def difference(self) -> Interval:
-        """Second minus first accuracy in points, with its 95 % interval (`bonett_price`)."""
+        """Return the second minus the first accuracy in points, with its 95 % interval (`bonett_price`)."""
         low, high = bonett_price(self.lost, self.gained, self.items)
         return Interval(100 * (self.gained - self.lost) / self.items, 100 * float(low), 100 * float(high))
 
     @property
     def p_value(self) -> float:
-        """Exact McNemar: two-sided binomial test of the discordant items."""
+        """Return the p-value of the exact McNemar test (two-sided binomial of the discordant items)."""
         from scipy.stats import binomtest
 
         discordant = self.lost + self.gained
         return float(binomtest(self.lost, discordant).pvalue) if discordant else 1.0
 
     def within(self, margin_points: float) -> str:
-        """Non-inferiority at a margin: "yes" if the interval clears it, "no" if it lies beyond, else "not shown"."""
+        """Judge non-inferiority: "yes" if the interval clears the margin, "no" if it lies beyond, else "not shown"."""
         if self.difference.low > -margin_points:
             return "yes"
         return "no" if self.difference.high < -margin_points else "not shown"
@@ -127,7 +134,7 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
 
 
 def wilson(right: int, items: int) -> Interval:
-    """Accuracy in percent with Wilson's 95 % interval."""
+    """Return the accuracy in percent with Wilson's 95 % interval."""
     from scipy.stats import binomtest
 
     drawn = binomtest(right, items).proportion_ci(confidence_level=LEVEL, method="wilson")

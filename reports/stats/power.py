@@ -1,4 +1,4 @@
-"""What a paired comparison of so many items can show at all: known before a run, so it is said before a result."""
+"""Power of a paired comparison by its number of items; known before a run, so the page prints it before results."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ WANTED = 0.8
 
 
 def power(items: int, discordant: float, margin_points: float, true_points: float = 0.0) -> float:
-    """Probability that the interval clears the margin, exactly, when the true difference is `true_points`.
+    """Return the exact probability that the interval clears the margin when the true difference is `true_points`.
 
-    `discordant` is the share of items that only one of the two runs gets right. Raises ValueError where the true
+    `discordant` is the share of items that only one of the two runs gets right. Raise ValueError where the true
     difference is larger than that share can make it.
     """
     gained = (discordant + true_points / 100) / 2
@@ -27,6 +27,7 @@ def power(items: int, discordant: float, margin_points: float, true_points: floa
         )
     if not discordant:
         return float(bonett_price(0, 0, items)[0] > -margin_points / 100)
+    # Sum over the number of discordant items, then over how many of them were gained; both are binomial.
     total = 0.0
     for count in range(int(binom.ppf(1e-9, items, discordant)), int(binom.isf(1e-9, items, discordant)) + 1):
         up = np.arange(count + 1)
@@ -36,13 +37,13 @@ def power(items: int, discordant: float, margin_points: float, true_points: floa
 
 
 def half_width(items: int, discordant: float) -> float:
-    """Half of the 95 % interval in points, where the discordant items are lost and gained alike."""
+    """Return half of the 95 % interval in points, with as many discordant items lost as gained."""
     low, high = bonett_price(items * discordant / 2, items * discordant / 2, items)
     return 100 * float(high - low) / 2
 
 
 def fewest_items(margin_points: float) -> int:
-    """Fewer items than this cannot clear the margin even if not one of them is discordant."""
+    """Return the fewest items that can clear the margin if not one of them is discordant."""
     items = 1
     while power(items, 0.0, margin_points) < 1:
         items += 1
@@ -50,6 +51,6 @@ def fewest_items(margin_points: float) -> int:
 
 
 def items_needed(discordant: float, margin_points: float) -> int:
-    """About how many items show the margin four times in five if there is no difference (normal approximation)."""
+    """Return about how many items clear the margin four times in five without a difference (normal approximation)."""
     z = norm.ppf((1 + LEVEL) / 2) + norm.ppf(WANTED)
     return max(fewest_items(margin_points), math.ceil(discordant * (100 * z / margin_points) ** 2))

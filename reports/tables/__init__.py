@@ -1,1 +1,1 @@
-"""The report's tables, a file for each chapter."""
+"""The report's tables, a module for each chapter."""

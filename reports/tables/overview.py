@@ -1,4 +1,4 @@
-"""The run at a glance: a row a family, the verdicts by claim, and what so many items can show."""
+"""Overview tables: a row a family, the verdicts by claim, and the power of so many items."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from reports import verdict
 from reports.data import groups
 from reports.data.compare import accuracy, count, share, speedup
-from reports.data.groups import FLAVOURS
+from reports.data.groups import ON_DEMAND
 from reports.data.results import Results
 from reports.elements.numbers import percent, points, ratio, score
 from reports.elements.page import Table
@@ -19,27 +19,30 @@ Row = tuple[str, ...]
 
 
 def families(results: Results, margin_points: float) -> Table:
-    """Each family in one row: what MoBiLE does to its accuracy and speed at its own threshold."""
+    """Return one row a family: MoBiLE's effect on its accuracy and speed at its own threshold."""
     rows = []
     for model in results.models:
-        whole, own = groups.full(results, model), groups.mobile(results, model)
-        half = results.pool(model=model, strategy="static-half", budget="smallest")
-        bases = groups.baselines(results, "smallest", model)
-        record = results.pick(model=model)[0]
+        full_k, mobile = groups.full_k(results, model), groups.mobile(results, model)
+        static_half = results.select_complete(model=model, strategy="static-half", budget="smallest")
+        baselines = groups.baselines(results, "smallest", model)
+        record = results.select(model=model)[0]
         scored = full_score(results, model)
-        loss = accuracy(own, whole) if own and whole else None
+        loss = accuracy(mobile, full_k) if mobile and full_k else None
         rows.append(
             (
                 model,
                 record.geometry,
                 f"{record.config['experts']} / {record.config['top_k']}",
-                str(count(own)) if own else "-",
+                str(count(mobile)) if mobile else "-",
                 score(scored) if scored else "-",
-                points(accuracy(half, whole).difference) if half and whole else "-",
+                points(accuracy(static_half, full_k).difference) if static_half and full_k else "-",
                 points(loss.difference) if loss else "-",
                 loss.within(margin_points) if loss else "-",
-                percent(share(own, "fallbacks", "tokens")) if own else "-",
-                *(ratio(speedup(own, bases[base])) if own and base in bases else "-" for base in FLAVOURS),
+                percent(share(mobile, "fallbacks", "tokens")) if mobile else "-",
+                *(
+                    ratio(speedup(mobile, baselines[base])) if mobile and base in baselines else "-"
+                    for base in ON_DEMAND
+                ),
             )
         )
     head = (
@@ -52,14 +55,14 @@ def families(results: Results, margin_points: float) -> Table:
         "MoBiLE less full K",
         f"within {margin_points:g} point",
         "fallbacks",
-        *(f"over {base}" for base in FLAVOURS),
+        *(f"over {base}" for base in ON_DEMAND),
     )
     note = "All tasks together, the fewest slots each strategy needs; brackets are 95 % intervals."
     return Table("The families at a glance", head, tuple(rows), note)
 
 
 def verdicts(results: Results, paper: dict[str, Any], trusted: bool) -> Table:
-    """Every published claim, for every family, set against what this run has, and whether it may be."""
+    """Return the verdict on every published claim for every family; `trusted` is False where a control is broken."""
     rows = [row for model in results.models for row in _speed_rows(results, model, paper["speedup"], trusted)]
     rows += [_accuracy_row(results, model, paper["accuracy"], trusted) for model in results.models]
     rows += [_loading_row(results, model, paper["loading"], trusted) for model in results.models]
@@ -68,47 +71,57 @@ def verdicts(results: Results, paper: dict[str, Any], trusted: bool) -> Table:
 
 
 def _speed_rows(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> list[Row]:
-    """Both flavours of the baseline at every budget, since the paper says neither."""
+    """Return rows over both on-demand baselines at every budget, since the paper does not say which it means."""
     rows: list[Row] = []
     for budget in results.budgets(model):
-        own, bases = groups.mobile(results, model, budget), groups.baselines(results, budget, model)
-        for flavour in FLAVOURS:
-            base = bases.get(flavour, [])
-            measured = speedup(own, base) if own and base else None
-            of = verdict.stamp(own, base)
-            says = verdict.of_band(measured, claim["low"], claim["high"], of, trusted)
+        mobile, baselines = groups.mobile(results, model, budget), groups.baselines(results, budget, model)
+        for baseline in ON_DEMAND:
+            base = baselines.get(baseline, [])
+            measured = speedup(mobile, base) if mobile and base else None
+            stamp = verdict.stamp_of(mobile, base)
+            outcome = verdict.of_band(measured, claim["low"], claim["high"], stamp, trusted)
             published = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
-            rows.append(("speedup", published, model, f"over {flavour}, {budget}", ratio(measured), says, str(of)))
+            rows.append(
+                ("speedup", published, model, f"over {baseline}, {budget}", ratio(measured), outcome, str(stamp))
+            )
     return rows
 
 
 def _accuracy_row(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> Row:
-    own, whole = groups.mobile(results, model), groups.full(results, model)
-    measured = accuracy(own, whole) if own and whole else None
-    of = verdict.stamp(own, whole)
-    says = verdict.of_margin(measured, claim["margin_points"], of, trusted)
+    mobile, full_k = groups.mobile(results, model), groups.full_k(results, model)
+    measured = accuracy(mobile, full_k) if mobile and full_k else None
+    stamp = verdict.stamp_of(mobile, full_k)
+    outcome = verdict.of_margin(measured, claim["margin_points"], stamp, trusted)
     here = f"within {claim['margin_points']:g} point of full K, all tasks"
-    return ("accuracy", "negligible loss", model, here, points(measured.difference) if measured else "-", says, str(of))
+    return (
+        "accuracy",
+        "negligible loss",
+        model,
+        here,
+        points(measured.difference) if measured else "-",
+        outcome,
+        str(stamp),
+    )
 
 
 def _loading_row(results: Results, model: str, claim: dict[str, Any], trusted: bool) -> Row:
-    """The share of decode time that plain offloading waits for the link; a counter's ratio, which has no interval."""
+    """Return the row on the share of decode time that plain offloading waits for the link; it has no interval."""
     base = groups.baselines(results, "smallest", model).get("on-demand", [])
-    waited = share(base, "decode_stall_seconds", "decode_seconds") if base else None
-    of = verdict.stamp(base)
-    measured = None if waited is None else Interval(waited, waited, waited)
-    says = verdict.of_band(measured, claim["low"], 1.0, of, trusted)
+    stalled = share(base, "decode_stall_seconds", "decode_seconds") if base else None
+    stamp = verdict.stamp_of(base)
+    measured = None if stalled is None else Interval(stalled, stalled, stalled)
+    outcome = verdict.of_band(measured, claim["low"], 1.0, stamp, trusted)
     published = f"over {100 * claim['low']:g} % of latency"
-    return ("loading", published, model, "stalled on the link, on-demand", percent(waited), says, str(of))
+    return ("loading", published, model, "stalled on the link, on-demand", percent(stalled), outcome, str(stamp))
 
 
-def shows(results: Results, margin_points: float) -> Table:
-    """What a paired comparison of so many items can show, for the paper's sets and for those of this run."""
+def power_of_items(results: Results, margin_points: float) -> Table:
+    """Return half width and power of a paired comparison, for the paper's item counts and for those of this run."""
     here: dict[int, str] = {}
     for model in results.models:
-        per_task = {len(record.items) for record in groups.full(results, model)}
+        per_task = {len(record.items) for record in groups.full_k(results, model)}
         here |= dict.fromkeys(per_task, f"one task here ({model})")
-        here[count(groups.full(results, model))] = f"all tasks here ({model})"
+        here[count(groups.full_k(results, model))] = f"all tasks here ({model})"
     sizes = [*PUBLISHED, *((label, size) for size, label in sorted(here.items()) if size)]
     rows = [
         (

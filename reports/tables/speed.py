@@ -1,40 +1,41 @@
-"""How fast: tokens per second, speedups over named baselines, and the ceiling of the link."""
+"""Speed tables: tokens per second, speedups over named baselines, and the ceiling of the link."""
 
 from __future__ import annotations
 
 from reports.data import groups
-from reports.data.compare import count, hit_rate, name, share, speedup, tokens_per_s, total
-from reports.data.groups import COMPARED, FLAVOURS, Group
+from reports.data.compare import count, hit_rate, share, speedup, strategy_name, tokens_per_s, total
+from reports.data.groups import BASELINES, ON_DEMAND, Group
 from reports.data.results import Results
 from reports.elements.numbers import budget_title, percent, ratio
 from reports.elements.page import Table
 
 
-def over(group: Group, baseline: Group | None) -> str:
-    """A speedup as tables write it; a cell with no baseline has none."""
+def speedup_text(group: Group, baseline: Group | None) -> str:
+    """Write the speedup of a group over a baseline: MISSING without one, 1 over itself."""
     if baseline is None:
         return "MISSING"
     return "1" if group == baseline else ratio(speedup(group, baseline))
 
 
-def rate(tokens_per_second: float | None) -> str:
+def rate_text(tokens_per_second: float | None) -> str:
+    """Write tokens per second with one decimal."""
     return "-" if tokens_per_second is None else f"{tokens_per_second:.1f}"
 
 
 def by_strategy(results: Results, model: str, budget: str) -> Table:
-    """Tokens per second and speedups of every strategy at one budget, all tasks together, default gamma."""
+    """Return speed and speedups of every strategy at one budget, all tasks together, default gamma."""
     bases = groups.baselines(results, budget, model)
     rows = []
-    for group in groups.own(results, budget, model):
+    for group in groups.unswept(results, budget, model):
         tokens = total(group, "decode_tokens")
         rows.append(
             (
-                name(group[0]),
+                strategy_name(group[0]),
                 "full K's" if group[0].lossless else "may differ",
                 "-" if group[0].slots is None else f"{group[0].slots:,}",
                 str(count(group)),
-                rate(tokens_per_s(group)),
-                *(over(group, bases.get(base)) for base in COMPARED),
+                rate_text(tokens_per_s(group)),
+                *(speedup_text(group, bases.get(base)) for base in BASELINES),
                 f"{total(group, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
                 percent(hit_rate(group)),
                 percent(share(group, "fallbacks", "tokens")) if group[0].gamma is not None else "-",
@@ -48,7 +49,7 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
         "slots",
         "prompts",
         "tokens/s",
-        *(f"over {base}" for base in COMPARED),
+        *(f"over {base}" for base in BASELINES),
         "GB/token",
         "hits",
         "fallbacks",
@@ -59,22 +60,23 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
 
 
 def _training(results: Results, model: str, budget: str) -> str:
-    """What a trained predictor took to be fitted: a speed that was bought is shown with its price."""
-    told = []
-    for group in groups.own(results, budget, model):
+    """Return the note on fitting trained predictors: tokens, fits and CPU seconds, which no time of the table holds."""
+    notes = []
+    for group in groups.unswept(results, budget, model):
         trained = [record.environment["training"] for record in group if record.environment.get("training")]
         if trained:
-            seconds, tokens, fits = (sum(took[part] for took in trained) for part in ("seconds", "tokens", "fits"))
+            seconds, tokens, fits = (sum(fit[part] for fit in trained) for part in ("seconds", "tokens", "fits"))
             when = "as it went" if trained[0]["online"] else "before it was timed"
-            told.append(
-                f"{name(group[0])} learnt from {tokens:,} decode tokens {when}: {fits} fits in {seconds:.2f} s of "
-                f"processor time on this machine, not in the times above, {trained[0]['parameters']:,} parameters each"
+            notes.append(
+                f"{strategy_name(group[0])} learnt from {tokens:,} decode tokens {when}: {fits} fits in "
+                f"{seconds:.2f} s of processor time on this machine, not in the times above, "
+                f"{trained[0]['parameters']:,} parameters each"
             )
-    return f"{'; '.join(told)}." if told else ""
+    return f"{'; '.join(notes)}." if notes else ""
 
 
 def by_task(results: Results, model: str, budget: str) -> Table:
-    """MoBiLE's speedup and fallback rate for each task at one budget."""
+    """Return MoBiLE's speedup and fallback rate for each task at one budget."""
     rows = []
     for task in results.tasks(model):
         bases = groups.baselines(results, budget, model, task=task)
@@ -84,20 +86,20 @@ def by_task(results: Results, model: str, budget: str) -> Table:
                 (
                     task,
                     str(count(group)),
-                    rate(tokens_per_s(group)),
-                    *(over(group, bases.get(base)) for base in COMPARED),
+                    rate_text(tokens_per_s(group)),
+                    *(speedup_text(group, bases.get(base)) for base in BASELINES),
                     percent(share(group, "fallbacks", "tokens")),
                     f"{total(group, 'decode_tokens') / count(group):.1f}",
                 )
             )
-    head = ("task", "prompts", "tokens/s", *(f"over {base}" for base in COMPARED), "fallbacks", "tokens/answer")
+    head = ("task", "prompts", "tokens/s", *(f"over {base}" for base in BASELINES), "fallbacks", "tokens/answer")
     return Table(f"MoBiLE by task, {budget_title(budget)}", head, tuple(rows))
 
 
-def ceilings(results: Results, model: str) -> Table:
-    """On-demand against the bandwidth bound that no cache-less engine can pass."""
+def against_ceiling(results: Results, model: str) -> Table:
+    """Return on-demand's speed beside the bandwidth bound that no engine without a cache can pass."""
     rows = []
-    for record in [r for r in results.pick(model=model) if r.strategy in FLAVOURS and r.budget == "smallest"]:
+    for record in [r for r in results.select(model=model) if r.strategy in ON_DEMAND and r.budget == "smallest"]:
         reached, ceiling = tokens_per_s([record]), record.ceiling_tokens_per_s
         if reached is None or ceiling is None:
             continue

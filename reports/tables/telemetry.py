@@ -1,4 +1,4 @@
-"""What a GPU did while cells were timed: power, clocks, heat, and what came over the link."""
+"""Table of a GPU's telemetry while cells were timed: power, clocks, temperature, and bytes over the link."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from reports.data.compare import name
+from reports.data.compare import strategy_name
 from reports.data.results import Results
 from reports.elements.numbers import percent
 from reports.elements.page import Table
@@ -27,41 +27,48 @@ HEAD = (
 
 
 def by_strategy(results: Results) -> Table:
-    """One row for each strategy of each model and budget whose records were watched; what no card told is a dash."""
+    """Return one row a strategy, model and budget with telemetry; a dash where the GPU reported nothing."""
     watched: dict[tuple, list[Record]] = {}
     for record in results.records:
         if record.environment.get("telemetry") and not record.config["swept"]:
-            watched.setdefault((record.model, name(record), record.budget), []).append(record)
+            watched.setdefault((record.model, strategy_name(record), record.budget), []).append(record)
     rows = tuple((f"{strategy}, {budget}", model, *_row(group)) for (model, strategy, budget), group in watched.items())
     return Table("What the card did while cells were timed", HEAD, rows)
 
 
 def _row(group: list[Record]) -> tuple[str, ...]:
-    seen = [record.environment["telemetry"] for record in group]
-    energy = [told["energy_joules"] for told in seen]
+    summaries = [record.environment["telemetry"] for record in group]
+    energy = [summary["energy_joules"] for summary in summaries]
     tokens = sum(record.counters["tokens"] for record in group)
-    held = {cause: fmean((told["clock_limits"] or {}).get(cause, 0) for told in seen) for cause in _causes(seen)}
+    clock_limits = {
+        cause: fmean((summary["clock_limits"] or {}).get(cause, 0) for summary in summaries)
+        for cause in _causes(summaries)
+    }
     seconds = sum(record.counters["seconds"] for record in group if record.counters.get("seconds"))
     moved = sum(record.counters["bytes_loaded"] for record in group)
     return (
-        _of(seen, "power_milliwatts", "mean", fmean, 1e-3),
+        _statistic(summaries, "power_milliwatts", "mean", fmean, 1e-3),
         "-" if None in energy or not tokens else f"{sum(energy) / tokens:.2f}",
-        _of(seen, "sm_clock_mhz", "min", min),
-        _of(seen, "temperature_celsius", "max", max),
-        f"{_of(seen, 'link_generation', 'min', min)} x{_of(seen, 'link_width', 'min', min)}",
-        ", ".join(f"{cause} {percent(part)}" for cause, part in held.items() if part) or "never",
-        _of(seen, "link_received_kb_per_s", "mean", fmean, 1e-3),
+        _statistic(summaries, "sm_clock_mhz", "min", min),
+        _statistic(summaries, "temperature_celsius", "max", max),
+        f"{_statistic(summaries, 'link_generation', 'min', min)} x{_statistic(summaries, 'link_width', 'min', min)}",
+        ", ".join(f"{cause} {percent(share)}" for cause, share in clock_limits.items() if share) or "never",
+        _statistic(summaries, "link_received_kb_per_s", "mean", fmean, 1e-3),
         f"{moved / seconds / 1e6:,.0f}" if seconds else "-",
     )
 
 
-def _causes(seen: list[dict[str, Any]]) -> list[str]:
-    return sorted({cause for told in seen for cause in told.get("clock_limits") or ()})
+def _causes(summaries: list[dict[str, Any]]) -> list[str]:
+    return sorted({cause for summary in summaries for cause in summary.get("clock_limits") or ()})
 
 
-def _of(
-    seen: list[dict[str, Any]], what: str, which: str, reduce: Callable[[list[float]], float], unit: float = 1
+def _statistic(
+    summaries: list[dict[str, Any]],
+    quantity: str,
+    statistic: str,
+    reduce: Callable[[list[float]], float],
+    unit: float = 1,
 ) -> str:
-    """One number of the cells' summaries; a dash where a card did not tell."""
-    told = [summary[what][which] for summary in seen if summary.get(what)]
-    return f"{reduce(told) * unit:,.0f}" if told and len(told) == len(seen) else "-"
+    """Write one quantity's statistic over the cells' summaries; a dash where a GPU did not report it."""
+    values = [summary[quantity][statistic] for summary in summaries if summary.get(quantity)]
+    return f"{reduce(values) * unit:,.0f}" if values and len(values) == len(summaries) else "-"

@@ -65,12 +65,12 @@ def test_the_rule_for_a_margin():
 def test_one_projected_baseline_stamps_the_whole_number():
     sound = records(Rule(scope="gpu+pcie", weights="real", gpu={"name": "a card"}))
     projected = records(Rule(weights="real"))
-    assert verdict.stamp(sound[:3], sound[3:5]).refusal is None
-    assert verdict.stamp(sound[:3], projected[:1]) == Stamp("mixed", "real", 2)
-    assert verdict.stamp(sound[:3], projected[:1]).refusal == "NOT COMPARABLE"
-    assert verdict.stamp().refusal == "NOT COMPARABLE"
+    assert verdict.stamp_of(sound[:3], sound[3:5]).refusal is None
+    assert verdict.stamp_of(sound[:3], projected[:1]) == Stamp("mixed", "real", 2)
+    assert verdict.stamp_of(sound[:3], projected[:1]).refusal == "NOT COMPARABLE"
+    assert verdict.stamp_of().refusal == "NOT COMPARABLE"
 
 
 def test_cards_that_differ_are_not_compared():
     ours, theirs = (records(Rule(scope="gpu+pcie", weights="real", gpu={"name": name})) for name in ("one", "another"))
-    assert verdict.stamp(ours, theirs).refusal == "NOT COMPARABLE (unlike machines)"
+    assert verdict.stamp_of(ours, theirs).refusal == "NOT COMPARABLE (unlike machines)"

@@ -1,4 +1,4 @@
-"""Claim and scope: lines 1 to 5."""
+"""Tests of lines 1 to 5: claim and scope."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from reports.tables.overview import verdicts
 from reports.verdict import RULE
 
 
-def claims_are_data(seen: Evidence) -> str:
-    """What was published is held as data, each claim with its source"""
-    held = [name for name, claim in seen.paper.items() if isinstance(claim, dict) and "claim" in claim]
-    if lacking := [name for name in held if not seen.paper[name].get("source")]:
+def claims_are_data(evidence: Evidence) -> str:
+    """Count the claims of paper.toml. Raise Missing where one has no source."""
+    claims = [name for name, claim in evidence.paper.items() if isinstance(claim, dict) and "claim" in claim]
+    if lacking := [name for name in claims if not evidence.paper[name].get("source")]:
         raise Missing(f"no source for {', '.join(lacking)}")
-    return f"{', '.join(held)} in paper.toml"
+    return f"{', '.join(claims)} in paper.toml"
 
 
-def verdict_for_each_claim(seen: Evidence) -> str:
-    """Every claim has, for every family, what was published, our value with its interval, and a verdict"""
-    rows = verdicts(seen.results, seen.paper, trusted=True).rows
+def verdict_for_each_claim(evidence: Evidence) -> str:
+    """Count the verdicts. Raise Missing where a claim has no value."""
+    rows = verdicts(evidence.results, evidence.paper, trusted=True).rows
     if empty := [f"{row[0]} of {row[2]} ({row[3]})" for row in rows if row[5] == "MISSING"]:
         raise Missing(f"no value for {'; '.join(empty)}")
     return f"{len(rows)} verdicts"
 
 
-def rule_is_printed(seen: Evidence) -> str:
-    """The rule for verdicts was fixed before the run and stands on the page"""
-    if RULE not in seen.page:
+def rule_is_printed(evidence: Evidence) -> str:
+    """Raise Missing unless the page prints the rule for verdicts."""
+    if RULE not in evidence.page:
         raise Missing("the page does not print the rule; build it again")
     return "the rule is code and is printed"
 
 
-def deviations_are_listed(seen: Evidence) -> str:
-    """The page says what is ours and not the paper's, and what is unknown"""
-    if not all(line in seen.page for key in ("ours", "unknown") for line in seen.paper["known"][key]):
+def deviations_are_listed(evidence: Evidence) -> str:
+    """Raise Missing unless the page lists all that paper.toml calls ours or unknown."""
+    if not all(line in evidence.page for key in ("ours", "unknown") for line in evidence.paper["known"][key]):
         raise Missing("the page does not list what is ours and what is unknown")
     return "section 'Whose is what'"
 
 
-def every_record_is_stamped(seen: Evidence) -> str:
-    """Every record and the page carry the scope and the kind of weights"""
-    if bare := [r.id for r in seen.results.records if not (r.scope and r.weights)]:
+def every_record_is_stamped(evidence: Evidence) -> str:
+    """List the stamps. Raise Missing where a record has none, or the page does not print one."""
+    if bare := [r.id for r in evidence.results.records if not (r.scope and r.weights)]:
         raise Missing(f"{len(bare)} records have no stamp")
-    stamps = {f"{r.scope}, {r.weights}" for r in seen.results.records}
-    if not all(stamp in seen.page for stamp in stamps):
+    stamps = {f"{r.scope}, {r.weights}" for r in evidence.results.records}
+    if not all(stamp in evidence.page for stamp in stamps):
         raise Missing("the page does not print the stamp of every record; build it again")
     return "; ".join(sorted(stamps))

@@ -1,4 +1,4 @@
-"""What the lines of the checklist look at, and how they answer."""
+"""The evidence that each line of the checklist examines, and the two exceptions by which a line answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Missing(Exception):
     """A line does not hold; the message says what is missing."""
 
 
-class ByReader(Exception):
+class NeedsReader(Exception):
     """No test can decide this line; the message says where a reader should look."""
 
 
@@ -33,18 +33,18 @@ class Evidence:
 
     @property
     def measured(self) -> list[Record]:
-        """Records whose times come from a GPU's clock."""
+        """Return the records whose times come from a GPU's clock."""
         return [record for record in self.results.records if record.scope.startswith("gpu")]
 
     def same_work(self) -> Iterator[list[Record]]:
-        """Cells that must have been given the same work: one model, task, hardware and seed."""
+        """Yield the groups of cells that must have had the same work: one model, task, hardware and seed."""
         groups: dict[tuple, list[Record]] = {}
         for record in self.results.records:
             groups.setdefault((record.model, record.task, record.hardware, record.seed), []).append(record)
         yield from groups.values()
 
-    def everywhere(self, *names: str) -> None:
-        """Raises Missing unless every record's config has all of these."""
+    def require_config(self, *names: str) -> None:
+        """Raise Missing unless every record's config has all of these names."""
         for name in names:
             lacking = [r.id for r in self.results.records if r.config.get(name) is None]
             if lacking:
@@ -52,7 +52,7 @@ class Evidence:
 
 
 def gather(run: Path) -> Evidence:
-    """Raises NoResults as `results.read` does; a run without a page has an empty one."""
+    """Read a run folder; a run without a page has an empty one. Raise NoResults as `results.read` does."""
     page = run / "report.md"
     return Evidence(
         run,

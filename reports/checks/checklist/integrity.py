@@ -1,30 +1,30 @@
-"""Integrity: lines 21 to 26."""
+"""Tests of lines 21 to 26: integrity."""
 
 from __future__ import annotations
 
 from reports.checks import bundle
-from reports.checks.checklist.evidence import ByReader, Evidence, Missing
+from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 from reports.sections import controls
 
 
-def everything_is_hashed(seen: Evidence) -> str:
-    """Weights, data, code and packages are hashed, and changes not committed are flagged"""
+def everything_is_hashed(evidence: Evidence) -> str:
+    """Raise Missing where a record lacks its generation's hash, or was made with uncommitted code."""
     if not all(
-        r.config.get("generation") or r.config.get("timing", "").startswith("live") for r in seen.results.records
+        r.config.get("generation") or r.config.get("timing", "").startswith("live") for r in evidence.results.records
     ):
         raise Missing("some records, timed by replay, do not name the live run, whose name is a hash of all inputs")
-    if any(r.environment.get("git_dirty") is None for r in seen.results.records):
+    if any(r.environment.get("git_dirty") is None for r in evidence.results.records):
         raise Missing("some records do not say whether the code was committed")
-    dirty = sum(bool(r.environment["git_dirty"]) for r in seen.results.records)
+    dirty = sum(bool(r.environment["git_dirty"]) for r in evidence.results.records)
     if dirty:
         raise Missing(f"{dirty} records were made with changes that were not committed")
     return "cells are named by a hash of code, weights, data and versions; the tree was clean"
 
 
-def bundle_is_sealed(seen: Evidence) -> str:
-    """A manifest of SHA-256 holds for every file"""
+def bundle_is_sealed(evidence: Evidence) -> str:
+    """Count the sealed files. Raise Missing where there is no manifest, or a file differs from it."""
     try:
-        found = bundle.verify(seen.run)
+        found = bundle.verify(evidence.run)
     except bundle.NoManifest as none:
         raise Missing(str(none)) from none
     if found.changed:
@@ -32,37 +32,37 @@ def bundle_is_sealed(seen: Evidence) -> str:
     return f"{found.files} files as sealed"
 
 
-def oracle_agrees(seen: Evidence) -> str:
-    """Offloaded full K gave the resident model's tokens"""
-    held = [(name, ok) for record in seen.results.records for name, ok in record.checks.items()]
-    if not held:
+def offloading_keeps_tokens(evidence: Evidence) -> str:
+    """Count the checks that live runs made. Raise Missing where there are none, or one failed."""
+    outcomes = [(name, ok) for record in evidence.results.records for name, ok in record.checks.items()]
+    if not outcomes:
         raise Missing("no record holds a check")
-    if broken := sorted({name for name, ok in held if not ok}):
+    if broken := sorted({name for name, ok in outcomes if not ok}):
         raise Missing(f"broken: {'; '.join(broken[:3])}")
-    return f"{len({name for name, _ in held})} checks held in every record"
+    return f"{len({name for name, _ in outcomes})} checks held in every record"
 
 
-def canary_died(seen: Evidence) -> str:
-    """With a scrambled router accuracy falls and time stays"""
-    found = controls.canaries(seen.results)
+def canary_fails(evidence: Evidence) -> str:
+    """Count the canaries that failed as they must. Raise Missing where there is none, or one did not fail."""
+    found = controls.canaries(evidence.results)
     if not found:
         raise Missing("the run has no canary cell")
-    if broken := [canary.says for canary in found if canary.held is False]:
+    if broken := [canary.result for canary in found if canary.passed is False]:
         raise Missing("; ".join(broken))
-    if not any(canary.held for canary in found):
+    if not any(canary.passed for canary in found):
         raise Missing("no canary could tell: the sound scores are near guessing")
-    return f"{sum(bool(canary.held) for canary in found)} canaries fell as they should"
+    return f"{sum(bool(canary.passed) for canary in found)} canaries fell as they should"
 
 
-def failures_are_shown(seen: Evidence) -> str:
-    """What failed or is missing stands on the page, with the reason"""
-    if unsaid := [cell for cell, _ in seen.results.absent if cell not in seen.page]:
+def failures_are_shown(evidence: Evidence) -> str:
+    """Raise Missing where a cell has no record."""
+    if unsaid := [cell for cell, _ in evidence.results.absent if cell not in evidence.page]:
         raise Missing(f"{len(unsaid)} cells without a record are not on the page; build it again")
-    if seen.results.absent:
-        raise Missing(f"{len(seen.results.absent)} cells have no record (the page lists them)")
+    if evidence.results.absent:
+        raise Missing(f"{len(evidence.results.absent)} cells have no record (the page lists them)")
     return "no cell failed"
 
 
-def no_favours(seen: Evidence) -> str:
-    """Nothing detects the benchmark or is tuned to its inputs"""
-    raise ByReader("no test can show this; the code that ran is named by its commit and hashed in the manifest")
+def no_benchmark_is_detected(evidence: Evidence) -> str:
+    """Raise NeedsReader: no test can decide this line."""
+    raise NeedsReader("no test can show this; the code that ran is named by its commit and hashed in the manifest")

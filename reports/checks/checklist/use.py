@@ -1,31 +1,31 @@
-"""Use: lines 27 to 32."""
+"""Tests of lines 27 to 32: use by others."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, metadata
 
 from reports.checks import expected
-from reports.checks.checklist.evidence import ByReader, Evidence, Missing
+from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 
 
-def cost_is_told(seen: Evidence) -> str:
-    """What a run takes is said before it starts"""
-    if not seen.plan.get("minutes"):
+def cost_is_stated(evidence: Evidence) -> str:
+    """Raise Missing unless the plan says how many minutes the run may take."""
+    if not evidence.plan.get("minutes"):
         raise Missing("the plan does not say how long the run may take")
-    return f"{seen.plan['minutes']} minutes allowed, said by `python -m suites plan`"
+    return f"{evidence.plan['minutes']} minutes allowed, said by `python -m suites plan`"
 
 
-def smoke_is_quick(seen: Evidence) -> str:
-    """There is a run of two minutes that needs no network and no GPU"""
-    if seen.results.preset != "smoke":
-        raise ByReader("ask this of a run of the smoke preset")
-    if seen.plan["minutes"] > 2:
-        raise Missing(f"smoke is allowed {seen.plan['minutes']} minutes")
+def smoke_is_short(evidence: Evidence) -> str:
+    """Raise Missing where smoke may take more than two minutes; NeedsReader for any other preset."""
+    if evidence.results.preset != "smoke":
+        raise NeedsReader("ask this of a run of the smoke preset")
+    if evidence.plan["minutes"] > 2:
+        raise Missing(f"smoke is allowed {evidence.plan['minutes']} minutes")
     return "this is one"
 
 
-def licences(seen: Evidence) -> str:
-    """Code, weights and data are under a licence, and running generated code is safe or asked for"""
+def licences(evidence: Evidence) -> str:
+    """Raise Missing unless the installed package names a licence."""
     try:
         licence = metadata("mobile-moe").json.get("license_expression")
     except PackageNotFoundError:
@@ -35,25 +35,25 @@ def licences(seen: Evidence) -> str:
     return f"{licence}; weights and data that ship with it are its own"
 
 
-def one_command(seen: Evidence) -> str:
-    """The raw records and one command give every table and figure again"""
-    page = seen.run / "report.html"
+def one_command(evidence: Evidence) -> str:
+    """Raise Missing unless there is a page and it names the command that builds it."""
+    page = evidence.run / "report.html"
     if not page.is_file():
-        raise Missing(f"there is no page; make it with: python -m reports build {seen.run}")
+        raise Missing(f"there is no page; make it with: python -m reports build {evidence.run}")
     if "python -m reports build" not in page.read_text(encoding="utf-8"):
         raise Missing("the page does not name the command")
     return "python -m reports build"
 
 
-def limits_are_said(seen: Evidence) -> str:
-    """The page says what it does not show"""
-    if "## Limits" not in seen.page:
+def limits_are_stated(evidence: Evidence) -> str:
+    """Raise Missing unless the page has a section on limits."""
+    if "## Limits" not in evidence.page:
         raise Missing("the page has no section on limits")
     return "section 'Limits'"
 
 
-def expected_is_kept(seen: Evidence) -> str:
-    """What a shipped preset should give is committed"""
-    if not (expected.FOLDER / seen.results.preset / expected.CELLS).is_file():
-        raise Missing(f"nothing is expected of preset {seen.results.preset} yet; python -m reports expect makes it")
-    return f"reports/expected/{seen.results.preset}"
+def expected_is_kept(evidence: Evidence) -> str:
+    """Raise Missing unless the preset's expected results are committed."""
+    if not (expected.FOLDER / evidence.results.preset / expected.CELLS).is_file():
+        raise Missing(f"nothing is expected of preset {evidence.results.preset} yet; python -m reports expect makes it")
+    return f"reports/expected/{evidence.results.preset}"

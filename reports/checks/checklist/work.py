@@ -1,14 +1,14 @@
-"""Same work: lines 6 to 11."""
+"""Tests of lines 6 to 11: the same work for every strategy."""
 
 from __future__ import annotations
 
-from reports.checks.checklist.evidence import ByReader, Evidence, Missing
+from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 from suites.record import Record
 
 
-def same_prompts(seen: Evidence) -> str:
-    """Every strategy was given the same prompts, precision and memory"""
-    groups = list(seen.same_work())
+def same_prompts(evidence: Evidence) -> str:
+    """Raise Missing where cells of the same work differ in prompts or precision, or slots are not recorded."""
+    groups = list(evidence.same_work())
     for cells in groups:
         prompts: dict[int, set[str]] = {}
         for item in (item for cell in cells for item in cell.items):
@@ -17,14 +17,14 @@ def same_prompts(seen: Evidence) -> str:
             raise Missing(f"{cells[0].model} on {cells[0].task}: one number stands for several prompts")
         if len({cell.config.get("dtype") for cell in cells}) > 1:
             raise Missing(f"{cells[0].model} on {cells[0].task}: cells differ in precision")
-    if any(r.slots is None and r.strategy != "resident" for r in seen.results.records):
+    if any(r.slots is None and r.strategy != "resident" for r in evidence.results.records):
         raise Missing("some records do not say how many slots they had")
     return f"{len(groups)} groups of cells, items paired by number and prompt hash; slots in every record"
 
 
-def fixed_length(seen: Evidence) -> str:
-    """Times that are compared are of the same number of tokens"""
-    for cells in seen.same_work():
+def lengths_are_equal(evidence: Evidence) -> str:
+    """Raise Missing where lossless cells decode different numbers of tokens for one item."""
+    for cells in evidence.same_work():
         lengths: dict[int, set[int]] = {}
         for cell in (c for c in cells if c.lossless):
             for item in cell.items:
@@ -34,9 +34,9 @@ def fixed_length(seen: Evidence) -> str:
     return "lossless cells decode the same tokens; others are compared by time per token"
 
 
-def modes_are_told(seen: Evidence) -> str:
-    """Replayed and free timing are told apart"""
-    modes = {_mode(record) for record in seen.results.records}
+def timing_modes_are_stated(evidence: Evidence) -> str:
+    """List the ways in which records were timed. Raise Missing where a record does not say."""
+    modes = {_mode(record) for record in evidence.results.records}
     return " and ".join(sorted(modes))
 
 
@@ -48,27 +48,30 @@ def _mode(record: Record) -> str:
     raise Missing(f"record {record.id} does not say how it was timed")
 
 
-def one_path(seen: Evidence) -> str:
-    """What is scored is what is timed"""
+def scored_runs_are_timed(evidence: Evidence) -> str:
+    """Raise Missing unless every item holds score and time, and live runs were compared with their replays."""
     loose = [
-        r.id for r in seen.results.records for item in r.items if item.decode_tokens is None or not item.prompt_sha256
+        r.id
+        for r in evidence.results.records
+        for item in r.items
+        if item.decode_tokens is None or not item.prompt_sha256
     ]
     if loose:
         raise Missing(f"{len(loose)} items have a score and no time, or a time and no prompt")
-    live = [name for r in seen.results.records for name in r.checks if "live ledger equals replay" in name]
-    if not live and not seen.measured:
+    live = [name for r in evidence.results.records for name in r.checks if "live ledger equals replay" in name]
+    if not live and not evidence.measured:
         raise Missing("no live run was held against its replay")
     return "each item holds its score and its time; live runs equal their replays"
 
 
-def baselines_are_sourced(seen: Evidence) -> str:
-    """Every baseline names its paper, and tuning was equal"""
-    seen.everywhere("strategy_source")
+def baselines_are_sourced(evidence: Evidence) -> str:
+    """Raise Missing unless every record names the paper of its strategy."""
+    evidence.require_config("strategy_source")
     return "strategy_source in every record; no baseline has a knob tuned to these items"
 
 
-def state_of_caches(seen: Evidence) -> str:
-    """Cold or warm, and where the experts lie, is said"""
-    if "cache starts cold" not in seen.page:
-        raise ByReader("the page does not say in what state the caches start")
+def cache_state_is_stated(evidence: Evidence) -> str:
+    """Raise NeedsReader unless the page says in what state the caches start."""
+    if "cache starts cold" not in evidence.page:
+        raise NeedsReader("the page does not say in what state the caches start")
     return "the page says it, beside the speeds"

@@ -1,26 +1,26 @@
-"""What strategies that load ahead foresaw, and what it cost."""
+"""Tables of experts predicted and loaded ahead: recall, precision, and the bytes wasted."""
 
 from __future__ import annotations
 
 from reports.data import groups
-from reports.data.compare import foreseen, hit_rate, name, share, total, wasted_bytes
+from reports.data.compare import hit_rate, prediction_counts, share, strategy_name, total, wasted_bytes
 from reports.data.results import Results
 from reports.elements.numbers import budget_title, percent
 from reports.elements.page import Table
 
 
 def by_strategy(results: Results, model: str, budget: str) -> Table:
-    """All layers and tasks together, at one budget."""
+    """Return recall, precision and waste of each predicting strategy at one budget, all layers and tasks together."""
     rows = []
-    for group in groups.own(results, budget, model):
-        layers = foreseen(group).values()
+    for group in groups.unswept(results, budget, model):
+        layers = prediction_counts(group).values()
         if not layers:
             continue
         guessed, right, needed = (sum(column) for column in zip(*layers, strict=True))
         tokens = total(group, "decode_tokens")
         rows.append(
             (
-                name(group[0]),
+                strategy_name(group[0]),
                 "-" if group[0].slots is None else f"{group[0].slots:,}",
                 percent(right / needed if needed else None),
                 percent(right / guessed if guessed else None),
@@ -35,8 +35,8 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
 
 
 def by_layer(results: Results, model: str) -> Table:
-    """Recall and precision of each layer's guesses, at the smallest budget."""
-    seen = {name(group[0]): foreseen(group) for group in groups.own(results, "smallest", model)}
+    """Return recall and precision of each layer's predictions, at the smallest budget."""
+    seen = {strategy_name(group[0]): prediction_counts(group) for group in groups.unswept(results, "smallest", model)}
     seen = {strategy: layers for strategy, layers in seen.items() if layers}
     rows = []
     for layer in sorted({layer for layers in seen.values() for layer in layers}):

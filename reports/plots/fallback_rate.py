@@ -1,4 +1,4 @@
-"""MoBiLE's speedup against its fallback rate, beside the closed form and the published band."""
+"""Figure of MoBiLE's speedup by fallback rate, beside the closed form and the published band."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from reports.data.groups import FLAVOURS
+from reports.data.groups import ON_DEMAND
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREY, INK, ORANGE, STYLE, figure, legend_above
-from reports.tables.shapes import over, rate_of, sweep
+from reports.tables.synthetic import fallback_rate, fallback_sweep, speedup_over
 from suites.record import Record
 
-MARKS = dict(zip(FLAVOURS, (("o", BLUE), ("s", ORANGE)), strict=True))
+MARKS = dict(zip(ON_DEMAND, (("o", BLUE), ("s", ORANGE)), strict=True))
 POINTS = 51
 CAPTION = (
     "Speedup of MoBiLE against the share of tokens that fall back, with 95 % intervals, beside 2 / (1 + r) and the "
@@ -20,13 +20,13 @@ CAPTION = (
 )
 
 
-def by_rate(records: list[Record], claim: dict[str, Any]) -> Figure | None:
-    """One geometry's sweep over the fallback rate; None if there is none."""
+def speedups(records: list[Record], claim: dict[str, Any]) -> Figure | None:
+    """Draw one geometry's sweep over the fallback rate; None if there is none."""
     lines = [
-        (flavour, 100 * rate_of(record), measured)
-        for record in sweep(records)
-        for flavour in FLAVOURS
-        if (measured := over(records, record, flavour))
+        (baseline, 100 * fallback_rate(record), measured)
+        for record in fallback_sweep(records)
+        for baseline in ON_DEMAND
+        if (measured := speedup_over(records, record, baseline))
     ]
     if not lines:
         return None
@@ -46,8 +46,8 @@ def by_rate(records: list[Record], claim: dict[str, Any]) -> Figure | None:
         most = max(rate for _, rate, _ in lines)
         shown = [rate for rate in rates if rate <= max(most, 10)]
         axes.plot(shown, [2 / (1 + r / 100) for r in shown], color=INK, linestyle="--", label="2 / (1 + r)")
-        for flavour, (mark, colour) in MARKS.items():
-            mine = [(rate, m) for base, rate, m in lines if base == flavour]
+        for baseline, (mark, colour) in MARKS.items():
+            mine = [(rate, m) for base, rate, m in lines if base == baseline]
             if mine:
                 bars = [[m.value - m.low for _, m in mine], [m.high - m.value for _, m in mine]]
                 axes.errorbar(
@@ -59,7 +59,7 @@ def by_rate(records: list[Record], claim: dict[str, Any]) -> Figure | None:
                     markersize=6,
                     capsize=2.5,
                     elinewidth=1,
-                    label=f"over {flavour}",
+                    label=f"over {baseline}",
                 )
         axes.set_xlabel("tokens that fall back (%)")
         axes.set_ylabel("speedup (decode)")

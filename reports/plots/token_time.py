@@ -1,11 +1,11 @@
-"""Where a token's time goes, as parts of it stacked."""
+"""Figure of a decode token's time, split into stalls, experts and the rest."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
 from reports.data import groups
-from reports.data.compare import name, total
+from reports.data.compare import strategy_name, total
 from reports.data.groups import Group
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
@@ -25,9 +25,13 @@ CAPTION = (
 )
 
 
-def token_time(results: Results, model: str) -> Figure | None:
-    """Milliseconds a token, stacked by part, a bar a strategy; None if nothing was timed."""
-    bars = [(name(g[0]), _parts(g)) for g in groups.own(results, "smallest", model) if total(g, "decode_tokens")]
+def stacked_parts(results: Results, model: str) -> Figure | None:
+    """Draw milliseconds a token, a bar a strategy, stacked by part; None if nothing was timed."""
+    bars = [
+        (strategy_name(g[0]), _parts(g))
+        for g in groups.unswept(results, "smallest", model)
+        if total(g, "decode_tokens")
+    ]
     if not bars:
         return None
     kinds = [kind for kind in PARTS if any(parts.get(kind[0]) for _, parts in bars)]
@@ -60,14 +64,19 @@ def token_time(results: Results, model: str) -> Figure | None:
 
 
 def _parts(group: Group) -> dict[str, float]:
-    """Milliseconds a token by part: the four of the virtual clock, or two where a record does not tell them apart."""
+    """Return milliseconds a token by part: four of the virtual clock, two where a record does not split compute."""
     tokens = sum(record.counters["tokens"] for record in group)
 
-    def of(counter: str) -> float:
+    def of_counter(counter: str) -> float:
         return 1e3 * sum(record.counters[f"decode_{counter}_seconds"] for record in group) / tokens
 
-    whole = 1e3 * sum(record.counters["decode_seconds"] for record in group) / tokens
+    step = 1e3 * sum(record.counters["decode_seconds"] for record in group) / tokens
     if any(record.counters.get("decode_dense_seconds") is None for record in group):
-        return {"waiting": of("stall"), "everything else": whole - of("stall")}
-    shares = (of("stall") - of("cpu_stall"), of("cpu_stall"), of("expert"), of("dense"))
+        return {"waiting": of_counter("stall"), "everything else": step - of_counter("stall")}
+    shares = (
+        of_counter("stall") - of_counter("cpu_stall"),
+        of_counter("cpu_stall"),
+        of_counter("expert"),
+        of_counter("dense"),
+    )
     return {label: share for (label, *_), share in zip(PARTS, shares, strict=False)}

@@ -1,0 +1,187 @@
+"""Tables of synthetic cells (real geometries, synthetic weights): speed by link, and by fallback rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from reports import verdict
+from reports.data.compare import hit_rate, speedup, strategy_name, tokens_per_s, total
+from reports.data.groups import ON_DEMAND
+from reports.elements.numbers import percent, ratio
+from reports.elements.page import Table
+from reports.stats.intervals import Interval
+from suites.record import Record
+
+RECORDED = "recorded routing"
+
+
+def link_title(record: Record) -> str:
+    """Return the link a cell was timed over, for a heading."""
+    asked = record.config["link_gb_per_s"]
+    return "link as it is" if asked is None else f"link at {asked:g} GB/s"
+
+
+def on_recorded_routing(records: Sequence[Record]) -> list[Record]:
+    """Return the cells on the shipped models' routing with its own fallbacks, without the points of a sweep."""
+    return [record for record in records if record.task == RECORDED and not record.config["swept"]]
+
+
+def links(records: list[Record]) -> list[str]:
+    """Return the distinct links of the cells, in order."""
+    return list(dict.fromkeys(map(link_title, records)))
+
+
+def baseline_cell(records: list[Record], cell: Record, baseline: str) -> list[Record]:
+    """Return the baseline's cell of the same routing over the same link, as a list of one or none."""
+    found = [r for r in records if r.strategy == baseline and r.task == cell.task and link_title(r) == link_title(cell)]
+    return found[:1]
+
+
+def speedup_over(records: list[Record], record: Record, baseline: str) -> Interval | None:
+    """Return the speedup of a cell over a baseline, paired by repeat; None if that was not run."""
+    reference = baseline_cell(records, record, baseline)
+    return speedup([record], reference) if reference else None
+
+
+def by_link(records: list[Record], link: str) -> Table:
+    """Return the speed of every strategy over one link, on the shipped models' routing."""
+    chosen = [r for r in on_recorded_routing(records) if link_title(r) == link]
+    head = (
+        "strategy",
+        "budget",
+        "slots",
+        "fallbacks",
+        "TPOT ms",
+        "tokens/s",
+        *(f"over {b}" for b in ON_DEMAND),
+        "MB/token",
+        "hits",
+        "ceiling tokens/s",
+        "of the ceiling",
+        "copies GB/s",
+        "TTFT ms",
+    )
+    return Table(f"Decode speed, {link}", head, tuple(_row(records, record) for record in chosen))
+
+
+def _row(records: list[Record], record: Record) -> tuple[str, ...]:
+    tokens, rate = total([record], "decode_tokens"), tokens_per_s([record])
+    ceiling, copies = record.ceiling_tokens_per_s, record.config["link_measured_gb_per_s"]
+    return (
+        strategy_name(record),
+        record.budget,
+        "-" if record.slots is None else f"{record.slots:,}",
+        percent(total([record], "fallbacks") / tokens) if record.gamma is not None and tokens else "-",
+        "-" if rate is None else f"{1000 / rate:.2f}",
+        "-" if rate is None else f"{rate:.2f}",
+        *(
+            "1" if record.strategy == baseline else ratio(speedup_over(records, record, baseline))
+            for baseline in ON_DEMAND
+        ),
+        f"{total([record], 'decode_bytes') / tokens / 1e6:,.3f}" if tokens else "-",
+        percent(hit_rate([record])),
+        "-" if ceiling is None else f"{ceiling:.2f}",
+        percent(rate / ceiling) if rate and ceiling else "-",
+        "-" if copies is None else f"{copies:.2f}",
+        f"{total([record], 'ttft_ns') / 1e6 / len(record.items):,.1f}",
+    )
+
+
+def by_routing(records: list[Record]) -> Table:
+    """Return the speed of every strategy on routing drawn from a distribution."""
+    sampled = [r for r in records if r.task != RECORDED]
+    rows = tuple((r.task.removesuffix(" routing"), link_title(r), *_row(records, r)[:10]) for r in sampled)
+    head = (
+        "routing",
+        "link",
+        "strategy",
+        "budget",
+        "slots",
+        "fallbacks",
+        "TPOT ms",
+        "tokens/s",
+        *(f"over {b}" for b in ON_DEMAND),
+        "MB/token",
+        "hits",
+    )
+    return Table("Routing drawn from a distribution", head, rows)
+
+
+def fallback_sweep(records: list[Record]) -> list[Record]:
+    """Return MoBiLE's cells of the sweep over fallback rates, ascending."""
+    return sorted((r for r in records if r.config["swept"] and r.gamma is not None), key=fallback_rate)
+
+
+def fallback_rate(record: Record) -> float:
+    """Return the share of counted decode steps that fell back."""
+    return total([record], "fallbacks") / max(1, total([record], "decode_tokens"))
+
+
+def by_fallback_rate(records: list[Record]) -> Table:
+    """Return MoBiLE's speedup by fallback rate, beside 2 / (1 + r), the speedup if loading took all of the time."""
+    rows = tuple(
+        (
+            percent(record.config["fallback_asked"]),
+            percent(fallback_rate(record)),
+            link_title(record),
+            record.budget,
+            *(ratio(speedup_over(records, record, baseline)) for baseline in ON_DEMAND),
+            f"{2 / (1 + fallback_rate(record)):.2f}x",
+            percent(hit_rate([record])),
+        )
+        for record in fallback_sweep(records)
+    )
+    head = ("fallbacks asked", "fell back", "link", "budget", *(f"over {b}" for b in ON_DEMAND), "2 / (1 + r)", "hits")
+    note = (
+        "2 / (1 + r) is for loading that takes all of the time, nothing kept between tokens and every prefetch in "
+        "time; what a row has beyond it is cache."
+    )
+    return Table("MoBiLE against its fallback rate", head, rows, note)
+
+
+def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Table:
+    """Return the verdicts on synthetic cells beside the published band; none of them can be REPRODUCED."""
+    rows = []
+    for record in [r for r in on_recorded_routing(records) if r.gamma is not None]:
+        for baseline in ON_DEMAND:
+            measured = speedup_over(records, record, baseline)
+            stamp = verdict.stamp_of([record], baseline_cell(records, record, baseline))
+            outcome = verdict.of_band(measured, claim["low"], claim["high"], stamp, trusted)
+            here = f"over {baseline}, {record.budget}, {link_title(record)}"
+            band = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
+            rows.append(("speedup", band, record.model, here, ratio(measured), outcome, str(stamp)))
+    head = ("claim", "published", "model", "here", "value", "verdict", "scope")
+    return Table("Verdicts on synthetic weights", head, tuple(rows))
+
+
+def families(records: list[Record]) -> Table:
+    """Return one row a geometry and link: MoBiLE at its fewest slots, with the shipped model's own fallbacks."""
+    rows = []
+    for record in [r for r in on_recorded_routing(records) if r.gamma is not None]:
+        if record.budget == "smallest":
+            rate = tokens_per_s([record])
+            rows.append(
+                (
+                    record.model,
+                    f"{record.config['moe_layers']} of {record.config['real_moe_layers']}",
+                    link_title(record),
+                    record.scope,
+                    percent(fallback_rate(record)),
+                    "-" if rate is None else f"{1000 / rate:.2f}",
+                    *(
+                        ratio(speedup_over([r for r in records if r.model == record.model], record, b))
+                        for b in ON_DEMAND
+                    ),
+                )
+            )
+    head = (
+        "geometry",
+        "MoE layers made",
+        "link",
+        "scope",
+        "fallbacks",
+        "MoBiLE's TPOT ms",
+        *(f"over {b}" for b in ON_DEMAND),
+    )
+    return Table("Geometries and links at a glance", head, tuple(rows))
