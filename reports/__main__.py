@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--out", type=Path, help=f"where to keep it (default: {expected.FOLDER.name}/PRESET)")
         if name == "gate":
             sub.add_argument("--against", type=Path, help=f"folder (default: {expected.FOLDER.name}/PRESET of reports)")
+    sub = verb("readme", commands.write_readme, "rewrite the READMEs' number tables and figure from expected/cpu")
+    sub.add_argument("--check", action="store_true", help="write nothing; exit code 1 if one is stale")
     sub = verb("diff", commands.diff, "say what changed between two runs, and whether it matters")
     sub.add_argument("first", type=Path, help="run folder")
     sub.add_argument("second", type=Path, help="run folder")

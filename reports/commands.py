@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 
 from reports.checks import abba as trials
 from reports.checks import benchmarks as micro
-from reports.checks import bundle, expected
+from reports.checks import bundle, expected, readme
 from reports.checks.checklist import evidence, lines
 from reports.checks.difference import difference
 from reports.data.results import latest_run, read
@@ -114,6 +114,15 @@ def expect(options: Namespace) -> int:
     for path in expected.save(results, page, options.out or expected.FOLDER / results.preset):
         console.print(f"{path} ({path.stat().st_size / 1024:,.0f} KiB)")
     return 0
+
+
+def write_readme(options: Namespace) -> int:
+    """Rewrite the tables of the READMEs and their figure; with --check, print which are stale, 1 if any is."""
+    paths = readme.stale() if options.check else readme.write()
+    for path in paths:
+        print(f"{path}: {'not as the report says' if options.check else 'written'}")
+    print(f"{len(paths)} of {len(readme.texts())} files {'are stale' if options.check else 'changed'}")
+    return 1 if options.check and paths else 0
 
 
 def gate(options: Namespace) -> int:

@@ -1,7 +1,8 @@
 """Every family whose experts Transformers decorates works, exactly, or is refused with the reason.
 
 `pytest tests/test_families.py --update-readme`, under the newest Transformers that is supported, writes what is found
-here into the README's table of support. Under an older one the table is compared without the families it lacks.
+here into the table of support in mobile/README.md. Under an older one the table is compared without the families it
+lacks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import mobile
 from mobile.live_model import compat
 from mobile.live_model.compat import moe_layers
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent / "mobile" / "README.md"
 OLDEST, NEWEST_BELOW = Version(compat.OLDEST), Version(compat.NEWEST_BELOW)
 IS_NEWEST = INSTALLED.minor + 1 == NEWEST_BELOW.minor
 HEAD = "| | families, and the Transformers that brought them if that is newer than 5.17 |"

@@ -1,0 +1,151 @@
+"""Number tables of the READMEs, and their figure, made from the committed report of the cpu preset.
+
+A table stands between `<!-- NAME: python -m reports readme -->` and `<!-- /NAME -->`. Nobody copies a number by hand:
+the command rewrites what stands between, and a test fails where it would change something.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+
+from reports.checks.expected import FOLDER, NoExpectation
+from reports.data.markdown_tables import columns, interval, read_tables
+from reports.elements.page import Figure, Table
+from reports.pages.content import PAPER
+from reports.plots.summary import Line, speed_and_accuracy
+
+ROOT = Path(__file__).parents[2]
+SOURCE = FOLDER / "cpu" / "report.md"
+FIGURES = FOLDER / "cpu"
+INKS = {"light": "#1f2328", "dark": "#e6edf3"}  # text on GitHub's pages
+GLANCE, SEEDS = ("Overview", "The families at a glance"), ("Seeds", "Trainings of one family")
+SMALLEST, CARD = ("Decode speed, the fewest slots each strategy needs", "Decode speed, a card of 8GiB")
+OVER = "over on-demand-overlap"
+MEASURED_ON = "olmoe-tiny"  # the model that every strategy runs on
+CAPTION = (
+    "Decode speed over on-demand-overlap and accuracy less full K's, by family, with 95 % intervals; a projection, "
+    "beside the published band and never judged by it."
+)
+
+Tables = Mapping[tuple[str, str], Table]
+
+
+def texts() -> dict[Path, str]:
+    """Return what each generated file should hold, by path. Raises NoExpectation if the report lacks a table."""
+    try:
+        tables = read_tables(SOURCE.read_text(encoding="utf-8"))
+        made = {path: _filled(path, tables) for path in dict.fromkeys(path for path, _ in BLOCKS)}
+        figure = _figure(tables)
+    except (OSError, KeyError, ValueError) as error:
+        raise NoExpectation(f"{SOURCE} lacks what the READMEs quote ({error!r}); keep a run of cpu first.") from error
+    return {ROOT / path: text for path, text in made.items()} | {
+        FIGURES / f"summary-{theme}.svg": _standalone(figure, ink) for theme, ink in INKS.items()
+    }
+
+
+def stale() -> list[Path]:
+    """Return the files that show other numbers than the report. Of a figure its numbers count, not how it is drawn."""
+    return [
+        path for path, text in texts().items() if not path.is_file() or _said(path.read_text("utf-8")) != _said(text)
+    ]
+
+
+def write() -> list[Path]:
+    """Rewrite every file that is stale, and return these paths."""
+    made = texts()
+    changed = stale()
+    for path in changed:
+        path.write_text(made[path], encoding="utf-8")
+    return changed
+
+
+def _said(text: str) -> str:
+    found = re.search(r"<desc>.*?</desc>", text, re.DOTALL)
+    return found[0] if found else text
+
+
+def _filled(path: str, tables: Tables) -> str:
+    """Return a README with its tables in place. Raises ValueError where a pair of markers is missing."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for (place, name), block in BLOCKS.items():
+        if place == path:
+            pattern = rf"(<!-- {name}: [^>]* -->\n)(.*?)(<!-- /{name} -->)"
+            found = re.search(pattern, text, re.DOTALL)
+            if found is None:
+                raise ValueError(f"no <!-- {name}: ... --> in {path}")
+            text = text[: found.start(2)] + block(found[2], tables) + text[found.end(2) :]
+    return text
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = (head, ("---",) * len(head), *rows)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _quoted(key: tuple[str, str], *names: str) -> Callable[[str, Tables], str]:
+    """Return what writes some columns of one table of the report, whatever stood there before."""
+    return lambda _, tables: _markdown(names, columns(tables[key], *names))
+
+
+def _measured_here(before: str, tables: Tables) -> str:
+    """Return the table of approaches with its last column anew: speed at both budgets, and points where lossy.
+
+    Rows and the other columns are written by hand. A strategy that the report lacks gets dashes.
+    """
+    speeds = [
+        {_bare(name): over for name, over in columns(tables[f"{MEASURED_ON}: speed", caption], "strategy", OVER)}
+        for caption in (SMALLEST, CARD)
+    ]
+    scores = columns(tables[f"{MEASURED_ON}: accuracy", "Accuracy on the same items"], "task", "strategy", POINTS)
+    lost = {_bare(name): interval(points) for task, name, points in scores if task == "all tasks"}
+    lines = before.splitlines(keepends=True)
+    for place, line in enumerate(lines):
+        if named := re.match(r"\| `([\w-]+)` \|", line):
+            strategy = named[1]
+            seen = " / ".join(over.get(strategy, "-").split(" ")[0] for over in speeds)
+            points = lost.get(strategy)
+            seen += f", {points.value:+.1f} points" if points else ""
+            lines[place] = f"{line.rpartition('|')[0].rpartition('|')[0]}| {seen} |\n"
+    return "".join(lines)
+
+
+def _bare(name: str) -> str:
+    """Return a strategy's name without its threshold."""
+    return name.split(" (")[0]
+
+
+def _figure(tables: Tables) -> Figure:
+    lines = []
+    for model, geometry, half, mobile in columns(tables[GLANCE], "model", "timed as", *LESS):
+        lost = {"static-half": interval(half), "mobile": interval(mobile)}
+        for name, over in columns(tables[f"{model}: speed", SMALLEST], "strategy", OVER):
+            speedup = interval(over)
+            if speedup and _bare(name) in ("lru", *lost):
+                lines.append(Line(geometry, _bare(name), speedup, lost.get(_bare(name))))
+    return speed_and_accuracy(lines, tomllib.loads(PAPER.read_text()), CAPTION)
+
+
+def _standalone(figure: Figure, ink: str) -> str:
+    """Return the SVG in one text colour, with its caption and its numbers inside for readers that show no picture."""
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", figure.svg.replace("currentColor", ink), flags=re.DOTALL)
+    words = f"<title>{escape(figure.caption)}</title><desc>{escape(figure.data.csv)}</desc>"
+    text = svg.replace(">", f">{words}", 1)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+POINTS = "difference to full K"
+LESS = ("static K/2 less full K", "MoBiLE less full K")
+BLOCKS: dict[tuple[str, str], Callable[[str, Tables], str]] = {
+    ("README.md", "families"): _quoted(
+        GLANCE, "model", "timed as", "n", "full K %", *LESS, "fallbacks", "over on-demand", OVER
+    ),
+    ("baselines/README.md", "measured"): _measured_here,
+    ("baselines/README.md", "speeds"): _quoted(
+        (f"{MEASURED_ON}: speed", SMALLEST), "strategy", "slots", "tokens/s", OVER, "GB/token", "hits", "fallbacks"
+    ),
+    ("suites/README.md", "seeds"): _quoted(SEEDS, "model", "training seed", "n", "full K %", *LESS, "fallbacks", OVER),
+}
