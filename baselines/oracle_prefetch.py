@@ -6,7 +6,7 @@ that allows. A limit and not a system: it knows every routing decision to come, 
 replayed under it. Lossless. Changed: it waits if a better expert to evict comes free before a copy begun now would end,
 as Delay(d) does (Albers and Büttner, 2005), d being the whole layers that compute in one copy's time: starting at once
 costs extra copies and stalled longer than `belady` in small pools, as did d = 1 where a copy takes three layers.
-What is proven of such rules is a bound (at most 1 + F/k times the best elapsed time, F a copy in references, k the
+Proven of such rules is a bound (at most 1 + F/k times the best elapsed time, F a copy in references, k the
 slots) and not an optimum, so that this strategy never waits longer for the link than others is a tested property and
 not a theorem. It says nothing of `cpu-hybrid`, which computes where others wait.
 """

@@ -27,7 +27,7 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise Refused if the folder cannot be made, or no file written into it. What was made to try is deleted."""
+    """Raise Refused if the folder cannot be made, or no file written into it. The trial is deleted."""
     made: list[Path] = []
     try:
         made += (folder for folder in (path, *path.parents) if not folder.exists())

@@ -222,7 +222,7 @@ class Engine:
     def step(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """Run all that one call of the model does, alone on the engine, and without gradients.
 
-        What is called inside is part of it. (That it is inside is known by its context, which ends with the call
+        A call inside it is part of it. (That it is inside is known by its context, which ends with the call
         whatever ends that.)
         """
         if self in _stepping.get():

@@ -26,9 +26,10 @@ from mobile.machine.gpu import cuda_uuid, link_rates
 from mobile.policies.strategy import resolve
 from suites.budget import is_memory, memory_on, replay_setup
 from suites.environment import environment
+from suites.identity import Model
 from suites.measure.generate import shown, spans_of
 from suites.measure.replayed import Measured, record_of
-from suites.plan.cells import Cell, Model
+from suites.plan.cells import Cell
 from suites.record import Item, Record, RunFolder
 from suites.scoring.lm_eval import EngineLM, evaluate, generate, sha256
 from suites.telemetry import watched

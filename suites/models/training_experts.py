@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -15,7 +17,7 @@ class GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: list[int]) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ends = ends
         y = x.new_empty(x.shape[0], weight.shape[1])
@@ -27,7 +29,7 @@ class GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         start = 0
@@ -39,7 +41,7 @@ class GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def training_experts(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def training_experts(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return (tokens, H) from hidden (tokens, H), index and weights (tokens, K), differentiable in all but index."""
     pairs = index.flatten()
     order = pairs.argsort(stable=True)

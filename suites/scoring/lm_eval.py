@@ -183,7 +183,7 @@ def evaluate(lm: EngineLM, task: str, docs: list[int], folder: Path | None = Non
 def score(lm: EngineLM, config: dict[str, Any], docs: list[int]) -> list[Answer]:
     """Score the given items of a configured task by the first of its filters; in the order of `docs`.
 
-    What lm-eval's simple_evaluate does, without the 0.6 s in which it asks the machine about itself.
+    This is lm-eval's simple_evaluate without the 0.6 s in which it asks the machine about itself.
     """
     name, first = config["task"], config["filter_list"][0]["name"]
     loaded = TaskManager(include_defaults=False, include_path=str(FOLDER)).load([config])

@@ -2,7 +2,7 @@
 
 A program may compute, import the standard library and read files. It gets an empty environment and a temporary folder
 of its own, and it may not write outside that folder, open a socket, start or signal a process, use more than its
-processor time, memory and file size, or say itself that it passed. What it prints goes nowhere.
+processor time, memory and file size, or say itself that it passed. Its output goes nowhere.
 
 Two guards stand behind each other: an audit hook in the child's interpreter, on any Unix, and on Linux the kernel's
 own seccomp and Landlock where it has them. This stops accidents of generated code. It is not a jail for an attacker:
