@@ -24,8 +24,10 @@ from mobile.checkpoints import loading
 
 T = TypeVar("T")
 
-ROOM = Path(mobile.__file__).parent
-FILES = {str(ROOM / f"{name}.py") for name in ("checkpoint", "cleanup", "loading", "reading", "source", "weights")}
+PACKAGE = Path(mobile.__file__).parent
+FILES = {str(PACKAGE / "live_model/cleanup.py")} | {
+    str(PACKAGE / f"checkpoints/{name}.py") for name in ("examine", "loading", "direct", "source", "weights")
+}
 SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
