@@ -113,6 +113,8 @@ def expect(options: Namespace) -> int:
     page = write.markdown(report, figures=False)
     for path in expected.save(results, page, options.out or expected.FOLDER / results.preset):
         console.print(f"{path} ({path.stat().st_size / 1024:,.0f} KiB)")
+    if readme.SOURCE.parent.name == results.preset:
+        console.print("The READMEs quote this run; bring them up to date with: python -m reports readme")
     return 0
 
 
