@@ -118,7 +118,7 @@ def test_training_has_no_near_duplicate_of_a_test_item():
 
 def test_reports_know_what_guessing_scores_on_each_task():
     for name, task in CATALOGUE.items():
-        assert chance_levels.floor(name) == task.chance_level, name
+        assert chance_levels.chance_level(name) == task.chance_level, name
 
 
 def test_who_lies_is_found_by_trying_both():
