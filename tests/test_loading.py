@@ -60,7 +60,7 @@ def test_generation_settings_come_with_the_checkpoint(checkpoint):
 MEASURE = """
 import sys, threading, time
 import torch, mobile
-from mobile import loading, checkpoint
+from mobile.checkpoints import loading
 folder, path = sys.argv[1:]
 if path == "converted":
     loading.plan_readings = lambda *_: None

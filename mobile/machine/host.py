@@ -1,4 +1,4 @@
-"""What this process has: versions, CPU, host memory and its limits. Unknown is None, never 0."""
+"""Versions, CPU, host memory and limits of this process. An unknown value is None, never 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Literal
 
 MIB = 2**20
 Limit = int | Literal["unlimited"] | None
-NO_LIMIT = 2**60  # cgroup v1 writes "no limit" as the largest page-aligned int64
+NO_LIMIT = 2**60  # cgroup v1 writes "no limit" as the largest page-aligned int64; anything so large is none
 ROOT = Path("/")
 
 
@@ -47,16 +47,15 @@ class Host:
 
     @property
     def usable_nbytes(self) -> int | None:
-        """What can still be allocated here: the machine's available memory, or the container's where that is less."""
-        rooms = [self.memory_available_nbytes]
+        """Bytes that can still be allocated: the machine's available memory, or the container's if that is less."""
+        available = [self.memory_available_nbytes]
         if isinstance(self.container_limit_nbytes, int):
-            rooms.append(self.container_limit_nbytes - (self.container_used_nbytes or 0))
-        known = [room for room in rooms if room is not None]
-        return min(known) if known else None
+            available.append(self.container_limit_nbytes - (self.container_used_nbytes or 0))
+        return min((nbytes for nbytes in available if nbytes is not None), default=None)
 
 
 def package(name: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -64,7 +63,7 @@ def package(name: str) -> str | None:
 
 
 def software() -> Software:
-    """Versions here. Imports torch and Transformers."""
+    """Return the installed versions. Imports torch and Transformers."""
     import torch
 
     from mobile.errors import Refused
@@ -87,7 +86,7 @@ def software() -> Software:
 
 
 def host(root: Path = ROOT) -> Host:
-    """Memory, limits and CPUs of this process, read from `root`'s /proc and /sys. No torch."""
+    """Return memory, limits and CPUs of this process, read from `root`'s /proc and /sys. Imports no torch."""
     meminfo = _meminfo(root)
     limit, used = container_memory(root)
     return Host(
@@ -104,7 +103,7 @@ def host(root: Path = ROOT) -> Host:
 
 
 def memory_shortage(nbytes: int, usable_nbytes: int | None, of: str = "the experts") -> str | None:
-    """Why host memory of which so much is usable cannot take these parts, or None if it can or is not known."""
+    """Return why `usable_nbytes` of host memory cannot hold `nbytes`, or None if it can or if that is not known."""
     if usable_nbytes is None or nbytes <= usable_nbytes:
         return None
     return f"{of} take {_gib(nbytes)} of host memory and {_gib(usable_nbytes)} are free"
@@ -143,29 +142,29 @@ def _cpu(root: Path) -> str | None:
 
 
 def container_memory(root: Path = ROOT) -> tuple[Limit, int | None]:
-    """The tightest cgroup memory limit above this process (v2 or v1) and the use counted against it."""
-    found: list[tuple[int, int | None]] = []
-    known = False
+    """Return the tightest cgroup memory limit above this process (v2 or v1) and the bytes counted against it."""
+    limits: list[tuple[int, int | None]] = []
+    readable = False
     for folder, limit_file, usage_file, prefix in _memory_cgroups(root):
         text = _read(folder / limit_file)
         if text is None:
             continue
-        known = True
+        readable = True
         word = text.strip()
         if word != "max" and int(word) < NO_LIMIT:
             usage, lines = _read(folder / usage_file), (_read(folder / "memory.stat") or "").splitlines()
             cache = (f"{prefix}active_file", f"{prefix}inactive_file")
-            given_back = sum(int(value) for name, value in map(str.split, lines) if name in cache)
-            found.append((int(word), None if usage is None else max(0, int(usage) - given_back)))
-    if found:
-        return min(found, key=lambda pair: pair[0])
-    return ("unlimited" if known else None), None
+            reclaimable = sum(int(value) for name, value in map(str.split, lines) if name in cache)
+            limits.append((int(word), None if usage is None else max(0, int(usage) - reclaimable)))
+    if limits:
+        return min(limits, key=lambda pair: pair[0])
+    return ("unlimited" if readable else None), None
 
 
 def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """This process's memory cgroups from the innermost outwards, with their limit's and their usage's file.
+    """Yield this process's memory cgroups from the innermost outwards.
 
-    The last is what their statistics' names begin with.
+    Each is its folder, the names of its limit's and its usage's file, and the prefix of the fields in its memory.stat.
     """
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, inside = line.split(":", 2)
@@ -177,14 +176,14 @@ def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
         else:
             continue
         folder = top / inside.strip("/")
-        for one in (folder, *folder.parents):
-            yield (one, *files)
-            if one == top:
+        for cgroup in (folder, *folder.parents):
+            yield (cgroup, *files)
+            if cgroup == top:
                 break
 
 
 def memcpy_gb_per_s(nbytes: int = 256 * MIB, repeats: int = 5) -> float | None:
-    """Bytes copied per second within host memory, the median of some copies with torch's threads; None if it fails."""
+    """Return the rate of copies within host memory with torch's threads, the median of `repeats`; None if it fails."""
     import torch
 
     try:
