@@ -1,7 +1,7 @@
 """The plan by which every expert goes straight from a checkpoint's files into its row of the host store.
 
-It follows Transformers' own renaming of keys, so that the weights are those that Transformers would load. Read that
-way, the experts are never held a second time.
+It follows Transformers' own renaming of keys, so that the weights are those that Transformers would load. Read in
+this way, no expert is held twice.
 """
 
 from __future__ import annotations

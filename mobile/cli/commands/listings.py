@@ -1,4 +1,4 @@
-"""`mobile strategies` and `mobile hardware`: what there is to choose from, each with its source."""
+"""`mobile strategies` and `mobile hardware`: the choices of --strategy and --hardware, each with its source."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ examples:
 Without --hardware, or with `auto`, virtual time is computed for {auto}. `mobile doctor --calibrate --out FILE.json`
 measures a profile of this machine, and --hardware takes FILE.json as well.
 """
-AUTO = "rtx4080-pcie4"  # what mobile.costs.hardware.profile makes of "auto"
+AUTO = "rtx4080-pcie4"  # the profile that mobile.costs.hardware.profile returns for "auto"
 
 
 def declare(commands: Any) -> None:
+    """Add both commands and their options."""
     parser = options.command(
         commands,
         "strategies",
         list_strategies,
-        help="what --strategy can be",
-        description="List every strategy: what it does, whether it is lossless, and whose it is.",
+        help="list the choices of --strategy",
+        description="List every strategy: what it does, whether it is lossless, and where it is from.",
         epilog=STRATEGIES,
     )
     options.json(parser)
@@ -44,20 +45,21 @@ def declare(commands: Any) -> None:
         commands,
         "hardware",
         list_hardware,
-        help="what --hardware can be",
-        description="List every hardware profile: the numbers that virtual time is computed with, and their sources.",
+        help="list the choices of --hardware",
+        description="List every hardware profile: the numbers of the virtual clock, and their sources.",
         epilog=HARDWARE.format(auto=AUTO),
     )
     options.json(parser)
 
 
 def list_strategies(arguments: argparse.Namespace) -> int:
-    found = strategies().values()
+    """Print every installed strategy; return 0."""
+    installed = strategies().values()
     if arguments.json:
-        show.as_json({"strategies": [_described(strategy) for strategy in found]})
+        show.as_json({"strategies": [_described(strategy) for strategy in installed]})
         return 0
-    out, width = show.console(), max((len(strategy.name) for strategy in found), default=0)
-    for strategy in found:
+    out, width = show.console(), max((len(strategy.name) for strategy in installed), default=0)
+    for strategy in installed:
         kind = "lossless" if strategy.lossless else "lossy"
         out.print(f"{strategy.name:{width}}  {kind:8}  {strategy.summary}", markup=False)
         out.print(f"{'':{width}}  {'':8}  {strategy.source}", style="dim", markup=False)
@@ -65,10 +67,12 @@ def list_strategies(arguments: argparse.Namespace) -> int:
 
 
 def _described(strategy: Strategy) -> dict[str, Any]:
+    """Return the strategy's entry in the JSON."""
     return {name: getattr(strategy, name) for name in ("name", "lossless", "summary", "source")}
 
 
 def list_hardware(arguments: argparse.Namespace) -> int:
+    """Print every hardware profile; return 0."""
     if arguments.json:
         show.as_json({"auto": AUTO, "hardware": [asdict(card) for card in PROFILES.values()]})
         return 0
