@@ -673,7 +673,7 @@ def test_a_conversation_is_computed_once_and_reads_as_if_it_were_computed_anew(c
     assert kept.code == 0
     assert "no chat template" in kept.err
     assert len(answers(kept)) == 3
-    monkeypatch.setattr(Conversation, "_keep_what_matches", lambda self, ids: self._forget_cache())
+    monkeypatch.setattr(Conversation, "_crop_cache", lambda self, ids: self._forget_cache())
     anew = cli("chat", MODEL, "--strategy", "lru", "--max-new-tokens", "20", *BUDGET, stdin=lines)
     assert kept.out == anew.out
     assert prompt_tokens(kept)[0] == prompt_tokens(anew)[0]
@@ -687,7 +687,7 @@ def test_a_template_that_renders_old_turns_anew_cuts_the_cache_back(cli, templat
     options = ("--strategy", "lru", "--max-new-tokens", "20", *BUDGET)
     kept = cli("chat", folder, *options, stdin=lines)
     assert "no chat template" not in kept.err
-    monkeypatch.setattr(Conversation, "_keep_what_matches", lambda self, ids: self._forget_cache())
+    monkeypatch.setattr(Conversation, "_crop_cache", lambda self, ids: self._forget_cache())
     anew = cli("chat", folder, *options, stdin=lines)
     assert kept.out == anew.out
     assert sum(prompt_tokens(kept)) < sum(prompt_tokens(anew))
@@ -808,7 +808,7 @@ def test_after_ctrl_c_between_two_layers_the_next_turn_is_what_a_new_computation
     assert len(turns) == 3
     turns.clear()
     calls.clear()
-    monkeypatch.setattr(Conversation, "_keep_what_matches", lambda self, ids: self._forget_cache())
+    monkeypatch.setattr(Conversation, "_crop_cache", lambda self, ids: self._forget_cache())
     assert kept.out == cli("chat", MODEL, *options, stdin=lines).out
 
 

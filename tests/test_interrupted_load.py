@@ -24,8 +24,8 @@ from mobile.checkpoints import loading
 
 T = TypeVar("T")
 
-ROOM = Path(mobile.__file__).parent
-FILES = {str(ROOM / f"{name}.py") for name in ("checkpoint", "cleanup", "loading", "reading", "source", "weights")}
+PACKAGE = Path(mobile.__file__).parent
+FILES = {str(file) for file in (*PACKAGE.glob("checkpoints/*.py"), PACKAGE / "live_model" / "cleanup.py")}
 SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
