@@ -48,7 +48,7 @@ class Future:
         visit, next_use = self.visit, self.next_use
         for key in keys:
             use = next_use.get(key, self.never)
-            assert use == visit, f"expert {key} ran in visit {visit} and was expected in {use}"
+            assert use == visit, f"expert {key} ran in visit {visit} and was foreseen for {use}"
         after = self._after[visit]
         if len(keys) < len(after):  # the others ran on the CPU
             next_uses = dict(zip(self.experts(visit), after, strict=True))

@@ -25,7 +25,9 @@ from mobile.checkpoints import loading
 T = TypeVar("T")
 
 PACKAGE = Path(mobile.__file__).parent
-FILES = {str(file) for file in (*PACKAGE.glob("checkpoints/*.py"), PACKAGE / "live_model" / "cleanup.py")}
+FILES = {str(PACKAGE / "live_model/cleanup.py")} | {
+    str(PACKAGE / f"checkpoints/{name}.py") for name in ("examine", "loading", "direct", "source", "weights")
+}
 SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 
 

@@ -233,10 +233,9 @@ def test_every_output_of_one_record_set_can_be_read(four, page_of_four, tmp_path
     rows = list(csv.DictReader(io.StringIO((tmp_path / "cells.csv").read_text())))
     assert len(rows) == len(four.records) + len(four.controls)
     assert {row["control"] for row in rows} == {"", "canary"}
-    cells = ("id", "model", "task", "strategy", "budget")  # from a number of the page to its record: reports/README.md
-    assert [tuple(row[c] for c in cells) for row in rows] == [
-        tuple(getattr(r, c) for c in cells) for r in four.all_records
-    ]
+    names = ("id", "model", "task", "strategy", "budget")  # from a number of the page to its record: reports/README.md
+    cells = [tuple(getattr(record, name) for name in names) for record in four.all_records]
+    assert [tuple(row[name] for name in names) for row in rows] == cells
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} >= {
         "olmoe-tiny arithmetic mobile (gamma 0.7)",
