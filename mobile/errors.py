@@ -1,17 +1,17 @@
-"""The one exception a user meets: a request refused before anything was changed."""
+"""The one exception of the package: a request that is refused before anything was changed."""
 
 from __future__ import annotations
 
 
 class Refused(ValueError):
-    """Bad input, explained in one sentence that says what to change. Nothing was written or left half-attached."""
+    """Bad input. Its text is one sentence with what to change; nothing was written and no model is half-attached."""
 
 
 def said(error: BaseException) -> str:
-    """Return another library's error in one line, for a sentence of ours: its first paragraph, or its class's name.
+    """Return another library's error in one line, to be a part of a refusal: its first paragraph, or the error's type.
 
-    Of an OSError it is the system's message without number and file. Halves of surrogate pairs are escaped, so that the
-    line can be printed anywhere.
+    An OSError gives the system's message alone, without the number and the file. Characters that are no text (half of a
+    surrogate pair) are escaped, so that the line can be printed anywhere.
     """
     message = str(getattr(error, "strerror", None) or error).strip()
     line = " ".join(message.split("\n\n")[0].split()) or type(error).__name__

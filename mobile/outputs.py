@@ -1,8 +1,8 @@
 """Output files: checked before a run, and written completely or not at all.
 
-A file is written beside its name and put there when it is complete. Through a symbolic link the file behind it is
-replaced, and the link stays. A device or a pipe is refused: a file would take its
-place, and half a result in a pipe cannot be undone.
+A file is written under a temporary name in the same folder and renamed when it is complete. Behind a symbolic link its
+target is replaced, and the link stays. Anything but a regular file (a device, a pipe) is refused: renaming would delete
+it, and half a result in a pipe cannot be taken back.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from mobile.errors import Refused, said
 
 
 def check_file(path: Path) -> None:
-    """Raise Refused if `whole` could not write there. A file is made beside it and deleted again."""
+    """Raise Refused if `whole` could not write there. To try it, a file is made in the same folder and removed."""
     partial, file = _begin(path)
     file.close()
     partial.unlink()
 
 
 def check_folder(path: Path) -> None:
-    """Raise Refused if the folder cannot be made, or no file written into it. The trial is deleted."""
-    made: list[Path] = []
+    """Raise Refused if the folder cannot be made, or no file written into it. All that is made to try it is removed."""
+    new_folders: list[Path] = []
     try:
-        made += (folder for folder in (path, *path.parents) if not folder.exists())
+        new_folders += (folder for folder in (path, *path.parents) if not folder.exists())
         path.mkdir(parents=True, exist_ok=True)
         check_file(path / f".{uuid4().hex}")
     except OSError as error:
         raise Refused(f"The folder {shown(path)} cannot be made ({said(error)}); name another one.") from error
     finally:
-        with suppress(OSError):  # somebody else may have put something there
-            for folder in made:
+        with suppress(OSError):  # another process may have put something there
+            for folder in new_folders:
                 folder.rmdir()
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write into; it takes the place of `path` at the end, and is gone if anything was raised.
+    """Yield a binary file to write into; it replaces `path` at the end, and is removed if anything was raised.
 
-    Raise Refused where that cannot be, or the disk is full.
+    Raise Refused if it cannot be written, or the disk is full.
     """
     partial, file = _begin(path)
     try:
@@ -83,14 +83,14 @@ def _target(path: Path) -> Path:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Turn an OSError about `path` that is raised inside into Refused."""
+    """Raise an OSError of the block as Refused, naming `path`."""
     try:
         yield
     except OSError as error:
-        says = f"{shown(path)} cannot be written ({said(error)}); name a file in a folder that exists."
-        raise Refused(says) from error
+        sentence = f"{shown(path)} cannot be written ({said(error)}); name a file in a folder that exists."
+        raise Refused(sentence) from error
 
 
 def shown(path: Path) -> str:
-    """Return the path as text, with bytes that are not text escaped."""
+    """Return the path as text to be printed, with bytes that are no text escaped."""
     return str(path).encode(errors="backslashreplace").decode()

@@ -15,11 +15,11 @@ def this_version() -> str:
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
-        return _named_by(Path(__file__).parent.parent / "pyproject.toml")
+        return _version_in(Path(__file__).parent.parent / "pyproject.toml")
 
 
-def _named_by(pyproject: Path) -> str:
-    """Return the version that our own pyproject.toml names; UNKNOWN for another project's."""
+def _version_in(pyproject: Path) -> str:
+    """Return the version in a pyproject.toml, or "unknown" if it cannot be read or is another project's."""
     try:
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         return str(project["version"]) if project["name"] == DISTRIBUTION else UNKNOWN

@@ -12,16 +12,17 @@ from conftest import greedy, prompt, tiny
 import mobile
 from mobile.cli import main
 from mobile.costs.hardware import PROFILES, profile, write_profile
-from mobile.machine import measure
 from mobile.machine.fit_profile import fit
+from mobile.machine.measure import measure, relinked, sizes
+from mobile.machine.measure.copies import time_copies
 
-SMALL = measure.NARROW
+SMALL = sizes.NARROW
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(measure, "ON_CPU", SMALL)
+    monkeypatch.setattr(sizes, "ON_CPU", SMALL)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def cli(capsys):
 
 def test_every_number_of_a_profile_is_measured_here():
     said: list[str] = []
-    measured = measure.measure(CPU, torch.float32, SMALL, say=said.append)
+    measured = measure(CPU, torch.float32, SMALL, say=said.append)
     card = fit(measured)
     assert said == ["copies over the link", "kernels", "decode steps"]
     assert [timing.nbytes for timing in measured.copies] == [3 * 256 * width * 4 for width in SMALL.widths]
@@ -51,16 +52,16 @@ def test_every_number_of_a_profile_is_measured_here():
 
 def test_a_paced_link_is_fitted_at_its_own_pace():
     """2 ms a megabyte and 1 ms a copy: far slower than this machine's memory, so that only the pace can show."""
-    sizes = replace(SMALL, widths=(256, 512, 1024))
-    paced = measure.copies(CPU, torch.float32, sizes, pace=lambda nbytes: 10**6 + 2 * nbytes)
+    wide = replace(SMALL, widths=(256, 512, 1024))
+    paced = time_copies(CPU, torch.float32, wide, pace=lambda nbytes: 10**6 + 2 * nbytes)
     assert all(timing.seconds >= 1e-3 + 2e-9 * timing.nbytes for timing in paced)
-    free = measure.copies(CPU, torch.float32, sizes)
+    free = time_copies(CPU, torch.float32, wide)
     assert sum(t.seconds for t in paced) > sum(t.seconds for t in free)
 
 
 def test_relinking_times_nothing_but_copies():
-    measured = measure.measure(CPU, torch.float32, SMALL)
-    other = measure.relinked(measured, CPU, torch.float32, SMALL, pace=lambda nbytes: 10**6 + nbytes)
+    measured = measure(CPU, torch.float32, SMALL)
+    other = relinked(measured, CPU, torch.float32, SMALL, pace=lambda nbytes: 10**6 + nbytes)
     assert replace(other, copies=measured.copies) == measured
     assert all(timing.seconds >= 1e-3 + 1e-9 * timing.nbytes for timing in other.copies)
 

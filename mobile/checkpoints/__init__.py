@@ -1,0 +1,1 @@
+"""From a checkpoint, a folder or a repository of the hub, to an offloaded model."""

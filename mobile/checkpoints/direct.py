@@ -1,6 +1,7 @@
-"""Direct reading: a plan to read every expert of a checkpoint from its files into the rows of the host store.
+"""The plan by which every expert goes straight from a checkpoint's files into its row of the host store.
 
-It covers the conversions that only place bytes; `loading` reads other checkpoints through Transformers.
+It follows Transformers' own renaming of keys, so that the weights are those that Transformers would load. Read in
+this way, no expert is held twice.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from mobile.live_model import compat
 
 @dataclass(frozen=True)
 class Reading:
-    """A tensor of a file and its place in the store: the `weight` of a `layer`.
+    """One tensor of a file, and its place in the host store.
 
-    It is that of all experts, or of one `expert`, from its row `start` on.
+    It is `weight` of all experts of a layer, stacked; or, where `expert` is given, that expert's rows from `start` on.
     """
 
     file: Path
@@ -44,38 +45,38 @@ class Reading:
 
 
 class Renaming:
-    """Transformers' own renaming of a checkpoint's keys to a model's weights, and the conversions it used."""
+    """Transformers' own renaming of a checkpoint's keys to the weights of a model (meta is enough)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._all: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        self._renamings = [entry for entry in self._all if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._all if isinstance(entry, WeightConverter)]
+        self._conversions: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         self._converters = converters
         self._prefix = getattr(model, "base_model_prefix", None)
         self.state = model.state_dict()
-        self.of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        self.converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
     def target(self, key: str) -> tuple[str, str | None]:
-        """Return the model's weight that `key` becomes a part of, and the pattern of its converter, if there is one."""
-        found, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.state)
-        if found not in self.state and key in self.state:
-            found, pattern = rename_source_key(key, [], [], self._prefix, self.state)
-        return found, pattern
+        """Return the weight this key becomes or is a part of, and the pattern of the converter, if there is one."""
+        weight, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.state)
+        if weight not in self.state and key in self.state:
+            weight, pattern = rename_source_key(key, [], [], self._prefix, self.state)
+        return weight, pattern
 
     def targets(self, key: str) -> list[str]:
-        """Return all weights that `key` becomes a part of; `target` names the first of a converter's."""
-        found, pattern = self.target(key)
+        """Return all weights that this key has a part in: a converter that makes several is named after its first."""
+        weight, pattern = self.target(key)
         if pattern is None:
-            return [found]
-        first, *_ = targets = self.of_pattern[pattern].target_patterns
-        return [found.replace(first, target) for target in targets]
+            return [weight]
+        first, *_ = patterns = self.converter_of[pattern].target_patterns
+        return [weight.replace(first, target) for target in patterns]
 
-    def used(self) -> list[Any]:
-        """Return the conversions that `target` has used so far, which Transformers keeps for saving the model again."""
-        return [conversion for conversion in self._all if conversion.was_used()]
+    def used_conversions(self) -> list[Any]:
+        """Return the conversions that changed a key so far, as Transformers keeps them for saving the model again."""
+        return [conversion for conversion in self._conversions if conversion.was_used()]
 
 
-def experts_of(layers: Sequence[compat.MoeLayer]) -> dict[str, tuple[int, str]]:
+def store_places(layers: Sequence[compat.MoeLayer]) -> dict[str, tuple[int, str]]:
     """Return, by the name of an experts weight in the model, its layer and its name in the store."""
     return {
         f"{layer.name}.{weight}": (number, weight)
@@ -87,69 +88,70 @@ def experts_of(layers: Sequence[compat.MoeLayer]) -> dict[str, tuple[int, str]]:
 def check_untied(empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
     """Raise Refused if the experts of one layer are those of another."""
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
-    shared = next((weight for weight in experts_of(layers) if weight in tied), None)
+    shared = next((weight for weight in store_places(layers) if weight in tied), None)
     if shared is not None:
         raise Refused(f"{type(empty).__name__} shares {shared} with another layer, which this version cannot offload.")
 
 
 def check_names(empty: nn.Module, layers: Sequence[compat.MoeLayer], keys: Iterable[str]) -> None:
-    """Raise Refused if an experts weight is made of none of `keys`, which are all that a checkpoint has."""
+    """Raise Refused if an experts weight is made of none of these keys, which are all that a checkpoint has."""
     renaming = Renaming(empty)
-    made = {target for key in keys for target in renaming.targets(key)}
-    for weight in experts_of(layers):
-        if weight not in made:
+    targets = {target for key in keys for target in renaming.targets(key)}
+    for weight in store_places(layers):
+        if weight not in targets:
             raise Refused(f"The checkpoint lacks weights of {weight}; copy it again.")
 
 
 def plan_readings(empty: nn.Module, layers: Sequence[compat.MoeLayer], files: Sequence[Path]) -> list[Reading] | None:
-    """Return the readings that fill every expert's row, by Transformers' own renaming of checkpoint keys.
+    """Return how to read every expert, following Transformers' own renaming of checkpoint keys.
 
-    None if the checkpoint needs a conversion other than stacking experts and joining gate with up.
-    Raise Refused if an expert's weight is missing.
+    None if the checkpoint needs a conversion other than stacking experts and joining gate with up. Raise Refused if it
+    has fewer or more weights of an expert than its configuration says.
     """
-    renaming, targets = Renaming(empty), experts_of(layers)
+    renaming, places = Renaming(empty), store_places(layers)
     readings: list[Reading] = []
-    stacked: dict[tuple[str, str], int] = defaultdict(int)  # experts seen so far, by weight and source pattern
-    read: dict[str, int] = defaultdict(int)  # elements, by weight
+    stacked: dict[tuple[str, str], int] = defaultdict(int)  # experts so far, by weight and converter pattern
+    numels: dict[str, int] = defaultdict(int)  # elements so far, by weight
     shapes = shapes_in(files)
+    # In natural order (expert 2 before 10), since Transformers stacks the experts of a layer in that order.
     for key in sorted(shapes, key=dot_natural_key):
+        # 1. Take the keys that become a part of some experts weight; the others are Transformers' to load.
         target, pattern = renaming.target(key)
-        if target not in targets:  # not an expert
+        if target not in places:
             continue
-        number, weight = targets[target]
+        layer, weight = places[target]
         file, shape = shapes[key]
-        whole = list(renaming.state[target].shape)
-        # 1. A key that is the weight of all experts is read as it is.
+        target_shape = list(renaming.state[target].shape)  # (experts, rows, columns)
+        numels[target] += torch.Size(shape).numel()
+        # 2. A key that is only renamed holds all experts of the layer, stacked.
         if pattern is None:
-            if shape != whole:
+            if shape != target_shape:
                 return None
-            readings.append(Reading(file, key, number, weight))
-            read[target] += torch.Size(shape).numel()
+            readings.append(Reading(file, key, layer, weight))
             continue
-        # 2. A key of one expert is stacked; if gate and up are separate keys, they are joined along its rows.
-        kinds = [type(operation) for operation in renaming.of_pattern[pattern].operations]
-        parts = renaming.of_pattern[pattern].source_patterns
-        joined = [MergeModulelist, Concatenate] if len(parts) > 1 else [MergeModulelist]
-        if kinds != joined or not shape or [len(parts) * shape[0], *shape[1:]] != whole[1:]:
+        # 3. Any other is one expert's matrix (rows / parts, columns): the converter stacks such matrices, and where it
+        #    has several source patterns (gate, up) it joins theirs along the rows, in the order of the patterns.
+        operations = [type(operation) for operation in renaming.converter_of[pattern].operations]
+        parts = renaming.converter_of[pattern].source_patterns
+        stacking = [MergeModulelist, Concatenate] if len(parts) > 1 else [MergeModulelist]
+        if operations != stacking or not shape or [len(parts) * shape[0], *shape[1:]] != target_shape[1:]:
             return None
-        # 3. Keys come in natural order, so the next one of a pattern is the next expert.
         start = parts.index(pattern) * shape[0]
-        readings.append(Reading(file, key, number, weight, stacked[target, pattern], start))
+        readings.append(Reading(file, key, layer, weight, stacked[target, pattern], start))
         stacked[target, pattern] += 1
-        read[target] += torch.Size(shape).numel()
-    # 4. Every element of every experts weight must be read exactly once.
-    for target in targets if readings else ():
-        if read[target] < renaming.state[target].numel():
+    # 4. Every element of every experts weight must come from exactly one tensor.
+    for target in places if readings else ():
+        if numels[target] < renaming.state[target].numel():
             raise Refused(f"The checkpoint lacks weights of {target}; copy it again.")
-        if read[target] > renaming.state[target].numel():
+        if numels[target] > renaming.state[target].numel():
             raise Refused(f"The checkpoint has more weights of {target} than its configuration says; copy it again.")
     return readings or None
 
 
 def shapes_in(files: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
-    """Return, by key, the file to read it from, which is the last that holds it, and its shape there."""
-    found: dict[str, tuple[Path, list[int]]] = {}
+    """Return, by key, the file that it is taken from, which is the last that holds it, and its shape there."""
+    shapes: dict[str, tuple[Path, list[int]]] = {}
     for path in files:
         with opened(path) as file:
-            found |= {key: (path, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
-    return found
+            shapes |= {key: (path, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    return shapes

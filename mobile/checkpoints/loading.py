@@ -1,6 +1,7 @@
-"""Loading: from a checkpoint to an offloaded model, holding all experts only in the host store.
+"""`mobile.load`: from a checkpoint to an offloaded model.
 
-Experts are read directly where a plan of `direct` says how, else through Transformers' conversions.
+Experts go from the files into the host store and are never all held anywhere else. Some settings of Transformers and
+PyTorch are changed for the time of reading; each change leaves a step on a `Cleanup` list that undoes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mobile.checkpoints import examine
-from mobile.checkpoints.direct import Reading, Renaming, plan_readings
+from mobile.checkpoints.direct import Reading, Renaming, plan_readings, store_places
 from mobile.checkpoints.examine import Examined
 from mobile.checkpoints.source import Source
 from mobile.costs.hardware import HardwareProfile
@@ -38,9 +39,9 @@ from mobile.runtime.attach_plan import AttachOptions, plan_attach
 from mobile.runtime.attachment import install
 from mobile.store.memory import HostStore
 
-Advance = Callable[[int], None]  # called with the number of bytes read
+Advance = Callable[[int], None]  # moves the progress bar by bytes read
 
-ONE_AT_A_TIME = threading.RLock()  # a load changes settings of Transformers that all threads share
+ONE_AT_A_TIME = threading.RLock()  # one load at a time: it changes settings of Transformers that all threads share
 
 
 def load(
@@ -69,16 +70,17 @@ def load(
     go from the files into the host store one layer at a time, so that host memory peaks at the store and the dense
     weights, plus one layer.
 
-    Raise Refused, before any weight is fetched or read where it can be known, for a missing, truncated or incomplete
-    checkpoint, one without safetensors or with an adapter, and whatever attach refuses. Neither that nor an interrupt
+    Raise Refused, if possible before any weight is fetched or read, for a missing, truncated or incomplete checkpoint,
+    one without safetensors or with an adapter, and for everything that attach refuses. Neither that nor an interrupt
     leaves anything behind. The caller's default device, inference mode and autocast change nothing.
     """
     compat.check_version()
-    strategy, place = resolve(strategy, gamma), _device(device)
+    strategy, target = resolve(strategy, gamma), _device(device)
 
     def work() -> Any:
-        found = examine.find(source, revision=revision, trust_remote_code=trust_remote_code)
-        known = with_cleanup(lambda cleanup: _examine(found, dtype, trust_remote_code, cleanup))
+        # 1. Everything that can be refused: the checkpoint, the strategy's budget, the host's memory.
+        location = examine.find(source, revision=revision, trust_remote_code=trust_remote_code)
+        checkpoint = with_cleanup(lambda cleanup: _examine(location, dtype, trust_remote_code, cleanup))
         options = AttachOptions(
             strategy=strategy,
             memory=memory,
@@ -89,16 +91,18 @@ def load(
             geometry=geometry,
             kernel=kernel,
         )
-        plan = plan_attach(known.empty, known.layers, known.layout, place, options)
-        if place.type == "cpu":
-            beside = _beside_nbytes(known, plan.slots)
-            _check_host_memory(known.experts_nbytes + beside, "the experts, the other weights and the slots")
+        plan = plan_attach(checkpoint.empty, checkpoint.layers, checkpoint.layout, target, options)
+        if target.type == "cpu":
+            others = _other_nbytes(checkpoint, plan.slots)
+            _check_host_memory(checkpoint.experts_nbytes + others, "the experts, the other weights and the slots")
         else:
-            _check_host_memory(known.experts_nbytes)
+            _check_host_memory(checkpoint.experts_nbytes)
+        # 2. The weights: into the cache, then the experts into the store and the others into the model.
         shown = sys.stderr.isatty() if progress is None else progress
-        _fetch(known, shown)
-        model, store = with_cleanup(lambda cleanup: _read(known, shown, cleanup))
-        model = model.eval().to(place)
+        _fetch(checkpoint, shown)
+        model, store = with_cleanup(lambda cleanup: _read(checkpoint, shown, cleanup))
+        # 3. The model is complete but for its experts, which the engine runs from the store.
+        model = model.eval().to(target)
         return install(model, compat.moe_layers(model), store, plan)
 
     try:
@@ -110,7 +114,11 @@ def load(
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C caused an error: cleaning up a half-made state may raise another one."""
+    """Return whether the error came of Ctrl-C.
+
+    An interrupt inside of Transformers or of a clean-up step may be followed by another error, which is raised in its
+    place and is turned into a refusal. The interrupt is then among the contexts of the refusal.
+    """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
@@ -133,14 +141,14 @@ def _device(device: str | int | torch.device | None) -> torch.device:
     raise Refused(f"There is no device {device} here; leave device out, or give {here}.")
 
 
-def _beside_nbytes(known: Examined, slots: int) -> int:
-    """Return the bytes of a CPU model beside the host store: its other weights, and the slots."""
-    own = compat.geometry_of(known.empty, known.layers, known.layout)
-    return own.resident_nbytes + (slots + PREFILL_BUFFERS) * known.layout.nbytes
+def _other_nbytes(checkpoint: Examined, slots: int) -> int:
+    """Return the bytes that a model on the CPU takes in host memory besides the store: dense weights and slots."""
+    geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
+    return geometry.resident_nbytes + (slots + PREFILL_BUFFERS) * checkpoint.layout.nbytes
 
 
 def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
-    """Raise Refused if this machine, or the container's limit, leaves less than `nbytes`, which `of` take."""
+    """Raise Refused if this machine, or the container's limit, leaves less than `nbytes`, which the parts `of` take."""
     shortage = memory_shortage(nbytes, host().usable_nbytes, of)
     if shortage is not None:
         raise Refused(
@@ -149,98 +157,106 @@ def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
         )
 
 
-def _examine(found: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, cleanup: Cleanup) -> Examined:
-    """Examine the checkpoint while no other thread loads one."""
-    _take_turn(cleanup)
-    return examine.examine(found, dtype=dtype, trust_remote_code=trust_remote_code)
+def _examine(source: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, cleanup: Cleanup) -> Examined:
+    """Return `examine.examine` of the source, run while no other thread loads. Raise Refused."""
+    _take_lock(cleanup)
+    return examine.examine(source, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _fetch(known: Examined, shown: bool) -> None:
-    """Fetch the weights' files that are not here. Raise Refused first if the disk has no room for them."""
-    assert known.weights is not None
-    shortage = known.disk_shortage()
+def _fetch(checkpoint: Examined, shown: bool) -> None:
+    """Fetch all files of the weights. Raise Refused, before that, if the disk has no room for them."""
+    assert checkpoint.weights is not None
+    shortage = checkpoint.disk_shortage()
     if shortage is not None:
-        raise Refused(f"{known.source.name} cannot be fetched: {shortage}.")
-    known.source.fetch(known.weights.files, shown=shown)
-    examine.check_headers(known.source, known.weights)
+        raise Refused(f"{checkpoint.source.name} cannot be fetched: {shortage}.")
+    checkpoint.source.fetch(checkpoint.weights.files, shown=shown)
+    examine.check_headers(checkpoint.source, checkpoint.weights)
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _read(known: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStore]:
-    """Read the weights; return the model without its experts, and the store with them."""
-    _take_turn(cleanup)
-    _quieten(cleanup)
-    store = HostStore(known.layout, len(known.layers), known.layers[0].count)
-    readings = None if known.quantised else plan_readings(known.empty, known.layers, known.files)
-    bar = _bar(shown, cleanup)
-    nbytes = sum(file.stat().st_size for file in known.files)
-    task = bar.add_task("", total=nbytes)
+def _read(checkpoint: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStore]:
+    """Return the model without its experts, and the store with them. Raise Refused."""
+    _take_lock(cleanup)
+    _silence_transformers(cleanup)
+    store = HostStore(checkpoint.layout, len(checkpoint.layers), checkpoint.layers[0].count)
+    readings = None if checkpoint.quantised else plan_readings(checkpoint.empty, checkpoint.layers, checkpoint.files)
+    bar = _start_bar(shown, cleanup)
+    nbytes = sum(file.stat().st_size for file in checkpoint.files)
+    name, task = checkpoint.source.name, bar.add_task("", total=nbytes)
     advance = partial(bar.advance, task)
     try:
         if readings is None:
-            model = _read_converted(known, store, advance, cleanup)
+            model = _read_converted(checkpoint, store, advance, cleanup)
         else:
-            model = _read_directly(known, store, readings, advance, cleanup)
+            model = _read_directly(checkpoint, store, readings, advance, cleanup)
     except Refused:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         if "above report" in str(error):  # Transformers' list of them, which is not shown
-            raise Refused(f"The weights of {known.source.name} do not fit its configuration; copy it again.") from error
-        raise Refused(f"Cannot load {known.source.name}: {said(error)}") from error
+            raise Refused(f"The weights of {name} do not fit its configuration; copy it again.") from error
+        raise Refused(f"Cannot load {name}: {said(error)}") from error
     bar.update(task, completed=nbytes)
-    model.config.name_or_path = model.name_or_path = known.source.name
+    model.config.name_or_path = model.name_or_path = name
     return model, store
 
 
 def _read_directly(
-    known: Examined, store: HostStore, readings: Sequence[Reading], advance: Advance, cleanup: Cleanup
+    checkpoint: Examined, store: HostStore, readings: Sequence[Reading], advance: Advance, cleanup: Cleanup
 ) -> Any:
-    """Read the experts by our own threads and the rest by Transformers; return the model."""
-    # 1. Copy every reading into its place in the store.
+    """Return the model, its experts read into the store as `readings` say; Transformers reads all other weights.
+
+    `advance` is called with the bytes of each tensor. Raise Refused if a weight is missing.
+    """
+    # 1. Open every file. The step that closes them comes before the first is opened, so that an interrupt between two
+    #    of them leaves none open.
     handles: dict[Any, Any] = {}
     cleanup.append(lambda: list(map(_close, handles.values())))
-    for file in known.files:
+    for file in checkpoint.files:
         handles[file] = safe_open(file, framework="pt")
 
-    def read(one: Reading) -> int:
-        tensor = handles[one.file].get_tensor(one.key)
-        into = store.weights(one.layer, one.weight)
-        if one.expert is not None:
-            into = into[one.expert, one.start : one.start + tensor.shape[0]]
-        into.copy_(tensor)
+    def read(reading: Reading) -> int:
+        tensor = handles[reading.file].get_tensor(reading.key)
+        row = store.weights(reading.layer, reading.weight)
+        if reading.expert is not None:
+            row = row[reading.expert, reading.start : reading.start + tensor.shape[0]]
+        row.copy_(tensor)
         return tensor.nbytes
 
+    # 2. Copy the experts into their rows, on several threads.
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     cleanup.append(partial(threads.shutdown, cancel_futures=True))
     for nbytes in threads.map(read, readings):
         advance(nbytes)
-    # 2. Have Transformers load the other weights, its experts staying empty.
+    # 3. Let Transformers load the rest from lazy slices of the same files. It allocates the experts that it was not
+    #    given, and the hook replaces each of them by an empty placeholder.
     slices = {key: handle.get_slice(key) for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
-    experts = {one.key for one in readings}
+    expert_keys = {reading.key for reading in readings}
     _keep_experts_out(lambda module, name, weight: None, cleanup)
-    kind: Any = type(known.empty)
-    model, info = kind.from_pretrained(
+    model_class: Any = type(checkpoint.empty)
+    model, info = model_class.from_pretrained(
         None,
-        config=known.config,
+        config=checkpoint.config,
         output_loading_info=True,
-        dtype=known.options["dtype"],
-        state_dict={key: one for key, one in slices.items() if key not in experts},
+        dtype=checkpoint.options["dtype"],
+        state_dict={key: tensor for key, tensor in slices.items() if key not in expert_keys},
     )
-    ours = {f"{layer.name}.{name}" for layer in compat.moe_layers(model) for name in compat.weight_names(layer.experts)}
-    _check_complete([key for key in info["missing_keys"] if key not in ours])
-    # 3. Do what from_pretrained does beside: remember the conversions, read the generation configuration.
+    # 4. Only experts may be missing from what Transformers loaded.
+    in_store = store_places(compat.moe_layers(model))
+    _check_complete([key for key in info["missing_keys"] if key not in in_store])
+    # 5. Complete what `from_pretrained` does for a model from a folder, which this one is not to Transformers: the
+    #    conversions by which it is saved again (Transformers has seen only the dense weights), and generation_config.
     renaming = Renaming(model)
     for key in slices:
         renaming.target(key)
-    model._weight_conversions = renaming.used()  # as Transformers does, which has seen the dense weights alone
+    model._weight_conversions = renaming.used_conversions()
     if hasattr(model, "adjust_generation_fn"):
         model.adjust_generation_fn(
             None,
             False,
             None,
-            str(known.source.folder),
+            str(checkpoint.source.folder),
             cache_dir=None,
             force_download=False,
             proxies=None,
@@ -248,22 +264,27 @@ def _read_directly(
             token=None,
             revision="main",
             subfolder="",
-            trust_remote_code=known.options["trust_remote_code"],
+            trust_remote_code=checkpoint.options["trust_remote_code"],
         )
     return model
 
 
 def _close(file: Any) -> None:
-    """Close a safetensors file, or leave that to the thread that is reading it and that Ctrl-C made Python forget."""
+    """Close a safetensors file.
+
+    It raises RuntimeError while a thread still reads in it: one that an interrupt kept `shutdown` from waiting for. The
+    file is closed when that thread has let go of it.
+    """
     with suppress(RuntimeError):
         file.__exit__(None, None, None)
 
 
-def _read_converted(known: Examined, store: HostStore, advance: Advance, cleanup: Cleanup) -> Any:
-    """Read everything by Transformers, moving each experts weight into the store as soon as it is complete.
+def _read_converted(checkpoint: Examined, store: HostStore, advance: Advance, cleanup: Cleanup) -> Any:
+    """Return the model as Transformers reads and converts it; each experts weight goes into the store once complete.
 
-    Return the model.
+    `advance` is called with the bytes of each. Raise Refused if a weight is missing.
     """
+    # Layers may come in any order: a module gets the next free layer of the store, and `reorder` sorts them at the end.
     order: dict[nn.Module, int] = {}
 
     def take(module: nn.Module, name: str, weight: torch.Tensor) -> None:
@@ -271,11 +292,11 @@ def _read_converted(known: Examined, store: HostStore, advance: Advance, cleanup
         advance(weight.nbytes)
         _return_freed_memory()
 
-    # Transformers' switch against reading ahead, which would hold as many tensors as its threads are fast.
+    # Transformers reads ahead with several threads, and would hold many converted layers at once; this switches it off.
     _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)
     _keep_experts_out(take, cleanup)
-    model, info = known.kind.from_pretrained(
-        known.source.folder, output_loading_info=True, use_safetensors=True, **known.options
+    model, info = checkpoint.model_class.from_pretrained(
+        checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
     )
     _check_complete(info["missing_keys"])
     store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
@@ -283,69 +304,76 @@ def _read_converted(known: Examined, store: HostStore, advance: Advance, cleanup
 
 
 def _keep_experts_out(take: Callable[[nn.Module, str, torch.Tensor], None], cleanup: Cleanup) -> None:
-    """Pass every experts weight that is loaded from now on to `take`, leaving an empty placeholder in its module.
+    """Call `take(module, name, weight)` for each loaded experts weight, and leave an empty placeholder in the module.
 
-    It uses PyTorch's hook on the registration of parameters, which is how Transformers sets each loaded weight, on the
-    thread that loads. The models of other threads are not touched.
+    It is PyTorch's own hook on the registration of parameters: Transformers sets each loaded weight that way, on the
+    thread that loads. The models of other threads are left alone.
     """
-    thread, taking = threading.get_ident(), [take]
+    # The hook asks `active` whether it is still wanted. An interrupt can fall between the hook's registration and the
+    # line that records how to remove it; then the hook stays, but does nothing once `active` is empty.
+    thread, active = threading.get_ident(), [take]
 
     def register(module: nn.Module, name: str, weight: Any) -> Any:
-        if not taking or threading.get_ident() != thread:
+        if not active or threading.get_ident() != thread:
             return None
         experts = all(hasattr(module, flag) for flag in compat.FLAGS)
         if not experts or weight is None or weight.device.type == "meta" or name not in compat.weight_names(module):
             return None
-        taking[0](module, name, weight.data)
+        active[0](module, name, weight.data)
         empty: Any = nn.Parameter(weight.data.new_empty(0), requires_grad=weight.requires_grad)
         empty._is_hf_initialized = True
         return empty
 
-    cleanup.append(taking.clear)
+    cleanup.append(active.clear)
     cleanup.append(register_module_parameter_registration_hook(register).remove)
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give freed pages back: else the pieces of converted layers stay, 190 MB of 400 in half of all runs."""
+    """Make glibc give freed pages back to the system.
+
+    Without it the freed pieces of converted layers stayed with the process: 190 MB of 400 in half of all runs.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def _check_complete(missing: Sequence[str]) -> None:
-    """Raise Refused if weights are missing."""
+    """Raise Refused if any weight is missing."""
     if missing:
         raise Refused(f"The checkpoint lacks {len(missing)} weights, {sorted(missing)[0]} among them; copy it again.")
 
 
-# --- settings that are changed while reading ------------------------------------------------------
+# --- settings changed for the time of reading -----------------------------------------------------
 
 
-def _take_turn(cleanup: Cleanup) -> None:
-    """Wait until no other thread examines or reads a checkpoint; the others wait from now on.
+def _take_lock(cleanup: Cleanup) -> None:
+    """Wait until no other thread examines or reads a checkpoint; the others wait until the clean-up.
 
     Transformers builds models under a default dtype that all threads share.
     """
 
     def release() -> None:
-        with suppress(RuntimeError):  # not ours, because it was interrupted, or not any more
+        # The step is taken twice, and also after an interrupt before the lock was had: RuntimeError says that this
+        # thread does not hold it.
+        with suppress(RuntimeError):
             ONE_AT_A_TIME.release()
 
-    cleanup.append(release)
+    cleanup.append(release)  # before the change that it undoes, as everywhere here
     ONE_AT_A_TIME.acquire()
     caller_modes.keep(cleanup)
 
 
 def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:
-    """Set an environment variable until the cleanup."""
+    """Set an environment variable until the clean-up."""
     before = os.environ.get(name)
-    back = partial(os.environ.pop, name, None) if before is None else partial(os.environ.update, {name: before})
-    cleanup.append(back)
+    restore = partial(os.environ.pop, name, None) if before is None else partial(os.environ.update, {name: before})
+    cleanup.append(restore)
     os.environ[name] = value
 
 
-def _quieten(cleanup: Cleanup) -> None:
-    """Turn off Transformers' own progress bar and its report of missing experts, until the cleanup."""
+def _silence_transformers(cleanup: Cleanup) -> None:
+    """Switch off Transformers' own bar, and its report of the experts that it was not given."""
     log = transformers.utils.logging
     cleanup.append(partial(log.set_verbosity, log.get_verbosity()))
     if log.is_progress_bar_enabled():
@@ -354,8 +382,8 @@ def _quieten(cleanup: Cleanup) -> None:
     log.disable_progress_bar()
 
 
-def _bar(shown: bool, cleanup: Cleanup) -> Progress:
-    """Start a progress bar on stderr, with bytes and bytes per second."""
+def _start_bar(shown: bool, cleanup: Cleanup) -> Progress:
+    """Start a bar on stderr with bytes and bytes per second; nothing is drawn unless `shown`."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
     cleanup.append(bar.stop)

@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from: a folder, or a repository of the hub whose files are fetched by name. No torch.
+"""A checkpoint's place: a folder, or a repository of the hub whose files are fetched by name. Imports no torch.
 
-Of a repository nothing is fetched that is not asked for, so that a checkpoint is refused before its weights are there.
+Only the files that are asked for are fetched, so that a checkpoint is refused before its weights are downloaded.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ class Source:
         return (self.folder / file).is_file()
 
     def files(self) -> list[str]:
-        """Return the names of all files in the top folder."""
+        """Return the names of all files of the top level, sorted."""
         names = os.listdir(self.folder) if self.sizes is None else [name for name in self.sizes if "/" not in name]
         return sorted(names)
 
     def missing_nbytes(self, files: Iterable[str]) -> int:
-        """Return the bytes of those of `files` that are not in the cache yet."""
+        """Return the bytes of these files that are not in the cache yet."""
         return sum((self.sizes or {}).get(file, 0) for file in files if not self.holds(file))
 
     def fetch(self, files: Sequence[str], *, shown: bool = False) -> None:
-        """Download the `files` that are not in the folder; `shown` shows bars on stderr. Raise Refused if it fails."""
-        lacking = [file for file in files if not self.holds(file)]
-        if lacking and self.sizes is None:
-            raise Refused(self.without(lacking[0]))
-        if lacking:
+        """Fetch those files that are not in the folder. `shown` shows bars on stderr. Raise Refused if one fails."""
+        missing = [file for file in files if not self.holds(file)]
+        if missing and self.sizes is None:
+            raise Refused(self.missing_file(missing[0]))
+        if missing:
             try:
                 # The names go in as patterns, so what is special in a pattern is escaped.
-                _download(self.name, self.commit, [glob.escape(file) for file in lacking], shown)
-            except Exception as error:  # the HTTP client's, the hub's and the disk's own, whatever stops it
+                _download(self.name, self.commit, [glob.escape(file) for file in missing], shown)
+            except Exception as error:  # any exception of the HTTP client, the hub or the disk
                 raise Refused(f"Fetching {self.name} stopped: {_why(error, self.commit)}; run it again.") from error
-            for file in lacking:
+            for file in missing:
                 if not self.holds(file):
-                    raise Refused(self.without(file))
+                    raise Refused(self.missing_file(file))
 
-    def without(self, file: str) -> str:
-        """Return the refusal of a checkpoint that lacks `file`."""
+    def missing_file(self, file: str) -> str:
+        """Return the refusal of a checkpoint that lacks this file."""
         if self.commit is None:
             return f"{self.folder} lacks {file}; copy it again."
         if self.sizes is None:
@@ -84,9 +84,9 @@ class Source:
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, patterns: Sequence[str]) -> Source:
-    """Return the source of a folder, or of a hub repository at that revision, whose files that match are fetched.
+    """Return a local folder, or a repository at that revision, of which the files that match `patterns` are fetched.
 
-    Raise Refused for anything else, and for a repository that is neither reachable nor in the cache.
+    Raise Refused for a name that is neither, and for a repository that is neither reachable nor in the cache.
     """
     name = _name(source)
     folder = _folder(name)
@@ -98,7 +98,7 @@ def locate(source: str | os.PathLike[str], revision: str | None, patterns: Seque
 
 
 def _name(source: object) -> str:
-    """Return the path or hub id as text. Raise Refused if it is none."""
+    """Return the folder or hub id as text. Raise Refused if it is empty or no text."""
     try:
         name = os.fspath(source)  # type: ignore[call-overload]
     except TypeError:
@@ -113,7 +113,7 @@ def _name(source: object) -> str:
 
 
 def _folder(name: str) -> str | None:
-    """Return the local folder, or None for a hub id. Raise Refused for anything else."""
+    """Return the local folder of that name, or None for a hub id. Raise Refused for a name that is neither."""
     for path in (name, os.path.expanduser(name)):
         if os.path.isdir(path):
             return path
@@ -125,7 +125,7 @@ def _folder(name: str) -> str | None:
 
 
 def _repository(name: str, revision: str | None, patterns: Sequence[str]) -> Source:
-    """Return the source of a hub repository; without a network, what the cache holds of it. Raise Refused."""
+    """Return the snapshot of a repository, with files that match fetched, or what the cache has of it offline."""
     try:
         folder = Path(_download(name, revision, patterns, shown=False))
     except LocalEntryNotFoundError as error:  # no network, and not everything in the cache; what is there may do
@@ -133,13 +133,12 @@ def _repository(name: str, revision: str | None, patterns: Sequence[str]) -> Sou
         if cached is None:
             raise Refused(f"Cannot load {name}: {_why(error, revision)}.") from error
         folder = cached.parent
-    except Exception as error:  # the HTTP client's, the hub's and the disk's own, whatever keeps us from it
+    except Exception as error:  # any exception of the HTTP client, the hub or the disk
         raise Refused(f"Cannot load {name}: {_why(error, revision)}.") from error
     return Source(name, folder, folder.name, _listing(name, folder.name))
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str], shown: bool) -> str:
-    """Download the matching files into the cache; return the folder of the snapshot."""
     bars = tqdm if shown else _Silent
     return snapshot_download(name, revision=revision, allow_patterns=list(patterns), tqdm_class=bars)
 
@@ -152,12 +151,12 @@ class _Silent(tqdm):
 
 
 def _cached(name: str, file: str, revision: str | None) -> Path | None:
-    """Return the path of a repository's file in the cache, or None."""
+    """Return a file of a repository in the hub's cache, or None if it is not there."""
     try:
-        found = try_to_load_from_cache(name, file, revision=revision)
+        path = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def cached_whole(name: str, revision: str | None) -> bool:
@@ -173,10 +172,10 @@ def cached_whole(name: str, revision: str | None) -> bool:
 
 
 def _listing(name: str, commit: str) -> dict[str, int] | None:
-    """Return the bytes of each file of a repository; None if the hub cannot be reached."""
+    """Return the bytes of each file of a repository, or None without a network."""
     try:
         entries = list(HfApi().list_repo_tree(name, recursive=True, revision=commit))
-    except Exception:  # without a network there is only the cache, whatever the HTTP client calls that
+    except Exception:  # any exception of the HTTP client: without a network there is only the cache
         return None
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
@@ -197,13 +196,13 @@ def _why(error: Exception, revision: str | None) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the hub's cache, or the nearest one above it that exists."""
+    """Return the folder of the hub's cache, or where there is none yet, its nearest parent that exists."""
     cache = Path(constants.HF_HUB_CACHE)
     return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
 
 
 def disk_shortage(nbytes: int, free_nbytes: int) -> str | None:
-    """Return why `nbytes` do not fit into the hub's cache, on whose disk `free_nbytes` are free; None if they do."""
+    """Return why the disk of the hub's cache, with `free_nbytes` free, cannot take `nbytes` more, or None if it can."""
     if nbytes <= free_nbytes:
         return None
     return (

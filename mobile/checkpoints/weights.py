@@ -1,4 +1,4 @@
-"""Weights of a checkpoint: the files that hold them, by Transformers' own rule, and what their headers say.
+"""The files that hold a checkpoint's weights, found by Transformers' own rule, and the contents of their headers.
 
 The rule is `_get_resolved_checkpoint_files` of transformers.modeling_utils: the file that the configuration names,
 else model.safetensors, else the files of the index. Only safetensors are read here.
@@ -29,7 +29,7 @@ FOREIGN = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Weights:
-    """The files of a checkpoint's weights, in the order they are read: of a key that two hold, the later one counts.
+    """The files of a checkpoint's weights, in the order they are read: of two with the same key, the later one counts.
 
     `keys` are the names of all weights and `dtype` their type where an index says so, else None.
     """
@@ -40,31 +40,31 @@ class Weights:
 
 
 def weights_of(source: Source, explicit: object = None) -> Weights:
-    """Return the files of the weights; `explicit` is the configuration's `transformers_weights`.
+    """Return where the weights are; `explicit` is the configuration's `transformers_weights`.
 
-    Raise Refused for files that are missing or lie outside, and for a broken index.
+    Raise Refused for files that are missing or lie outside of the checkpoint, and for an index that is not valid.
     """
     if explicit is not None:
-        found = _explicit(source, explicit)
+        weights = _named_by_config(source, explicit)
     elif source.has(SINGLE):
-        found = Weights((SINGLE,))
+        weights = Weights((SINGLE,))
     elif source.has(INDEX):
-        found = _index(source, INDEX)
+        weights = _listed_in_index(source, INDEX)
     else:
-        raise Refused(_none(source))
-    for file in found.files:
+        raise Refused(_no_weights(source))
+    for file in weights.files:
         if not source.has(file):
-            raise Refused(source.without(file))
-    return found
+            raise Refused(source.missing_file(file))
+    return weights
 
 
 def holds_weights(source: Source) -> bool:
-    """Return whether there is any file that could be meant as weights."""
+    """Return whether there is anything that could be meant as weights."""
     return any(name.endswith(FOREIGN) or name == INDEX for name in source.files())
 
 
-def _none(source: Source) -> str:
-    """Return the refusal of a checkpoint without model.safetensors or an index, naming the file that is there."""
+def _no_weights(source: Source) -> str:
+    """Return the refusal of a checkpoint without model.safetensors and without an index, with what is there instead."""
     lacks = f"{source.name} lacks {SINGLE}; only complete safetensors checkpoints are read"
     file = next((name for end in FOREIGN for name in source.files() if name.endswith(end)), None)
     if file is None:
@@ -78,22 +78,22 @@ def _none(source: Source) -> str:
     return f"{lacks}, and {file} is not; load it with Transformers, and save it with save_pretrained."
 
 
-def _explicit(source: Source, name: object) -> Weights:
-    """Return the weights that the configuration names. Raise Refused if it names none that can be read."""
+def _named_by_config(source: Source, name: object) -> Weights:
+    """Return the weights in the file or the index that the configuration names. Raise Refused for another name."""
     if isinstance(name, str) and name.endswith(".safetensors"):
         return Weights((_inside(source, name, "transformers_weights in config.json"),))
     if isinstance(name, str) and name.endswith(".safetensors.index.json"):
-        return _index(source, _inside(source, name, "transformers_weights in config.json"))
+        return _listed_in_index(source, _inside(source, name, "transformers_weights in config.json"))
     raise Refused(
         f"transformers_weights in {source.name}'s config.json is {name!r}, which is no .safetensors file or index "
         "of such; take it out."
     )
 
 
-def _index(source: Source, name: str) -> Weights:
-    """Return the weights that an index lists. Raise Refused for a broken index."""
+def _listed_in_index(source: Source, name: str) -> Weights:
+    """Return the weights that an index lists. Raise Refused for one that is missing, invalid or names other files."""
     if not source.holds(name):
-        raise Refused(source.without(name))
+        raise Refused(source.missing_file(name))
     path = source.folder / name
     index = json_object(path, "copy it again, or delete it where model.safetensors is whole")
     places, metadata = index.get("weight_map"), index.get("metadata")
@@ -118,7 +118,7 @@ def _inside(source: Source, file: str, named_by: str) -> str:
 
 
 def json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Read the JSON object in a file. Raise Refused with the `remedy` if it holds none."""
+    """Return the JSON object in a file. Raise Refused, with the remedy, if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -128,12 +128,12 @@ def json_object(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-# --- what the headers say -------------------------------------------------------------------------
+# --- headers ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, reading its header. Raise Refused if it is damaged."""
+    """Yield a safetensors file, whose header has been read. Raise Refused if it is damaged."""
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -145,40 +145,40 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _is_pointer(path: Path) -> bool:
-    """Return whether the file is a Git LFS pointer."""
     with suppress(OSError), path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
     return False
 
 
 def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
-    """Return the dtype that Transformers takes a checkpoint to have: the index's, else that of the first float weight.
+    """Return the dtype that Transformers takes the weights to have: the index's, else that of the first float weight.
 
-    The first is that of the alphabetically first name in the first file. Floats of 8 bits and fewer count only if
-    there are no others. Of a file that is not here yet, only the header is read.
+    The first weight is the first by name in the first file. Floats of 8 bits and fewer are passed over, and taken where
+    there is nothing else. Of a file that is not here yet only the header is fetched. Raise Refused for an index with an
+    unknown dtype.
     """
     if weights.dtype is not None:
-        found = getattr(torch, weights.dtype, None)
-        if not isinstance(found, torch.dtype):
+        dtype = getattr(torch, weights.dtype, None)
+        if not isinstance(dtype, torch.dtype):
             raise Refused(f"The index of {source.name} says that its dtype is {weights.dtype!r}; give another dtype.")
-        return found
+        return dtype
     types = [str_to_torch_dtype.get(word) for _, word in sorted(_header(source, weights.files[0]).items())]
     if not types:
         return torch.float32
-    wide = [found for found in types if found is not None and found.is_floating_point and found.itemsize > 1]
+    wide = [dtype for dtype in types if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1]
     return wide[0] if wide else types[0] or torch.float32
 
 
 def stored_keys(source: Source, weights: Weights) -> set[str]:
-    """Return the names of all weights in the files; of those that are not here yet, only the headers are read."""
+    """Return the names of all weights in the files; of files that are not here yet only the headers are fetched."""
     return {key for file in weights.files for key in _header(source, file)}
 
 
 def _header(source: Source, file: str) -> dict[str, str]:
-    """Return, by key, its dtype as the file's header spells it."""
+    """Return, by key, its dtype as the file's header spells it ("BF16"). Raise Refused if it cannot be read."""
     if source.holds(file):
-        with opened(source.folder / file) as here:
-            return {key: here.get_slice(key).get_dtype() for key in here.keys()}  # noqa: SIM118
+        with opened(source.folder / file) as tensors:
+            return {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     try:
         header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit)
     except Exception as error:  # the HTTP client's and the hub's own

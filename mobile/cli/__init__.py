@@ -1,4 +1,4 @@
-"""The command `mobile`. Torch is imported by the commands, not by --help."""
+"""The command `mobile`: its parser, its exit codes and its error lines. Only the commands import torch, not --help."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ examples:
   mobile chat allenai/OLMoE-1B-7B-0924-Instruct --memory 8GiB
   mobile serve FOLDER --memory 8GiB                 then: http://localhost:8000/v1
   mobile trace FOLDER --prompts prompts.jsonl --out trace.npz
-  mobile replay trace.npz --sweep                   how other strategies and cache sizes would run it
-  mobile strategies                                 the choices of --strategy; `mobile hardware`: those of --hardware
+  mobile replay trace.npz --sweep                   compare strategies and cache sizes on the trace
+  mobile strategies                                 the choices of --strategy; `mobile hardware` lists --hardware's
 
 `mobile COMMAND --help` explains one command.
 """
@@ -31,7 +31,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def build() -> Parser:
-    """Return the parser with every command in it; each command declares its own options."""
+    """Return the parser of all commands; each module of `commands` declares its own options."""
     parser = Parser(
         prog="mobile",
         description="Run Mixture-of-Experts models that do not fit in GPU memory.",
@@ -46,7 +46,10 @@ def build() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 2 for an error that the user can correct, 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 for an error that the user can correct, 130 after Ctrl-C.
+
+    `mobile plan` returns 1 if the model does not run here, and any command if the reader of its output has left.
+    """
     try:
         show.prepare()
         try:
@@ -68,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    """Run one command; return its exit code. Raise Refused, or what the system raises."""
-    torch_is_ours = "torch" not in sys.modules  # else its settings are those of a program that calls this
+    """Parse the command line and run the command. Without one, print the help."""
+    torch_is_ours = "torch" not in sys.modules  # else torch's settings belong to the program that calls `main`
     parser = build()
     arguments = parser.read(argv)
     arguments.torch_is_ours = torch_is_ours
@@ -84,7 +87,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _about(error: OSError) -> str:
-    """Return the system's error as a sentence. One about writing that names no file is about our output."""
+    """Return the system's error as a sentence without its full stop.
+
+    An error of writing that names no file is of standard output.
+    """
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Options that several commands share, each declared once. No torch: --help is instant."""
+"""Options that several commands share, each declared once. It imports no torch, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mobile.costs.hardware import PROFILES
 CARDS = f"{', '.join(PROFILES)}, or a FILE.json of `mobile doctor --calibrate`"
 SIZES = "like 8GiB or 512MiB; 8 and 8G are GiB, too"
 DEVICES = "cpu, cuda (a GPU) or cuda:N (the GPU of that number)"
-MOST_SEEDS = 2**64
+SEEDS = 2**64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADING = (
     "strategy",
@@ -30,7 +30,7 @@ LOADING = (
 
 
 def command(commands: Any, name: str, run: Any, *, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """Add a command to `commands` and return its parser; its epilog is printed as it is written."""
+    """Return the parser of a new command, which runs `run(arguments)`; its epilog is printed as it is written."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=help, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,58 +39,60 @@ def command(commands: Any, name: str, run: Any, *, help: str, description: str, 
 
 
 def trust(parser: Any) -> None:
-    """Declare --trust-remote-code."""
+    """Add --trust-remote-code."""
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
 
 
 def json(parser: Any, help: str = "one JSON object on stdout") -> None:
-    """Declare --json."""
+    """Add --json."""
     parser.add_argument("--json", action="store_true", help=help)
 
 
 def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
-    """Declare the model and the options that load it; every default is mobile.load's."""
+    """Add MODEL and the options of `mobile.load`, whose defaults apply."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     group = parser.add_argument_group("engine")
     group.add_argument("--strategy", metavar="NAME", help="`mobile strategies` lists them (default: mobile)")
     group.add_argument("--memory", metavar="SIZE", help=f"device memory to use, {SIZES} (default: all)")
     group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
-    group.add_argument("--gamma", type=float, metavar="P", help="confidence below which a token runs all experts")
+    group.add_argument(
+        "--gamma", type=float, metavar="P", help="run all experts for a token of less confidence than this"
+    )
     group.add_argument("--link", metavar="KIND", help="auto, cuda, virtual (time is computed) or paced (for tests)")
-    group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to RATE")
-    group.add_argument("--hardware", metavar="NAME", help=f"compute virtual time for: {CARDS}")
+    group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this rate")
+    group.add_argument("--hardware", metavar="NAME", help=f"compute virtual time for this hardware: {CARDS}")
     if geometry:
-        names = ", ".join(GEOMETRIES)
-        group.add_argument("--geometry", metavar="NAME", help=f"compute virtual time as if the model were {names}")
-    group.add_argument("--kernel", metavar="KIND", help="kernel that computes experts: auto, loop, grouped or triton")
+        named = f"compute virtual time as if the model were NAME: {', '.join(GEOMETRIES)}"
+        group.add_argument("--geometry", metavar="NAME", help=named)
+    group.add_argument("--kernel", metavar="KIND", help="the kernel for experts: auto, loop, grouped or triton")
     group.add_argument("--device", type=_device, metavar="NAME", help=f"{DEVICES} (default: a GPU if there is one)")
-    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"type of the weights: {', '.join(DTYPES)}")
+    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"dtype of the weights: {', '.join(DTYPES)}")
     trust(group)
 
 
 def text(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of sampling, and whether the tokenizer's chat template is used."""
+    """Add the options of sampling, and of the tokenizer's chat template."""
     group = parser.add_argument_group("text")
     group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
     group.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
     group.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of probability P in all"
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens, up to this probability"
     )
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of sampling (default: %(default)s)")
     choice = group.add_mutually_exclusive_group()
-    choice.add_argument("--chat", action="store_true", help="use the chat template, and refuse where there is none")
-    choice.add_argument("--raw", action="store_true", help="give the prompt to the model as it is")
+    choice.add_argument("--chat", action="store_true", help="use the chat template; an error if there is none")
+    choice.add_argument("--raw", action="store_true", help="pass the prompt to the model without a chat template")
 
 
 def _device(word: str) -> str:
-    """Return a device's name. Raise ArgumentTypeError for anything else."""
+    """Return the name of a device. Raise ArgumentTypeError for any other word."""
     if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", word) is None:
         raise argparse.ArgumentTypeError(f"{word!r} is no device of the engine; choose {DEVICES}")
     return word
 
 
 def _seed(text: str) -> int:
-    """Return a seed. Raise ArgumentTypeError for anything else."""
-    if not (text.isascii() and text.isdigit() and len(text) < 30 and int(text) < MOST_SEEDS):
-        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to {MOST_SEEDS - 1:,}, and {text!r} is not")
+    """Return the number. Raise ArgumentTypeError if it is none from 0 to 2**64 - 1."""
+    if not (text.isascii() and text.isdigit() and len(text) < 30 and int(text) < SEEDS):
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to {SEEDS - 1:,}, and {text!r} is not")
     return int(text)

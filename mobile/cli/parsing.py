@@ -1,4 +1,4 @@
-"""Parsing a command line: options before, between and after the arguments, and mistakes refused in one sentence."""
+"""The parser of command lines: options before, between and after the arguments, and one sentence for an error."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mobile.suggest import nearest, offer
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that refuses a wrong command line in one sentence instead of printing the usage."""
+    """A parser that refuses a wrong command line in one sentence, and prints no usage."""
 
     commands: Any = None
 
     def add_subparsers(self, **options: Any) -> Any:
-        """Add commands; each has a parser of this kind."""
+        """Add commands; each has a parser of this class."""
         self.commands = super().add_subparsers(**options)
         return self.commands
 
@@ -26,16 +26,16 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{message[:1].upper()}{message[1:]}; see {self.prog} --help.")
 
     def print_help(self, file: Any = None) -> None:
-        """Write it, or raise OSError: argparse is silent where it cannot."""
+        """Write the help, or raise OSError if that fails, which argparse would ignore."""
         print(self.format_help(), end="", file=file)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Say what was probably meant; argparse has no public place for that before Python 3.14."""
+        """Raise ArgumentError with the nearest choice; argparse has no public way to suggest one before Python 3.14."""
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"{value!r} is unknown; {offer(value, map(str, action.choices))}")
 
     def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Return what the words say (None: those this process was started with). Raise Refused for what is wrong."""
+        """Return the parsed words (None: those this process was started with). Raise Refused if they are wrong."""
         words = sys.argv[1:] if argv is None else list(argv)
         if self.commands is None:
             return self._read_alone(words)
@@ -44,23 +44,23 @@ class Parser(argparse.ArgumentParser):
         name = words[0]
         if name not in self.commands.choices:
             self.error(f"unknown command {name!r}; {offer(name, self.commands.choices)}")
-        found: argparse.Namespace = self.commands.choices[name].read(words[1:])
+        arguments: argparse.Namespace = self.commands.choices[name].read(words[1:])
         if self.commands.dest != argparse.SUPPRESS:
-            setattr(found, self.commands.dest, name)
-        return found
+            setattr(arguments, self.commands.dest, name)
+        return arguments
 
     def _read_alone(self, words: list[str]) -> argparse.Namespace:
-        """Parse options in any place; argparse can do that only for a parser without commands."""
-        found, left = self.parse_known_intermixed_args(words)
+        """Return the parsed words of a parser without commands, where argparse allows options in any place."""
+        arguments, left = self.parse_known_intermixed_args(words)
         for word in left:
             if word.startswith("-") and word != "-":
                 self.error(self._unknown(word.partition("=")[0]))
         if left:
             self.error(f"{left[0]!r} is one word too many; put a text of several words in quotes")
-        return found
+        return arguments
 
     def _unknown(self, option: str) -> str:
-        """Say what the option was probably meant to be, or that it may be no option but a text."""
+        """Return the refusal of an option: with the nearest one, or how to write a text that begins with a dash."""
         meant = nearest(option, self._option_string_actions) if option.startswith("--") else None
         if meant is not None:
             return f"unknown option {option}; did you mean {meant}"

@@ -1,4 +1,4 @@
-"""Prompts as they come in: bytes of a file or of standard input, or words of the command line. They are UTF-8.
+"""Prompts from a file, from standard input or from the command line. They are UTF-8.
 
 Only a line feed, alone or after a carriage return, ends a line: a text may hold U+2028, U+0085 or a form feed.
 """
@@ -17,7 +17,7 @@ STDIN = "standard input"
 
 
 def sound(text: str, source: str) -> str:
-    """Return the text. Raise Refused, naming its source, if it holds bytes or halves of characters that are no text."""
+    """Return the text. Raise Refused, naming its source, if it holds bytes that are no text or half surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -29,9 +29,9 @@ def sound(text: str, source: str) -> str:
 
 
 def decode(data: bytes, source: str, line: int = 1) -> str:
-    """Return UTF-8 as text, without a byte-order mark. Raise Refused with the number of the line that is none.
+    """Return UTF-8 as text, without a byte-order mark. Raise Refused with the number of the line that is not UTF-8.
 
-    `line` is the number of the first one.
+    `line` is the number of the first line of `data`.
     """
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -43,7 +43,7 @@ def decode(data: bytes, source: str, line: int = 1) -> str:
 
 
 def of_command_line(given: str | None) -> str:
-    """Return the prompt that was given, or all of stdin for `-` or nothing, without its last line break."""
+    """Return the prompt `given`, or for `-` or None all of stdin without its last line break. Raise Refused."""
     if given is not None and given != "-":
         return sound(given, "The prompt")
     if given is None and sys.stdin.isatty():
@@ -52,7 +52,7 @@ def of_command_line(given: str | None) -> str:
 
 
 def of_file(source: str) -> list[str]:
-    """Return the prompts in a file, or in stdin for `-`. Raise Refused."""
+    """Return the prompts in a file, or in stdin for `-`. Raise Refused if it cannot be read or holds none."""
     if source == "-":
         return parse(_stdin(), STDIN)
     try:
@@ -63,7 +63,7 @@ def of_file(source: str) -> list[str]:
 
 
 def parse(text: str, source: str) -> list[str]:
-    """Return one prompt a line; JSONL if the first line is an object. Raise Refused naming the line that is neither."""
+    """Return one prompt a line; JSONL if the first line is an object. Raise Refused naming the line that is wrong."""
     numbered = [(number, line) for number, line in enumerate(lines(text), 1) if line.strip()]
     if not numbered:
         raise Refused(f"{source} has no prompts; write one a line.")
@@ -82,15 +82,14 @@ def parse(text: str, source: str) -> list[str]:
 
 
 def lines(text: str) -> list[str]:
-    """Return the lines, without what ends them."""
+    """Return the lines, without their ends."""
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 class Turns:
-    """The lines of stdin as they come, and for one that is no text the refusal of it.
+    """An iterator over the lines of stdin; a line that is no text is given as its refusal.
 
-    A KeyboardInterrupt while one is waited for is raised, and the next line can be asked for after it: a generator
-    would have ended there.
+    After a KeyboardInterrupt the iteration can go on: a generator would have ended there.
     """
 
     def __init__(self, interactive: bool) -> None:
@@ -107,6 +106,7 @@ class Turns:
             return refused
 
     def _read(self) -> str:
+        """Return the next line without its end. Raise StopIteration at the end, and Refused if it is no text."""
         line = self._typed() if self._interactive else _bytes(sys.stdin).readline()
         if not line:
             raise StopIteration
@@ -126,16 +126,20 @@ class Turns:
 
 
 def edit_typed_lines() -> None:
-    """Have input() edit its line, where this Python can."""
+    """Make input() edit its line, if this Python can."""
     with suppress(ImportError):
         import readline  # noqa: F401
 
 
 def _stdin() -> str:
+    """Return all of stdin. Raise Refused if it is no text."""
     data: str | bytes = _bytes(sys.stdin).read()
     return sound(data, STDIN.capitalize()) if isinstance(data, str) else decode(data, STDIN)
 
 
 def _bytes(stream: Any) -> Any:
-    """Return the bytes beneath a stream: its own decoding may let through what is no text. A stream of text is kept."""
+    """Return the binary stream beneath a text stream, whose decoding may let through bytes that are no text.
+
+    A stream without one is returned itself.
+    """
     return getattr(stream, "buffer", stream)

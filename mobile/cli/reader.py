@@ -1,4 +1,4 @@
-"""From text to token ids, by the model's own tokenizer and chat template, whose faults are refused in one sentence."""
+"""Text to token ids, by the model's own tokenizer and chat template, whose errors become refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mobile.errors import Refused, said
 
 @dataclass(frozen=True)
 class Reader:
-    """A tokenizer, whether prompts go through its chat template, and the configuration of the model it is to be for."""
+    """A model's tokenizer, name and configuration. `template` says whether prompts go through its chat template."""
 
     name: str
     tokenizer: Any
@@ -22,7 +22,7 @@ class Reader:
     def encode(self, messages: Sequence[dict[str, str]]) -> Any:
         """Return the ids (1, length) of a conversation: by the chat template, or as plain text.
 
-        There a turn ends with a new line. Raise Refused as `checked` does.
+        In plain text a new line ends each answer. Raise Refused as `checked` does.
         """
         if self.template:
             return self.checked(
@@ -36,10 +36,11 @@ class Reader:
         return self.checked(lambda: self.tokenizer(text, return_tensors="pt"), by="tokenizer")["input_ids"]
 
     def checked(self, read: Callable[[], Any], *, by: str) -> Any:
-        """Return what `read` does, a mapping with `input_ids` (1, length).
+        """Return the result of `read`, a mapping with `input_ids` (1, length).
 
-        Raise Refused if the chat template or the tokenizer raises (a template is code of the checkpoint's, so anything
-        may come), gives nothing, gives ids that the model does not have, or more of them than it has positions for.
+        `by` says whether it calls the chat template or the tokenizer. Raise Refused if that raises (a template is code
+        of the checkpoint, so any exception may come), gives no ids, ids that the model does not have, or more of them
+        than it has positions.
         """
         try:
             inputs = read()
@@ -64,21 +65,21 @@ class Reader:
 
     @property
     def vocabulary(self) -> int | None:
-        """Return the number of tokens that the model knows; None if unknown."""
-        return self._has("vocab_size")
+        """Number of tokens that the model knows, or None if its configuration does not say."""
+        return self._size("vocab_size")
 
     @property
     def positions(self) -> int | None:
-        """Return the most tokens that the model can read; None if unknown, or growing with the text (dynamic RoPE)."""
+        """Tokens of the longest text that the model can read; None if unknown, or if RoPE is dynamic."""
         rope = getattr(self.config.get_text_config(), "rope_parameters", None)
         if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
             return None
-        return self._has("max_position_embeddings")
+        return self._size("max_position_embeddings")
 
-    def _has(self, name: str) -> int | None:
-        """Return a positive number of the text configuration; None if it has none of that name."""
-        found = getattr(self.config.get_text_config(), name, None)
-        return found if isinstance(found, int) and found > 0 else None
+    def _size(self, name: str) -> int | None:
+        """Return a size in the configuration, or None if it has no such size."""
+        size = getattr(self.config.get_text_config(), name, None)
+        return size if isinstance(size, int) and size > 0 else None
 
 
 def open_reader(arguments: argparse.Namespace) -> Reader:
@@ -88,13 +89,14 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
     from mobile.checkpoints.examine import config_of, find
 
     name, trust = arguments.model, arguments.trust_remote_code
-    found = find(name, trust_remote_code=trust)
-    config = config_of(found, trust_remote_code=trust)
+    checkpoint = find(name, trust_remote_code=trust)
+    config = config_of(checkpoint, trust_remote_code=trust)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust)
     except Exception as error:  # each kind of tokenizer has its own exceptions for files that are missing or broken
         raise Refused(f"Cannot load the tokenizer of {name} ({said(error)}); copy its files again.") from error
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # Transformers makes one of nothing
+    # Without its files Transformers makes a tokenizer that knows only special tokens.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise Refused(f"{name} lacks the files of its tokenizer, such as tokenizer.json; copy them into the folder.")
     template = not getattr(arguments, "raw", False) and tokenizer.chat_template is not None
     if getattr(arguments, "chat", False) and not template:

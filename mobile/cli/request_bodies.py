@@ -1,6 +1,7 @@
 """Bodies of requests to the server, checked before Transformers' handlers get them.
 
-A client's mistake is refused in one sentence. Fields that the handlers do not know, they ignore or refuse themselves.
+A client's mistake is refused in one sentence. Fields that the handlers do not know are left to them: they ignore or
+refuse them.
 """
 
 from __future__ import annotations
@@ -13,113 +14,115 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 
-from mobile.cli.session import COLDEST
+from mobile.cli.session import MIN_TEMPERATURE
 from mobile.errors import Refused, said
 
-PARTS = ("text", "input_text", "output_text")  # of a message; a tokenizer alone reads no pictures and no sound
-OURS = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "load_audio_from_video"} - {"documents"}
+# Types of a message's parts: a tokenizer alone reads no pictures and no sound.
+PARTS = ("text", "input_text", "output_text")
+# Keywords that the handlers themselves pass to the chat template.
+RESERVED = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "load_audio_from_video"} - {"documents"}
 
 
-def _wrong(says: str) -> PydanticCustomError:
-    """Return the validation error with this message."""
-    return PydanticCustomError("mobile", "{says}", {"says": says})
+def _invalid(message: str) -> PydanticCustomError:
+    """Return the error of a field, to be raised; `message` goes on after the field's name."""
+    return PydanticCustomError("mobile", "{message}", {"message": message})
 
 
-def _warm(temperature: float) -> float:
-    """Refuse a temperature above 0 that is too low to divide by."""
-    if 0 < temperature < COLDEST:
-        raise _wrong(f"must be 0 or at least {COLDEST}")
+def _temperature(temperature: float) -> float:
+    """Check that generate() can divide by the temperature, or that it is 0."""
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise _invalid(f"must be 0 or at least {MIN_TEMPERATURE}")
     return temperature
 
 
 def _readable(text: Any) -> bool:
-    """Return whether it is text without halves of surrogate pairs, which JSON can hold and no tokenizer reads."""
+    """Return whether it is a text without halves of surrogate pairs, which JSON can hold and no tokenizer reads."""
     return isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(content: Any) -> Any:
-    """Check that the content is a text, or a list of parts that are texts."""
+    """Check that it is a text, or a list of parts that are texts."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
         if not isinstance(part, dict) or part.get("type") not in PARTS or not _readable(part.get("text")):
-            raise _wrong('must be a text, or a list of {"type": "text", "text": ...}')
+            raise _invalid('must be a text, or a list of {"type": "text", "text": ...}')
     return content
 
 
 def _stop(stop: Any) -> Any:
-    """Check that it is a text that is not empty, or a list of such texts."""
+    """Check that it is a text, or a list of texts, none of them empty."""
     words = stop if isinstance(stop, list) else [stop]
     if not all(word and _readable(word) for word in words):
-        raise _wrong("must be a text that is not empty, or a list of such texts")
+        raise _invalid("must be a text that is not empty, or a list of such texts")
     return stop
 
 
 def _object(text: str | dict[str, Any]) -> str | dict[str, Any]:
-    """Check that it is the JSON of an object, or the object."""
+    """Check that it is the JSON of an object, or an object."""
     try:
-        found = json.loads(text) if isinstance(text, str) else text
+        content = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
-        raise _wrong(f"must be the JSON of an object ({said(error)})") from error
-    if not isinstance(found, dict):
-        raise _wrong("must be the JSON of an object")
+        raise _invalid(f"must be the JSON of an object ({said(error)})") from error
+    if not isinstance(content, dict):
+        raise _invalid("must be the JSON of an object")
     return text
 
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
-    """Check that a logit bias maps token ids to numbers from -100 to 100."""
+    """Check that the keys are token ids, and the values from -100 to 100."""
     if not all(token.isascii() and token.isdigit() and abs(by) <= 100 for token, by in bias.items()):
-        raise _wrong("must name tokens by their ids, which are whole numbers, and add from -100 to 100 to each")
+        raise _invalid("must name tokens by their ids, which are whole numbers, and add from -100 to 100 to each")
     return bias
 
 
-def _template_words(words: dict[str, Any]) -> dict[str, Any]:
-    """Check that no argument of apply_chat_template itself is set."""
-    if taken := sorted(set(words) & set(OURS)):
-        raise _wrong(f"must name variables of the template, and {taken[0]} is none")
-    return words
+def _template_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """Check that none of them is a keyword of `apply_chat_template` itself."""
+    if reserved := sorted(set(variables) & RESERVED):
+        raise _invalid(f"must name variables of the template, and {reserved[0]} is none")
+    return variables
 
 
-def _sound(text: str) -> str:
-    """Check that a text has no halves of surrogate pairs."""
+def _valid_text(text: str) -> str:
+    """Check that it is without halves of surrogate pairs."""
     if not _readable(text):
-        raise _wrong("must be a text, and half of a surrogate pair is none")
+        raise _invalid("must be a text, and half of a surrogate pair is none")
     return text
 
 
 def _not_empty(text: str) -> str:
-    """Check that a text is not empty."""
+    """Check that it is not empty."""
     if not text:
-        raise _wrong("is empty; give it some text")
+        raise _invalid("is empty; give it some text")
     return text
 
 
-Text = Annotated[str, AfterValidator(_sound)]
+Text = Annotated[str, AfterValidator(_valid_text)]
 Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Content = Annotated[Any, BeforeValidator(_text)]
 
 
 class _Checked(BaseModel):
-    """A model that converts nothing, so that the handlers get exactly the values that were checked."""
+    """A part of a body. No value is converted, so that the handlers get exactly the values that were checked."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class Function(_Checked):
-    """The function that a tool call names, and its arguments."""
+    """The function of a tool call, and its arguments."""
 
     name: Text
     arguments: Annotated[str | dict[str, Any], AfterValidator(_object)]
 
 
 class ToolCall(_Checked):
-    """A call that an assistant's message made."""
+    """A tool call in an assistant's message."""
 
     function: Function
 
 
 class Message(_Checked):
-    """A turn of a chat."""
+    """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
@@ -128,29 +131,28 @@ class Message(_Checked):
 
     @model_validator(mode="after")
     def _check_content(self) -> Message:
-        """Check that the message has content or tool calls."""
         if self.content is None and self.tool_calls is None:
-            raise _wrong("lacks its content")
+            raise _invalid("lacks its content")
         if "tool_calls" in self.model_fields_set and self.tool_calls is None:
-            raise _wrong("has tool_calls that are none; leave them out")
+            raise _invalid("has tool_calls that are none; leave them out")
         return self
 
 
 class _Sampled(_Checked):
-    """The options of sampling that all routes take."""
+    """The fields of sampling that all bodies share."""
 
-    temperature: Annotated[float, Field(ge=0), AfterValidator(_warm)] | None = None
-    top_p: Share | None = None
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_temperature)] | None = None
+    top_p: Fraction | None = None
 
 
 class Generation(_Sampled):
-    """The fields of Transformers' GenerationConfig that a request may set: none that changes the model or the cache."""
+    """The fields of GenerationConfig that a request may set: none that changes the model or the cache."""
 
     model_config = ConfigDict(extra="forbid")
 
     do_sample: bool | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Share | None = None
+    min_p: Fraction | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
     max_new_tokens: Count | None = None
@@ -163,7 +165,7 @@ def _generation_config(text: str) -> str:
     try:
         Generation.model_validate(json.loads(text))
     except ValidationError as error:
-        raise _wrong(f"cannot be used: {_sentence(error)}") from error
+        raise _invalid(f"cannot be used: {_sentence(error)}") from error
     return text
 
 
@@ -177,7 +179,7 @@ class _Request(_Sampled):
 
 
 class _Completing(_Request):
-    """The further fields that both kinds of completions take."""
+    """The fields that both kinds of completions take."""
 
     max_tokens: Count | None = None
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
@@ -196,26 +198,26 @@ class Chat(_Completing):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_words)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_variables)] | None = None
     logit_bias: Annotated[dict[str, float], AfterValidator(_token_ids)] | None = None
 
 
 def _input(items: Any) -> Any:
-    """Check that it is a text, its parts, or the items of a conversation, which ResponseHandler tells apart."""
+    """Check that it is a text, parts of one, or the items of a conversation, as ResponseHandler tells them apart."""
     if isinstance(items, str) and items:
         return items
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise _wrong("must be a text, or a list of messages, and not empty")
+        raise _invalid("must be a text, or a list of messages, and not empty")
     if "role" not in items[0]:
         return _text(items)
     for item in items:
         kind = "message" if "role" in item else item.get("type")
         if kind not in ITEMS:
-            raise _wrong(f"must be a list of messages and of items of the types {', '.join(ITEMS)}")
+            raise _invalid(f"must be a list of messages and of items of the types {', '.join(ITEMS)}")
         try:
             ITEMS[kind].model_validate(item)
         except ValidationError as error:
-            raise _wrong(f"has an item of type {kind} that is wrong: {_sentence(error)}") from error
+            raise _invalid(f"has an item of type {kind} that is wrong: {_sentence(error)}") from error
     return items
 
 
@@ -228,7 +230,7 @@ class Call(_Checked):
 
 
 class CallOutput(_Checked):
-    """The output of a tool call."""
+    """The answer of a tool."""
 
     call_id: Text
     output: Content
@@ -259,9 +261,9 @@ class Response(_Request):
 
 
 def checked(kind: type[_Request], body: dict[str, Any], vocabulary: int | None) -> dict[str, Any]:
-    """Return the body for the handler, without lists and mappings that are empty, which generate() would not take.
+    """Return the body for the handler, without empty lists and mappings, which generate() does not accept.
 
-    `vocabulary` is how many tokens the model knows. Raise Refused for the first mistake.
+    `vocabulary` is the number of tokens that the model knows. Raise Refused for the first mistake.
     """
     try:
         kind.model_validate(body)
@@ -271,13 +273,13 @@ def checked(kind: type[_Request], body: dict[str, Any], vocabulary: int | None) 
         raise Refused(f"This request cannot be answered: logit_bias names none of {vocabulary} tokens.")
     empty = {name for name in ("stop", "logit_bias", "chat_template_kwargs") if name in body and not body[name]}
     kept = {name: value for name, value in body.items() if name not in empty}
-    if "logit_bias" in kept:  # generate() takes no whole numbers there
+    if "logit_bias" in kept:  # generate() accepts no whole numbers there
         kept["logit_bias"] = {token: float(by) for token, by in kept["logit_bias"].items()}
     return kept
 
 
 def _sentence(error: ValidationError) -> str:
-    """Return the first mistake, and where it is. The client's own words are not repeated: they may be no text."""
+    """Return the first mistake and its place. The client's own words are not repeated: they may be no text."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     sentence = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}" if where else first["msg"]

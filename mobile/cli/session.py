@@ -1,4 +1,4 @@
-"""A session of the commands that run a model: the attached model with its tokenizer, and the line of statistics."""
+"""A command's session with a model: the attached model, its tokenizer, its sampling, and the line of statistics."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import BigLittle
 
-COLDEST = 1e-4  # a lower temperature divides logits beyond what a float holds, or rounds as 0 does
-WIDE = 1024  # features of a token from which on more threads than one pay
+MIN_TEMPERATURE = 1e-4  # a lower one divides logits beyond the range of a float, or rounds as 0 does
+WIDE = 1024  # features of a token from which on several threads are faster than one
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with which a user chooses their number
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return generate()'s options for the command line's. Raise Refused for numbers out of range."""
+    """Return generate()'s options for the command line's sampling. Raise Refused for numbers that are out of range."""
     temperature, top_p = arguments.temperature, arguments.top_p
     if arguments.max_new_tokens < 1:
         raise Refused(f"--max-new-tokens must be at least 1, and {arguments.max_new_tokens} is not.")
-    if temperature is not None and not (temperature == 0 or COLDEST <= temperature < float("inf")):
-        raise Refused(f"--temperature is 0 (greedy) or more, {COLDEST} at least, and {temperature} is not.")
+    if temperature is not None and not (temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf")):
+        raise Refused(f"--temperature is 0 (greedy) or more, {MIN_TEMPERATURE} at least, and {temperature} is not.")
     if top_p is not None and not 0 < top_p <= 1:
         raise Refused(f"--top-p is a probability above 0, and {top_p} is not.")
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "top_k": None}
@@ -41,7 +41,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Session:
-    """An attached model, the reader of its prompts, and generate()'s options."""
+    """An attached model, its reader, and the options of its generate()."""
 
     model: Any
     reader: Reader
@@ -49,38 +49,39 @@ class Session:
 
     @property
     def tokenizer(self) -> Any:
-        """Return the reader's tokenizer."""
+        """The model's tokenizer."""
         return self.reader.tokenizer
 
     @property
     def template(self) -> bool:
-        """Return whether prompts go through the chat template."""
+        """Whether prompts go through the chat template."""
         return self.reader.template
 
     def encode(self, messages: list[dict[str, str]]) -> Any:
-        """Return token ids (1, length) of a conversation, on the model's device. Raise Refused as the reader does."""
+        """Return the token ids (1, length) of a conversation, on the model's device. Raise Refused as `Reader` does."""
         return self.reader.encode(messages).to(self.model.device)
 
-    def generate(self, ids: Any, **more: Any) -> Any:
-        """Call the model's generate() with the options of the command line; `more` overrides them."""
+    def generate(self, ids: Any, **options: Any) -> Any:
+        """Call the model's generate() on ids (1, length) with the command line's options, which `options` override."""
         ids = ids.to(self.model.device)
-        return self.model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **{**self.options, **more})
+        mask = ids.new_ones(ids.shape)
+        return self.model.generate(input_ids=ids, attention_mask=mask, **{**self.options, **options})
 
     def decode(self, ids: Any) -> str:
-        """Return the text of token ids, without special tokens."""
+        """Return the text of token ids (length,), without special tokens."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
 def opening(arguments: argparse.Namespace) -> tuple[Reader, dict[str, Any]]:
-    """Return the reader and generate()'s options, before any weight is read. Raise Refused if they cannot work."""
+    """Return the reader and generate()'s options, before a weight is read. Raise Refused for either of them."""
     sampled = sampling(arguments)
     show.waiting(f"opening {arguments.model} ...")
     return open_reader(arguments), sampled
 
 
 def start(arguments: argparse.Namespace, reader: Reader, sampled: dict[str, Any]) -> Session:
-    """Load the model for the reader and options that `opening` returned. Raise Refused."""
+    """Load the model for the results of `opening`, and seed its sampling. Raise Refused."""
     import torch
 
     model = load_model(arguments, reader)
@@ -89,22 +90,22 @@ def start(arguments: argparse.Namespace, reader: Reader, sampled: dict[str, Any]
 
 
 def load_model(arguments: argparse.Namespace, reader: Reader) -> Any:
-    """Load the model as the command line asks for it, attached. Raise Refused."""
+    """Return the attached model, loaded with the command line's options. Raise Refused."""
     import mobile
 
     if arguments.torch_is_ours:
         _choose_threads(reader.config)
-    asked = vars(arguments)
-    given = {name: asked[name] for name in options.LOADING if asked.get(name) is not None}
+    values = vars(arguments)
+    given = {name: values[name] for name in options.LOADING if values.get(name) is not None}
     return mobile.load(arguments.model, trust_remote_code=arguments.trust_remote_code, **given)
 
 
 def _choose_threads(config: Any) -> None:
     """Run a narrow model on one thread, unless the user chose a number.
 
-    Its products are over before a second thread has joined in. On 2 idle cores a decode token of 96 features took
-    2.3 ms with one thread and 2.5 with two, of 512 features 8.3 and 7.9. Beside two busy processes, which a second
-    thread has to wait for in every product, it was 11 and 247 ms, and 20 and 976.
+    Its products end before a second thread has started. On 2 idle cores a decode token of 96 features took 2.3 ms with
+    one thread and 2.5 with two, of 512 features 8.3 and 7.9. With two other busy processes, which a second thread has
+    to wait for in every product, it was 11 and 247 ms, and 20 and 976.
     """
     import torch
 
@@ -117,12 +118,12 @@ def _choose_threads(config: Any) -> None:
 
 
 def is_virtual(model: Any) -> bool:
-    """Return whether the model's time is virtual."""
+    """Return whether the model's time is computed instead of measured."""
     return not LINKS[model.mobile.plan.link].real_time
 
 
 def line(model: Any, before: dict[str, Any]) -> str:
-    """Return a line on what happened since the statistics `before`; rates without a denominator are left out."""
+    """Return a line on the time since the statistics `before`; rates without a denominator are left out."""
     now = model.mobile.stats()
     spent = {name: now[name] - (before.get(name) or 0) for name in now if isinstance(now[name], int | float)}
     unit = "virtual second" if is_virtual(model) else "second"

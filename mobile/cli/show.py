@@ -1,6 +1,6 @@
-"""Output of the commands: tables and JSON on stdout, everything else on stderr, colours only on a terminal.
+"""The output of the commands: tables and JSON on stdout, everything else on stderr, colours only on a terminal.
 
-Streams may be closed or full; what is said on stderr is then lost, and a lost result is an error.
+Streams may be closed or full; notes on stderr are then lost, and a lost result is an error.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ GIB, MIB, GB = 2**30, 2**20, 10**9
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console that does not wrap lines that go into a pipe."""
+    """Return a console on stdout or stderr; lines are wrapped on a terminal only."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160)
 
 
 def prepare() -> None:
-    """Make the standard streams usable. Raise Refused if stdout is closed: there is nowhere to put a result.
+    """Make the standard streams usable. Raise Refused if stdout is closed, since the result would be lost.
 
-    Python has None for a stream that is closed, and its number would go to the next file that is opened. Text that
-    the encoding of stdout does not have is escaped.
+    Python has None for a stream that is closed, and its file descriptor would go to the next file that is opened.
+    Characters that the encoding of stdout lacks are escaped.
     """
     closed = sys.stdout is None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -41,14 +41,14 @@ def prepare() -> None:
 
 
 def silence(stream: Any) -> None:
-    """Send what is left of a stream that cannot be written to nowhere: Python would complain of it again at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Send the rest of a stream that cannot be written to /dev/null: Python would report the error again at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def note(text: str) -> None:
-    """Print a line on stderr; bytes that are not text are escaped."""
+    """Print one line on stderr; bytes that are no text are escaped."""
     try:
         print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
     except OSError:
@@ -56,7 +56,7 @@ def note(text: str) -> None:
 
 
 def waiting(text: str) -> None:
-    """Print a line on stderr if that is a terminal, before something slow that shows nothing, as importing PyTorch."""
+    """Print one line if stderr is a terminal, before silent work that takes long, such as importing PyTorch."""
     if sys.stderr.isatty():
         note(text)
 
@@ -68,7 +68,7 @@ def as_json(content: dict[str, Any]) -> None:
 
 def table(title: str, *columns: str) -> Table:
     """Return a table whose first column is text and whose others are numbers."""
-    made = Table(
+    empty = Table(
         title=title,
         title_justify="left",
         title_style="bold",
@@ -78,12 +78,12 @@ def table(title: str, *columns: str) -> Table:
         collapse_padding=True,
     )
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    return made
+        empty.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return empty
 
 
 def memory(nbytes: int | None) -> str:
-    """Return bytes as text, in binary units."""
+    """Return bytes of memory as text, in binary units."""
     if nbytes is None:
         return "unknown"
     for unit, size in (("GiB", GIB), ("MiB", MIB)):
@@ -101,5 +101,5 @@ def moved(nbytes: int) -> str:
 
 
 def rate(a_second: float) -> str:
-    """Return a rate as text, without insignificant digits."""
+    """Return a rate as text, with one decimal below 1000."""
     return f"{a_second:,.1f}" if a_second < 1000 else f"{a_second:,.0f}"

@@ -1,4 +1,7 @@
-"""Fitting a hardware profile to measurements, by least squares. numpy only; `mobile.machine.measure` makes them."""
+"""A hardware profile fitted to measurements by least squares. It needs numpy only; `mobile.machine.measure` measures.
+
+The profile is the one under which the virtual clock comes closest to the times that were measured.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ WORKSPACE_NBYTES = 512 * 2**20  # for workspaces and the KV cache, assumed
 
 
 class Timing(NamedTuple):
-    """A timing: bytes moved or read once, with so many launches (or copies), and the seconds it took."""
+    """The seconds to move or read `nbytes` once, with that many launches (or copies)."""
 
     nbytes: int
     launches: int
@@ -27,7 +30,7 @@ class Timing(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """The time of a decode step of a model of so many layers, everything resident."""
+    """The seconds of a decode step of a model of `layers` layers, with every expert resident."""
 
     layers: int
     seconds: float
@@ -35,12 +38,12 @@ class Depth(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurements:
-    """The timings of a machine; `about` says when and on which versions.
+    """The times of a machine; `about` says when and on what they were measured.
 
     `copies` are of rows over the link; `kernels` are weights read by the device, one big product (1 launch) or one
-    expert (`cost.EXPERT_LAUNCHES`); `cpu_kernels` are experts on the processor. `depths` are decode steps of models
-    whose layers have the sizes of `layer`. Rates are of large products. `memory_nbytes` is the device's, and
-    `taken_nbytes` the part of it that this process could not have.
+    expert (`EXPERT_LAUNCHES`); `cpu_kernels` are experts on the processor. `depths` are decode steps of models
+    whose layers have the sizes of `layer`. Rates are of large products. `memory_nbytes` is the device's memory,
+    and `taken_nbytes` the part of it that this process could not have.
     """
 
     device: str
@@ -57,87 +60,107 @@ class Measurements:
 
 
 class Line(NamedTuple):
-    """A fit, seconds = launches x `each_seconds` + bytes / `gb_per_s`; `worst` is its largest relative error."""
+    """A fit: seconds = launches x `launch_seconds` + bytes / (`gb_per_s` x 1e9).
 
-    each_seconds: float
+    `worst` is the largest relative error of a timing.
+    """
+
+    launch_seconds: float
     gb_per_s: float
     worst: float
 
 
-def line(timings: Sequence[Timing], what: str) -> Line:
-    """Fit a line to timings, by least squares of relative error; a latency below 0 becomes 0.
+def fit_line(timings: Sequence[Timing], what: str) -> Line:
+    """Return the line through timings, by least squares of the relative error; a negative latency becomes 0.
 
-    Raise Refused for too few sizes, for times that are not positive, and where more bytes do not take longer.
+    Raise Refused, with `what` was timed, for fewer than `SIZES` sizes, for times that are not positive, and if more
+    bytes do not take longer.
     """
     if len({timing.nbytes for timing in timings}) < SIZES:
         raise Refused(f"Measure {what} at {SIZES} sizes at least; there are {len({t.nbytes for t in timings})}.")
     if not all(math.isfinite(timing.seconds) and timing.seconds > 0 for timing in timings):
         raise Refused(f"A time measured of {what} is not positive; measure again.")
-    each, per_byte = _positive(
+    launch, per_byte = _least_squares(
         np.array([[t.launches, t.nbytes] for t in timings], dtype=float), np.array([t.seconds for t in timings])
     )
     if not per_byte > 0:
         raise Refused(f"More bytes did not take longer in {what}; measure again with nothing else running.")
-    worst = max(abs((t.launches * each + t.nbytes * per_byte) / t.seconds - 1) for t in timings)
-    return Line(each, 1e-9 / per_byte, worst)
+    worst = max(abs((t.launches * launch + t.nbytes * per_byte) / t.seconds - 1) for t in timings)
+    return Line(launch, 1e-9 / per_byte, worst)
 
 
-def _positive(columns: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """Return the factors of the two columns with the least relative squared error; the first is at least 0."""
+def _least_squares(columns: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """Return the two factors of `columns` (n, 2) whose sum has the least relative error against `seconds` (n,).
+
+    The first factor, a latency, is at least 0.
+    """
+    # Dividing each row by its seconds makes the errors relative, and each column by its largest value makes launches
+    # and bytes, which are some 10^8 apart, alike for the solver.
     scaled, ones = columns / seconds[:, None], np.ones(len(seconds))
     size = np.abs(scaled).max(axis=0)
     first, second = np.linalg.lstsq(scaled / size, ones, rcond=None)[0] / size
     if first >= 0:
         return float(first), float(second)
+    # Noise made the latency negative: without it, one factor is left, whose least squares are a quotient.
     return 0.0, float(scaled[:, 1].sum() / (scaled[:, 1] ** 2).sum())
 
 
 def fit(measured: Measurements) -> HardwareProfile:
-    """Fit the profile under which the virtual clock comes closest to the timings. Raise Refused as `line` does."""
-    copies, kernels = line(measured.copies, "copies"), line(measured.kernels, "kernels")
-    cpu = line(measured.cpu_kernels, "experts on the processor")
+    """Return the profile under which the virtual clock comes closest to the measurements.
+
+    Raise Refused as `fit_line` does, and for rates and steps that are not positive or too few.
+    """
+    # 1. Link, device memory and processor: a latency and a bandwidth each.
+    copies, kernels = fit_line(measured.copies, "copies"), fit_line(measured.kernels, "kernels")
+    cpu = fit_line(measured.cpu_kernels, "experts on the processor")
     rates = (measured.tflops, measured.cpu_tflops)
     if not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise Refused("A rate measured of products is not positive; measure again.")
+    # 2. A profile without the overheads of a layer and of a step.
     bare = HardwareProfile(
         name=f"{measured.device}, calibrated",
         vram_nbytes=measured.memory_nbytes,
         memory_gb_per_s=kernels.gb_per_s,
         tflops=measured.tflops,
         link_gb_per_s=copies.gb_per_s,
-        link_latency_seconds=copies.each_seconds,
-        launch_seconds=kernels.each_seconds,
+        link_latency_seconds=copies.launch_seconds,
+        launch_seconds=kernels.launch_seconds,
         reserve_nbytes=measured.taken_nbytes + WORKSPACE_NBYTES,
         cpu_gb_per_s=cpu.gb_per_s,
         cpu_tflops=measured.cpu_tflops,
         sources=(),
     )
-    layer, step = _beyond(measured, bare)
+    # 3. These overheads are the part of the measured decode steps that it does not explain.
+    layer, step = _overheads(measured, bare)
     sources = _sources(measured, copies, kernels, cpu)
     return replace(bare, sources=sources, layer_seconds=layer, step_seconds=step)
 
 
-def _beyond(measured: Measurements, bare: HardwareProfile) -> tuple[float, float]:
-    """Return the seconds of a layer, and of a step without its layers, beyond the bare profile's; at least 0."""
+def _overheads(measured: Measurements, bare: HardwareProfile) -> tuple[float, float]:
+    """Return the seconds of a layer, and of a step apart from its layers, beyond the bare profile's; each at least 0.
+
+    Raise Refused for fewer than two depths, and for times that are not positive.
+    """
     if len({depth.layers for depth in measured.depths}) < 2:
         raise Refused("Measure decode steps of models of two depths at least, to tell layers from the rest of a step.")
     if not all(math.isfinite(depth.seconds) and depth.seconds > 0 for depth in measured.depths):
         raise Refused("A time measured of decode steps is not positive; measure again.")
     cost = CostModel(bare, measured.layer)
     columns = np.array([[1, depth.layers] for depth in measured.depths], dtype=float)
-    step, layer = _positive(columns, np.array([depth.seconds for depth in measured.depths]))
-    charged = cost.dense_ns(1) + measured.layer.top_k * cost.expert_ns(1)
-    return max(0.0, layer - charged / 1e9), max(0.0, step - cost.head_ns(1) / 1e9)
+    # step seconds = rest + layers x layer: two depths or more tell them apart.
+    step, layer = _least_squares(columns, np.array([depth.seconds for depth in measured.depths]))
+    explained_ns = cost.dense_ns(1) + measured.layer.top_k * cost.expert_ns(1)
+    return max(0.0, layer - explained_ns / 1e9), max(0.0, step - cost.head_ns(1) / 1e9)
 
 
 def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> tuple[str, ...]:
-    """Return the profile's sources: how each number was measured."""
+    """Return one sentence on each kind of number: how it was measured and how well it fits."""
 
-    def fitted(timings: Sequence[Timing], found: Line) -> str:
+    def fitted(timings: Sequence[Timing], line: Line) -> str:
         sizes = sorted({timing.nbytes for timing in timings})
         return (
             f"least squares over {len(timings)} sizes of {sizes[0] / 1e6:.2g} to {sizes[-1] / 1e6:.3g} MB, "
-            f"the worst missed by {found.worst:.1%}"
+            f"the worst missed by {line.worst:.1%}"
         )
 
     depths = ", ".join(str(depth.layers) for depth in measured.depths)
@@ -154,7 +177,7 @@ def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> 
 
 
 def measurements_from(data: dict[str, Any]) -> Measurements:
-    """Return the measurements of which `asdict` made `data`, read back from JSON."""
-    several = {name: tuple(Timing(*row) for row in data[name]) for name in ("copies", "kernels", "cpu_kernels")}
+    """Return the measurements that `asdict` and JSON made `data` of."""
+    timings = {name: tuple(Timing(*row) for row in data[name]) for name in ("copies", "kernels", "cpu_kernels")}
     depths = tuple(Depth(*row) for row in data["depths"])
-    return Measurements(**{**data, **several, "depths": depths, "layer": Geometry(**data["layer"])})
+    return Measurements(**{**data, **timings, "depths": depths, "layer": Geometry(**data["layer"])})

@@ -1,4 +1,4 @@
-"""The GPUs here, and the link to them under load. Unknown is None, never 0."""
+"""The GPUs of this machine, and the rates of the link to them. An unknown value is None, never 0."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LinkState:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the driver reports it; `link_max` is the best that card and machine can do together."""
+    """One GPU as the driver reports it; `link_max` is the best that card and machine together allow."""
 
     name: str
     uuid: str | None
@@ -39,9 +39,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class LinkRates:
-    """Measured rates of host-to-device copies, decimal GB/s; the link's state was read while page-locked copies ran.
+    """Measured rates of host-to-device copies, in decimal GB/s, and the link's state while page-locked copies ran.
 
-    `registers` says whether the driver page-locked a block of ordinary memory where it lay, as the host store needs.
+    `registers` says whether the driver page-locked a block of ordinary memory in place, as the host store needs.
     """
 
     pinned_gb_per_s: float | None
@@ -55,7 +55,7 @@ UNKNOWN_LINK = LinkState(None, None)
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """Start pynvml and yield it; None where there is no package, no driver or no permission."""
+    """Yield pynvml, initialised, or None if there is no package, no driver or no permission."""
     try:
         import pynvml
     except ImportError:
@@ -73,7 +73,7 @@ def nvml() -> Iterator[Any]:
 
 
 def ask(lib: Any, question: str, *about: Any) -> Any:
-    """Return NVML's answer, or None: no library, no such function in this version, or no answer for this card."""
+    """Return NVML's answer, or None: no library, no such function in this version, or not supported by this card."""
     if lib is None or not hasattr(lib, f"nvml{question}"):
         return None
     try:
@@ -84,7 +84,7 @@ def ask(lib: Any, question: str, *about: Any) -> Any:
 
 
 def gpus() -> list[Gpu]:
-    """Return every NVIDIA GPU that the driver shows; without NVML, those that torch shows."""
+    """Return every NVIDIA GPU that the driver shows, or those that torch knows where NVML is absent."""
     return gpus_of_driver() or _gpus_of_torch()
 
 
@@ -97,7 +97,6 @@ def gpus_of_driver() -> list[Gpu]:
 
 
 def _gpu(lib: Any, handle: Any) -> Gpu:
-    """Return the GPU behind an NVML handle."""
     memory = ask(lib, "DeviceGetMemoryInfo", handle)
     capability = ask(lib, "DeviceGetCudaComputeCapability", handle)
     return Gpu(
@@ -116,47 +115,44 @@ def _gpu(lib: Any, handle: Any) -> Gpu:
 
 
 def _link(lib: Any, handle: Any) -> LinkState:
-    """Return the link's present state."""
     return LinkState(
         ask(lib, "DeviceGetCurrPcieLinkGeneration", handle), ask(lib, "DeviceGetCurrPcieLinkWidth", handle)
     )
 
 
 def _gpus_of_torch() -> list[Gpu]:
-    """Return every GPU that torch shows, as far as torch knows it."""
     import torch
 
     if not torch.cuda.is_available():
         return []
-    found = []
+    devices = []
     for index in range(torch.cuda.device_count()):
-        known = torch.cuda.get_device_properties(index)
-        found.append(
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
             Gpu(
-                name=known.name,
-                uuid=_uuid(known),
+                name=properties.name,
+                uuid=_uuid(properties),
                 driver=None,
-                memory_total_nbytes=int(known.total_memory),
+                memory_total_nbytes=int(properties.total_memory),
                 memory_free_nbytes=int(torch.cuda.mem_get_info(index)[0]),
-                compute_capability=f"{known.major}.{known.minor}",
+                compute_capability=f"{properties.major}.{properties.minor}",
                 link_now=UNKNOWN_LINK,
                 link_max=UNKNOWN_LINK,
                 sm_clock_mhz=None,
             )
         )
-    return found
+    return devices
 
 
 def _uuid(properties: Any) -> str | None:
-    """Return a device's UUID as the driver writes it."""
     uuid = getattr(properties, "uuid", None)
     return None if uuid is None else f"GPU-{uuid}"
 
 
 def cuda_uuid(index: int | None = None) -> str | None:
-    """Return the driver's name for torch's CUDA device `index` (None: the current one); None without CUDA.
+    """Return the driver's UUID of torch's CUDA device `index` (None: the current one); None without CUDA.
 
-    The two count differently under CUDA_VISIBLE_DEVICES.
+    An index would not do: driver and torch count differently under CUDA_VISIBLE_DEVICES.
     """
     import torch
 
@@ -166,7 +162,7 @@ def cuda_uuid(index: int | None = None) -> str | None:
 
 
 def link_rates(index: int | None = None, nbytes: int = 256 * MIB, copies: int = 20) -> LinkRates | None:
-    """Measure copies of `nbytes` from page-locked and from ordinary memory to CUDA device `index` (None: the current).
+    """Time copies of `nbytes` to torch's CUDA device `index` (None: the current one), page-locked and pageable.
 
     The link is read between queueing the page-locked copies and waiting for them, since an idle card reports a
     slower link than it has. None without CUDA.
@@ -204,7 +200,7 @@ def link_rates(index: int | None = None, nbytes: int = 256 * MIB, copies: int = 
 
 
 def _registers(block: Any, device: Any) -> bool:
-    """Return whether the driver page-locks this memory where it lies."""
+    """Return whether the driver page-locks this memory in place."""
     from mobile.links.page_lock import register, unregister
 
     if register(block, device) is not None:

@@ -1,4 +1,4 @@
-"""The host as this process has it: versions, CPU, memory and its limits. Unknown is None, never 0."""
+"""Versions, CPU, host memory and limits of this process. An unknown value is None, never 0."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Literal
 
 MIB = 2**20
 Limit = int | Literal["unlimited"] | None
-NO_LIMIT = 2**60  # cgroup v1 writes "no limit" as the largest page-aligned int64
+NO_LIMIT = 2**60  # cgroup v1 writes "no limit" as the largest page-aligned int64; anything so large is none
 ROOT = Path("/")
 
 
 @dataclass(frozen=True)
 class Software:
-    """The versions of the software that the engine runs on; `problem` says why this Transformers is not supported."""
+    """Versions of what the engine runs on; `problem` says why this Transformers is not supported."""
 
     python: str
     torch: str | None
@@ -33,7 +33,7 @@ class Software:
 
 @dataclass(frozen=True)
 class Host:
-    """The share of the machine that this process has, in bytes. A cgroup's usage leaves out page cache it can free."""
+    """This process's share of the machine. Bytes; a cgroup's usage is without the page cache it can give back."""
 
     cpu: str | None
     cpus_allowed: int | None
@@ -47,12 +47,11 @@ class Host:
 
     @property
     def usable_nbytes(self) -> int | None:
-        """Return the bytes that can still be allocated: the machine's available memory, or the container's if less."""
-        limits = [self.memory_available_nbytes]
+        """Bytes that can still be allocated: the machine's available memory, or the container's if that is less."""
+        available = [self.memory_available_nbytes]
         if isinstance(self.container_limit_nbytes, int):
-            limits.append(self.container_limit_nbytes - (self.container_used_nbytes or 0))
-        known = [limit for limit in limits if limit is not None]
-        return min(known) if known else None
+            available.append(self.container_limit_nbytes - (self.container_used_nbytes or 0))
+        return min((nbytes for nbytes in available if nbytes is not None), default=None)
 
 
 def package(name: str) -> str | None:
@@ -64,7 +63,7 @@ def package(name: str) -> str | None:
 
 
 def software() -> Software:
-    """Return the versions installed here. Imports torch and Transformers."""
+    """Return the installed versions. Imports torch and Transformers."""
     import torch
 
     from mobile.errors import Refused
@@ -87,7 +86,7 @@ def software() -> Software:
 
 
 def host(root: Path = ROOT) -> Host:
-    """Return memory, limits and CPUs of this process, read from `root`'s /proc and /sys. No torch."""
+    """Return memory, limits and CPUs of this process, read from `root`'s /proc and /sys. Imports no torch."""
     meminfo = _meminfo(root)
     limit, used = container_memory(root)
     return Host(
@@ -104,19 +103,17 @@ def host(root: Path = ROOT) -> Host:
 
 
 def memory_shortage(nbytes: int, usable_nbytes: int | None, of: str = "the experts") -> str | None:
-    """Return why `nbytes`, which `of` take, exceed the `usable_nbytes` of host memory; None if they do not."""
+    """Return why `usable_nbytes` of host memory cannot hold `nbytes`, or None if it can or if that is not known."""
     if usable_nbytes is None or nbytes <= usable_nbytes:
         return None
     return f"{of} take {_gib(nbytes)} of host memory and {_gib(usable_nbytes)} are free"
 
 
 def _gib(nbytes: int) -> str:
-    """Return bytes as text in GiB."""
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**30:.2g} GiB"
 
 
 def _memlock() -> Limit:
-    """Return the limit of memory that this process may lock."""
     try:
         import resource
     except ImportError:  # not a Unix
@@ -126,7 +123,6 @@ def _memlock() -> Limit:
 
 
 def _read(path: Path) -> str | None:
-    """Return the text of a file, or None if it cannot be read."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
@@ -134,41 +130,42 @@ def _read(path: Path) -> str | None:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    """Return the entries of /proc/meminfo, in bytes."""
     lines = (_read(root / "proc/meminfo") or "").splitlines()
     pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
 def _cpu(root: Path) -> str | None:
-    """Return the CPU's name."""
     lines = (_read(root / "proc/cpuinfo") or "").splitlines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, None) or platform.processor() or None
 
 
 def container_memory(root: Path = ROOT) -> tuple[Limit, int | None]:
-    """Return the tightest cgroup memory limit above this process (v2 or v1) and the use counted against it."""
-    found: list[tuple[int, int | None]] = []
-    known = False
+    """Return the tightest cgroup memory limit above this process (v2 or v1) and the bytes counted against it."""
+    limits: list[tuple[int, int | None]] = []
+    readable = False
     for folder, limit_file, usage_file, prefix in _memory_cgroups(root):
         text = _read(folder / limit_file)
         if text is None:
             continue
-        known = True
+        readable = True
         word = text.strip()
         if word != "max" and int(word) < NO_LIMIT:
             usage, lines = _read(folder / usage_file), (_read(folder / "memory.stat") or "").splitlines()
             cache = (f"{prefix}active_file", f"{prefix}inactive_file")
-            given_back = sum(int(value) for name, value in map(str.split, lines) if name in cache)
-            found.append((int(word), None if usage is None else max(0, int(usage) - given_back)))
-    if found:
-        return min(found, key=lambda pair: pair[0])
-    return ("unlimited" if known else None), None
+            reclaimable = sum(int(value) for name, value in map(str.split, lines) if name in cache)
+            limits.append((int(word), None if usage is None else max(0, int(usage) - reclaimable)))
+    if limits:
+        return min(limits, key=lambda pair: pair[0])
+    return ("unlimited" if readable else None), None
 
 
 def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """Yield this process's memory cgroups, innermost first: (folder, limit file, usage file, statistics prefix)."""
+    """Yield this process's memory cgroups from the innermost outwards.
+
+    Each is its folder, the names of its limit's and its usage's file, and the prefix of the fields in its memory.stat.
+    """
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, inside = line.split(":", 2)
         if controllers == "":
@@ -179,14 +176,14 @@ def _memory_cgroups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
         else:
             continue
         folder = top / inside.strip("/")
-        for one in (folder, *folder.parents):
-            yield (one, *files)
-            if one == top:
+        for cgroup in (folder, *folder.parents):
+            yield (cgroup, *files)
+            if cgroup == top:
                 break
 
 
 def memcpy_gb_per_s(nbytes: int = 256 * MIB, repeats: int = 5) -> float | None:
-    """Measure copies within host memory, with torch's threads; return GB/s, the median of `repeats`, or None."""
+    """Return the rate of copies within host memory with torch's threads, the median of `repeats`; None if it fails."""
     import torch
 
     try:

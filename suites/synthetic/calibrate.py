@@ -16,7 +16,9 @@ from mobile.costs.hardware import HardwareProfile, profile
 from mobile.links.registry import LINKS
 from mobile.links.virtual import VirtualLink
 from mobile.machine.fit_profile import Measurements, fit, measurements_from
-from mobile.machine.measure import NARROW, Pace, measure, relinked, sizes_for
+from mobile.machine.measure import measure, relinked
+from mobile.machine.measure.copies import Pace
+from mobile.machine.measure.sizes import NARROW, sizes_for
 from mobile.policies.strategy import Strategy
 from suites.environment import environment
 from suites.identity import code_hash, digest

@@ -20,7 +20,8 @@ from mobile.errors import Refused
 from mobile.links.registry import LINKS, real_time_link
 from mobile.live_model import compat
 from mobile.machine.gpu import cuda_uuid
-from mobile.machine.measure import EVERYTHING, idle
+from mobile.machine.measure.steps import EVERYTHING
+from mobile.machine.measure.timing import idle
 from suites.budget import memory_on
 from suites.environment import environment
 from suites.record import Item, Record, RunFolder

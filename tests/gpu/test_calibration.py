@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobile.machine import measure
 from mobile.machine.fit_profile import fit
+from mobile.machine.measure import measure, relinked
 
 CUDA = torch.device("cuda")
 
 
 @pytest.fixture(scope="module")
 def measured():
-    return measure.measure(CUDA, torch.bfloat16)
+    return measure(CUDA, torch.bfloat16)
 
 
 def test_a_gpu_is_faster_than_its_link_and_reads_its_memory_faster_than_the_processor(measured):
@@ -36,5 +36,5 @@ def test_copies_lie_on_their_line(measured):
 
 def test_a_throttled_link_is_fitted_as_throttled(measured):
     rate = fit(measured).link_gb_per_s / 2
-    slow = fit(measure.relinked(measured, CUDA, torch.bfloat16, link_gb_per_s=rate))
+    slow = fit(relinked(measured, CUDA, torch.bfloat16, link_gb_per_s=rate))
     assert slow.link_gb_per_s == pytest.approx(rate, rel=0.15)

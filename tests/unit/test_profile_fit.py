@@ -14,7 +14,7 @@ import mobile
 from mobile.costs.cost_model import EXPERT_LAUNCHES, CostModel
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import PROFILES, profile, profile_from, write_profile
-from mobile.machine.fit_profile import WORKSPACE_NBYTES, Depth, Measurements, Timing, fit, line, measurements_from
+from mobile.machine.fit_profile import WORKSPACE_NBYTES, Depth, Measurements, Timing, fit, fit_line, measurements_from
 
 MB = 10**6
 SIZES = (1 * MB, 3 * MB, 6 * MB, 12 * MB, 25 * MB)
@@ -50,31 +50,31 @@ def measured(card: mobile.costs.hardware.HardwareProfile, depths: tuple[int, ...
 
 @given(LATENCIES, BANDWIDTHS, st.integers(1, 8))
 def test_a_line_finds_the_latency_and_the_bandwidth_it_was_made_of(latency, bandwidth, launches):
-    found = line(timings(latency, bandwidth, launches), "copies")
+    found = fit_line(timings(latency, bandwidth, launches), "copies")
     assert found.gb_per_s == pytest.approx(bandwidth, rel=1e-6)
-    assert found.each_seconds == pytest.approx(latency, rel=1e-6, abs=1e-6 * SIZES[0] / bandwidth / 1e9)
+    assert found.launch_seconds == pytest.approx(latency, rel=1e-6, abs=1e-6 * SIZES[0] / bandwidth / 1e9)
     assert found.worst < 1e-6
 
 
 @given(LATENCIES, BANDWIDTHS, st.integers(0, 2**32 - 1))
 def test_noise_of_two_percent_moves_what_a_row_costs_by_no_more_than_that(latency, bandwidth, seed):
     noise = np.random.default_rng(seed).uniform(0.98, 1.02, len(SIZES))
-    found = line(timings(latency, bandwidth, noise=noise), "copies")
-    assert found.each_seconds >= 0
+    found = fit_line(timings(latency, bandwidth, noise=noise), "copies")
+    assert found.launch_seconds >= 0
     for size in SIZES:
-        predicted, true = found.each_seconds + size / found.gb_per_s / 1e9, latency + size / bandwidth / 1e9
+        predicted, true = found.launch_seconds + size / found.gb_per_s / 1e9, latency + size / bandwidth / 1e9
         assert predicted == pytest.approx(true, rel=0.06)
 
 
 def test_one_line_tells_launches_from_bytes_where_some_kernels_have_more_launches():
     few, many = timings(5e-6, 3000.0, 1), timings(5e-6, 3000.0, 4)
-    found = line((*few, *many), "kernels")
-    assert (found.each_seconds, found.gb_per_s) == pytest.approx((5e-6, 3000.0))
+    found = fit_line((*few, *many), "kernels")
+    assert (found.launch_seconds, found.gb_per_s) == pytest.approx((5e-6, 3000.0))
 
 
 def test_a_latency_below_nothing_is_nothing_and_the_bandwidth_is_fitted_without_it():
-    found = line(timings(-3e-5, 10.0), "copies")
-    assert found.each_seconds == 0
+    found = fit_line(timings(-3e-5, 10.0), "copies")
+    assert found.launch_seconds == 0
     assert 9 < found.gb_per_s < 16
     assert found.worst > 0.05
 
@@ -92,7 +92,7 @@ def test_a_latency_below_nothing_is_nothing_and_the_bandwidth_is_fitted_without_
 )
 def test_timings_that_hold_no_line_are_refused_in_one_sentence(points, says):
     with pytest.raises(mobile.Refused, match=says):
-        line(points, "copies")
+        fit_line(points, "copies")
 
 
 @given(

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import mobile
-from mobile.version import UNKNOWN, _named_by
+from mobile.version import UNKNOWN, _version_in
 
 ROOT = Path(__file__).parent.parent.parent
 NAMED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -38,5 +38,5 @@ def test_a_pyproject_of_something_else_says_nothing_of_us(tmp_path):
     file = tmp_path / "pyproject.toml"
     for text in ('[project]\nname = "other"\nversion = "1"\n', "[tool]\n", "[project", "\xff"):
         file.write_text(text, encoding="latin-1")
-        assert _named_by(file) == UNKNOWN
-    assert _named_by(tmp_path / "absent.toml") == UNKNOWN
+        assert _version_in(file) == UNKNOWN
+    assert _version_in(tmp_path / "absent.toml") == UNKNOWN

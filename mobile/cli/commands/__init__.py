@@ -1,0 +1,1 @@
+"""One module for each command, which declares its options and runs it."""

@@ -1,4 +1,4 @@
-"""`mobile doctor --calibrate`: time this machine, fit a hardware profile, show and keep it."""
+"""`mobile doctor --calibrate`: time this machine, fit a hardware profile to it, print it and write it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool) -> None:
-    """Measure, fit, print, and write `out`. Raise Refused before measuring if `out` or the device cannot be used."""
+    """Measure, fit, print, and write `out`. Imports torch. Raise Refused, if possible before anything is measured."""
     if out is not None and out.suffix != ".json":
         raise Refused(f"--out {out} must end in .json, which is how --hardware tells a file from a name.")
     if out is not None and not out.absolute().parent.is_dir():
@@ -31,8 +31,8 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     from mobile.machine.fit_profile import fit
     from mobile.machine.measure import measure
 
-    on = _device(device)
-    kind = getattr(torch, {"auto": "bfloat16" if on.type == "cuda" else "float32"}.get(dtype, dtype))
+    timed = _device(device)
+    torch_dtype = getattr(torch, {"auto": "bfloat16" if timed.type == "cuda" else "float32"}.get(dtype, dtype))
     screen = show.console(stderr=True)
     with Progress(
         SpinnerColumn(),
@@ -44,12 +44,12 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     ) as progress:
         task = progress.add_task("this machine", total=None)
 
-        def say(what: str) -> None:
-            progress.update(task, description=what)
+        def say(part: str) -> None:
+            progress.update(task, description=part)
             if not screen.is_terminal:
-                show.note(f"measuring {what}")
+                show.note(f"measuring {part}")
 
-        measured = measure(on, kind, say=say)
+        measured = measure(timed, torch_dtype, say=say)
     card = fit(measured)
     if out is not None:
         write_profile(card, out)
@@ -62,25 +62,25 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
 
 
 def _device(name: str | None) -> torch.device:
-    """Return the device to time: the one of that name, or a GPU if there is one. Raise Refused for one not here."""
+    """Return the device to time: the one of that name, or a GPU if there is one. Raise Refused if it is not here."""
     import torch
 
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
-        return torch.device("cuda" if there else "cpu")
+        return torch.device("cuda" if gpus else "cpu")
     try:
-        on = torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise Refused(f"--device {name} is no device; give cpu, cuda or cuda:1, or leave it out.") from None
-    if on.type == "cuda" and not there:
+    if device.type == "cuda" and not gpus:
         raise Refused("There is no CUDA device that torch can use here; leave --device out, or give cpu.")
-    if on.type not in ("cpu", "cuda") or (on.index or 0) >= max(1, there):
-        raise Refused(f"--device {name} is not among what can be timed here: cpu, and {there} CUDA device(s).")
-    return on
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(1, gpus):
+        raise Refused(f"--device {name} is not among what can be timed here: cpu, and {gpus} CUDA device(s).")
+    return device
 
 
 def _print(card: HardwareProfile, out: Path | None) -> None:
-    """Print the profile, its sources and where it was written."""
+    """Print a fitted profile and where it was written."""
     screen = show.console()
     table = show.table(card.name, "what", "fitted")
     for name, value in rows(card).items():
@@ -96,7 +96,7 @@ def _print(card: HardwareProfile, out: Path | None) -> None:
 
 
 def rows(card: HardwareProfile) -> dict[str, Any]:
-    """Return the profile's numbers as text, by name."""
+    """Return the profile's numbers as text, by a name for each."""
 
     def micro(seconds: float) -> str:
         return f"{seconds * 1e6:,.1f} us"
@@ -112,5 +112,5 @@ def rows(card: HardwareProfile) -> dict[str, Any]:
         "processor, reading experts": f"{card.cpu_gb_per_s:,.1f} GB/s",
         "processor, dense products": f"{card.cpu_tflops:,.3g} TFLOP/s",
         "device memory": show.memory(card.vram_nbytes),
-        "of it kept back": show.memory(card.reserve_nbytes),
+        "of it reserved": show.memory(card.reserve_nbytes),
     }

@@ -1,7 +1,7 @@
 """`mobile chat`: a conversation on stdin and stdout.
 
-Tokens that the cache already holds are not computed again. Under a lossy strategy it thereby keeps the states of old
-turns as fewer experts wrote them, where a new prefill would use all experts.
+Tokens in the KV cache are not computed again. So with a lossy strategy, states that were computed with half of the
+experts stay in the cache; computing an old turn again would prefill it with all of them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ One line is one turn. /help lists the commands; the end of the input ends the co
 COMMANDS = {
     "/help": "list these commands",
     "/reset": "forget the conversation",
-    "/exit": "end it; the end of the input does, too",
+    "/exit": "end it, as does the end of the input",
 }
 
 
 class Conversation:
-    """The turns so far and the cache of their first tokens, `seen` (length,)."""
+    """The turns so far, the KV cache of their first tokens, and the ids of those, `cached_ids` (length,)."""
 
     def __init__(self, opened: session.Session) -> None:
         self.opened = opened
@@ -42,41 +42,40 @@ class Conversation:
         self._forget_cache()
 
     def _forget_cache(self) -> None:
-        """Forget the cache, so that the next answer computes all turns again."""
         self.cache: Any = None
-        self.seen: Any = None
+        self.cached_ids: Any = None
 
     def answer(self, prompt: str) -> None:
-        """Write the answer to stdout. Ctrl-C ends it early: what was written stays part of the conversation."""
+        """Write the answer to stdout. Ctrl-C ends it early; the part that was written stays in the conversation."""
         from mobile.live_model import compat
 
         opened, streamer = self.opened, _recorder(self.opened.tokenizer)
-        asked = {"role": "user", "content": prompt}
+        turn = {"role": "user", "content": prompt}
         try:
-            ids = opened.encode([*self.messages, asked])
+            ids = opened.encode([*self.messages, turn])
             self._crop_cache(ids[0])
             cache = compat.going_on(opened.model, self.cache)
             output = opened.generate(ids, streamer=streamer, return_dict_in_generate=True, **cache)
             self.cache = compat.cache_of(output)
-            self.seen = output.sequences[0, : self.cache.get_seq_length()]
+            self.cached_ids = output.sequences[0, : self.cache.get_seq_length()]
         except KeyboardInterrupt:
-            self._forget_cache()  # it may have struck between two layers, and left them of unequal lengths
+            self._forget_cache()  # the interrupt may leave layers of unequal lengths
             streamer.end()
             show.note("(stopped)")
         if streamer.written:
-            self.messages += [asked, {"role": "assistant", "content": opened.decode(streamer.written)}]
+            self.messages += [turn, {"role": "assistant", "content": opened.decode(streamer.written)}]
 
     def _crop_cache(self, ids: Any) -> None:
-        """Crop the cache to the tokens it shares with `ids` (length,): a template may render old turns differently.
+        """Crop the cache to the tokens that it shares with `ids` (length,): a template may change old turns.
 
-        At least one token must be left to compute. A cache that cannot be cut is dropped.
+        At least one token must be left to compute. A cache that cannot be cropped is dropped.
         """
         if self.cache is None:
             return
-        length = min(len(self.seen), len(ids) - 1)
-        differs = (self.seen[:length] != ids[:length]).nonzero()
+        length = min(len(self.cached_ids), len(ids) - 1)
+        differs = (self.cached_ids[:length] != ids[:length]).nonzero()
         shared = int(differs[0]) if len(differs) else length
-        surplus = len(self.seen) - shared
+        surplus = len(self.cached_ids) - shared
         if surplus:
             try:
                 self.cache.crop(-surplus)
@@ -88,18 +87,18 @@ class Conversation:
 
 
 def _recorder(tokenizer: Any) -> Any:
-    """Return a streamer that remembers the ids it has written."""
+    """Return a streamer to stdout that records the ids."""
     from transformers import TextStreamer
 
     class Recorder(TextStreamer):
-        """A streamer to stdout that remembers the ids, which an interrupted generate() does not return."""
+        """A streamer to stdout. `written` are the ids, which an interrupted generate() does not return."""
 
         def __init__(self) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.written: list[int] = []
 
         def put(self, value: Any) -> None:
-            """Write new token ids, and remember them."""
+            """Write tokens, and record them unless they are the prompt's."""
             if not self.next_tokens_are_prompt:
                 self.written += value.flatten().tolist()
             super().put(value)
@@ -111,7 +110,7 @@ def _recorder(tokenizer: Any) -> Any:
 
 
 def declare(commands: Any) -> None:
-    """Declare the command and its options."""
+    """Add the command and its options."""
     parser = options.command(
         commands,
         "chat",
@@ -125,7 +124,7 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code. Raise Refused."""
+    """Answer lines of stdin until /exit or the end of the input; return 0."""
     opened = session.start(arguments, *session.opening(arguments))
     if not opened.template and not arguments.raw:
         show.note("This tokenizer has no chat template, so a prompt is appended to the text so far, on a new line.")
@@ -165,7 +164,7 @@ def _run_command(command: str, conversation: Conversation) -> None:
 
 
 def _answer(prompt: str, conversation: Conversation) -> None:
-    """Answer one turn, and print the statistics or the refusal."""
+    """Answer one turn, then print its statistics or its refusal on stderr."""
     model = conversation.opened.model
     before = model.mobile.stats()
     try:

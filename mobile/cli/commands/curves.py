@@ -20,7 +20,7 @@ LABEL_GAP = 0.045  # of the axis, between two labels
 
 
 def check(path: Path) -> None:
-    """Raise Refused if no plot can be written there; call it before anything is replayed."""
+    """Raise Refused, before anything is replayed, if the plot cannot be drawn or written."""
     if path.suffix.lower() not in FORMATS:
         raise Refused(f"Cannot draw {outputs.shown(path)}; name a file that ends in {' or '.join(FORMATS)}.")
     outputs.check_file(path)
@@ -29,18 +29,18 @@ def check(path: Path) -> None:
 
 
 def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
-    """Draw the plot; strategies without a hit rate are left out. Labels stand at the curves' right ends."""
+    """Write the plot; strategies without a hit rate are left out. Labels stand at the curves' right ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
     curves: dict[str, list[tuple[float, float]]] = {}
-    for one in sorted(outcomes, key=lambda one: one.memory_nbytes):
-        if one.hit_rate is not None:
-            curves.setdefault(one.strategy, []).append((one.memory_nbytes / 2**30, one.hit_rate))
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.memory_nbytes):
+        if outcome.hit_rate is not None:
+            curves.setdefault(outcome.strategy, []).append((outcome.memory_nbytes / 2**30, outcome.hit_rate))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mobile"}):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        heights = _apart({name: points[-1][1] for name, points in curves.items()})
+        heights = _label_heights({name: points[-1][1] for name, points in curves.items()})
         styles = zip(cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
         for (name, points), (colour, marker, line) in zip(curves.items(), styles, strict=False):
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, linewidth=1.6)
@@ -62,8 +62,8 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
             figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 
-def _apart(wanted: dict[str, float]) -> dict[str, float]:
-    """Return heights of labels that do not overlap, as near as possible to the wanted ones."""
+def _label_heights(wanted: dict[str, float]) -> dict[str, float]:
+    """Return heights as near to the wanted ones as possible without labels that overlap."""
     placed: dict[str, float] = {}
     lowest, highest = 0.0, 1.0
     for name, height in sorted(wanted.items(), key=lambda item: item[1]):

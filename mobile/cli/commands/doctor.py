@@ -1,4 +1,4 @@
-"""`mobile doctor`: this machine's software, memory and link, measured where possible, and advice on them."""
+"""`mobile doctor`: this machine's software, memory, GPUs and link rates, and advice on what to change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ examples:
 Unknown is null in the JSON. Measuring takes about a second, and 0.5 GiB of host memory.
 
 --calibrate times copies, kernels and decode steps of this machine the way the engine does them, and fits the numbers
-that virtual time is computed with. It takes about a minute, with nothing else running. On a GPU it takes 8 GiB of
+of the virtual clock. It takes about a minute, with nothing else running. On a GPU it takes 8 GiB of
 device memory and 4 GiB of host memory. Without a GPU the link is a copy within host memory, and the profile describes
 this processor.
 """
@@ -34,7 +34,7 @@ this processor.
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the command shows. `rates` and `rates_of` are of torch's current CUDA device, where models go."""
+    """The state of this machine. `rates` are of torch's current CUDA device, where models go, of UUID `rates_of`."""
 
     software: Software
     host: Host
@@ -47,7 +47,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Examine this machine and measure its copies. Imports torch."""
+    """Return the state of this machine; copies are measured. Imports torch."""
     show.waiting("looking at this machine ...")
     import torch
 
@@ -64,12 +64,11 @@ def examine() -> Report:
 
 
 def advice(report: Report) -> list[str]:
-    """Return a sentence for each thing that is wrong, with its remedy; none if nothing is."""
-    return [*_about_software(report), *_about_link(report), *_about_host(report)]
+    """Return one sentence for each problem, with its remedy."""
+    return [*_software_advice(report), *_link_advice(report), *_host_advice(report)]
 
 
-def _about_software(report: Report) -> Iterator[str]:
-    """Yield advice on versions and the driver."""
+def _software_advice(report: Report) -> Iterator[str]:
     if report.software.problem is not None:
         yield report.software.problem
     if report.cuda:
@@ -86,8 +85,7 @@ def _about_software(report: Report) -> Iterator[str]:
         yield "No CUDA device: bytes are moved and answers are real, time is virtual (computed). Speed needs a GPU."
 
 
-def _about_link(report: Report) -> Iterator[str]:
-    """Yield advice on the PCIe link and page-locking."""
+def _link_advice(report: Report) -> Iterator[str]:
     rates = report.rates
     if rates is None:
         return
@@ -111,8 +109,7 @@ def _about_link(report: Report) -> Iterator[str]:
         )
 
 
-def _about_host(report: Report) -> Iterator[str]:
-    """Yield advice on host memory."""
+def _host_advice(report: Report) -> Iterator[str]:
     usable = report.host.usable_nbytes
     if usable is None:
         return
@@ -120,15 +117,15 @@ def _about_host(report: Report) -> Iterator[str]:
     short = [f"{name} ({show.memory(need)})" for name, need in needs.items() if need > usable]
     if short:
         limited = isinstance(report.host.container_limit_nbytes, int)
-        what = "raise the container's limit or add memory" if limited else "free or add memory"
-        yield f"{show.memory(usable)} of host memory cannot hold the experts of {', '.join(short)}; {what} for those."
+        remedy = "raise the container's limit or add memory" if limited else "free or add memory"
+        yield f"{show.memory(usable)} of host memory cannot hold the experts of {', '.join(short)}; {remedy} for those."
 
 
 # --- the command ------------------------------------------------------------------------------------
 
 
 def declare(commands: Any) -> None:
-    """Declare the command and its options."""
+    """Add the command and its options."""
     parser = options.command(
         commands,
         "doctor",
@@ -142,18 +139,20 @@ def declare(commands: Any) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument("--calibrate", action="store_true", help="time this machine and fit a hardware profile to it")
     group.add_argument("--out", type=Path, metavar="FILE.json", help="write the profile, for --hardware FILE.json")
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1: what to time (default: a GPU if there)")
+    group.add_argument(
+        "--device", metavar="NAME", help="the device to time: cpu, cuda, cuda:1 (default: a GPU if there)"
+    )
     group.add_argument(
         "--dtype",
         default="auto",
         choices=options.DTYPES,
         metavar="TYPE",
-        help="of the timed weights (default: bfloat16 on a GPU, else float32)",
+        help="dtype of the timed weights (default: bfloat16 on a GPU, else float32)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code. Raise Refused."""
+    """Print the state of this machine and advice, or calibrate; return 0. Raise Refused."""
     if arguments.calibrate:
         calibrate(arguments.device, arguments.dtype, arguments.out, as_json=arguments.json)
         return 0
@@ -168,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         out.print(section)
         out.print()
     if not report.gpus:
-        out.print("No GPU found.\n")
+        out.print("No GPU memory.\n")
     out.print("What to change", style="bold")
     for line in advice(report) or ["Nothing."]:
         out.print(f"- {line}")
@@ -177,49 +176,46 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _section(title: str, rows: dict[str, str]) -> Table:
     """Return a table of names and values."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
-    made.add_column(style="dim", min_width=24)
-    made.add_column()
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim", min_width=24)
+    table.add_column()
     for name, value in rows.items():
-        made.add_row(name, value)
-    return made
+        table.add_row(name, value)
+    return table
 
 
-def _software(found: Software) -> Table:
-    """Return the section of versions."""
+def _software(versions: Software) -> Table:
     return _section(
         "Software",
         {
-            "Python": found.python,
-            "torch": f"{found.torch}, CUDA {found.torch_cuda or 'not built in'}",
-            "Transformers": f"{found.transformers}, {'supported' if found.problem is None else 'NOT SUPPORTED'}",
-            "triton": found.triton or "absent",
-            "pynvml (nvidia-ml-py)": found.pynvml or "absent",
+            "Python": versions.python,
+            "torch": f"{versions.torch}, CUDA {versions.torch_cuda or 'not built in'}",
+            "Transformers": f"{versions.transformers}, {'supported' if versions.problem is None else 'NOT SUPPORTED'}",
+            "triton": versions.triton or "absent",
+            "pynvml (nvidia-ml-py)": versions.pynvml or "absent",
         },
     )
 
 
 def _host(report: Report) -> Table:
-    """Return the section of CPU and host memory."""
-    found = report.host
+    memory = report.host
     return _section(
         "Host",
         {
-            "CPU": f"{found.cpu or 'unknown'}, {found.cpus_allowed or 'unknown'} allowed",
-            "memory": f"{show.memory(found.memory_available_nbytes)} available of "
-            f"{show.memory(found.memory_total_nbytes)}",
-            "container limit": _limit(found.container_limit_nbytes),
+            "CPU": f"{memory.cpu or 'unknown'}, {memory.cpus_allowed or 'unknown'} allowed",
+            "memory": f"{show.memory(memory.memory_available_nbytes)} available of "
+            f"{show.memory(memory.memory_total_nbytes)}",
+            "container limit": _limit(memory.container_limit_nbytes),
             "swap": "none"
-            if found.swap_total_nbytes == 0
-            else f"{show.memory(found.swap_free_nbytes)} free of {show.memory(found.swap_total_nbytes)}",
-            "RLIMIT_MEMLOCK": _limit(found.memlock_nbytes),
+            if memory.swap_total_nbytes == 0
+            else f"{show.memory(memory.swap_free_nbytes)} free of {show.memory(memory.swap_total_nbytes)}",
+            "RLIMIT_MEMLOCK": _limit(memory.memlock_nbytes),
             "memcpy": f"{_rate(report.memcpy_gb_per_s)}, {report.memcpy_threads} thread(s), measured",
         },
     )
 
 
 def _gpu(report: Report, gpu: Gpu) -> Table:
-    """Return the section of one GPU and its link."""
     rows = {
         "driver": gpu.driver or "unknown",
         "memory": f"{show.memory(gpu.memory_free_nbytes)} free of {show.memory(gpu.memory_total_nbytes)}",
@@ -236,17 +232,14 @@ def _gpu(report: Report, gpu: Gpu) -> Table:
 
 
 def _limit(nbytes: Limit) -> str:
-    """Return a limit as text."""
     return nbytes if isinstance(nbytes, str) else show.memory(nbytes)
 
 
 def _rate(gb_per_s: float | None) -> str:
-    """Return a rate as text."""
     return "unknown" if gb_per_s is None else f"{gb_per_s:.1f} GB/s"
 
 
 def _pcie(link: LinkState) -> str:
-    """Return a link's generation and width as text."""
     if link.generation is None or link.width is None:
         return "unknown"
     return f"PCIe {link.generation}.0 x{link.width}"

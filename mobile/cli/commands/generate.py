@@ -20,7 +20,7 @@ The text goes to stdout as it is written, the statistics to stderr. Prompts are 
 
 
 def declare(commands: Any) -> None:
-    """Declare the command and its options."""
+    """Add the command and its options."""
     parser = options.command(
         commands,
         "generate",
@@ -36,7 +36,7 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code. Raise Refused."""
+    """Write the answer to one prompt; return 0. Raise Refused."""
     prompt = prompts.of_command_line(arguments.prompt)
     reader, sampled = session.opening(arguments)
     ids = reader.encode([{"role": "user", "content": prompt}])

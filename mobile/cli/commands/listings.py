@@ -16,8 +16,8 @@ examples:
   mobile strategies
   mobile strategies --json | jq -r '.strategies[] | select(.lossless) | .name'
 
-A lossless strategy gives the same text as the model with every expert on the device. A lossy one runs fewer experts, or
-others. Installed packages can add strategies.
+A lossless strategy writes what the model would write with every expert on the device. Another one runs fewer experts,
+or others. Installed packages add strategies of their own.
 """
 HARDWARE = """
 examples:
@@ -31,13 +31,13 @@ AUTO = "rtx4080-pcie4"  # the profile that mobile.costs.hardware.profile returns
 
 
 def declare(commands: Any) -> None:
-    """Declare both commands."""
+    """Add both commands and their options."""
     parser = options.command(
         commands,
         "strategies",
         list_strategies,
         help="list the choices of --strategy",
-        description="List every strategy: a summary, whether it is lossless, and its source.",
+        description="List every strategy: what it does, whether it is lossless, and where it is from.",
         epilog=STRATEGIES,
     )
     options.json(parser)
@@ -46,20 +46,20 @@ def declare(commands: Any) -> None:
         "hardware",
         list_hardware,
         help="list the choices of --hardware",
-        description="List every hardware profile: the numbers that virtual time is computed with, and their sources.",
+        description="List every hardware profile: the numbers of the virtual clock, and their sources.",
         epilog=HARDWARE.format(auto=AUTO),
     )
     options.json(parser)
 
 
 def list_strategies(arguments: argparse.Namespace) -> int:
-    """Run `mobile strategies`; return its exit code."""
-    found = strategies().values()
+    """Print every installed strategy; return 0."""
+    installed = strategies().values()
     if arguments.json:
-        show.as_json({"strategies": [_described(strategy) for strategy in found]})
+        show.as_json({"strategies": [_described(strategy) for strategy in installed]})
         return 0
-    out, width = show.console(), max((len(strategy.name) for strategy in found), default=0)
-    for strategy in found:
+    out, width = show.console(), max((len(strategy.name) for strategy in installed), default=0)
+    for strategy in installed:
         kind = "lossless" if strategy.lossless else "lossy"
         out.print(f"{strategy.name:{width}}  {kind:8}  {strategy.summary}", markup=False)
         out.print(f"{'':{width}}  {'':8}  {strategy.source}", style="dim", markup=False)
@@ -67,12 +67,12 @@ def list_strategies(arguments: argparse.Namespace) -> int:
 
 
 def _described(strategy: Strategy) -> dict[str, Any]:
-    """Return a strategy as --json shows it."""
+    """Return the strategy's entry in the JSON."""
     return {name: getattr(strategy, name) for name in ("name", "lossless", "summary", "source")}
 
 
 def list_hardware(arguments: argparse.Namespace) -> int:
-    """Run `mobile hardware`; return its exit code."""
+    """Print every hardware profile; return 0."""
     if arguments.json:
         show.as_json({"auto": AUTO, "hardware": [asdict(card) for card in PROFILES.values()]})
         return 0

@@ -1,4 +1,4 @@
-"""`mobile plan`: does a model fit, and what bounds each strategy, from its configuration alone."""
+"""`mobile plan`: whether a model fits, and the bounds of each strategy, from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ examples:
   mobile plan qwen3-30b-a3b --host-memory 64GiB     on a machine with that much host memory
   mobile plan ./checkpoint --memory 2GiB --json | jq .slots
   mobile plan olmoe-1b-7b --hardware here.json      this machine, measured by: mobile doctor --calibrate --out here.json
-  mobile plan olmoe-1b-7b --fallback-rate 0.2       what MoBiLE's bound is at that rate
+  mobile plan olmoe-1b-7b --fallback-rate 0.2       MoBiLE's bound at that rate
 
 The first line says whether the model runs here. exit code: 0 if it does; 1 if this host lacks the memory for its
 experts, or the disk for its weights; 2 if it is refused, by `mobile.load` as well, like a budget that cannot hold it.
@@ -37,9 +37,9 @@ experts, or the disk for its weights; 2 if it is refused, by `mobile.load` as we
 
 @dataclass(frozen=True)
 class Bound:
-    """The bounds of one decode token at a fallback rate (None: the strategy has none), computed.
+    """The bounds of one decode token at a fallback rate (None: the strategy has none).
 
-    `link_tokens_per_s` is None where nothing is copied.
+    `nbytes` are the bytes over the link for one token. `link_tokens_per_s` is None if nothing is copied.
     """
 
     fallback_rate: float | None
@@ -50,7 +50,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Row:
-    """A strategy under the budget: the slots and device memory that it needs to work as intended, and its bounds."""
+    """One strategy under the budget: its bounds, and the slots and device memory that it needs to work as intended."""
 
     strategy: str
     summary: str
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A memory budget divided. Bytes on the device add up to at most `memory_nbytes`.
+    """A division of a memory budget. Bytes on the device add up to at most `memory_nbytes`.
 
     `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not.
     """
@@ -90,7 +90,7 @@ class Plan:
 
 
 def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
-    """Return the bounds of a decode token: bytes over the link's bandwidth without a cache, compute without a wait.
+    """Return the bounds of one decode token: of the link, without any cache, and of compute, without any waiting.
 
     With K experts a layer a token moves L K bytes(expert); a little pass L K/2 of them, and a fallback the rest.
     Experts that the CPU computes are not moved; the link's bound is then the lower one of link and CPU.
@@ -115,8 +115,8 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     nbytes = 0 if strategy.retain == "everything" else round(moved * geometry.expert_nbytes)
     link = cost.profile.link_gb_per_s * 1e9 / nbytes if nbytes else None
     if on_cpu:
-        beside = 1e9 / (layers * on_cpu * cost.cpu_expert_ns(1))
-        link = beside if link is None else min(link, beside)
+        cpu = 1e9 / (layers * on_cpu * cost.cpu_expert_ns(1))
+        link = cpu if link is None else min(link, cpu)
     return Bound(rate, nbytes, link, 1e9 / nanoseconds)
 
 
@@ -129,7 +129,7 @@ def plan(
     fallback_rates: Sequence[float] = (0.0, 1.0),
     disk_shortage: str | None = None,
 ) -> Plan:
-    """Divide the budget. Raise Refused when it cannot hold the dense weights and one token's experts."""
+    """Divide the budget of `memory_nbytes`. Raise Refused if it cannot hold dense weights and a token's experts."""
     slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, PREFILL_BUFFERS)
     cost = CostModel(hardware, geometry)
     rows = []
@@ -174,7 +174,7 @@ def plan(
 
 
 def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry | Source:
-    """Return a preset's sizes, or the source of the checkpoint of that folder or hub id. Raise Refused."""
+    """Return a preset's sizes, or the checkpoint in a folder or of a hub id. Raise Refused if there is none."""
     if model in GEOMETRIES and not Path(model).is_dir():
         if dtype not in ("auto", "bfloat16"):
             raise Refused(f"The preset {model} is bfloat16; leave --dtype out, or name a checkpoint.")
@@ -185,44 +185,45 @@ def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Ge
 
 
 def sizes(
-    found: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
+    model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Geometry, str | None]:
-    """Return the model's sizes, without reading weights, and why they do not fit on the disk, if so.
+    """Return the model's sizes, and why the disk has no room for its weights, or None if it has.
 
-    Raise Refused wherever `mobile.load` does before it has the weights.
+    The model is built without weights. Raise Refused as `mobile.load` does before it has the weights.
     """
-    if isinstance(found, Geometry):
-        return found, None
+    if isinstance(model, Geometry):
+        return model, None
     from mobile.checkpoints.examine import examine
     from mobile.live_model import compat
 
-    known = examine(found, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
-    return compat.geometry_of(known.empty, known.layers, known.layout), known.disk_shortage()
+    checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
+    geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
+    return geometry, checkpoint.disk_shortage()
 
 
 # --- the command ------------------------------------------------------------------------------------
 
 
 def declare(commands: Any) -> None:
-    """Declare the command and its options."""
+    """Add the command and its options."""
     parser = options.command(
         commands,
         "plan",
         run,
-        help="does a model fit, and what bounds its speed",
-        description="Divide a memory budget and compute what bounds each strategy. No weight is read or fetched.",
+        help="whether a model fits, and the bounds of its speed",
+        description="Divide a memory budget and compute the bounds of each strategy. No weight is read or fetched.",
         epilog=EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
     parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
     parser.add_argument("--host-memory", metavar="SIZE", help="host memory for experts (default: this machine's)")
-    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"compute for: {options.CARDS}")
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=options.DTYPES,
         metavar="TYPE",
-        help=f"type of the weights: {', '.join(options.DTYPES)}",
+        help=f"dtype of the weights: {', '.join(options.DTYPES)}",
     )
     parser.add_argument(
         "--fallback-rate", type=float, metavar="R", help="fallback rate of `mobile` (default: both 0 and 1)"
@@ -232,8 +233,8 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code. Raise Refused."""
-    found = None
+    """Print the plan; return 0 if the model runs here and 1 if the host lacks memory or disk. Raise Refused."""
+    model = None
     try:
         rates: tuple[float, ...] = (0.0, 1.0)
         if arguments.fallback_rate is not None:
@@ -245,46 +246,46 @@ def run(arguments: argparse.Namespace) -> int:
         hardware = profile(arguments.hardware)
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
         usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)
-        found = find(arguments.model, arguments.dtype, arguments.trust_remote_code)
-        geometry, shortage = sizes(found, arguments.dtype, arguments.trust_remote_code)
-        made = plan(arguments.model, geometry, memory, hardware, usable, rates, shortage)
+        model = find(arguments.model, arguments.dtype, arguments.trust_remote_code)
+        geometry, shortage = sizes(model, arguments.dtype, arguments.trust_remote_code)
+        divided = plan(arguments.model, geometry, memory, hardware, usable, rates, shortage)
     except Refused as refused:
         if arguments.json:
             show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
-        elif found is not None:
+        elif model is not None:
             print(f"does not run here: {arguments.model}, because: {refused}")
         raise
     if arguments.json:
-        show.as_json(asdict(made) | {"geometry": made.geometry.as_record()})
+        show.as_json(asdict(divided) | {"geometry": divided.geometry.as_record()})
     else:
-        _print(made, hardware)
-    return 0 if made.runs else 1
+        _print(divided, hardware)
+    return 0 if divided.runs else 1
 
 
-def _print(made: Plan, hardware: HardwareProfile) -> None:
-    """Print the verdict, the budget and the bounds."""
-    out, geometry = show.console(), made.geometry
-    where = f"{made.model} on {made.hardware} with {show.memory(made.memory_nbytes)}"
-    verdict = f"runs: {where}" if made.runs else f"does not run here: {where}, because {made.because}"
+def _print(plan: Plan, hardware: HardwareProfile) -> None:
+    """Print the verdict, the division of the memory, the bounds and the ceilings."""
+    out, geometry = show.console(), plan.geometry
+    where = f"{plan.model} on {plan.hardware} with {show.memory(plan.memory_nbytes)}"
+    verdict = f"runs: {where}" if plan.runs else f"does not run here: {where}, because {plan.because}"
     out.print(verdict, markup=False)
     out.print(
-        f"{made.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{made.hardware} with {show.memory(made.memory_nbytes)}. Computed from sizes; nothing was run.\n",
+        f"{plan.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
+        f"{plan.hardware} with {show.memory(plan.memory_nbytes)}. Computed from sizes; nothing was run.\n",
         markup=False,
     )
     device = show.table("Device memory", "part", "size", "")
-    device.add_row("dense weights", show.memory(made.resident_nbytes), "with embedding and head")
-    device.add_row("reserve", show.memory(made.reserve_nbytes), "context, workspace, KV cache")
+    device.add_row("dense weights", show.memory(plan.resident_nbytes), "with embedding and head")
+    device.add_row("reserve", show.memory(plan.reserve_nbytes), "context, workspace, KV cache")
     each = show.memory(geometry.expert_nbytes)
-    device.add_row("prefill buffers", show.memory(made.staging_nbytes), f"{PREFILL_BUFFERS} experts of {each}")
-    share = f"{made.slots:,} of {geometry.total_experts:,} experts ({made.slots / geometry.total_experts:.1%})"
-    device.add_row("expert slots", show.memory(made.slots_nbytes), share)
+    device.add_row("prefill buffers", show.memory(plan.staging_nbytes), f"{PREFILL_BUFFERS} experts of {each}")
+    share = f"{plan.slots:,} of {geometry.total_experts:,} experts ({plan.slots / geometry.total_experts:.1%})"
+    device.add_row("expert slots", show.memory(plan.slots_nbytes), share)
     device.columns[-1].justify = "left"
     out.print(device)
-    holds = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[made.host_fits]
+    holds = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[plan.host_fits]
     out.print(
-        f"\nHost memory: all experts need {show.memory(made.host_needed_nbytes)}; "
-        f"{show.memory(made.host_available_nbytes)} available: {holds}.\n"
+        f"\nHost memory: all experts need {show.memory(plan.host_needed_nbytes)}; "
+        f"{show.memory(plan.host_available_nbytes)} available: {holds}.\n"
     )
     rows = show.table(
         "Bounds per decode token (projected)",
@@ -297,7 +298,7 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
         "link\ntokens/s",
         "compute\ntokens/s",
     )
-    for row in made.strategies:
+    for row in plan.strategies:
         for bound in row.bounds:
             rows.add_row(
                 row.strategy if bound.fallback_rate is None else f"{row.strategy}, r = {bound.fallback_rate:g}",
@@ -310,14 +311,14 @@ def _print(made: Plan, hardware: HardwareProfile) -> None:
                 show.rate(bound.compute_tokens_per_s),
             )
     out.print(rows)
-    for line in _footnotes(made, hardware):
+    for line in _footnotes(plan, hardware):
         out.print(line)
-    if made.ceilings is not None:
-        _print_ceilings(out, made.ceilings)
+    if plan.ceilings is not None:
+        _print_ceilings(out, plan.ceilings)
 
 
 def _print_ceilings(out: Any, bounds: Ceilings) -> None:
-    """Print the bounds of MoBiLE over on-demand loading."""
+    """Print the ceilings of MoBiLE over on-demand loading."""
     table = show.table(
         "Ceilings of MoBiLE over on-demand loading (closed forms)",
         "fallback\nrate r",
@@ -330,16 +331,16 @@ def _print_ceilings(out: Any, bounds: Ceilings) -> None:
     out.print(table)
     even = "at no rate" if bounds.break_even is None else f"at r = {bounds.break_even:.2f}"
     out.print(
-        f"On-demand loading, which takes turns with compute: {show.rate(bounds.on_demand_tokens_per_s)} tokens/s at "
+        f"On-demand loading, which alternates with compute: {show.rate(bounds.on_demand_tokens_per_s)} tokens/s at "
         f"most. f = {bounds.loading_share:.3f} of its step grows with the experts run; a fallback costs "
         f"phi = {bounds.fallback_cost:.3f} of a step; both are as fast {even}. Overlap or a cache on the other side "
         "makes f smaller."
     )
 
 
-def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
-    """Return the formulas behind the columns."""
-    geometry = made.geometry
+def _footnotes(plan: Plan, hardware: HardwareProfile) -> list[str]:
+    """Return the lines below the bounds: their formulas, and their sources."""
+    geometry = plan.geometry
     full, little = geometry.top_k, geometry.little_k
     times = "2 / (1 + r)" if full == 2 * little else f"{full} / ({little} + {full - little} r)"
     lines = [
@@ -348,17 +349,17 @@ def _footnotes(made: Plan, hardware: HardwareProfile) -> list[str]:
         "that keep experts beat it by 1 / (1 - hit rate); routing decides the hit rate. Copy latency is left out.",
         f"mobile: at the fallback rate r a token moves {little} + {full - little} r experts a layer, so the bound is "
         f"{times} times plain offloading's, if its needs fit and every prefetch is in time.",
-        f"compute: nothing waited for; max(bytes / {hardware.memory_gb_per_s:g} GB/s, flops / {hardware.tflops:g} "
+        f"compute: without any waiting; max(bytes / {hardware.memory_gb_per_s:g} GB/s, flops / {hardware.tflops:g} "
         f"TFLOP/s) + {hardware.launch_seconds * 1e6:g} us a launch. Attention over the KV cache is left out.",
-        "The lower of both bounds holds. needs: slots with which a strategy does what it is for; with fewer it still "
+        "The lower of both bounds holds. needs: slots with which a strategy works as intended; with fewer it still "
         "runs exactly, only slower (resident does not run).",
         *(f"{hardware.name}: {source}" for source in hardware.sources),
     ]
-    if any(row.strategy == "cpu-hybrid" for row in made.strategies):
+    if any(row.strategy == "cpu-hybrid" for row in plan.strategies):
         lines.append(
-            "cpu-hybrid: what is missing is parted between link and CPU, and its bound is the slower one's. The "
+            "cpu-hybrid: missing experts are divided between link and CPU, and its bound is the lower one of both. The "
             f"CPU reads at {hardware.cpu_gb_per_s:g} GB/s."
         )
-    if made.slots == geometry.total_experts:
+    if plan.slots == geometry.total_experts:
         lines.append("Every expert has a slot here, so a strategy that keeps experts loads each of them only once.")
     return lines

@@ -1,4 +1,4 @@
-"""`mobile replay`: a recorded trace under other strategies and cache sizes, in virtual time."""
+"""`mobile replay`: other strategies and cache sizes on a recorded trace, in virtual time."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from mobile.residency.residency import PREFILL_BUFFERS
 
 EXAMPLES = """
 examples:
-  mobile replay trace.npz                                  every strategy that can be replayed on it
+  mobile replay trace.npz                                  every strategy that can be replayed on the trace
   mobile replay trace.npz --strategy lru --strategy next-gate --memory 6GiB 8GiB
   mobile replay trace.npz --geometry olmoe-1b-7b --sweep --plot hit-rate.svg
   mobile replay trace.npz --json | jq '.results[] | [.strategy, .hit_rate]'
 
-Without a size each strategy runs twice: with the fewest slots it works as intended with, and with those that the card's
-memory holds. A trace holds the experts of one token sequence: strategies that would choose other experts, and so other
-tokens, are refused.
+Without a size each strategy runs with the fewest slots that it is made for, and with all that fit in the card's memory.
+A trace holds the experts of one token sequence: strategies that would choose other experts, and so other tokens, are
+refused.
 """
 SWEPT = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # shares of all experts
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace with the strategy, gamma and model that it was recorded under."""
+    """A recorded trace: its requests, and the strategy (at `gamma`) and model that chose their experts."""
 
     requests: list[traces.Request]
     geometry: Geometry
@@ -47,12 +47,12 @@ class Trace:
 
     @property
     def tokens(self) -> int:
-        """Return the number of decoded tokens."""
+        """Number of decoded tokens."""
         return sum(step.kind in ("full", "little") for request in self.requests for step in request)
 
 
 def declare(commands: Any) -> None:
-    """Declare the command and its options."""
+    """Add the command and its options."""
     parser = options.command(
         commands,
         "replay",
@@ -61,32 +61,29 @@ def declare(commands: Any) -> None:
         description="Compare strategies and cache sizes on a recorded trace. Times are computed: a projection.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="a file that `mobile trace` wrote")
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="a file of `mobile trace`")
     parser.add_argument("--strategy", action="append", metavar="NAME", help="repeat it to compare (default: all)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--memory", nargs="+", action="extend", metavar="SIZE", help="device memory, like 6GiB 8GiB")
     size.add_argument("--slots", nargs="+", action="extend", type=int, metavar="N", help="expert slots")
-    size.add_argument(
-        "--sweep", action="store_true", help="several sizes, from a sixteenth of all experts to all of them"
-    )
-    parser.add_argument(
-        "--geometry", metavar="NAME", help=f"compute time as if the model were: {', '.join(GEOMETRIES)}"
-    )
-    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"compute time for: {options.CARDS}")
+    size.add_argument("--sweep", action="store_true", help="from a sixteenth of all experts to all of them")
+    named = f"compute times as if the model were NAME: {', '.join(GEOMETRIES)}"
+    parser.add_argument("--geometry", metavar="NAME", help=named)
+    parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
     parser.add_argument("--gamma", type=float, metavar="P", help="gamma of `mobile` (default: the trace's)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rate against memory, as .svg or .png")
     options.json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code. Raise Refused."""
+    """Replay and print every strategy at every size; return 0. Raise Refused."""
     if arguments.plot is not None:
         curves.check(arguments.plot)
     card = profile(arguments.hardware)
-    read = open_trace(arguments.trace)
-    charged, layer_map = project(read.geometry, arguments.geometry)
-    chosen, left_out = choose(read, arguments.strategy, arguments.gamma)
-    benches = [
+    trace = open_trace(arguments.trace)
+    charged, layer_map = project(trace.geometry, arguments.geometry)
+    chosen, left_out = choose(trace, arguments.strategy, arguments.gamma)
+    setups = [
         ReplaySetup(strategy, charged, layer_map, card, slots)
         for strategy in chosen
         for slots in sizes(arguments, strategy, charged, card)
@@ -94,26 +91,26 @@ def run(arguments: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
     with progress:
-        outcomes = [outcome(on, read.requests) for on in progress.track(benches, description="replays")]
+        outcomes = [outcome(setup, trace.requests) for setup in progress.track(setups, description="replays")]
     if arguments.plot is not None:
-        curves.draw(arguments.plot, outcomes, f"{charged.name}, {read.tokens:,} decoded tokens (projected)")
+        curves.draw(arguments.plot, outcomes, f"{charged.name}, {trace.tokens:,} decoded tokens (projected)")
     if arguments.json:
         show.as_json(
             {
                 "trace": str(arguments.trace),
-                "model": read.model,
-                "recorded_by": read.recorder.name,
-                "requests": len(read.requests),
-                "tokens": read.tokens,
+                "model": trace.model,
+                "recorded_by": trace.recorder.name,
+                "requests": len(trace.requests),
+                "tokens": trace.tokens,
                 "geometry": charged.as_record(),
                 "hardware": card.name,
                 "projected": True,
-                "results": [asdict(one) for one in outcomes],
+                "results": [asdict(result) for result in outcomes],
                 "left_out": left_out,
             }
         )
     else:
-        _print(read, charged, card, outcomes)
+        _print(trace, charged, card, outcomes)
         for reason in dict.fromkeys(left_out.values()):
             names = ", ".join(name for name, why in left_out.items() if why == reason)
             show.note(f"Left out: {names} ({reason}).")
@@ -121,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def open_trace(path: Path) -> Trace:
-    """Read a trace and its description. Raise Refused if that is too little to compare strategies on it."""
+    """Return a trace. Raise Refused if it does not say enough about its recording to replay strategies on it."""
     requests, about = traces.load(path)
     try:
         geometry, name, gamma = Geometry.from_record(about["geometry"]), about["strategy"], about.get("gamma")
@@ -135,54 +132,59 @@ def open_trace(path: Path) -> Trace:
             f"{path} does not say which model and strategy it is of; record it with `mobile trace`."
         ) from error
     if name not in strategies():
-        raise Refused(f"{path} was recorded under {name!r}, which is not installed here; record it under another one.")
-    read = Trace(requests, geometry, resolve(name, gamma), gamma, about.get("model"))
-    if not read.tokens:
+        raise Refused(
+            f"{path} was recorded under {name!r}, which is not installed here; record it under another result."
+        )
+    trace = Trace(requests, geometry, resolve(name, gamma), gamma, about.get("model"))
+    if not trace.tokens:
         raise Refused(f"{path} holds no decoded token; record it with a larger --max-new-tokens.")
-    return read
+    return trace
 
 
-def choose(read: Trace, names: Sequence[str] | None, gamma: float | None) -> tuple[list[Strategy], dict[str, str]]:
-    """Return the strategies to compare and, if none was named, why each of the others is left out.
+def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tuple[list[Strategy], dict[str, str]]:
+    """Return the strategies to compare and, by name, why each of the other installed ones cannot be.
 
-    Raise Refused for a named one that cannot be replayed.
+    Raise Refused if one of `names` cannot, or none is left, or none of them has a gamma.
     """
-    gamma_of_all = read.gamma if gamma is None else gamma
-    found, left_out = [], {}
+    shared_gamma = trace.gamma if gamma is None else gamma
+    chosen, left_out = [], {}
     for name in dict.fromkeys(names or strategies()):
         strategy = resolve(name)
         if _two_pass(strategy):
-            strategy = resolve(strategy, gamma_of_all)
-        reason = why_not_replayable(strategy, read.recorder, read.requests)
+            strategy = resolve(strategy, shared_gamma)
+        reason = why_not_replayable(strategy, trace.recorder, trace.requests)
         if reason is None:
-            found.append(strategy)
+            chosen.append(strategy)
             continue
-        if names or (gamma is not None and _two_pass(strategy) and _two_pass(read.recorder)):
+        if names or (gamma is not None and _two_pass(strategy) and _two_pass(trace.recorder)):
             raise Refused(f"Strategy {name} cannot be replayed on this trace: {reason}; record one under it.")
         left_out[name] = reason
-    if gamma is not None and not any(map(_two_pass, found)):
+    if gamma is not None and not any(map(_two_pass, chosen)):
         raise Refused("None of these strategies has a gamma; leave --gamma out.")
-    if not found:
+    if not chosen:
         raise Refused("No installed strategy routes as this trace does; install the one that recorded it.")
-    return found, left_out
+    return chosen, left_out
 
 
 def _two_pass(strategy: Strategy) -> bool:
-    """Return whether it runs MoBiLE's two passes, and so has a gamma."""
+    """Return whether the strategy runs a little pass and, after low confidence, a full result."""
     return isinstance(strategy.gating, BigLittle)
 
 
 def sizes(arguments: argparse.Namespace, strategy: Strategy, charged: Geometry, card: HardwareProfile) -> list[int]:
-    """Return the slots to replay a strategy with, ascending. Raise Refused for fewer than one layer needs."""
+    """Return the numbers of slots to replay a strategy with, ascending.
+
+    Raise Refused for slots or memory that cannot hold one token's experts.
+    """
     if strategy.retain == "everything":
         return [charged.total_experts]
-    return sorted({min(slots, charged.total_experts) for slots in _asked(arguments, strategy, charged, card)})
+    return sorted({min(slots, charged.total_experts) for slots in _requested_slots(arguments, strategy, charged, card)})
 
 
-def _asked(
+def _requested_slots(
     arguments: argparse.Namespace, strategy: Strategy, charged: Geometry, card: HardwareProfile
 ) -> Iterator[int]:
-    """Yield the slots that the command line asks for, or the defaults."""
+    """Yield the numbers of slots that the command line asks for, or the default ones. Raise Refused as `sizes` does."""
     for slots in arguments.slots or ():
         if slots < charged.top_k:
             raise Refused(
@@ -201,13 +203,13 @@ def _asked(
         yield slots_for(charged, card.vram_nbytes, card.reserve_nbytes, PREFILL_BUFFERS)
 
 
-def _print(read: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequence[Outcome]) -> None:
-    """Print the table, the training of predictors, and the bound without a cache."""
+def _print(trace: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequence[Outcome]) -> None:
+    """Print a line a strategy and size, then the training of those that learn."""
     out = show.console()
-    as_what = "" if charged == read.geometry else f", charged as {charged.name}"
+    as_what = "" if charged == trace.geometry else f", with times computed as if it were {charged.name}"
     out.print(
-        f"{len(read.requests)} requests, {read.tokens:,} decoded tokens of {read.geometry.name}{as_what}, recorded "
-        f"under {read.recorder.name}, on {card.name}.\n"
+        f"{len(trace.requests)} requests, {trace.tokens:,} decoded tokens of {trace.geometry.name}{as_what}, recorded "
+        f"under {trace.recorder.name}, on {card.name}.\n"
     )
     table = show.table(
         "Replayed (projected)",
@@ -219,37 +221,37 @@ def _print(read: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequ
         "GB a\ntoken",
         "tokens/s",
         "stall\nshare",
-        "foreseen\nof needed",
-        "needed of\nforeseen",
+        "predicted\nof needed",
+        "needed of\npredicted",
         "wasted\nprefetch",
     )
-    for one in outcomes:
+    for result in outcomes:
         table.add_row(
-            one.strategy,
-            f"{one.slots:,}",
-            show.memory(one.memory_nbytes),
-            _percent(one.hit_rate),
-            _percent(one.fallback_rate),
-            f"{one.gb_per_token:.3g}",
-            show.rate(one.tokens_per_s),
-            _percent(one.stall_share),
-            _percent(one.prefetch_recall),
-            _percent(one.prefetch_precision),
-            show.moved(round(one.wasted_prefetch_gb * show.GB)),
+            result.strategy,
+            f"{result.slots:,}",
+            show.memory(result.memory_nbytes),
+            _percent(result.hit_rate),
+            _percent(result.fallback_rate),
+            f"{result.gb_per_token:.3g}",
+            show.rate(result.tokens_per_s),
+            _percent(result.stall_share),
+            _percent(result.prefetch_recall),
+            _percent(result.prefetch_precision),
+            show.moved(round(result.wasted_prefetch_gb * show.GB)),
         )
     out.print(table)
     ceiling = charged.on_demand_ceiling(card.link_gb_per_s)
-    for one in outcomes:
-        if (took := one.training) is None:
+    for result in outcomes:
+        if (training := result.training) is None:
             continue
         out.print(
-            f"\n{one.strategy} at {one.slots:,} slots learnt from {took.tokens:,} decode tokens "
-            f"{'during' if took.online else 'before'} the run: {took.fits} fits, {took.seconds:.2f} s of processor "
-            f"time (real, not in the times above), {took.parameters:,} parameters."
+            f"\n{result.strategy} at {result.slots:,} slots learnt from {training.tokens:,} decode tokens "
+            f"{'during' if training.online else 'before'} the run: {training.fits} fits, {training.seconds:.2f} s of "
+            f"processor time (real, not in the times above), {training.parameters:,} parameters."
         )
     out.print(f"\nWithout a cache {card.link_gb_per_s:g} GB/s carry {show.rate(ceiling)} tokens/s at most.")
 
 
 def _percent(share: float | None) -> str:
-    """Return a share as text."""
+    """Return a share as text, or a dash for None."""
     return "-" if share is None else f"{share:.1%}"

@@ -1,6 +1,6 @@
-"""`mobile serve`: the OpenAI protocol around an attached model, by Transformers' own request handlers.
+"""`mobile serve`: an attached model behind the OpenAI protocol, by Transformers' own request handlers.
 
-Transformers' application is not used: it has routes that drop the model and load another one, unattached.
+Transformers' application is not used: it has routes that unload the model and load another one, unattached.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Routes: /v1/completions, /v1/chat/completions, /v1/responses, /v1/models, /healt
 after another. Temperature 0 is greedy; else the model's generation_config says whether it samples.
 """
 NEEDS = ("fastapi", "uvicorn", "openai", "pydantic")
-SECONDS_TO_FINISH = 5  # that a running request has after Ctrl-C
+SECONDS_TO_FINISH = 5  # how long a request may still take after Ctrl-C
 
 
 class _CheckedTokenizer:
-    """A model's tokenizer as Transformers' handlers use it, which refuses text that it cannot read."""
+    """A model's tokenizer for Transformers' handlers. Its errors are refusals, as `Reader.checked` raises them."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -45,13 +45,15 @@ class _CheckedTokenizer:
         return self._reader.checked(lambda: self._reader.tokenizer(*arguments, **options), by="tokenizer")
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
-        """Return what the tokenizer's own does. Raise Refused as `Reader.checked` does."""
         rendered = self._reader.tokenizer.apply_chat_template
         return self._reader.checked(lambda: rendered(*arguments, **options), by="chat template")
 
 
 def application(name: str, model: Any, tokenizer: Any) -> Any:
-    """Return an ASGI application for one model. A client's mistake, as a request for another model, gets status 400."""
+    """Return an ASGI application that serves one model.
+
+    A client's mistake, such as a request for another model, gets status 400.
+    """
     from fastapi import FastAPI, HTTPException
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, StreamingResponse
@@ -67,7 +69,7 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
     checked_tokenizer = _CheckedTokenizer(reader)
 
     class OneModel(ModelManager):
-        """A manager that has this model whatever is asked for."""
+        """The manager of the one model, which is loaded already."""
 
         @staticmethod
         def process_model_name(model_id: str) -> str:
@@ -75,17 +77,15 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
 
         @staticmethod
         def get_model_modality(*_: Any, **__: Any) -> Modality:
-            return Modality.LLM  # whatever the model could see: a tokenizer reads text
+            return Modality.LLM  # a tokenizer reads only text, whatever else the model can see
 
         def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
             return model, checked_tokenizer
 
     app, manager, state = FastAPI(title="mobile"), OneModel(), GenerationState()
-    manager.force_model = name  # as an argument it would be loaded by Transformers
+    manager.force_model = name  # given to the constructor, Transformers would load it
 
     def answer(path: str, kind: Any, handler: Any) -> None:
-        """Add a route for bodies of this kind."""
-
         @app.post(path)
         async def route(body: dict[str, Any]) -> Any:
             if kind is not request_bodies.Completion and not reader.template:
@@ -121,7 +121,7 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
 
 
 async def _ended(events: Any) -> AsyncIterator[Any]:
-    """Yield the events of a stream, then the one that ends it for OpenAI's clients. A client that leaves stops both."""
+    """Yield the events of a stream, then the one that ends it for OpenAI's clients. A client that leaves closes it."""
     async with aclosing(events):
         async for event in events:
             yield event
@@ -132,7 +132,7 @@ async def _ended(events: Any) -> AsyncIterator[Any]:
 
 
 def declare(commands: Any) -> None:
-    """Declare the command and its options."""
+    """Add the command and its options."""
     parser = options.command(
         commands,
         "serve",
@@ -142,31 +142,31 @@ def declare(commands: Any) -> None:
         epilog=EXAMPLES,
     )
     parser.add_argument("--host", default="localhost", help="(default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 for any free one (default: %(default)s)")
     options.loading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code. Raise Refused."""
-    lacking = [name for name in NEEDS if find_spec(name) is None]
-    if lacking:
-        raise Refused(f"mobile serve needs packages that are not installed; run: pip install {' '.join(lacking)}")
+    """Serve until Ctrl-C; return 0. Raise Refused."""
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise Refused(f"mobile serve needs packages that are not installed; run: pip install {' '.join(missing)}")
     import uvicorn
 
     name: str = arguments.model
-    with _listening(arguments.host, arguments.port) as listening:
+    with _listen(arguments.host, arguments.port) as listener:
         show.waiting(f"opening {name} ...")
         reader = open_reader(arguments)
         app = application(name, session.load_model(arguments, reader), reader.tokenizer)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_FINISH))
-        show.note(f"{name} is served at http://{arguments.host}:{listening.getsockname()[1]}/v1; Ctrl-C ends it.")
+        show.note(f"{name} is served at http://{arguments.host}:{listener.getsockname()[1]}/v1; Ctrl-C ends it.")
         with suppress(KeyboardInterrupt):
-            server.run(sockets=[listening])
+            server.run(sockets=[listener])
     return 0
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """Bind the address, before the model is loaded; clients that connect meanwhile wait."""
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before the model is loaded; clients that connect meanwhile wait. Raise Refused."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError, ValueError, TypeError) as error:

@@ -28,16 +28,16 @@ numbers and confidences, no text and no weights.
 
 
 def declare(commands: Any) -> None:
-    """Declare the command and its options."""
+    """Add the command and its options."""
     parser = options.command(
         commands,
         "trace",
         run,
-        help="run prompts and save the routing",
+        help="run prompts and save their routing",
         description="Run prompts one by one and save which experts every token chose.",
         epilog=EXAMPLES,
     )
-    options.loading(parser, geometry=False)  # the trace keeps the model's own sizes; a replay may charge others
+    options.loading(parser, geometry=False)  # a trace keeps the model's own sizes; `mobile replay` has --geometry
     options.text(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="lines or JSONL; - reads stdin")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the trace to write, such as trace.npz")
@@ -46,21 +46,21 @@ def declare(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code. Raise Refused."""
+    """Run the prompts and write the trace; return 0. Raise Refused."""
     out: Path = arguments.out
     outputs.check_file(out)
     if out.exists() and not arguments.force:
         raise Refused(f"{outputs.shown(out)} exists; add --force to overwrite it.")
-    asked = prompts.of_file(arguments.prompts)
+    texts = prompts.of_file(arguments.prompts)
     reader, sampled = session.opening(arguments)
-    read = [_encoded(reader, prompt, f"Prompt {number} of {len(asked)}") for number, prompt in enumerate(asked, 1)]
+    encoded = [_encode(reader, text, f"Prompt {number} of {len(texts)}") for number, text in enumerate(texts, 1)]
     opened = session.start(arguments, reader, sampled)
     engine = opened.model.mobile
     before = engine.stats()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
     with engine.recording(ahead=True) as requests, progress:
-        for ids in progress.track(read, description="prompts"):
+        for ids in progress.track(encoded, description="prompts"):
             opened.generate(ids)
     about = {
         "geometry": engine.geometry.as_record(),
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         "gamma": getattr(engine.strategy.gating, "gamma", None),
         "chat_template": opened.template,
         "max_new_tokens": arguments.max_new_tokens,
-        "prompt_sha256": [hashlib.sha256(prompt.encode()).hexdigest() for prompt in asked],
+        "prompt_sha256": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
         "versions": {name: package(name) for name in ("mobile-moe", "torch", "transformers")},
     }
     traces.save(out, requests, len(engine.layers), about)
@@ -84,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _encoded(reader: Reader, prompt: str, which: str) -> Any:
-    """Return the token ids of a prompt. Raise Refused, saying which one, if it cannot be read."""
+def _encode(reader: Reader, prompt: str, name: str) -> Any:
+    """Return the ids (1, length) of a prompt. Raise Refused, with the prompt's name, if it cannot be read."""
     try:
         return reader.encode([{"role": "user", "content": prompt}])
     except Refused as refused:
-        raise Refused(f"{which} cannot be traced: {refused}") from refused
+        raise Refused(f"{name} cannot be traced: {refused}") from refused
