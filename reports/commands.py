@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from reports.checks import abba as trials
 from reports.checks import benchmarks as micro
@@ -29,7 +30,12 @@ SHOWN = 40  # lines of a long list on the screen
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+
+
+def _say(console: Console, word: str, style: str, rest: str) -> None:
+    """Print a line whose first word is coloured."""
+    console.print(Text.assemble((word, style), rest))
 
 
 def _print(console: Console, table: Table) -> None:
@@ -48,13 +54,13 @@ def build(options: Namespace) -> int:
     paths = write.write(report, results, run)
     seal = bundle.seal(run, results)
     if report.alarm:
-        console.print(f"[bold red]{report.alarm}")
+        console.print(report.alarm, style="bold red")
     for paragraph in report.opening[1:]:
         console.print(f"\n{paragraph}\n")
     for table in (table for section in report.sections[:2] for table in section.tables):
         _print(console, table)
     for cell, why in results.absent[:SHOWN]:
-        console.print(f"[red]no record[/] {cell}: {why}")
+        _say(console, "no record", "red", f" {cell}: {why}")
     if len(results.absent) > SHOWN:
         console.print(f"and {len(results.absent) - SHOWN} more cells without a record, all on the page")
     console.print(
@@ -80,7 +86,7 @@ def verify(options: Namespace) -> int:
     run = options.run or latest_run()
     found = bundle.verify(run)
     for line in found.changed:
-        console.print(f"[bold red]changed[/] {line}")
+        _say(console, "changed", "bold red", f" {line}")
     for line in found.surroundings[:SHOWN]:
         console.print(f"not as when it was sealed: {line}")
     if len(found.surroundings) > SHOWN:
@@ -137,7 +143,7 @@ def gate(options: Namespace) -> int:
         ("T1", "virtual times and speedups", found.t1),
     ):
         for line in unlike[:SHOWN]:
-            console.print(f"[bold red]{name}[/] {line}")
+            _say(console, name, "bold red", f" {line}")
         if len(unlike) > SHOWN:
             console.print(f"and {len(unlike) - SHOWN} more")
         console.print(f"{name} ({facts}): {f'{len(unlike)} differ' if unlike else 'as expected'}")
@@ -161,16 +167,16 @@ def abba(options: Namespace) -> int:
         with options.summary.open("a", encoding="utf-8") as file:
             file.write(f"{page}\n")
     for warning in found.warnings:
-        console.print(f"[yellow]{warning}[/]")
+        console.print(warning, style="yellow")
     for section in report.sections:
         for table in section.tables:
             _print(console, table)
             if table.note:
                 console.print(table.note)
     for fact, value in report.facts:
-        console.print(f"{fact}: {value}", markup=False)
+        console.print(f"{fact}: {value}")
     if report.alarm is not None:
-        console.print(f"[bold red]{report.alarm}")
+        console.print(report.alarm, style="bold red")
     elif any(line.verdict == trials.INCONCLUSIVE for line in found.lines):
         console.print("INCONCLUSIVE: no regression is shown and none is ruled out; more --pairs narrow the interval.")
     console.print(f"{folder / 'summary.md'}, judgement.json, {trials.TRIAL}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Identical work for every model, task and strategy, with an immutable record of each cell."""

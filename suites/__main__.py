@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from mobile import outputs
-from mobile.cli.parsing import Parser
+from mobile.cli.terminal.parsing import Parser
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from suites.measure import profile
-from suites.plan.cells import presets, read_preset
 from suites.plan.preflight import answer, check
+from suites.plan.preset import presets, read_preset
 from suites.record import LATEST, VIRTUAL, RunFolder
 from suites.run.executors import cluster, here
 from suites.run.runner import DiskFull, describe, execute, locked
@@ -86,7 +86,7 @@ def folders(given: list[str]) -> dict[str, Path]:
 
 
 def main() -> int:
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
         options = parser().read()
         if options.verb == "profile":
@@ -95,12 +95,12 @@ def main() -> int:
         chosen = preset.only(options.only)
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
         if options.verb == "plan":
-            console.print(answer(chosen), describe(chosen, run), sep="\n", highlight=False, markup=False)
+            console.print(answer(chosen), describe(chosen, run), sep="\n")
             return 0
-        console.print(describe(chosen, run), highlight=False)
+        console.print(describe(chosen, run))
         if chosen.synthetic:
             for remark in plan.check(chosen.name, chosen.synthetic):
-                console.print(remark, highlight=False)
+                console.print(remark)
         if chosen.scored:
             check(chosen, run_generated_code=options.run_generated_code)
         outputs.check_folder(run.path)

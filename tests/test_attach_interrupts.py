@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import mobile
 from mobile.live_model.overrides import Overrides
 from mobile.runtime.attachment import Engine
-from mobile.store.memory import HostStore
+from mobile.store import HostStore
 
 STRATEGIES = [
     ("lru", None, "virtual"),

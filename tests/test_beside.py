@@ -11,7 +11,7 @@ import torch
 
 from reports.data.results import read
 from reports.pages import content, write
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.synthetic import models, reference
 from suites.synthetic.cells import LINKS
 from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, ReferenceCell, reference_cell_from

@@ -1,4 +1,4 @@
-"""What is loaded is what Transformers loads: which files, in which dtype; and what is none is one sentence."""
+"""A load takes the files and the dtype that Transformers would take; what is no checkpoint is refused in a sentence."""
 
 from __future__ import annotations
 

@@ -23,9 +23,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import mobile
-from mobile.cli import main
-from mobile.cli.commands import chat, doctor
-from mobile.cli.commands.chat import Conversation
+from mobile.cli import chat, doctor, main
+from mobile.cli.chat import Conversation
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import PROFILES, profile, write_profile
 from mobile.machine.gpu import Gpu, LinkRates, LinkState, gpus
@@ -878,7 +877,7 @@ def test_a_line_that_is_no_prompt_is_named(cli, tmp_path, second):
 
 
 def test_prompts_are_all_read_before_the_first_is_run(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("mobile.cli.session.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("mobile.cli.terminal.session.load_model", lambda *_: pytest.fail("the model was loaded"))
     lines = '{"prompt": "fine"}\n{"prompt": ""}\n'
     ran = cli("trace", MODEL, "--prompts", "-", "--out", str(tmp_path / "t.npz"), stdin=lines)
     assert ran.err == "error: Prompt 2 of 2 cannot be traced: The prompt is empty; give it some text.\n"
@@ -1036,7 +1035,7 @@ def test_a_sweep_is_drawn_with_a_label_at_each_curve(cli, recorded, tmp_path):
 
 
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_replayed(cli, monkeypatch):
-    monkeypatch.setattr("mobile.cli.commands.curves.find_spec", lambda name: None)
+    monkeypatch.setattr("mobile.cli.curves.find_spec", lambda name: None)
     ran = cli("replay", "absent.npz", "--plot", "hit.svg")
     assert ran.code == 2
     assert "--plot needs matplotlib" in ran.err

@@ -17,7 +17,7 @@ from reports.data.results import read
 from reports.pages import content
 from reports.pages.write import markdown
 from reports.sections import clock
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
 from suites.synthetic import calibrate, timing
 from suites.synthetic.link_use import LinkUse, fallback_use

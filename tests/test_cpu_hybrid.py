@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import mobile
 from baselines.cpu_hybrid import CPU_HYBRID, FEW_PLANS, EarliestEnd, part, part_in_order
 from baselines.lru import LRU
-from mobile.cli.commands.plan import bound
+from mobile.cli.memory_plan import bound
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import profile
@@ -69,7 +69,7 @@ def test_a_batch_computed_in_part_on_the_cpu_equals_the_stock_model(family):
 
 def test_what_the_cpu_computes_is_read_from_the_host_row(monkeypatch):
     """The tests above can fail: with other rows in the host store the logits are others."""
-    from mobile.store.memory import HostStore
+    from mobile.store import HostStore
 
     model, ids = tiny("olmoe"), prompt()
     _, logits = greedy(model, ids)

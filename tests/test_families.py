@@ -39,7 +39,7 @@ K_NAMES = ("top_k_experts", "num_experts_per_tok", "moe_k", "moe_topk")
 
 @dataclass(frozen=True)
 class Found:
-    """What was seen of a family; each claim is checked against the stock model where it is made."""
+    """The findings about a family; each claim is checked against the stock model where it is made."""
 
     offloads: bool = False  # bit-identical at every pool size, and read exactly from its own on-disk format
     halves: bool = False  # half-K steps equal a model configured with half the K, and a fallback leaves no trace
@@ -103,7 +103,7 @@ def _is_exact(model: PreTrainedModel, ids: torch.Tensor, expected: tuple) -> Non
 
 
 def _foresees(model: PreTrainedModel, ids: torch.Tensor, expected: tuple) -> str:
-    """What asks the next layer's router is exact, too; returns why it is refused past the experts, where it is."""
+    """Strategies that ask the next layer's router are exact, too; returns why they are refused, where they are."""
     mobile.attach(model, "next-gate", slots=12, poison=True)
     _is_exact(model, ids, expected)
     try:

@@ -24,7 +24,7 @@ MIDDLE = 0.3  # a gamma at which the tiny models fall back for some tokens and n
 
 
 class Injected(Exception):
-    """What these tests break things with."""
+    """The error that these tests break things with."""
 
 
 class Faulty:
@@ -361,7 +361,7 @@ class InStep(LogitsProcessor):
 
 
 def at_once(models: list[PreTrainedModel], prompts: list[torch.Tensor], tokens: int = 12) -> list[tuple]:
-    """What each model writes on a thread of its own, all of them at once."""
+    """The tokens that each model writes on a thread of its own, all of them at once."""
     barrier, seen = threading.Barrier(len(models)), [None] * len(models)
 
     def generate(number: int) -> None:

@@ -1,4 +1,4 @@
-"""What users do with an attached model through Transformers gives what the stock model gives."""
+"""Every way to generate with an attached model through Transformers gives what the stock model gives."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def hflm(model: PreTrainedModel, tokenizer, batch_size: int):
 
 
 def answers(model: PreTrainedModel, tokenizer, batch_size: int) -> list[str]:
-    """What it writes for four items of a task."""
+    """The text it writes for four items of a task."""
     lm = hflm(model, tokenizer, batch_size)
     result = simple_evaluate(
         lm,

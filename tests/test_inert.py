@@ -49,7 +49,7 @@ def loop(model: nn.Module, tokens: int = 6) -> torch.Tensor:
 
 
 class Around(nn.Module):
-    """What adapters and classes of the caller's put around a model; it passes nothing on but the forward."""
+    """A wrapper such as adapters and callers put around a model; it passes on nothing but the forward."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

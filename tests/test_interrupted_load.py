@@ -20,13 +20,13 @@ from torch.nn.modules import module as torch_modules
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 
 import mobile
-from mobile.checkpoints import loading
+from mobile.checkpoints import loading, reading
 
 T = TypeVar("T")
 
 PACKAGE = Path(mobile.__file__).parent
 FILES = {str(PACKAGE / "live_model/cleanup.py")} | {
-    str(PACKAGE / f"checkpoints/{name}.py") for name in ("examine", "loading", "direct", "source", "weights")
+    str(PACKAGE / f"checkpoints/{name}.py") for name in ("examine", "loading", "reading", "direct", "source", "weights")
 }
 SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -80,7 +80,7 @@ def whole(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:
 
 
 def shared(folder: Path) -> dict[str, object]:
-    """What a load could leave behind in this process."""
+    """Everything that a load could leave behind in this process."""
     links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
     log = transformers.utils.logging
     return {
@@ -97,7 +97,7 @@ def shared(folder: Path) -> dict[str, object]:
 
 
 def in_a_thread(work: Callable[[], T]) -> T:
-    """What the work gives, done on a thread of its own; an exception of a trace function can spoil a thread."""
+    """The result of the work, done on a thread of its own; an exception of a trace function can spoil a thread."""
     with ThreadPoolExecutor(1) as threads:
         return threads.submit(work).result()
 
@@ -226,7 +226,7 @@ def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(folder, mo
         finally:
             raise RuntimeError("the stack is empty")
 
-    monkeypatch.setattr(loading, "_keep_experts_out", fail)  # on the thread that Ctrl-C comes to
+    monkeypatch.setattr(reading, "_keep_experts_out", fail)  # on the thread that Ctrl-C comes to
     with pytest.raises(KeyboardInterrupt):
         load(folder, progress=False)
 

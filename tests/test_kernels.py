@@ -17,7 +17,7 @@ from mobile.kernels import group, kernel_named, loop
 from mobile.kernels.grouped import GROUPS, _windows, grouped
 from mobile.kernels.sum_dtype import sum_dtype
 from mobile.live_model import compat
-from mobile.store.layout import layout_of
+from mobile.store import layout_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest output
 LAYOUTS = {

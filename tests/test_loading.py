@@ -224,7 +224,7 @@ def test_a_budget_that_cannot_hold_it_is_refused_before_any_weight_is_read(check
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(loading, "_read_directly", read)
+    monkeypatch.setattr(loading, "read_directly", read)
     with pytest.raises(mobile.Refused, match="cannot hold"):
         mobile.load(checkpoint, "lru", memory="1GiB", device="cpu")
 

@@ -15,8 +15,9 @@ import torch
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.errors import Refused
+from suites.identity import HERE
 from suites.plan import preflight
-from suites.plan.cells import HERE, read_preset
+from suites.plan.preset import read_preset
 from suites.record import load
 
 ROOT = Path(__file__).parent.parent

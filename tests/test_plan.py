@@ -15,7 +15,7 @@ import mobile
 from mobile.checkpoints.source import cached_whole
 from mobile.cli import main
 from suites.plan import preflight
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "suites/models/olmoe-tiny"
@@ -63,7 +63,7 @@ def test_without_a_word_the_host_is_this_one(plan, monkeypatch):
     class Small:
         usable_nbytes = EXPERTS - 1
 
-    monkeypatch.setattr("mobile.cli.commands.plan.host", Small)
+    monkeypatch.setattr("mobile.cli.plan.host", Small)
     assert plan("olmoe-1b-7b")[0] == 1
     monkeypatch.setattr(Small, "usable_nbytes", None)  # not Linux
     assert plan("olmoe-1b-7b")[0] == 0

@@ -1,4 +1,4 @@
-"""What the READMEs tell a newcomer to do works: sessions exist, Python and commands run, tables and paths are true."""
+"""The READMEs do not promise too much: sessions exist, Python and commands run, tables and paths are true."""
 
 from __future__ import annotations
 

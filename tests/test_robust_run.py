@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 from tiny_run import CELLS, ROOT, command, records, run, working
 
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import RunFolder, load, read_json, sound, write_json
 from suites.run.executors import Workers
 from suites.run.jobs import Job, do, jobs

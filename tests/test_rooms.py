@@ -25,7 +25,7 @@ def test_rooms_import_in_one_direction_and_in_no_circle():
         "mobile.links.registry",
         "mobile.replay.trace",
         "suites.budget",
-        "suites.plan.cells",
+        "suites.plan.preset",
         "suites.run.worker",
         "reports.pages.content",
     ],

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mobile.cli import main
-from mobile.cli.commands.serve import NEEDS
+from mobile.cli.serve import NEEDS
 
 ROOT = Path(__file__).parent.parent
 MODEL = "suites/models/olmoe-tiny"
@@ -112,6 +112,6 @@ def test_an_address_that_is_taken_is_refused_before_the_model_is_loaded(capsys):
 
 
 def test_missing_packages_are_named(capsys, monkeypatch):
-    monkeypatch.setattr("mobile.cli.commands.serve.find_spec", lambda name: None)
+    monkeypatch.setattr("mobile.cli.serve.find_spec", lambda name: None)
     assert main(["serve", MODEL]) == 2
     assert f"pip install {' '.join(NEEDS)}" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 import mobile
-from mobile.cli.commands.serve import NEEDS, application
+from mobile.cli.serve import NEEDS, application
 
 pytestmark = pytest.mark.skipif(
     not all(map(find_spec, (*NEEDS, "httpx"))), reason="needs the extra `serve` and what its clients use"
@@ -218,7 +218,7 @@ def test_requests_at_the_same_time_get_each_its_own_answer_and_mistakes_between_
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_it_at_once():
     """By the time its connection is closed: what generates hears of it there."""
-    from mobile.cli.commands.serve import _ended
+    from mobile.cli.serve import _ended
 
     told: list[str] = []
 

@@ -15,7 +15,7 @@ from mobile.errors import Refused
 from reports.data.results import read
 from reports.pages import content
 from reports.pages.write import markdown
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
 from suites.synthetic import plan, timing
 from suites.synthetic.cells import synthetic_cell_from

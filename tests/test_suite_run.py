@@ -16,7 +16,7 @@ from reports.data.results import read
 from reports.pages.content import build
 from reports.plots import token_time
 from reports.tables import speed
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import RunFolder, load, read_json, write_json
 
 ROOT = Path(__file__).parent.parent

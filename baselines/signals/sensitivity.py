@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from mobile import outputs
-from mobile.cli import prompts
+from mobile.cli.terminal import prompts
 from mobile.errors import Refused
 from mobile.policies import top_experts
 from mobile.replay.trace import Request

@@ -37,7 +37,7 @@ from mobile.checkpoints.weights import (
 )
 from mobile.errors import Refused, said
 from mobile.live_model import caller_modes, compat
-from mobile.store.layout import ExpertLayout
+from mobile.store import ExpertLayout
 
 CONFIGURATION = ("config.json", "config.*.json", "*.index.json", "generation_config.json", "adapter_config.json")
 CONFIGURATION_AND_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

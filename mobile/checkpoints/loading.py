@@ -6,12 +6,9 @@ PyTorch are changed for the time of reading; each change leaves a step on a `Cle
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,13 +17,13 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mobile.checkpoints import examine
-from mobile.checkpoints.direct import Reading, Renaming, plan_readings, store_places
+from mobile.checkpoints.direct import plan_readings
 from mobile.checkpoints.examine import Examined
+from mobile.checkpoints.reading import read_converted, read_directly
 from mobile.checkpoints.source import Source
 from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused, said
@@ -37,9 +34,7 @@ from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, plan_attach
 from mobile.runtime.attachment import install
-from mobile.store.memory import HostStore
-
-Advance = Callable[[int], None]  # moves the progress bar by bytes read
+from mobile.store import HostStore
 
 ONE_AT_A_TIME = threading.RLock()  # one load at a time: it changes settings of Transformers that all threads share
 
@@ -188,9 +183,9 @@ def _read(checkpoint: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, Hos
     advance = partial(bar.advance, task)
     try:
         if readings is None:
-            model = _read_converted(checkpoint, store, advance, cleanup)
+            model = read_converted(checkpoint, store, advance, cleanup)
         else:
-            model = _read_directly(checkpoint, store, readings, advance, cleanup)
+            model = read_directly(checkpoint, store, readings, advance, cleanup)
     except Refused:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
@@ -200,148 +195,6 @@ def _read(checkpoint: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, Hos
     bar.update(task, completed=nbytes)
     model.config.name_or_path = model.name_or_path = name
     return model, store
-
-
-def _read_directly(
-    checkpoint: Examined, store: HostStore, readings: Sequence[Reading], advance: Advance, cleanup: Cleanup
-) -> Any:
-    """Return the model, its experts read into the store as `readings` say; Transformers reads all other weights.
-
-    `advance` is called with the bytes of each tensor. Raise Refused if a weight is missing.
-    """
-    # 1. Open every file. The step that closes them comes before the first is opened, so that an interrupt between two
-    #    of them leaves none open.
-    handles: dict[Any, Any] = {}
-    cleanup.append(lambda: list(map(_close, handles.values())))
-    for file in checkpoint.files:
-        handles[file] = safe_open(file, framework="pt")
-
-    def read(reading: Reading) -> int:
-        tensor = handles[reading.file].get_tensor(reading.key)
-        row = store.weights(reading.layer, reading.weight)
-        if reading.expert is not None:
-            row = row[reading.expert, reading.start : reading.start + tensor.shape[0]]
-        row.copy_(tensor)
-        return tensor.nbytes
-
-    # 2. Copy the experts into their rows, on several threads.
-    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    cleanup.append(partial(threads.shutdown, cancel_futures=True))
-    for nbytes in threads.map(read, readings):
-        advance(nbytes)
-    # 3. Let Transformers load the rest from lazy slices of the same files. It allocates the experts that it was not
-    #    given, and the hook replaces each of them by an empty placeholder.
-    slices = {key: handle.get_slice(key) for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
-    expert_keys = {reading.key for reading in readings}
-    _keep_experts_out(lambda module, name, weight: None, cleanup)
-    model_class: Any = type(checkpoint.empty)
-    model, info = model_class.from_pretrained(
-        None,
-        config=checkpoint.config,
-        output_loading_info=True,
-        dtype=checkpoint.options["dtype"],
-        state_dict={key: tensor for key, tensor in slices.items() if key not in expert_keys},
-    )
-    # 4. Only experts may be missing from what Transformers loaded.
-    in_store = store_places(compat.moe_layers(model))
-    _check_complete([key for key in info["missing_keys"] if key not in in_store])
-    # 5. Complete what `from_pretrained` does for a model from a folder, which this one is not to Transformers: the
-    #    conversions by which it is saved again (Transformers has seen only the dense weights), and generation_config.
-    renaming = Renaming(model)
-    for key in slices:
-        renaming.target(key)
-    model._weight_conversions = renaming.used_conversions()
-    if hasattr(model, "adjust_generation_fn"):
-        model.adjust_generation_fn(
-            None,
-            False,
-            None,
-            str(checkpoint.source.folder),
-            cache_dir=None,
-            force_download=False,
-            proxies=None,
-            local_files_only=True,
-            token=None,
-            revision="main",
-            subfolder="",
-            trust_remote_code=checkpoint.options["trust_remote_code"],
-        )
-    return model
-
-
-def _close(file: Any) -> None:
-    """Close a safetensors file.
-
-    It raises RuntimeError while a thread still reads in it: one that an interrupt kept `shutdown` from waiting for. The
-    file is closed when that thread has let go of it.
-    """
-    with suppress(RuntimeError):
-        file.__exit__(None, None, None)
-
-
-def _read_converted(checkpoint: Examined, store: HostStore, advance: Advance, cleanup: Cleanup) -> Any:
-    """Return the model as Transformers reads and converts it; each experts weight goes into the store once complete.
-
-    `advance` is called with the bytes of each. Raise Refused if a weight is missing.
-    """
-    # Layers may come in any order: a module gets the next free layer of the store, and `reorder` sorts them at the end.
-    order: dict[nn.Module, int] = {}
-
-    def take(module: nn.Module, name: str, weight: torch.Tensor) -> None:
-        store.weights(order.setdefault(module, len(order)), name).copy_(weight)
-        advance(weight.nbytes)
-        _return_freed_memory()
-
-    # Transformers reads ahead with several threads, and would hold many converted layers at once; this switches it off.
-    _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)
-    _keep_experts_out(take, cleanup)
-    model, info = checkpoint.model_class.from_pretrained(
-        checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
-    )
-    _check_complete(info["missing_keys"])
-    store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
-    return model
-
-
-def _keep_experts_out(take: Callable[[nn.Module, str, torch.Tensor], None], cleanup: Cleanup) -> None:
-    """Call `take(module, name, weight)` for each loaded experts weight, and leave an empty placeholder in the module.
-
-    It is PyTorch's own hook on the registration of parameters: Transformers sets each loaded weight that way, on the
-    thread that loads. The models of other threads are left alone.
-    """
-    # The hook asks `active` whether it is still wanted. An interrupt can fall between the hook's registration and the
-    # line that records how to remove it; then the hook stays, but does nothing once `active` is empty.
-    thread, active = threading.get_ident(), [take]
-
-    def register(module: nn.Module, name: str, weight: Any) -> Any:
-        if not active or threading.get_ident() != thread:
-            return None
-        experts = all(hasattr(module, flag) for flag in compat.FLAGS)
-        if not experts or weight is None or weight.device.type == "meta" or name not in compat.weight_names(module):
-            return None
-        active[0](module, name, weight.data)
-        empty: Any = nn.Parameter(weight.data.new_empty(0), requires_grad=weight.requires_grad)
-        empty._is_hf_initialized = True
-        return empty
-
-    cleanup.append(active.clear)
-    cleanup.append(register_module_parameter_registration_hook(register).remove)
-
-
-def _return_freed_memory() -> None:
-    """Make glibc give freed pages back to the system.
-
-    Without it the freed pieces of converted layers stayed with the process: 190 MB of 400 in half of all runs.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def _check_complete(missing: Sequence[str]) -> None:
-    """Raise Refused if any weight is missing."""
-    if missing:
-        raise Refused(f"The checkpoint lacks {len(missing)} weights, {sorted(missing)[0]} among them; copy it again.")
 
 
 # --- settings changed for the time of reading -----------------------------------------------------
@@ -362,14 +215,6 @@ def _take_lock(cleanup: Cleanup) -> None:
     cleanup.append(release)  # before the change that it undoes, as everywhere here
     ONE_AT_A_TIME.acquire()
     caller_modes.keep(cleanup)
-
-
-def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:
-    """Set an environment variable until the clean-up."""
-    before = os.environ.get(name)
-    restore = partial(os.environ.pop, name, None) if before is None else partial(os.environ.update, {name: before})
-    cleanup.append(restore)
-    os.environ[name] = value
 
 
 def _silence_transformers(cleanup: Cleanup) -> None:

@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mobile.cli import show
-from mobile.cli.commands import chat, doctor, generate, listings, plan, replay, serve, trace
-from mobile.cli.parsing import Parser
+from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, trace
+from mobile.cli.terminal import show
+from mobile.cli.terminal.parsing import Parser
 from mobile.errors import Refused, said
 from mobile.version import this_version
 
@@ -31,7 +31,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def build() -> Parser:
-    """Return the parser of all commands; each module of `commands` declares its own options."""
+    """Return the parser of all commands; each command is a module, which declares its own options."""
     parser = Parser(
         prog="mobile",
         description="Run Mixture-of-Experts models that do not fit in GPU memory.",

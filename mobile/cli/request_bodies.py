@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 
-from mobile.cli.session import MIN_TEMPERATURE
+from mobile.cli.terminal.session import MIN_TEMPERATURE
 from mobile.errors import Refused, said
 
 # Types of a message's parts: a tokenizer alone reads no pictures and no sound.

@@ -1,0 +1,1 @@
+"""Sizes of models, speeds of hardware, and the time that follows from both. No torch."""

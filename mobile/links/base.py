@@ -16,7 +16,7 @@ from mobile.ledger import Key, Ledger
 if TYPE_CHECKING:
     import torch
 
-    from mobile.store.memory import HostStore
+    from mobile.store import HostStore
 
 Arrival = Callable[[Key, int], None]
 

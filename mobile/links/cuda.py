@@ -18,7 +18,7 @@ from mobile.ledger import Key
 from mobile.links.base import LinkEnds
 from mobile.links.page_lock import Lock, page_lock, unlock
 from mobile.links.stream import StreamLink
-from mobile.store.memory import HostStore
+from mobile.store import HostStore
 
 WAITS = 256  # timed waits kept before the oldest is read
 MEASURED, RUNS = 16, 20  # copies in a run that measures the native bandwidth, and runs at most

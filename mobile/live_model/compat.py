@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused
-from mobile.store.layout import ExpertLayout, layout_of
+from mobile.store import ExpertLayout, layout_of
 
 OLDEST, NEWEST_BELOW = "5.17", "5.25"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")

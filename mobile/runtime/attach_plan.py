@@ -16,7 +16,7 @@ from mobile.links.registry import link_kind
 from mobile.live_model import compat
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
-from mobile.store.layout import ExpertLayout
+from mobile.store import ExpertLayout
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mobile.runtime.decoding import Decoder
 from mobile.runtime.engine import Engine, Findings
 from mobile.runtime.experts import bind, bound
 from mobile.runtime.forward_pass import ForwardPass
-from mobile.store.memory import HostStore
+from mobile.store import HostStore
 
 
 @caller_modes.in_plain_modes

@@ -30,7 +30,7 @@ from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
-from mobile.store.memory import HostStore
+from mobile.store import HostStore
 
 Scope = AbstractContextManager[Any]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())

@@ -21,7 +21,7 @@ from mobile.kernels.loop import Views, expert_output, group, normed
 from mobile.live_model.compat import MoeLayer
 from mobile.live_model.overrides import Overrides
 from mobile.runtime.forward_pass import ForwardPass
-from mobile.store.memory import HostStore
+from mobile.store import HostStore
 
 ROWS, LENGTH, SEED = 8, 64, 0  # the random tokens that mean outputs are taken over
 

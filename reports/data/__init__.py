@@ -1,0 +1,1 @@
+"""Records read back, and grouped and paired for tables and plots."""

@@ -1,0 +1,1 @@
+"""The page, once as content, and written in every format."""

@@ -12,7 +12,7 @@ from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, INK, ORANGE, STYLE, figure
 
 CAPTION = (
-    "Highest softmax probability of each little pass, tokens of all tasks. What lies below gamma (hatched) is written "
+    "Highest softmax probability of each little pass, tokens of all tasks. Tokens below gamma (hatched) are written "
     "again by the big pass."
 )
 

@@ -20,8 +20,8 @@ PARTS = (
     ("everything else", SKY, "\\\\"),
 )
 CAPTION = (
-    "Where the time of a decode token goes, at the fewest slots each strategy needs; tasks together. What a real "
-    "device computes is not timed kernel by kernel, so there it is one part."
+    "Where the time of a decode token goes, at the fewest slots each strategy needs; tasks together. The "
+    "kernels of a real device are not timed one by one, so there its compute is one part."
 )
 
 

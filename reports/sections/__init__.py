@@ -1,0 +1,1 @@
+"""The sections of a page, each from results to tables, figures and sentences."""

@@ -25,12 +25,12 @@ SPEED = (
 )
 PREDICTION = (
     "Recall is the share of the experts a layer needed that had been foreseen, precision the share of the foreseen "
-    "that were needed; MoBiLE foresees only when it falls back. What was fetched and not used is wasted on the link. "
+    "that were needed; MoBiLE foresees only when it falls back. Experts fetched and not used are wasted on the link. "
     "A layer of the small model stands for several of the real one; each is foreseen as well as a recorded layer is."
 )
 EXAMPLES = (
     "The first items of each task on which MoBiLE's text differs from full K's: two answers lost and one gained where "
-    "there are so many. What the big pass wrote is marked."
+    "there are so many. Tokens that the big pass wrote are marked."
 )
 
 

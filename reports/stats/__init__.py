@@ -1,0 +1,1 @@
+"""Intervals, tests and the power of a number of items."""

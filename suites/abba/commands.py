@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mobile import outputs
-from mobile.cli.parsing import Parser
+from mobile.cli.terminal.parsing import Parser
 from mobile.errors import Refused
 from suites.abba import variants
 from suites.environment import environment
@@ -159,7 +159,7 @@ def _rate(result: dict[str, Any], run: dict[str, Any]) -> float:
 
 
 def main() -> int:
-    console = Console(soft_wrap=True, stderr=True)
+    console = Console(soft_wrap=True, stderr=True, highlight=False, markup=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ended job, too, takes its worktree away
     try:
         options = parser().read()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mobile import outputs
-from mobile.cli import show
+from mobile.cli.terminal import show
 from mobile.errors import Refused
 from mobile.links.registry import LINKS, real_time_link
 

@@ -1,0 +1,1 @@
+"""The shipped models: checkpoints, cards, and the recipe that trained them."""

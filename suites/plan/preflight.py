@@ -20,7 +20,8 @@ from mobile.machine.host import host
 from mobile.policies.strategy import resolve
 from suites.budget import SHOWN_SHARE, is_memory, replay_setup
 from suites.identity import Model
-from suites.plan.cells import Cell, Generation, Preset
+from suites.plan.cells import Cell, Generation
+from suites.plan.preset import Preset
 from suites.synthetic import plan
 from suites.tasks.catalogue import PUBLISHED, TASKS
 from suites.tasks.files import remarks

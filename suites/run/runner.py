@@ -26,7 +26,7 @@ from rich.text import Text
 
 from mobile.errors import Refused
 from suites.plan import preflight
-from suites.plan.cells import Preset
+from suites.plan.preset import Preset
 from suites.record import Finished, RunFolder, sound, write_json
 from suites.run.executors import Workers
 from suites.run.jobs import Job, do, jobs, put_damaged_aside
@@ -114,7 +114,7 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     pieces: list[Work] = [*preset.cells, *preset.generations]
     _tidy(pieces, run)
     for aside in put_damaged_aside(pieces, run):
-        console.print(f"[yellow]damaged[/] put aside as {aside}; it is done again", highlight=False)
+        _say(console, "damaged", "yellow", f" put aside as {aside}; it is done again")
     # 2. Do what is missing: live runs, whose traces cells replay; then cells; then those that want a machine each.
     preset = chosen or preset
     before = _recorded(preset, run)
@@ -141,8 +141,7 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     rate = f" ({60 * (recorded - before) / seconds:.0f} cells a minute)" if recorded > before else ""
     console.print(
         f"{preset.name}: {recorded} of {len(preset.cells)} cells have records; "
-        f"took {seconds:.0f} s of the {preset.minutes * 60} s it is allowed{rate}",
-        highlight=False,
+        f"took {seconds:.0f} s of the {preset.minutes * 60} s it is allowed{rate}"
     )
     return len(preset.cells) - recorded
 
@@ -190,9 +189,9 @@ def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
     failure = run.failure(done.id)
     if done.error is None:
         failure.unlink(missing_ok=True)
-        console.print(f"[green]done[/]   {done.seconds:5.1f} s  {done.label}", highlight=False)
+        _say(console, "done", "green", f"   {done.seconds:5.1f} s  {done.label}")
         return
-    console.print(f"[red]failed[/] {done.seconds:5.1f} s  {done.label}: {done.error} (log: {job.log})", highlight=False)
+    _say(console, "failed", "red", f" {done.seconds:5.1f} s  {done.label}: {done.error} (log: {job.log})")
     if shutil.disk_usage(run.path).free < FULL_NBYTES:
         raise DiskFull(run)
     note = {"id": done.id, "label": done.label, "error": done.error, "log": str(job.log), "log_tail": done.log_tail}
@@ -213,3 +212,8 @@ def _expected(preset: Preset) -> list[dict[str, Any]]:
         }
         for cell in preset.cells
     ]
+
+
+def _say(console: Console, word: str, style: str, rest: str) -> None:
+    """Print a line whose first word is coloured; brackets in the rest, an error's perhaps, are text and not markup."""
+    console.print(Text.assemble((word, style), rest))

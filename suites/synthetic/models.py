@@ -28,8 +28,7 @@ from mobile.residency.prefill import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
 from mobile.runtime.attachment import install
 from mobile.runtime.engine import Engine
-from mobile.store.layout import ExpertLayout
-from mobile.store.memory import HostStore
+from mobile.store import ExpertLayout, HostStore
 from mobile.suggest import offer
 from suites.families import BY_GEOMETRY
 

@@ -26,8 +26,7 @@ from mobile.links import page_lock
 from mobile.links.cuda import CudaChannel
 from mobile.machine import gpu
 from mobile.policies.big_little import MOBILE
-from mobile.store.layout import layout_of
-from mobile.store.memory import HostStore
+from mobile.store import HostStore, layout_of
 
 CUDA = torch.device("cuda:0")
 LOSSLESS = [LRU, ON_DEMAND, ON_DEMAND_OVERLAP, RESIDENT]

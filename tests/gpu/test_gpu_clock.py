@@ -11,7 +11,7 @@ import torch
 
 from reports.sections import clock
 from suites.measure import profile
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import RunFolder
 from suites.synthetic import calibrate, reference, timing
 from suites.synthetic.models import make

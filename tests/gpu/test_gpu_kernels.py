@@ -10,7 +10,7 @@ from test_cuda_link import ids, wide
 import mobile
 from baselines.lru import LRU
 from mobile.kernels import group, kernel_named, loop
-from mobile.store.layout import layout_of
+from mobile.store import layout_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

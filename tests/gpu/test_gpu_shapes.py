@@ -9,7 +9,7 @@ import torch
 from test_cuda_link import skip_unless_rows_can_be_page_locked
 
 from mobile.errors import Refused
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import RunFolder
 from suites.synthetic import timing
 from suites.synthetic.models import make

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from suites.plan.cells import HERE, read_preset
+from suites.identity import HERE
+from suites.plan.preset import read_preset
 from suites.record import RunFolder
 
 pytest.importorskip("lm_eval")  # which writes the prompts of scored cells

@@ -1,4 +1,4 @@
-"""What the engine costs a decode step at a real layer's shapes, with everything resident. `nox -s bench`."""
+"""The engine's cost in a decode step at a real layer's shapes, with everything resident. `nox -s bench`."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ from mobile.links import cuda
 from mobile.links.cuda import CudaChannel
 from mobile.machine import gpu
 from mobile.policies.big_little import MOBILE
-from mobile.store.layout import layout_of
-from mobile.store.memory import HostStore
+from mobile.store import HostStore, layout_of
 from suites import environment
 
 EXPERTS, SLOTS = 6, 4

@@ -12,7 +12,7 @@ from mobile.kernels import KERNELS, kernel_named
 from mobile.links.registry import CHOICES
 from mobile.policies.strategy import resolve, strategies
 from mobile.suggest import nearest, offer
-from suites.plan.cells import presets, read_preset
+from suites.plan.preset import presets, read_preset
 
 CPU = torch.device("cpu")
 OWN = Geometry("own", 1, 8, 2, 1, 1, 1, 1, 1, 2)

@@ -1,11 +1,11 @@
-"""What the shipped presets ask for: how much of a live run is timed, and how live runs are cut into jobs."""
+"""The shipped presets as they are: how much of a live run is timed, and how live runs are cut into jobs."""
 
 from collections import Counter
 
 import pytest
 
 from mobile.policies.strategy import resolve
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import RunFolder
 from suites.run.jobs import jobs
 from suites.run.work import KINDS

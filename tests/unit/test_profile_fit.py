@@ -29,7 +29,7 @@ def timings(each: float, gb_per_s: float, launches: int = 1, noise: np.ndarray |
 
 
 def measured(card: mobile.costs.hardware.HardwareProfile, depths: tuple[int, ...] = (2, 4, 8)) -> Measurements:
-    """What a machine that is exactly this profile would show."""
+    """The measurements of a machine that is exactly this profile."""
     cost = CostModel(card, LAYER)
     layer = cost.dense_ns(1) + LAYER.top_k * cost.expert_ns(1)
     expert = timings(card.launch_seconds, card.memory_gb_per_s, EXPERT_LAUNCHES)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from mobile.cli import prompts
+from mobile.cli.terminal import prompts
 from mobile.errors import Refused
 
 ODD = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"  # what str.splitlines() would end a line at

@@ -20,7 +20,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from mobile.errors import Refused
-from suites.plan.cells import Cell, Generation, Model, task_hash
+from suites.identity import Model, task_hash
+from suites.plan.cells import Cell, Generation
 from suites.scoring.lm_eval import LM_EVAL_TASKS, score, task_config
 from suites.tasks.catalogue import BBH, GROUPS, PUBLISHED, expand
 from suites.tasks.files import items_of, locate, read, remarks, sources
@@ -63,7 +64,7 @@ def bbh(tmp_path: Path) -> Path:
 
 
 def asked_by_lm_eval(task: str, files: dict[str, Path], folder: Path, docs: list[int]) -> list[str]:
-    """What lm-eval's own definition, included in a file as its documentation says, asks for these items."""
+    """The prompts of lm-eval's own definition for these items, included in a file as its documentation says."""
     definition = LM_EVAL_TASKS / PUBLISHED[task].definition
     name = yaml.load(definition.read_text(), yaml.BaseLoader)["task"]
     kwargs = {"data_files": {split: str(path) for split, path in files.items()}}

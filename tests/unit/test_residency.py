@@ -169,7 +169,7 @@ def test_many_victims_at_once_are_those_that_would_be_named_one_by_one(requests,
 @settings(max_examples=25, deadline=None)
 @given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS), st.integers(0, 99))
 def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests, slots, seed):
-    """What nobody looks at is charged at once, and decided no differently."""
+    """Where no events are kept, a layer is charged at once, and decided no differently."""
     told = with_signals(requests, seed)
     for strategy in strategies().values():
         size = slots_of(strategy, slots)

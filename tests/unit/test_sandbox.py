@@ -18,7 +18,7 @@ from suites.scoring.sandbox import run_all, run_tests
 TESTS = "assert f(1) == 2\nassert f(-3) == -2\n"
 RIGHT = "def f(x):\n    return x + 1\n"
 
-# What a program does instead of its work, and the word that the reason must have.
+# Things that a program does instead of its work, and the word that the reason must have.
 WRONG = {
     "answers wrongly": ("def f(x):\n    return x\n", "AssertionError at 'assert f(1) == 2'"),
     "answers one test wrongly": ("def f(x):\n    return 2\n", "assert f(-3) == -2"),

@@ -18,7 +18,7 @@ UNWRITABLE = {
 
 @pytest.fixture
 def refusal(monkeypatch, capsys, tmp_path):
-    """What a command line is refused with, in an empty folder that stays empty."""
+    """The sentence that a command line is refused with, in an empty folder that stays empty."""
 
     def run(main, *argv: str) -> str:
         monkeypatch.chdir(tmp_path)

@@ -27,7 +27,7 @@ SHORT = [task for task in TASKS if task != "python_functions"]  # scored by the 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """What the command writes elsewhere."""
+    """The files that the command writes elsewhere."""
     out = tmp_path_factory.mktemp("tasks") / "data"
     subprocess.run([sys.executable, "-m", "suites.tasks", "--out", str(out)], check=True, cwd=ROOT)
     return out

@@ -1,4 +1,4 @@
-"""What is written of a GPU: what it tells, None for what it does not, and nothing at all where there is none."""
+"""A record of a GPU: what the card tells, None for what it does not, and nothing at all where there is none."""
 
 from __future__ import annotations
 

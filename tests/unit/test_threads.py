@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import OlmoeConfig
 
-from mobile.cli import main, session
+from mobile.cli import main
+from mobile.cli.terminal import session
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "suites/models/olmoe-tiny"

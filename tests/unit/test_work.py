@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from suites.plan.cells import read_preset
+from suites.plan.preset import read_preset
 from suites.record import VIRTUAL, RunFolder, write_json
 from suites.run.jobs import jobs
 from suites.run.work import KINDS

@@ -14,8 +14,7 @@ from mobile.links.paced import PacedChannel
 from mobile.links.stream import Channel
 from mobile.machine.fit_profile import SIZES, Timing
 from mobile.machine.measure.sizes import Sizes
-from mobile.store.layout import layout_of
-from mobile.store.memory import HostStore
+from mobile.store import HostStore, layout_of
 
 Pace = Callable[[int], int]  # nanoseconds that a paced link takes for so many bytes
 

@@ -16,7 +16,7 @@ from mobile.machine.fit_profile import Timing
 from mobile.machine.measure.random_model import random_model
 from mobile.machine.measure.sizes import Sizes
 from mobile.machine.measure.timing import fastest_seconds
-from mobile.store.layout import layout_of
+from mobile.store import layout_of
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mobile.cli import options, show
-from mobile.cli.commands import curves
+from mobile.cli import curves
+from mobile.cli.terminal import options, show
 from mobile.costs.geometry import GEOMETRIES, Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from mobile.cli import options, show
-from mobile.cli.reader import Reader, open_reader
+from mobile.cli.terminal import options, show
+from mobile.cli.terminal.reader import Reader, open_reader
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import BigLittle

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from mobile.cli import options, show
-from mobile.cli.commands.calibrate import calibrate
+from mobile.cli.calibrate import calibrate
+from mobile.cli.terminal import options, show
 from mobile.costs.geometry import GEOMETRIES
 from mobile.errors import Refused
 from mobile.machine.gpu import UNKNOWN_LINK, Gpu, LinkRates, LinkState, cuda_uuid, gpus, link_rates

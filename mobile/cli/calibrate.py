@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mobile import outputs
-from mobile.cli import show
+from mobile.cli.terminal import show
 from mobile.costs.hardware import HardwareProfile, write_profile
 from mobile.errors import Refused
 
@@ -61,6 +62,16 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     _print(card, out)
 
 
+def _print(card: HardwareProfile, out: Path | None) -> None:
+    """Print a fitted profile and where it was written."""
+    screen = show.console()
+    print_profile(screen, card, "fitted")
+    if out is not None:
+        screen.print(f"\nWritten to {out}; use it like: mobile plan olmoe-1b-7b --hardware {out}")
+    else:
+        screen.print("\nNothing was written; give --out FILE.json to use it as --hardware FILE.json.")
+
+
 def _device(name: str | None) -> torch.device:
     """Return the device to time: the one of that name, or a GPU if there is one. Raise Refused if it is not here."""
     import torch
@@ -79,23 +90,18 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _print(card: HardwareProfile, out: Path | None) -> None:
-    """Print a fitted profile and where it was written."""
-    screen = show.console()
-    table = show.table(card.name, "what", "fitted")
-    for name, value in rows(card).items():
+def print_profile(screen: Console, card: HardwareProfile, numbers_are: str) -> None:
+    """Print the numbers of a profile, which are "fitted" or "assumed", and the sources of each."""
+    table = show.table(card.name, "number", numbers_are)
+    for name, value in _rows(card).items():
         table.add_row(name, value)
     screen.print(table)
     screen.print()
     for source in card.sources:
         screen.print(f"- {source}")
-    if out is not None:
-        screen.print(f"\nWritten to {out}; use it like: mobile plan olmoe-1b-7b --hardware {out}")
-    else:
-        screen.print("\nNothing was written; give --out FILE.json to use it as --hardware FILE.json.")
 
 
-def rows(card: HardwareProfile) -> dict[str, Any]:
+def _rows(card: HardwareProfile) -> dict[str, Any]:
     """Return the profile's numbers as text, by a name for each."""
 
     def micro(seconds: float) -> str:

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from mobile.cli import options, show
-from mobile.cli.commands.calibrate import rows
+from mobile.cli.calibrate import print_profile
+from mobile.cli.terminal import options, show
 from mobile.costs.hardware import PROFILES
 from mobile.policies.strategy import Strategy, strategies
 
@@ -61,8 +61,8 @@ def list_strategies(arguments: argparse.Namespace) -> int:
     out, width = show.console(), max((len(strategy.name) for strategy in installed), default=0)
     for strategy in installed:
         kind = "lossless" if strategy.lossless else "lossy"
-        out.print(f"{strategy.name:{width}}  {kind:8}  {strategy.summary}", markup=False)
-        out.print(f"{'':{width}}  {'':8}  {strategy.source}", style="dim", markup=False)
+        out.print(f"{strategy.name:{width}}  {kind:8}  {strategy.summary}")
+        out.print(f"{'':{width}}  {'':8}  {strategy.source}", style="dim")
     return 0
 
 
@@ -78,12 +78,6 @@ def list_hardware(arguments: argparse.Namespace) -> int:
         return 0
     out = show.console()
     for card in PROFILES.values():
-        table = show.table(card.name, "number", "assumed")
-        for name, value in rows(card).items():
-            table.add_row(name, value)
-        out.print(table)
-        out.print()
-        for source in card.sources:
-            out.print(f"- {source}", markup=False)
+        print_profile(out, card, "assumed")
         out.print()
     return 0

@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import Any
 
-from mobile.cli import options, prompts, session, show
+from mobile.cli.terminal import options, prompts, session, show
 from mobile.errors import Refused
 from mobile.suggest import nearest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mobile.cli import options, prompts, session, show
+from mobile.cli.terminal import options, prompts, session, show
 
 EXAMPLES = """
 examples:

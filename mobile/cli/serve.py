@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
 
-from mobile.cli import options, session, show
-from mobile.cli.reader import Reader, open_reader
+from mobile.cli.terminal import options, session, show
+from mobile.cli.terminal.reader import Reader, open_reader
 from mobile.errors import Refused, said
 
 EXAMPLES = """

@@ -19,9 +19,10 @@ GIB, MIB, GB = 2**30, 2**20, 10**9
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr; lines are wrapped on a terminal only."""
+    """Return a console on stdout or stderr; lines are wrapped on a terminal only, and brackets are text, not markup."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 160)
+    terminal = stream.isatty()
+    return Console(file=stream, highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else 160)
 
 
 def prepare() -> None:

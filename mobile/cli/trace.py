@@ -11,8 +11,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mobile import outputs
-from mobile.cli import options, prompts, session, show
-from mobile.cli.reader import Reader
+from mobile.cli.terminal import options, prompts, session, show
+from mobile.cli.terminal.reader import Reader
 from mobile.errors import Refused
 from mobile.machine.host import package
 from mobile.replay import trace as traces

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobile.cli import options, show
-from mobile.costs.bounds import Ceilings, ceilings
-from mobile.costs.cost_model import CostModel
-from mobile.costs.geometry import GEOMETRIES, Geometry, slots_for
+from mobile.cli.memory_plan import Plan, plan
+from mobile.cli.terminal import options, show
+from mobile.costs.bounds import Ceilings
+from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
-from mobile.machine.host import host, memory_shortage
-from mobile.policies.strategy import BigLittle, HalfK, Strategy, strategies
+from mobile.machine.host import host
 from mobile.residency.residency import PREFILL_BUFFERS
 
 if TYPE_CHECKING:
@@ -33,175 +31,6 @@ examples:
 The first line says whether the model runs here. exit code: 0 if it does; 1 if this host lacks the memory for its
 experts, or the disk for its weights; 2 if it is refused, by `mobile.load` as well, like a budget that cannot hold it.
 """
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The bounds of one decode token at a fallback rate (None: the strategy has none).
-
-    `nbytes` are the bytes over the link for one token. `link_tokens_per_s` is None if nothing is copied.
-    """
-
-    fallback_rate: float | None
-    nbytes: int
-    link_tokens_per_s: float | None
-    compute_tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One strategy under the budget: its bounds, and the slots and device memory that it needs to work as intended."""
-
-    strategy: str
-    summary: str
-    lossless: bool
-    keeps: str
-    needs_slots: int
-    needs_nbytes: int
-    budget_meets_needs: bool
-    bounds: tuple[Bound, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A division of a memory budget. Bytes on the device add up to at most `memory_nbytes`.
-
-    `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not.
-    """
-
-    runs: bool
-    because: str | None
-    fits: bool
-    model: str
-    hardware: str
-    memory_nbytes: int
-    geometry: Geometry
-    resident_nbytes: int
-    reserve_nbytes: int
-    staging_nbytes: int
-    slots: int
-    slots_nbytes: int
-    host_needed_nbytes: int
-    host_available_nbytes: int | None
-    host_fits: bool | None
-    strategies: tuple[Row, ...]
-    ceilings: Ceilings | None
-    projected: bool = True
-
-
-def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
-    """Return the bounds of one decode token: of the link, without any cache, and of compute, without any waiting.
-
-    With K experts a layer a token moves L K bytes(expert); a little pass L K/2 of them, and a fallback the rest.
-    Experts that the CPU computes are not moved; the link's bound is then the lower one of link and CPU.
-    """
-    geometry = cost.geometry
-    layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
-
-    def compute_ns(experts: int) -> int:
-        return layers * (cost.dense_ns(1) + experts * cost.expert_ns(1)) + cost.head_ns(1)
-
-    moved: float
-    on_cpu = 0
-    if isinstance(strategy.gating, BigLittle):
-        fallbacks = rate or 0.0
-        moved = layers * (little + fallbacks * (full - little))
-        prediction = cost.router_replay_ns if strategy.prefetch_on_fallback else 0
-        nanoseconds = compute_ns(little) + fallbacks * (prediction + compute_ns(full))
-    else:
-        chosen = little if isinstance(strategy.gating, HalfK) else full
-        on_cpu = 0 if strategy.on_cpu is None else len(strategy.on_cpu(cost).on_cpu(0, [1] * chosen))
-        moved, nanoseconds = layers * (chosen - on_cpu), compute_ns(chosen)
-    nbytes = 0 if strategy.retain == "everything" else round(moved * geometry.expert_nbytes)
-    link = cost.profile.link_gb_per_s * 1e9 / nbytes if nbytes else None
-    if on_cpu:
-        cpu = 1e9 / (layers * on_cpu * cost.cpu_expert_ns(1))
-        link = cpu if link is None else min(link, cpu)
-    return Bound(rate, nbytes, link, 1e9 / nanoseconds)
-
-
-def plan(
-    model: str,
-    geometry: Geometry,
-    memory_nbytes: int,
-    hardware: HardwareProfile,
-    host_nbytes: int | None,
-    fallback_rates: Sequence[float] = (0.0, 1.0),
-    disk_shortage: str | None = None,
-) -> Plan:
-    """Divide the budget of `memory_nbytes`. Raise Refused if it cannot hold dense weights and a token's experts."""
-    slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, PREFILL_BUFFERS)
-    cost = CostModel(hardware, geometry)
-    rows = []
-    for strategy in strategies().values():
-        needs = strategy.min_slots(geometry)
-        rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
-        rows.append(
-            Row(
-                strategy=strategy.name,
-                summary=strategy.summary,
-                lossless=strategy.lossless,
-                keeps=strategy.retain,
-                needs_slots=needs,
-                needs_nbytes=hardware.reserve_nbytes
-                + geometry.resident_nbytes
-                + (needs + PREFILL_BUFFERS) * geometry.expert_nbytes,
-                budget_meets_needs=slots >= needs,
-                bounds=tuple(bound(strategy, cost, rate) for rate in rates),
-            )
-        )
-    host_needed = geometry.total_experts * geometry.expert_nbytes
-    because = memory_shortage(host_needed, host_nbytes) or disk_shortage
-    return Plan(
-        runs=because is None,
-        because=because,
-        fits=True,
-        model=model,
-        hardware=hardware.name,
-        memory_nbytes=memory_nbytes,
-        geometry=geometry,
-        resident_nbytes=geometry.resident_nbytes,
-        reserve_nbytes=hardware.reserve_nbytes,
-        staging_nbytes=PREFILL_BUFFERS * geometry.expert_nbytes,
-        slots=slots,
-        slots_nbytes=slots * geometry.expert_nbytes,
-        host_needed_nbytes=host_needed,
-        host_available_nbytes=host_nbytes,
-        host_fits=None if host_nbytes is None else host_needed <= host_nbytes,
-        strategies=tuple(rows),
-        ceilings=ceilings(cost, fallback_rates),
-    )
-
-
-def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry | Source:
-    """Return a preset's sizes, or the checkpoint in a folder or of a hub id. Raise Refused if there is none."""
-    if model in GEOMETRIES and not Path(model).is_dir():
-        if dtype not in ("auto", "bfloat16"):
-            raise Refused(f"The preset {model} is bfloat16; leave --dtype out, or name a checkpoint.")
-        return GEOMETRIES[model]
-    from mobile.checkpoints import examine
-
-    return examine.find(model, trust_remote_code=trust_remote_code, patterns=examine.CONFIGURATION)
-
-
-def sizes(
-    model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
-) -> tuple[Geometry, str | None]:
-    """Return the model's sizes, and why the disk has no room for its weights, or None if it has.
-
-    The model is built without weights. Raise Refused as `mobile.load` does before it has the weights.
-    """
-    if isinstance(model, Geometry):
-        return model, None
-    from mobile.checkpoints.examine import examine
-    from mobile.live_model import compat
-
-    checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
-    geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
-    return geometry, checkpoint.disk_shortage()
-
-
-# --- the command ------------------------------------------------------------------------------------
 
 
 def declare(commands: Any) -> None:
@@ -262,16 +91,43 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if divided.runs else 1
 
 
+def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry | Source:
+    """Return a preset's sizes, or the checkpoint in a folder or of a hub id. Raise Refused if there is none."""
+    if model in GEOMETRIES and not Path(model).is_dir():
+        if dtype not in ("auto", "bfloat16"):
+            raise Refused(f"The preset {model} is bfloat16; leave --dtype out, or name a checkpoint.")
+        return GEOMETRIES[model]
+    from mobile.checkpoints import examine
+
+    return examine.find(model, trust_remote_code=trust_remote_code, patterns=examine.CONFIGURATION)
+
+
+def sizes(
+    model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Geometry, str | None]:
+    """Return the model's sizes, and why the disk has no room for its weights, or None if it has.
+
+    The model is built without weights. Raise Refused as `mobile.load` does before it has the weights.
+    """
+    if isinstance(model, Geometry):
+        return model, None
+    from mobile.checkpoints.examine import examine
+    from mobile.live_model import compat
+
+    checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
+    geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
+    return geometry, checkpoint.disk_shortage()
+
+
 def _print(plan: Plan, hardware: HardwareProfile) -> None:
     """Print the verdict, the division of the memory, the bounds and the ceilings."""
     out, geometry = show.console(), plan.geometry
     where = f"{plan.model} on {plan.hardware} with {show.memory(plan.memory_nbytes)}"
     verdict = f"runs: {where}" if plan.runs else f"does not run here: {where}, because {plan.because}"
-    out.print(verdict, markup=False)
+    out.print(verdict)
     out.print(
         f"{plan.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{plan.hardware} with {show.memory(plan.memory_nbytes)}. Computed from sizes; nothing was run.\n",
-        markup=False,
+        f"{plan.hardware} with {show.memory(plan.memory_nbytes)}. Computed from sizes; nothing was run.\n"
     )
     device = show.table("Device memory", "part", "size", "")
     device.add_row("dense weights", show.memory(plan.resident_nbytes), "with embedding and head")

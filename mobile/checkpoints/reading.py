@@ -1,0 +1,180 @@
+"""The experts of a checkpoint, read into the host store: straight from the files, or as Transformers converts them.
+
+Transformers loads all other weights either way. Whatever is changed meanwhile leaves a step on a `Cleanup` list.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from mobile.checkpoints.direct import Reading, Renaming, store_places
+from mobile.checkpoints.examine import Examined
+from mobile.errors import Refused
+from mobile.live_model import compat
+from mobile.live_model.cleanup import Cleanup
+from mobile.store.memory import HostStore
+
+Advance = Callable[[int], None]  # moves the progress bar by bytes read
+
+
+def read_directly(
+    checkpoint: Examined, store: HostStore, readings: Sequence[Reading], advance: Advance, cleanup: Cleanup
+) -> Any:
+    """Return the model, its experts read into the store as `readings` say; Transformers reads all other weights.
+
+    `advance` is called with the bytes of each tensor. Raise Refused if a weight is missing.
+    """
+    # 1. Open every file. The step that closes them comes before the first is opened, so that an interrupt between two
+    #    of them leaves none open.
+    handles: dict[Any, Any] = {}
+    cleanup.append(lambda: list(map(_close, handles.values())))
+    for file in checkpoint.files:
+        handles[file] = safe_open(file, framework="pt")
+
+    def read(reading: Reading) -> int:
+        tensor = handles[reading.file].get_tensor(reading.key)
+        row = store.weights(reading.layer, reading.weight)
+        if reading.expert is not None:
+            row = row[reading.expert, reading.start : reading.start + tensor.shape[0]]
+        row.copy_(tensor)
+        return tensor.nbytes
+
+    # 2. Copy the experts into their rows, on several threads.
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    cleanup.append(partial(threads.shutdown, cancel_futures=True))
+    for nbytes in threads.map(read, readings):
+        advance(nbytes)
+    # 3. Let Transformers load the rest from lazy slices of the same files. It allocates the experts that it was not
+    #    given, and the hook replaces each of them by an empty placeholder.
+    slices = {key: handle.get_slice(key) for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
+    expert_keys = {reading.key for reading in readings}
+    _keep_experts_out(lambda module, name, weight: None, cleanup)
+    model_class: Any = type(checkpoint.empty)
+    model, info = model_class.from_pretrained(
+        None,
+        config=checkpoint.config,
+        output_loading_info=True,
+        dtype=checkpoint.options["dtype"],
+        state_dict={key: tensor for key, tensor in slices.items() if key not in expert_keys},
+    )
+    # 4. Only experts may be missing from what Transformers loaded.
+    in_store = store_places(compat.moe_layers(model))
+    _check_complete([key for key in info["missing_keys"] if key not in in_store])
+    # 5. Complete what `from_pretrained` does for a model from a folder, which this one is not to Transformers: the
+    #    conversions by which it is saved again (Transformers has seen only the dense weights), and generation_config.
+    renaming = Renaming(model)
+    for key in slices:
+        renaming.target(key)
+    model._weight_conversions = renaming.used_conversions()
+    if hasattr(model, "adjust_generation_fn"):
+        model.adjust_generation_fn(
+            None,
+            False,
+            None,
+            str(checkpoint.source.folder),
+            cache_dir=None,
+            force_download=False,
+            proxies=None,
+            local_files_only=True,
+            token=None,
+            revision="main",
+            subfolder="",
+            trust_remote_code=checkpoint.options["trust_remote_code"],
+        )
+    return model
+
+
+def _close(file: Any) -> None:
+    """Close a safetensors file.
+
+    It raises RuntimeError while a thread still reads in it: one that an interrupt kept `shutdown` from waiting for. The
+    file is closed when that thread has let go of it.
+    """
+    with suppress(RuntimeError):
+        file.__exit__(None, None, None)
+
+
+def read_converted(checkpoint: Examined, store: HostStore, advance: Advance, cleanup: Cleanup) -> Any:
+    """Return the model as Transformers reads and converts it; each experts weight goes into the store once complete.
+
+    `advance` is called with the bytes of each. Raise Refused if a weight is missing.
+    """
+    # Layers may come in any order: a module gets the next free layer of the store, and `reorder` sorts them at the end.
+    order: dict[nn.Module, int] = {}
+
+    def take(module: nn.Module, name: str, weight: torch.Tensor) -> None:
+        store.weights(order.setdefault(module, len(order)), name).copy_(weight)
+        advance(weight.nbytes)
+        _return_freed_memory()
+
+    # Transformers reads ahead with several threads, and would hold many converted layers at once; this switches it off.
+    _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)
+    _keep_experts_out(take, cleanup)
+    model, info = checkpoint.model_class.from_pretrained(
+        checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
+    )
+    _check_complete(info["missing_keys"])
+    store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
+    return model
+
+
+def _keep_experts_out(take: Callable[[nn.Module, str, torch.Tensor], None], cleanup: Cleanup) -> None:
+    """Call `take(module, name, weight)` for each loaded experts weight, and leave an empty placeholder in the module.
+
+    It is PyTorch's own hook on the registration of parameters: Transformers sets each loaded weight that way, on the
+    thread that loads. The models of other threads are left alone.
+    """
+    # The hook asks `active` whether it is still wanted. An interrupt can fall between the hook's registration and the
+    # line that records how to remove it; then the hook stays, but does nothing once `active` is empty.
+    thread, active = threading.get_ident(), [take]
+
+    def register(module: nn.Module, name: str, weight: Any) -> Any:
+        if not active or threading.get_ident() != thread:
+            return None
+        experts = all(hasattr(module, flag) for flag in compat.FLAGS)
+        if not experts or weight is None or weight.device.type == "meta" or name not in compat.weight_names(module):
+            return None
+        active[0](module, name, weight.data)
+        empty: Any = nn.Parameter(weight.data.new_empty(0), requires_grad=weight.requires_grad)
+        empty._is_hf_initialized = True
+        return empty
+
+    cleanup.append(active.clear)
+    cleanup.append(register_module_parameter_registration_hook(register).remove)
+
+
+def _return_freed_memory() -> None:
+    """Make glibc give freed pages back to the system.
+
+    Without it the freed pieces of converted layers stayed with the process: 190 MB of 400 in half of all runs.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _check_complete(missing: Sequence[str]) -> None:
+    """Raise Refused if any weight is missing."""
+    if missing:
+        raise Refused(f"The checkpoint lacks {len(missing)} weights, {sorted(missing)[0]} among them; copy it again.")
+
+
+def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:
+    """Set an environment variable until the clean-up."""
+    before = os.environ.get(name)
+    restore = partial(os.environ.pop, name, None) if before is None else partial(os.environ.update, {name: before})
+    cleanup.append(restore)
+    os.environ[name] = value

@@ -1,1 +1,0 @@
-"""One module for each command, which declares its options and runs it."""
