@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from test_refusals import command
 import mobile
 from mobile.checkpoints.source import cached_whole
 from mobile.cli import main
+from mobile.costs.hardware import profile, write_profile
 from suites.plan import preflight
 from suites.plan.preset import read_preset
 
@@ -57,6 +59,14 @@ def test_the_first_line_says_whether_the_host_can_hold_the_experts(plan, given, 
     made = json.loads("\n".join(out))
     assert code == (0 if runs else 1)
     assert (made["runs"], made["fits"], made["host_fits"], made["because"] is None) == (runs, True, runs, runs)
+
+
+def test_brackets_in_the_sources_of_a_profile_are_printed_as_they_are(plan, tmp_path):
+    card = replace(profile("auto"), name="card [red]", sources=("datasheet [1], table [/2]",))
+    write_profile(card, tmp_path / "card.json")
+    _, out, _ = plan("olmoe-1b-7b", "--hardware", tmp_path / "card.json")
+    assert "card [red]: datasheet [1], table [/2]" in out
+    assert " on card [red] with " in out[0]
 
 
 def test_without_a_word_the_host_is_this_one(plan, monkeypatch):

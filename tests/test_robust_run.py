@@ -363,6 +363,20 @@ def test_any_executor_will_do_and_one_that_gives_a_job_up_fails_only_that(tiny_p
     assert len(records(answered)) == CELLS
 
 
+def test_brackets_in_an_error_are_printed_as_they_are(tiny_preset, answered, tmp_path):
+    """They are markup to the library that prints, which drops some and raises on others."""
+
+    class Broken(ThreadPoolExecutor):
+        def submit(self, fn, *args, **kwargs):
+            future: Future = Future()
+            future.set_exception(RuntimeError("lost [red] in [/tmp/x]"))
+            return future
+
+    with Broken(1) as pool, (tmp_path / "said").open("w") as said:
+        execute(read_preset(str(tiny_preset)), RunFolder(answered), Console(file=said, width=200), Workers(pool, pool))
+    assert "(RuntimeError: lost [red] in [/tmp/x])" in (tmp_path / "said").read_text()
+
+
 def test_a_worker_that_cannot_see_the_folder_says_so(tiny_preset, answered, tmp_path):
     first = jobs(read_preset(str(tiny_preset)).cells, RunFolder(answered))[0]
     shutil.move(answered, tmp_path / "elsewhere")
