@@ -7,7 +7,7 @@ class Refused(ValueError):
     """Bad input. Its text is one sentence with what to change; nothing was written and no model is half-attached."""
 
 
-def said(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return another library's error in one line, to be a part of a refusal: its first paragraph, or the error's type.
 
     An OSError gives the system's message alone, without the number and the file. Characters that are no text (half of a

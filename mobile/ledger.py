@@ -162,5 +162,5 @@ class Ledger:
             }
             for e in self.events
         ]
-        with outputs.whole(Path(path)) as file:
+        with outputs.open_atomic(Path(path)) as file:
             file.write(json.dumps({"traceEvents": names + spans}).encode())

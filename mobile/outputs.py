@@ -16,11 +16,11 @@ from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 from uuid import uuid4
 
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 
 
 def check_file(path: Path) -> None:
-    """Raise Refused if `whole` could not write there. To try it, a file is made in the same folder and removed."""
+    """Raise Refused if `open_atomic` could not write there, which is tried: a file is made beside it and removed."""
     partial, file = _begin(path)
     file.close()
     partial.unlink()
@@ -34,7 +34,7 @@ def check_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         check_file(path / f".{uuid4().hex}")
     except OSError as error:
-        raise Refused(f"The folder {shown(path)} cannot be made ({said(error)}); name another one.") from error
+        raise Refused(f"The folder {printable(path)} cannot be made ({one_line(error)}); name another one.") from error
     finally:
         with suppress(OSError):  # another process may have put something there
             for folder in new_folders:
@@ -42,7 +42,7 @@ def check_folder(path: Path) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file to write into; it replaces `path` at the end, and is removed if anything was raised.
 
     Raise Refused if it cannot be written, or the disk is full.
@@ -87,10 +87,10 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        sentence = f"{shown(path)} cannot be written ({said(error)}); name a file in a folder that exists."
+        sentence = f"{printable(path)} cannot be written ({one_line(error)}); name a file in a folder that exists."
         raise Refused(sentence) from error
 
 
-def shown(path: Path) -> str:
+def printable(path: Path) -> str:
     """Return the path as text to be printed, with bytes that are no text escaped."""
     return str(path).encode(errors="backslashreplace").decode()

@@ -65,12 +65,12 @@ def stamp_of(*groups: Sequence[Record]) -> Stamp:
     )
 
 
-def of_band(measured: Interval | None, low: float, high: float, stamp: Stamp, trusted: bool = True) -> str:
+def speedup_verdict(measured: Interval | None, low: float, high: float, stamp: Stamp, trusted: bool = True) -> str:
     """Return the verdict on a speedup, given the published band (both ends as ratios)."""
     return _comparable(_band_outcome(measured, low, high) if measured else None, stamp, trusted)
 
 
-def of_margin(measured: Paired | None, margin_points: float, stamp: Stamp, trusted: bool = True) -> str:
+def accuracy_verdict(measured: Paired | None, margin_points: float, stamp: Stamp, trusted: bool = True) -> str:
     """Return the verdict on a paired difference of accuracy, given a non-inferiority margin in points."""
     words = {"yes": "REPRODUCED", "no": "SHORT", "not shown": "INCONCLUSIVE"}
     return _comparable(words[measured.within(margin_points)] if measured else None, stamp, trusted)

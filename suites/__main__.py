@@ -77,7 +77,7 @@ def parser() -> Parser:
 
 
 def folders(given: list[str]) -> dict[str, Path]:
-    """Return the folder of each model. Raises Refused for a text that is not NAME=FOLDER."""
+    """Return the folder of each model. Raise Refused for a text that is not NAME=FOLDER."""
     pairs = {name: Path(folder) for name, _, folder in (text.partition("=") for text in given)}
     for name, folder in pairs.items():
         if not (folder / "config.json").is_file():

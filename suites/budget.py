@@ -29,7 +29,7 @@ def memory_on(budget: str, total_nbytes: int) -> int:
 def replay_setup(
     strategy: Strategy, native: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str
 ) -> ReplaySetup:
-    """Return the setup that replays a strategy under a budget. Raises Refused for one that is too small.
+    """Return the setup that replays a strategy under a budget. Raise Refused for one that is too small.
 
     "smallest", or "all" where that is every expert, is what the strategy needs; "25%" is a quarter of all experts;
     anything else is a memory size. Times are those of the `native` sizes, or of `geometry` where one is named.

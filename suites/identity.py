@@ -37,7 +37,7 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Return where it lies. Raises Refused for a model of the hub."""
+        """Return where it lies. Raise Refused for a model of the hub."""
         if self.path is None:
             raise Refused(f"Model {self.name} lies on the hub and has no folder here; give --model {self.name}=FOLDER.")
         return HERE / self.path
@@ -80,7 +80,7 @@ def code_hash() -> str:
 
 @cache
 def model_hash(model: Model) -> str:
-    """Return the SHA-256 of the checkpoint's list of hashes. Raises Refused for a file that is missing or differs.
+    """Return the SHA-256 of the checkpoint's list of hashes. Raise Refused for a file that is missing or differs.
 
     A real checkpoint has no list: of the hub it is its name and revision, in a folder its files' names and sizes.
     """

@@ -165,7 +165,7 @@ def intact_zip(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raises ValueError if a byte of it has changed."""
+    """Read what `write_json` wrote. Raise ValueError if a byte of it has changed."""
     data = json.loads(_checked(path))
     del data["sha256"]
     return data
@@ -180,7 +180,7 @@ def _checked(path: Path) -> bytes:
 
 
 def load(path: Path) -> Record:
-    """Read a record. Raises ValueError for a damaged one, one of another schema, or missing or unknown fields."""
+    """Read a record. Raise ValueError for a damaged one, one of another schema, or missing or unknown fields."""
     data = read_json(path)
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has record schema {data.get('schema')}; this version reads {SCHEMA}")

@@ -147,7 +147,7 @@ class Predictor:
             for number in range(len(self.weights[0]))
         }
         written = np.frombuffer(json.dumps(header, sort_keys=True).encode(), dtype=np.uint8)
-        with outputs.whole(path) as file:
+        with outputs.open_atomic(path) as file:
             np.savez_compressed(file, allow_pickle=False, header=written, **stages)
 
     @classmethod

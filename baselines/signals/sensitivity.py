@@ -54,7 +54,7 @@ class Measured:
 
     def save(self, path: Path) -> None:
         """Write it as JSON. Raise Refused where it cannot be written."""
-        with outputs.whole(path) as file:
+        with outputs.open_atomic(path) as file:
             file.write(f"{json.dumps({'format': FORMAT, **asdict(self)}, indent=1)}\n".encode())
 
     @classmethod

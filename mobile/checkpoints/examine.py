@@ -35,7 +35,7 @@ from mobile.checkpoints.weights import (
     stored_keys,
     weights_of,
 )
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 from mobile.live_model import caller_modes, compat
 from mobile.store import ExpertLayout
 
@@ -96,7 +96,7 @@ def config_of(source: Source, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # any exception of Transformers, or of code in the checkpoint
         if "trust_remote_code" in str(error):
             raise Refused(_needs_trust(source)) from error
-        raise Refused(f"Cannot read the configuration of {source.name}: {said(error)}") from error
+        raise Refused(f"Cannot read the configuration of {source.name}: {one_line(error)}") from error
 
 
 def _needs_trust(source: Source) -> str:
@@ -165,7 +165,7 @@ def dequantising_options(config: Any) -> dict[str, Any]:
     try:
         AutoHfQuantizer.from_config(chosen, pre_quantized=True).validate_environment(device_map=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise Refused(f"The checkpoint is quantised with {method}, and Transformers says: {said(error)}") from error
+        raise Refused(f"The checkpoint is quantised with {method}, and Transformers says: {one_line(error)}") from error
     return {"quantization_config": chosen}
 
 
@@ -285,7 +285,7 @@ def _build_empty(
     except Exception as error:  # any exception of the model, or of code in the checkpoint
         if "trust_remote_code" in str(error):
             raise Refused(_needs_trust(source)) from error
-        raise Refused(f"The configuration of {source.name} makes no model: {said(error)}") from error
+        raise Refused(f"The configuration of {source.name} makes no model: {one_line(error)}") from error
     if not model.can_generate():
         raise Refused(f"{type(model).__name__} does not generate text, and only what does is offloaded.")
     return model

@@ -26,7 +26,7 @@ from mobile.checkpoints.examine import Examined
 from mobile.checkpoints.reading import read_converted, read_directly
 from mobile.checkpoints.source import Source
 from mobile.costs.hardware import HardwareProfile
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 from mobile.live_model import caller_modes, compat
 from mobile.live_model.cleanup import Cleanup, with_cleanup
 from mobile.machine.host import host, memory_shortage
@@ -191,7 +191,7 @@ def _read(checkpoint: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, Hos
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         if "above report" in str(error):  # Transformers' list of them, which is not shown
             raise Refused(f"The weights of {name} do not fit its configuration; copy it again.") from error
-        raise Refused(f"Cannot load {name}: {said(error)}") from error
+        raise Refused(f"Cannot load {name}: {one_line(error)}") from error
     bar.update(task, completed=nbytes)
     model.config.name_or_path = model.name_or_path = name
     return model, store

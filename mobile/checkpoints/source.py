@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GB = 1e9
@@ -192,7 +192,7 @@ def _why(error: Exception, revision: str | None) -> str:
         return "that is neither a folder here nor a hub id like owner/name (a revision goes into revision=)"
     if isinstance(error, LocalEntryNotFoundError):
         return "the hub cannot be reached and it is not in the cache; connect, or give a folder with a copy"
-    return said(error)
+    return one_line(error)
 
 
 def cache_folder() -> Path:

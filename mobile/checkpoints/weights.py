@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import str_to_torch_dtype
 
 from mobile.checkpoints.source import INDEX, SINGLE, Source
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 
 LFS_POINTER = b"version https://git-lfs"
 FOREIGN = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
@@ -182,5 +182,7 @@ def _header(source: Source, file: str) -> dict[str, str]:
     try:
         header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit)
     except Exception as error:  # the HTTP client's and the hub's own
-        raise Refused(f"The header of {file} of {source.name} cannot be read ({said(error)}); run it again.") from error
+        raise Refused(
+            f"The header of {file} of {source.name} cannot be read ({one_line(error)}); run it again."
+        ) from error
     return {key: tensor.dtype for key, tensor in header.tensors.items()}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, trace
 from mobile.cli.terminal import show
 from mobile.cli.terminal.parsing import Parser
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 from mobile.version import this_version
 
 EXAMPLES = """
@@ -96,6 +96,6 @@ def _about(error: OSError) -> str:
     except OSError:
         show.silence(sys.stdout)
     if error.filename is None and error.errno in UNWRITABLE:
-        return f"The output cannot be written ({said(error)}); send it elsewhere"
+        return f"The output cannot be written ({one_line(error)}); send it elsewhere"
     named = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
-    return f"{said(error)}{named}"
+    return f"{one_line(error)}{named}"

@@ -23,7 +23,7 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     if out is not None and out.suffix != ".json":
         raise Refused(f"--out {out} must end in .json, which is how --hardware tells a file from a name.")
     if out is not None and not out.absolute().parent.is_dir():
-        raise Refused(f"The folder of --out {outputs.shown(out)} does not exist; make it first.")
+        raise Refused(f"The folder of --out {outputs.printable(out)} does not exist; make it first.")
     if out is not None:
         outputs.check_file(out)
     show.waiting("importing PyTorch ...")

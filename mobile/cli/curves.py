@@ -22,7 +22,7 @@ LABEL_GAP = 0.045  # of the axis, between two labels
 def check(path: Path) -> None:
     """Raise Refused, before anything is replayed, if the plot cannot be drawn or written."""
     if path.suffix.lower() not in FORMATS:
-        raise Refused(f"Cannot draw {outputs.shown(path)}; name a file that ends in {' or '.join(FORMATS)}.")
+        raise Refused(f"Cannot draw {outputs.printable(path)}; name a file that ends in {' or '.join(FORMATS)}.")
     outputs.check_file(path)
     if find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib; pip install 'mobile-moe[harness]', or leave --plot out.")
@@ -58,7 +58,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         kind = path.suffix.lower().removeprefix(".")
-        with outputs.whole(path) as file:
+        with outputs.open_atomic(path) as file:
             figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 
 from mobile.cli.terminal.session import MIN_TEMPERATURE
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 
 # Types of a message's parts: a tokenizer alone reads no pictures and no sound.
 PARTS = ("text", "input_text", "output_text")
@@ -62,7 +62,7 @@ def _object(text: str | dict[str, Any]) -> str | dict[str, Any]:
     try:
         content = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
-        raise _invalid(f"must be the JSON of an object ({said(error)})") from error
+        raise _invalid(f"must be the JSON of an object ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise _invalid("must be the JSON of an object")
     return text

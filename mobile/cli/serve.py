@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from mobile.cli.terminal import options, session, show
 from mobile.cli.terminal.reader import Reader, open_reader
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 
 EXAMPLES = """
 examples:
@@ -101,7 +101,7 @@ def application(name: str, model: Any, tokenizer: Any) -> Any:
             except ValueError as error:
                 if body.get("generation_config") is None:
                     raise
-                raise HTTPException(400, f"This generation_config cannot be used: {said(error)}.") from error
+                raise HTTPException(400, f"This generation_config cannot be used: {one_line(error)}.") from error
             if isinstance(answered, StreamingResponse):
                 answered.body_iterator = _ended(answered.body_iterator)
             return answered
@@ -170,4 +170,4 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError, ValueError, TypeError) as error:
-        raise Refused(f"Cannot serve at {host}:{port}: {said(error)}.") from error
+        raise Refused(f"Cannot serve at {host}:{port}: {one_line(error)}.") from error

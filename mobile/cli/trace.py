@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     outputs.check_file(out)
     if out.exists() and not arguments.force:
-        raise Refused(f"{outputs.shown(out)} exists; add --force to overwrite it.")
+        raise Refused(f"{outputs.printable(out)} exists; add --force to overwrite it.")
     texts = prompts.of_file(arguments.prompts)
     reader, sampled = session.opening(arguments)
     encoded = [_encode(reader, text, f"Prompt {number} of {len(texts)}") for number, text in enumerate(texts, 1)]

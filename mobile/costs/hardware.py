@@ -99,7 +99,7 @@ def profile(name: str) -> HardwareProfile:
 
 def write_profile(card: HardwareProfile, path: Path) -> None:
     """Write the profile as JSON, for `profile` to read. Raise Refused where it cannot be written."""
-    with outputs.whole(path) as file:
+    with outputs.open_atomic(path) as file:
         file.write(f"{json.dumps(asdict(card), indent=1)}\n".encode())
 
 

@@ -54,7 +54,7 @@ KERNELS = ("auto", "loop", "grouped", "triton")
 def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Return the kernel of that name: "loop", "grouped" or "triton"; "auto" is the loop.
 
-    Raises Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
+    Raise Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
     """
     if name in ("auto", "loop"):
         return loop

@@ -33,10 +33,11 @@ NO_SUCH_EXPERT = "A router chose expert {} of {}, which there is not."
 def group(index: torch.Tensor, experts: int) -> Groups:
     """Group index (tokens, K) by expert; entries equal to `experts` mean none and are left out. Waits for the device.
 
-    A token routed to one expert twice has two pairs with it, as in Transformers' eager experts. Raises IndexError for
+    A token routed to one expert twice has two pairs with it, as in Transformers' eager experts. Raise IndexError for
     an expert that there is not, which those refuse as well.
     """
     if index.shape[0] == 1:
+        # One token, as in every decode step: a list of K numbers is sorted faster than tensors are.
         ordered, ranks = index[0].sort(stable=True)
         ids = ordered.tolist()
         if ids and (ids[0] < 0 or ids[-1] > experts):
@@ -44,16 +45,18 @@ def group(index: torch.Tensor, experts: int) -> Groups:
         chosen = [expert for expert in ids if expert < experts]
         ranks = ranks[: len(chosen)]
         active = list(dict.fromkeys(chosen))
+        # Unless the router chose an expert twice, each has one pair.
         if len(active) == len(chosen):
             return Groups(active, [1] * len(active), list(range(len(active))), torch.zeros_like(ranks), ranks)
         counts = [chosen.count(expert) for expert in active]
         return Groups(active, counts, [chosen.index(expert) for expert in active], torch.zeros_like(ranks), ranks)
+    # Many tokens. Pairs lie by rank, then by token, so a stable sort by expert gives the order of eager's sums.
     by_rank = index.T.reshape(-1)
     order = torch.argsort(by_rank, stable=True)
     totals = torch.bincount(by_rank, minlength=experts + 1).tolist()
     if len(totals) > experts + 1:
         raise IndexError(NO_SUCH_EXPERT.format(len(totals) - 1, experts))
-    totals.pop()
+    totals.pop()  # the entries that mean none; their pairs are the last
     active = [expert for expert, count in enumerate(totals) if count]
     counts, starts, end = [totals[expert] for expert in active], [], 0
     for count in counts:

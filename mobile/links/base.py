@@ -75,10 +75,10 @@ class Link(Protocol):
         ...
 
     def wait(self, key: Key) -> None:
-        """Have compute go on only once `key` has arrived; count its waiting as stall. Raises what its copy raised."""
+        """Have compute go on only once `key` has arrived; count its waiting as stall. Raise what its copy raised."""
 
     def compute(self, ns: int, about: Key | str) -> int:
-        """Let the device compute for `ns` while copies go on. Returns `ns` where time is virtual, 0 elsewhere."""
+        """Let the device compute for `ns` while copies go on. Return `ns` where time is virtual, 0 elsewhere."""
         ...
 
     def on_cpu(self, ns: int, about: Key) -> None:

@@ -26,7 +26,7 @@ NEAR = 0.03  # a link that is slower than asked by no more than this share is ta
 
 
 def connect(ends: LinkEnds) -> StreamLink:
-    """Return a link over a CUDA channel. Raises Refused if it cannot be as fast as asked for."""
+    """Return a link over a CUDA channel. Raise Refused if it cannot be as fast as asked for."""
     channel = CudaChannel(ends.store, ends.slots, ends.row_of, ends.link_gb_per_s)
     return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived)
 
@@ -36,7 +36,7 @@ class CudaChannel:
 
     `row_of(key)` is the host row of an expert. `link_gb_per_s` makes each copy as slow as a link of that speed by
     really copying more bytes behind it, on the same stream: `throttled` says whether it does, or the link is that slow
-    by itself. `page_locked` says whether the rows are, or copies read ordinary memory. Raises Refused, with nothing
+    by itself. `page_locked` says whether the rows are, or copies read ordinary memory. Raise Refused, with nothing
     left registered, if the link is slower than asked for.
     """
 
@@ -112,7 +112,7 @@ class CudaChannel:
         return MEASURED * rows[0].nbytes / (begun.elapsed_time(ended) * 1e6)
 
     def _throttle(self, link_gb_per_s: float) -> None:
-        """Have each copy followed by as many more bytes as make it take as long. Raises Refused if it is too fast."""
+        """Have each copy followed by as many more bytes as make it take as long. Raise Refused if it is too fast."""
         if not 0 < link_gb_per_s * (1 - NEAR) <= self.native_gb_per_s:
             raise Refused(
                 f"This link copies {self.native_gb_per_s:.1f} GB/s and cannot be throttled to {link_gb_per_s:g}; "

@@ -47,7 +47,7 @@ class LinkKind:
         return self.scope if link_gb_per_s is None else self.throttled_scope or self.scope
 
     def connect(self, ends: LinkEnds) -> Link:
-        """Make the link. Raises Refused if it cannot be made as asked."""
+        """Make the link. Raise Refused if it cannot be made as asked."""
         made: Link = import_module(self.module).connect(ends)
         return made
 
@@ -63,7 +63,7 @@ CHOICES = ("auto", *LINKS)
 def link_kind(name: str, device_type: str) -> LinkKind:
     """Return the link of that name for a model on a device of that type; "auto" is cuda on a GPU, else virtual.
 
-    Raises Refused for a name that is unknown.
+    Raise Refused for a name that is unknown.
     """
     if name == "auto":
         return _CUDA if device_type == _CUDA.device_type else _VIRTUAL

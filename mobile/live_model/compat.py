@@ -106,7 +106,7 @@ def going_on(model: nn.Module, cache: Any) -> dict[str, Any]:
 def model_inside(model: Any) -> PreTrainedModel:
     """Return the Transformers model that `model` is, or that an adapter, a compiler or a class of the caller's wraps.
 
-    Raises Refused if there is none, or several that hold experts.
+    Raise Refused if there is none, or several that hold experts.
     """
     if isinstance(model, PreTrainedModel):
         return model
@@ -169,18 +169,20 @@ def stacked(experts: Any) -> list[nn.Parameter]:
 
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
-    """Return the model's MoE layers in order. Raises Refused if it has none, or one that cannot be offloaded."""
+    """Return the model's MoE layers in order. Raise Refused if it has none, or one that cannot be offloaded."""
     kind = type(model).__name__
     layers = []
     for name, experts in model.named_modules():
         if not is_experts(experts):
             continue
+        # The module holds the stacked weights and nothing else, but for one norm that its experts may share.
         _refuse_adapters(model, name, experts)
         normed = getattr(experts, f"has_{NORM}", False)
         weights = {label for label, _ in experts.named_parameters() if not (normed and label.startswith(f"{NORM}."))}
         if weights != set(weight_names(experts)) or (getattr(experts, NORM, None) is not None) != normed:
             raise Refused(f"{kind} keeps {', '.join(sorted(weights))} in {name}, a layout this version cannot offload.")
         layers.append(_layer(kind, model, name, experts))
+    # Weights shared between layers would be in two rows, of which each could change by itself.
     owned = [weight for layer in layers for weight in stacked(layer.experts)]
     if len({id(weight) for weight in owned}) != len(owned):
         raise Refused(f"{kind} has experts that several layers share, and a row of the store is of one layer.")
@@ -201,6 +203,7 @@ def _refuse_adapters(model: nn.Module, name: str, experts: nn.Module) -> None:
 
 
 def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
+    # The router lies beside the experts: by its usual name, or as the one module with a row of weights an expert.
     block = model.get_submodule(name.rpartition(".")[0])
     children = {label: child for label, child in block.named_children() if child is not experts}
     routers = [children[label] for label in ("gate", "router") if label in children] or [
@@ -210,6 +213,7 @@ def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
     ]
     if len(routers) != 1:
         raise Refused(f"{kind} has no router beside {name} that this version understands.")
+    # The number of experts a token runs is an attribute of the router, of the block, or of a configuration.
     for holder in (routers[0], block, getattr(routers[0], "config", None), getattr(experts, "config", None)):
         for top_k_attribute in TOP_K_NAMES:
             if isinstance(getattr(holder, top_k_attribute, None), int):
@@ -218,7 +222,7 @@ def _layer(kind: str, model: nn.Module, name: str, experts: Any) -> MoeLayer:
 
 
 def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
-    """Return the row layout that all layers share. Raises Refused if they differ."""
+    """Return the row layout that all layers share. Raise Refused if they differ."""
     weights = [{name: getattr(layer.experts, name) for name in weight_names(layer.experts)} for layer in layers]
     layouts = {layout_of(named) for named in weights}
     if len({w.dtype for named in weights for w in named.values()}) != 1:

@@ -76,7 +76,7 @@ def _apply_unless_it_converts(
 ) -> nn.Module:
     """Stand in for Module._apply, through which go to(), half(), cuda() and all their like: they may change nothing.
 
-    Raises Refused, with nothing converted, if one of the module's tensors would get another dtype or device.
+    Raise Refused, with nothing converted, if one of the module's tensors would get another dtype or device.
     """
     for dtype, device in _kinds(module.parameters()) | _kinds(module.buffers()):
         probe = torch.empty(0, dtype=dtype, device=device)

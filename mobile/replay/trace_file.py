@@ -75,7 +75,7 @@ def write(path: Path, arrays: Arrays, layers: int, about: dict[str, Any]) -> Non
     except Inconsistent as error:
         raise Refused(f"This trace cannot be written, for {error}.") from error
     header = json.dumps({"format": FORMAT, "layers": layers, "about": about}, sort_keys=True).encode()
-    with outputs.whole(path) as file:
+    with outputs.open_atomic(path) as file:
         np.savez_compressed(file, allow_pickle=False, header=np.frombuffer(header, dtype=np.uint8), **arrays)
 
 

@@ -109,11 +109,12 @@ def _slots_and_budget(
 ) -> tuple[int, int | None]:
     """Return how many slots there will be, and the bytes of `memory`, None if it was not given.
 
-    Raises Refused if the strategy cannot run with them.
+    Raise Refused if the strategy cannot run with them.
     """
     slots, memory = options.slots, options.memory
     if slots is not None and memory is not None:
         raise Refused("Give memory or slots, not both.")
+    # 1. Count slots: as given, one for each expert where the strategy keeps all, or as many as the memory holds.
     budget_nbytes = None if memory is None else parse_nbytes(memory)
     keeps_all = strategy.retain == "everything"
     if slots is None and keeps_all and memory is None:
@@ -121,6 +122,7 @@ def _slots_and_budget(
     if slots is None:
         budget = hardware.vram_nbytes if budget_nbytes is None else budget_nbytes
         slots = slots_for(charged, budget, hardware.reserve_nbytes, PREFILL_BUFFERS)
+    # 2. Refuse too few: a token's experts must be in slots at once.
     if slots < charged.top_k:
         raise Refused(
             f"{slots} slots cannot hold one token's {charged.top_k} experts; give at least {charged.top_k} slots."

@@ -44,7 +44,7 @@ def attach(
     caller's puts around a Transformers model. The other arguments are explained at
     `mobile.runtime.attach_plan.AttachOptions`; `poison` fills empty slots with NaN, for tests.
 
-    Raises Refused, with nothing changed, for whatever cannot work. Whatever else breaks it off (Ctrl-C, memory) leaves
+    Raise Refused, with nothing changed, for whatever cannot work. Whatever else breaks it off (Ctrl-C, memory) leaves
     the model as it was; a second interrupt, while that is undone, leaves one that `detach` puts right.
     """
     compat.check_version()
@@ -114,7 +114,7 @@ def install(
 def _self_test(engine: Engine, decoder: Decoder) -> Findings:
     """Run the passes that show that the strategy works on this model, or that learn what it needs.
 
-    Raises Refused if it does not work.
+    Raise Refused if it does not work.
     """
     strategy, device = engine.strategy, engine.device
 
@@ -144,7 +144,7 @@ def _self_test(engine: Engine, decoder: Decoder) -> Findings:
 def detach(model: Any) -> Any:
     """Make it the stock model again, bit for bit; return it.
 
-    Raises Refused if it is not attached, or if its device has no room for all experts; it stays attached then. If
+    Raise Refused if it is not attached, or if its device has no room for all experts; it stays attached then. If
     something breaks it off, the model refuses to run until it is called again, which goes on where it stopped.
     """
     engine = getattr(model, "mobile", None) or getattr(compat.model_inside(model), "mobile", None)

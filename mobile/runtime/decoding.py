@@ -101,7 +101,7 @@ class Decoder:
     # --- one forward pass ---------------------------------------------------------------------------
 
     def _enter(self, asked: Forward) -> Any:
-        """Run a forward call as a step of the engine. Raises Refused if a detach was begun and not finished."""
+        """Run a forward call as a step of the engine. Raise Refused if a detach was begun and not finished."""
         if self.engine.leaving:
             raise Refused(BROKEN_OFF)
         given = asked.entrance.given(asked.args, asked.kwargs)

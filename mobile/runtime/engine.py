@@ -98,7 +98,7 @@ class Engine:
     def allocate(self) -> None:
         """Cap what this process allocates on the device at the budget, and take the slots' memory.
 
-        Raises Refused, with nothing taken, if the device has too little.
+        Raise Refused, with nothing taken, if the device has too little.
         """
         if self.device.type == "cuda" and self.plan.budget_nbytes is not None:
             weakref.finalize(self, _lift_cap, self.device)  # should the model be deleted without detach

@@ -79,6 +79,7 @@ class NextLayerLookup:
         """
         (_, *here), named_here = running.router_inputs[layer]
         alike = type(self.layers[layer].router) is type(self.layers[layer + 1].router)
+        # 1. It was never called: this layer's inputs serve if the routers are of one class.
         if layer + 1 not in self.last_router_inputs:
             return (tuple(here), named_here) if alike else ((), {})
         (then, *others), named = self.last_router_inputs[layer + 1]
@@ -86,9 +87,11 @@ class NextLayerLookup:
         def of_tokens(part: Any) -> bool:
             return torch.is_tensor(part) and part.shape[: then.ndim - 1] == then.shape[:-1]
 
+        # 2. One class: a value for each token is taken from this layer, anything else from the last call.
         if alike and len(here) == len(others) and named_here.keys() == named.keys():
             others = [mine if of_tokens(last) else last for last, mine in zip(others, here, strict=True)]
             return tuple(others), {key: named_here[key] if of_tokens(last) else last for key, last in named.items()}
+        # 3. Another class: all as in the last call, unless that had another number of tokens and values for each.
         if then.shape[:-1] != hidden.shape[:-1] and any(map(of_tokens, (*others, *named.values()))):
             return None
         return tuple(others), named

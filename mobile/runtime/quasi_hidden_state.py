@@ -70,7 +70,7 @@ def learn(
 
     `store` has the experts of `layers`, and `running()` is the pass under way from then on. Mean outputs are the same
     whatever is generated later, so no output depends on what came before it. They take a row of the hidden width per
-    expert on the device, beyond the budget. Hooks are among `overrides`, until it is over. Raises Refused where no
+    expert on the device, beyond the budget. Hooks are among `overrides`, until it is over. Raise Refused where no
     norm is found.
     """
     generator = torch.Generator("cpu").manual_seed(SEED)
@@ -115,7 +115,7 @@ def learn(
 
 
 def _norm_of(router: nn.Module, given: torch.Tensor, ran: Sequence[tuple]) -> nn.Module:
-    """Return the last module that changed something into the router's input. Raises Refused if none did."""
+    """Return the last module that changed something into the router's input. Raise Refused if none did."""
     for module, taken, made in reversed(ran):
         if made.numel() == given.numel() and torch.equal(made.reshape(given.shape), given):
             if torch.equal(taken, made):

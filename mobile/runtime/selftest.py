@@ -98,7 +98,7 @@ def check_confidence(model: Any) -> None:
 def check_routers(stock: Forward, engine: Engine) -> None:
     """Run a token with every router set to choose K/2 experts.
 
-    Raises Refused if one chooses another number: halving its choice would need a rule this version does not have.
+    Raise Refused if one chooses another number: halving its choice would need a rule this version does not have.
     """
     try:
         with engine.little_k():

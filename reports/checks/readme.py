@@ -35,7 +35,7 @@ Tables = Mapping[tuple[str, str], Table]
 
 
 def texts() -> dict[Path, str]:
-    """Return what each generated file should hold, by path. Raises NoExpectation if the report lacks a table."""
+    """Return what each generated file should hold, by path. Raise NoExpectation if the report lacks a table."""
     try:
         tables = read_tables(SOURCE.read_text(encoding="utf-8"))
         made = {path: _filled(path, tables) for path in dict.fromkeys(path for path, _ in BLOCKS)}
@@ -69,7 +69,7 @@ def _said(text: str) -> str:
 
 
 def _filled(path: str, tables: Tables) -> str:
-    """Return a README with its tables in place. Raises ValueError where a pair of markers is missing."""
+    """Return a README with its tables in place. Raise ValueError where a pair of markers is missing."""
     text = (ROOT / path).read_text(encoding="utf-8")
     for (place, name), block in BLOCKS.items():
         if place == path:

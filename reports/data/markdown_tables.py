@@ -39,7 +39,7 @@ def _cells(line: str) -> tuple[str, ...]:
 
 
 def columns(table: Table, *names: str) -> list[tuple[str, ...]]:
-    """Return the rows of a table with the named columns alone, in that order. Raises ValueError if one is missing."""
+    """Return the rows of a table with the named columns alone, in that order. Raise ValueError if one is missing."""
     places = [table.head.index(name) for name in names]
     return [tuple(row[place] for place in places) for row in table.rows]
 

@@ -79,7 +79,7 @@ def _speed_rows(results: Results, model: str, claim: dict[str, Any], trusted: bo
             base = baselines.get(baseline, [])
             measured = speedup(mobile, base) if mobile and base else None
             stamp = verdict.stamp_of(mobile, base)
-            outcome = verdict.of_band(measured, claim["low"], claim["high"], stamp, trusted)
+            outcome = verdict.speedup_verdict(measured, claim["low"], claim["high"], stamp, trusted)
             published = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
             rows.append(
                 ("speedup", published, model, f"over {baseline}, {budget}", ratio(measured), outcome, str(stamp))
@@ -91,7 +91,7 @@ def _accuracy_row(results: Results, model: str, claim: dict[str, Any], trusted: 
     mobile, full_k = groups.mobile(results, model), groups.full_k(results, model)
     measured = accuracy(mobile, full_k) if mobile and full_k else None
     stamp = verdict.stamp_of(mobile, full_k)
-    outcome = verdict.of_margin(measured, claim["margin_points"], stamp, trusted)
+    outcome = verdict.accuracy_verdict(measured, claim["margin_points"], stamp, trusted)
     here = f"within {claim['margin_points']:g} point of full K, all tasks"
     return (
         "accuracy",
@@ -110,7 +110,7 @@ def _loading_row(results: Results, model: str, claim: dict[str, Any], trusted: b
     stalled = share(base, "decode_stall_seconds", "decode_seconds") if base else None
     stamp = verdict.stamp_of(base)
     measured = None if stalled is None else Interval(stalled, stalled, stalled)
-    outcome = verdict.of_band(measured, claim["low"], 1.0, stamp, trusted)
+    outcome = verdict.speedup_verdict(measured, claim["low"], 1.0, stamp, trusted)
     published = f"over {100 * claim['low']:g} % of latency"
     return ("loading", published, model, "stalled on the link, on-demand", percent(stalled), outcome, str(stamp))
 

@@ -147,7 +147,7 @@ def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Tab
         for baseline in ON_DEMAND:
             measured = speedup_over(records, record, baseline)
             stamp = verdict.stamp_of([record], baseline_cell(records, record, baseline))
-            outcome = verdict.of_band(measured, claim["low"], claim["high"], stamp, trusted)
+            outcome = verdict.speedup_verdict(measured, claim["low"], claim["high"], stamp, trusted)
             here = f"over {baseline}, {record.budget}, {link_title(record)}"
             band = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
             rows.append(("speedup", band, record.model, here, ratio(measured), outcome, str(stamp)))

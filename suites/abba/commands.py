@@ -100,7 +100,7 @@ def order(pairs: int) -> list[int]:
 def process(variant: variants.Variant, tree: Sequence[Path], words: list[str], out: Path) -> dict[str, Any]:
     """Run the workload once, with the folders of `tree` first on PYTHONPATH, and return its result.
 
-    Raises Refused with its last line where it fails, or times the wrong tree.
+    Raise Refused with its last line where it fails, or times the wrong tree.
     """
     strategies = [word for name in variant.strategies for word in ("--strategy", name)]
     path = os.pathsep.join([*map(str, tree), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -42,7 +42,7 @@ def commit_of(revision: str) -> str | None:
 
 
 def default_base() -> str:
-    """Return where this branch left the default branch; on that branch, the commit before. Raises Refused."""
+    """Return where this branch left the default branch; on that branch, the commit before. Raise Refused."""
     branch = _git("symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD") or "main"
     base = _git("merge-base", branch, "HEAD~1") or commit_of("HEAD~1")
     if base is None:
@@ -51,7 +51,7 @@ def default_base() -> str:
 
 
 def regression(base: str | None, strategies: tuple[str, ...]) -> tuple[Variant, Variant]:
-    """Return a revision and the working tree. Raises Refused for a revision that git does not know."""
+    """Return a revision and the working tree. Raise Refused for a revision that git does not know."""
     chosen = default_base() if base is None else base
     commit = commit_of(chosen)
     if commit is None:
@@ -60,7 +60,7 @@ def regression(base: str | None, strategies: tuple[str, ...]) -> tuple[Variant, 
 
 
 def named(first: str, second: str, strategies: tuple[str, ...]) -> tuple[Variant, Variant]:
-    """Return two strategies in the working tree, or two revisions. Raises Refused for names of neither or of each."""
+    """Return two strategies in the working tree, or two revisions. Raise Refused for names of neither or of each."""
     kinds = [_kind(name) for name in (first, second)]
     if kinds[0] != kinds[1]:
         raise Refused(f"{first} is a {kinds[0]} and {second} a {kinds[1]}; give two of one kind.")

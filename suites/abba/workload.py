@@ -101,7 +101,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def text_ids(folder: Path, length: int) -> list[int]:
-    """Return the first `length` tokens of the shipped text, in the model's own tokens. Raises SystemExit for fewer."""
+    """Return the first `length` tokens of the shipped text, in the model's own tokens. Raise SystemExit for fewer."""
     rows = [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "\n\n".join(row["prompt"] + row["worked"] for row in rows)

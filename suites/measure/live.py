@@ -109,7 +109,7 @@ class Loaded:
 def load(cell: Cell, run: RunFolder) -> Loaded:
     """Load the cell's checkpoint with its strategy attached.
 
-    Raises Refused for a checkpoint that is not the real model it is said to be, and for whatever mobile.load refuses.
+    Raise Refused for a checkpoint that is not the real model it is said to be, and for whatever mobile.load refuses.
     """
     folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, needs_gpu(cell.link)
     dtype: Any = "auto" if real else torch.float32
@@ -151,7 +151,7 @@ def _layer_sizes(geometry: Geometry) -> tuple[int, ...]:
 
 
 def checkpoint(model: Model) -> Path:
-    """Return the model's folder; download it from the hub unless it is in the cache. Raises Refused."""
+    """Return the model's folder; download it from the hub unless it is in the cache. Raise Refused."""
     if model.hub is None:
         return model.folder
     try:

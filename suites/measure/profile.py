@@ -77,7 +77,7 @@ def _covered(spans: Iterable[Span]) -> float:
 
 
 def window_of(events: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the start of the first decode pass and the end of all that ran. Raises Refused for a trace without one."""
+    """Return the start of the first decode pass and the end of all that ran. Raise Refused for a trace without one."""
     passes = [e for e in events if _scoped(e) and e["name"].endswith(" pass") and "prefill" not in e["name"]]
     if not passes:
         raise Refused("The trace holds no decode pass; profile at least one token.")
@@ -128,7 +128,7 @@ def _outermost(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
-    """Make the model, play a script warm, then again under the profiler. Raises Refused for what this machine lacks."""
+    """Make the model, play a script warm, then again under the profiler. Raise Refused for what this machine lacks."""
     import torch
     from torch.profiler import ProfilerActivity
 

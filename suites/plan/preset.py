@@ -81,7 +81,7 @@ class Preset:
     def only(self, pattern: str | None) -> Preset:
         """Return the preset with the cells whose label holds the pattern (with * and ? as in file names).
 
-        Raises Refused where none does.
+        Raise Refused where none does.
         """
         chosen = self.cells if pattern is None else tuple(c for c in self.cells if fnmatch(c.label, f"*{pattern}*"))
         if not chosen:
@@ -99,7 +99,7 @@ def read_preset(
 ) -> Preset:
     """Read the preset of that name, or at that path; published tasks' files are in `folder`, models in `folders`.
 
-    `link` is another than its own for a preset of synthetic cells. Raises Refused for a preset that is unknown or asks
+    `link` is another than its own for a preset of synthetic cells. Raise Refused for a preset that is unknown or asks
     for unknown things.
     """
     path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
@@ -123,7 +123,7 @@ def read_preset(
 
 
 def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> list[Cell]:
-    """Return the cells of a preset whose answers are scored. Raises Refused, KeyError, TypeError."""
+    """Return the cells of a preset whose answers are scored. Raise Refused, KeyError, TypeError."""
     tasks = expand(data["tasks"])
     available = {task: items_of(task, folder) for task in tasks}
     most = max(available.values(), default=max(task.items for task in TASKS.values()))
@@ -171,6 +171,7 @@ def _cells_of(
 
     By task, `at_most` is the most items that may be asked, and `task_folders` the folder of those that have one.
     """
+    # 1. Refuse what cannot be: an unknown geometry, a budget too small, a checkpoint that is not there.
     if model.geometry not in GEOMETRIES:
         raise Refused(f"Unknown geometry {model.geometry!r}; {offer(model.geometry, sorted(GEOMETRIES))}.")
     cards = [_card(name, link) for name in data["hardware"]]
@@ -186,6 +187,7 @@ def _cells_of(
         raise Refused(f"fewer_items names {sorted(unknown)[0]!r}, which is not among the strategies of {model.name}.")
     if min((items, *fewer.values())) < 1:
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
+    # 2. List (strategy, budget, swept, items): the strategies at every budget, then the sweeps of gamma and of caches.
     runs = [
         (strategy, budget, False, min(items, fewer.get(strategy.name, items)))
         for strategy in chosen
@@ -194,6 +196,7 @@ def _cells_of(
     runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in gammas]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
+    # 3. For each seed, task and card: a cell for each of them, then the canary's.
     for seed, task, card in product(data["seeds"], at_most, cards):
         generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card)
         for strategy, budget, swept, count in runs:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 from mobile.machine.host import host
 
 PATIENCE_SECONDS = 30  # for workers, which may still be starting
@@ -47,7 +47,7 @@ def here() -> Iterator[Workers]:
 def cluster(address: str, folder: Path, alone: bool) -> Iterator[Workers]:
     """Yield the workers of the dask scheduler at `address`, which must see `folder` under the same name.
 
-    `alone` says whether there will be jobs that want their machine to themselves. Raises Refused if the package, the
+    `alone` says whether there will be jobs that want their machine to themselves. Raise Refused if the package, the
     scheduler, the workers, the resource such jobs take, or the shared folder is missing.
     """
     try:
@@ -87,7 +87,7 @@ def _refuse_unless_scheduler(address: str) -> None:
         found = asyncio.run(_identity(address))
     except Exception as error:  # whatever comes of talking to something else, in a protocol that it does not know
         raise Refused(
-            f"No dask scheduler answers at {address} ({said(error)}); start one with: dask scheduler"
+            f"No dask scheduler answers at {address} ({one_line(error)}); start one with: dask scheduler"
         ) from error
     finally:
         log.setLevel(level)

@@ -106,7 +106,7 @@ def locked(run: RunFolder) -> Iterator[None]:
 def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, chosen: Preset | None = None) -> int:
     """Do what is missing of the preset, or of its part `chosen`; return how many cells of that have no record then.
 
-    A report expects the whole preset either way. Raises DiskFull.
+    A report expects the whole preset either way. Raise DiskFull.
     """
     begun = time.monotonic()
     # 1. Write the plan, then throw away or put aside what an earlier run left in no good state.
@@ -185,7 +185,7 @@ def _outcomes(future: Future, job: Job) -> list[Finished]:
 
 
 def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
-    """Print what became of a piece; a failure leaves a note that the report prints. Raises DiskFull."""
+    """Print what became of a piece; a failure leaves a note that the report prints. Raise DiskFull."""
     failure = run.failure(done.id)
     if done.error is None:
         failure.unlink(missing_ok=True)

@@ -62,7 +62,7 @@ class Measurer(Protocol):
         """Return what the pieces of one job share, loaded for the first of them."""
 
     def measure(self, piece: Any, loaded: Any, run: RunFolder, /) -> None:
-        """Do the piece and write its output. Raises whatever keeps it from being done."""
+        """Do the piece and write its output. Raise whatever keeps it from being done."""
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def first_tokens(request: Request, tokens: int) -> Request:
 def task_config(task: str, folder: Path | None = None) -> dict[str, Any]:
     """Return a task as lm-eval is to run it: its definition, with the data files of `folder` (None: the hub's).
 
-    Paths are absolute (lm-eval would read relative ones from the current folder). Raises Refused for missing files.
+    Paths are absolute (lm-eval would read relative ones from the current folder). Raise Refused for missing files.
     """
     published = PUBLISHED.get(task)
     if published is None:

@@ -45,7 +45,7 @@ def run_all(pairs: Sequence[tuple[str, str]], seconds: int = 3, memory_mb: int =
 
     `seconds` are of processor time, so that a busy machine changes no outcome; four times as many may pass on the
     clock. `memory_mb` is address space, the interpreter's 30 MB included. Hashes and `random` are seeded: the same
-    program has the same outcome. Raises SyntaxError for tests that do not compile, Refused where there is no fork.
+    program has the same outcome. Raise SyntaxError for tests that do not compile, Refused where there is no fork.
     """
     if os.name != "posix":
         raise Refused("Running generated code needs a Unix (it forks and sets limits); leave the code tasks out.")

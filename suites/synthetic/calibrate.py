@@ -32,7 +32,7 @@ from suites.synthetic.script_player import Played, play
 def calibrated(cell: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
     """Return the profile of this machine with the cell's link; None for a cell that is not predicted.
 
-    Raises Refused for measurements that no profile fits.
+    Raise Refused for measurements that no profile fits.
     """
     if not cell.is_predicted:
         return None

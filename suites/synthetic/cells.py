@@ -106,7 +106,7 @@ def synthetic_cell_from(data: dict[str, Any]) -> SyntheticCell:
 def synthetic_cells_of(data: dict[str, Any], link: str | None) -> Iterator[SyntheticCell | ReferenceCell]:
     """Yield the cells of a preset with [[runs]], over `link` or else the preset's own, and last those of `beside`.
 
-    A model's own `budgets`, `layers` and `shrink` go before the preset's. Raises Refused, KeyError, TypeError.
+    A model's own `budgets`, `layers` and `shrink` go before the preset's. Raise Refused, KeyError, TypeError.
     """
     chosen = link or data["link"]
     if chosen not in LINKS:

@@ -51,7 +51,7 @@ WIDTHS = (  # what a shrunk configuration has less of; heads keep their number
 def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
     """Return the real model's configuration, with so many MoE layers (None: all of them).
 
-    `shrink` divides every width, for tests: the same layers, experts and top-k, and the same code. Raises Refused for
+    `shrink` divides every width, for tests: the same layers, experts and top-k, and the same code. Raise Refused for
     an unknown geometry, or more layers than it has.
     """
     if geometry not in BY_GEOMETRY:
@@ -74,7 +74,7 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
 def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
     """Return the largest number of MoE layers whose experts fit the host memory that is free now.
 
-    Raises Refused where not one does.
+    Raise Refused where not one does.
     """
     *_, layout = _empty(config_of(geometry, 1, shrink), dtype)
     real = GEOMETRIES[geometry]
@@ -113,7 +113,7 @@ class Synthetic:
     def attached(self, strategy: str | Strategy, *, poison: bool = False, **keywords: Any) -> Iterator[Engine]:
         """Serve the model by an engine inside the block, as `mobile.attach` does it; keywords are AttachOptions'.
 
-        Afterwards the experts are still in the store: they are never given back to the modules. Raises Refused for
+        Afterwards the experts are still in the store: they are never given back to the modules. Raise Refused for
         whatever attach refuses, or if the device has no room for the slots.
         """
         options = AttachOptions(strategy, **keywords)
@@ -151,7 +151,7 @@ def make(
 ) -> Synthetic:
     """Make the model; `layers` None makes as many MoE layers as host memory holds.
 
-    Raises Refused for an unknown geometry, too many layers, or too little host memory.
+    Raise Refused for an unknown geometry, too many layers, or too little host memory.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

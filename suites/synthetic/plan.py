@@ -109,7 +109,7 @@ def _playing(cell: SyntheticCell) -> float:
 def check(name: str, cells: Sequence[SyntheticCell]) -> list[str]:
     """Return what will differ here from what the preset asks for, a sentence each.
 
-    Raises Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small.
+    Raise Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small.
     """
     if not any(LINKS[cell.link].needs_gpu for cell in cells):
         return []

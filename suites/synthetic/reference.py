@@ -145,7 +145,7 @@ def plain(made: Synthetic) -> Any:
 
 
 def resident(model: Any, device: torch.device, _memory: str) -> str:
-    """Move everything to the device. Raises Refused where it has no room."""
+    """Move everything to the device. Raise Refused where it has no room."""
     if device.type == "cuda":
         need, free = sum(weight.nbytes for weight in model.parameters()), torch.cuda.mem_get_info(device)[0]
         if need + GIB > free:
@@ -155,7 +155,7 @@ def resident(model: Any, device: torch.device, _memory: str) -> str:
 
 
 def offloaded(model: Any, device: torch.device, memory: str) -> str:
-    """Offload as `device_map="auto"` does: whole modules move, by accelerate's hooks. Raises Refused without it.
+    """Offload as `device_map="auto"` does: whole modules move, by accelerate's hooks. Raise Refused without it.
 
     On a CPU every module is offloaded to host memory and fetched again, so that the same hooks run.
     """

@@ -83,7 +83,7 @@ def reference_cell_from(data: dict[str, Any]) -> ReferenceCell:
 
 
 def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str) -> Iterator[ReferenceCell]:
-    """Yield the measurements that a preset asks for with `beside`; none in virtual time. Raises Refused."""
+    """Yield the measurements that a preset asks for with `beside`; none in virtual time. Raise Refused."""
     asked = data.get("beside", [])
     if unknown := set(asked) - set(MEASUREMENTS):
         first = sorted(unknown)[0]

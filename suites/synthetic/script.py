@@ -74,7 +74,7 @@ class Script:
 def with_rate(script: Script, rate: float, seed: int) -> Script:
     """Return the same choices with round(rate * n) of the n counted steps unsure, drawn with `seed`; so in the warm-up.
 
-    Raises Refused for a rate outside of 0 to 1.
+    Raise Refused for a rate outside of 0 to 1.
     """
     if not 0 <= rate <= 1:
         raise Refused(f"A fallback rate is a share of the decode steps, 0 to 1, and not {rate:g}.")
@@ -90,7 +90,7 @@ def drawn(routing: str, length: ScriptLength, *, layers: int, experts: int, top_
     """Draw every token's `top_k` experts of every layer without replacement; no little pass is unsure.
 
     `routing` is "uniform" or "zipf EXPONENT": then the expert of rank i is drawn with weight 1 / i ** EXPONENT, and
-    ranks are shuffled in each layer. Raises Refused for another word.
+    ranks are shuffled in each layer. Raise Refused for another word.
     """
     word, _, number = routing.partition(" ")
     try:

@@ -104,7 +104,7 @@ def play(made: Synthetic, script: Script, tokens: torch.Tensor | None = None) ->
 
     On a GPU the host waits for the device at the ends of prefill and of the counted steps, nowhere else.
 
-    `tokens` (prompt tokens + steps,) are what is fed, some fixed ones if left out. Raises Refused for a script of
+    `tokens` (prompt tokens + steps,) are what is fed, some fixed ones if left out. Raise Refused for a script of
     another shape.
     """
     model, engine = made.model, made.model.mobile

@@ -49,7 +49,7 @@ class Loaded:
 
 
 def load(cell: SyntheticCell, run: RunFolder) -> Loaded:
-    """Make the cell's model. Raises Refused for what cannot be made here."""
+    """Make the cell's model. Raise Refused for what cannot be made here."""
     if not LINKS[cell.link].needs_gpu:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     device = LINKS[cell.link].usual_device
@@ -135,7 +135,7 @@ def memory_or_slots(
 def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
     """Play every repeat, warm, and return what it took, and what the virtual clock predicts from the profile `here`.
 
-    Where the clock cannot predict, the measurement stands and the record says why. Raises Refused for what this
+    Where the clock cannot predict, the measurement stands and the record says why. Raise Refused for what this
     machine cannot do.
     """
     begun = time.monotonic()

@@ -143,7 +143,7 @@ GROUPS = {
 
 
 def expand(names: list[str]) -> dict[str, str]:
-    """Return by task the name it was asked for by, groups taken apart. Raises Refused for an unknown name."""
+    """Return by task the name it was asked for by, groups taken apart. Raise Refused for an unknown name."""
     found: dict[str, str] = {}
     for name in names:
         if name not in TASKS and name not in GROUPS:

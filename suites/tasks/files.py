@@ -27,7 +27,7 @@ DATA = FOLDER / "data"
 def locate(task: str, folder: Path | None) -> dict[str, Path]:
     """Return the local files of a task by split: shipped ones, or a published task's in `folder`; none without one.
 
-    Raises Refused naming what was looked for and where to get it.
+    Raise Refused naming what was looked for and where to get it.
     """
     if task in SHIPPED:
         return {"test": DATA / f"{task}.jsonl"}
@@ -61,7 +61,7 @@ def shipped(task: str) -> list[dict]:
 
 @cache
 def read(path: Path) -> list[dict]:
-    """Return the items of a .json (under "examples"), .jsonl or .jsonl.gz file. Raises Refused for other content."""
+    """Return the items of a .json (under "examples"), .jsonl or .jsonl.gz file. Raise Refused for other content."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()

@@ -17,7 +17,7 @@ from mobile.ledger import Ledger
 
 
 def write(path: Path, data: bytes = b"new") -> None:
-    with outputs.whole(path) as file:
+    with outputs.open_atomic(path) as file:
         file.write(data)
 
 
@@ -33,7 +33,7 @@ def test_what_is_broken_off_leaves_the_old_file(tmp_path):
     (tmp_path / "out").write_bytes(b"old")
 
     def half() -> None:
-        with outputs.whole(tmp_path / "out") as file:
+        with outputs.open_atomic(tmp_path / "out") as file:
             file.write(b"half")
             raise KeyboardInterrupt
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from mobile.errors import said
+from mobile.errors import one_line
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,4 @@ from mobile.errors import said
     ],
 )
 def test_it_is_one_line_without_a_full_stop_that_can_be_printed_anywhere(error, line):
-    assert said(error) == line
+    assert one_line(error) == line

@@ -23,8 +23,8 @@ OUTCOMES = {"REPRODUCED", "SHORT", "EXCEEDS", "INCONCLUSIVE"}
 def test_only_real_weights_on_one_real_link_are_judged(scope, weights, machines, trusted, ratio, pair):
     of = Stamp(scope, weights, machines)
     for says, result in (
-        (verdict.of_band(ratio, 1.60, 1.72, of, trusted), ratio),
-        (verdict.of_margin(pair, 1.0, of, trusted), pair),
+        (verdict.speedup_verdict(ratio, 1.60, 1.72, of, trusted), ratio),
+        (verdict.accuracy_verdict(pair, 1.0, of, trusted), pair),
     ):
         judged = (scope, weights, machines, trusted) == ("gpu+pcie", "real", 1, True) and result is not None
         assert (says in OUTCOMES) == judged
@@ -38,8 +38,8 @@ def test_only_real_weights_on_one_real_link_are_judged(scope, weights, machines,
 
 def test_a_measurement_can_be_reproduced():
     """Without this the test above would pass for a rule that never says yes."""
-    assert verdict.of_band(Interval(1.65, 1.64, 1.66), 1.60, 1.72, MEASURED) == "REPRODUCED"
-    assert verdict.of_margin(Paired(20_000, 20, 20), 1.0, MEASURED) == "REPRODUCED"
+    assert verdict.speedup_verdict(Interval(1.65, 1.64, 1.66), 1.60, 1.72, MEASURED) == "REPRODUCED"
+    assert verdict.accuracy_verdict(Paired(20_000, 20, 20), 1.0, MEASURED) == "REPRODUCED"
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_a_measurement_can_be_reproduced():
     ],
 )
 def test_the_rule_for_a_band(low, high, says):
-    assert verdict.of_band(Interval((low + high) / 2, low, high), 1.60, 1.72, MEASURED) == says
+    assert verdict.speedup_verdict(Interval((low + high) / 2, low, high), 1.60, 1.72, MEASURED) == says
 
 
 def test_the_rule_for_a_margin():
-    assert verdict.of_margin(Paired(1000, 100, 0), 1.0, MEASURED) == "SHORT"
-    assert verdict.of_margin(Paired(164, 0, 0), 1.0, MEASURED) == "INCONCLUSIVE"
+    assert verdict.accuracy_verdict(Paired(1000, 100, 0), 1.0, MEASURED) == "SHORT"
+    assert verdict.accuracy_verdict(Paired(164, 0, 0), 1.0, MEASURED) == "INCONCLUSIVE"
 
 
 def test_one_projected_baseline_stamps_the_whole_number():

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 
 STDIN = "standard input"
 
@@ -58,7 +58,7 @@ def of_file(source: str) -> list[str]:
     try:
         data = Path(source).read_bytes()
     except OSError as error:
-        raise Refused(f"Cannot read the prompts in {source}: {said(error)}.") from error
+        raise Refused(f"Cannot read the prompts in {source}: {one_line(error)}.") from error
     return parse(decode(data, source), source)
 
 

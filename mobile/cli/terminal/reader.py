@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mobile.errors import Refused, said
+from mobile.errors import Refused, one_line
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Reader:
         try:
             inputs = read()
         except ImportError as error:  # Jinja is not among the packages that the engine needs
-            raise Refused(f"The {by} of {self.name} needs a package that is missing: {said(error)}.") from error
+            raise Refused(f"The {by} of {self.name} needs a package that is missing: {one_line(error)}.") from error
         except Exception as error:
-            raise Refused(f"The {by} of {self.name} does not take this ({said(error)}); ask otherwise.") from error
+            raise Refused(f"The {by} of {self.name} does not take this ({one_line(error)}); ask otherwise.") from error
         ids = inputs["input_ids"]
         if ids.shape[-1] == 0:
             if by == "tokenizer":
@@ -94,7 +94,7 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust)
     except Exception as error:  # each kind of tokenizer has its own exceptions for files that are missing or broken
-        raise Refused(f"Cannot load the tokenizer of {name} ({said(error)}); copy its files again.") from error
+        raise Refused(f"Cannot load the tokenizer of {name} ({one_line(error)}); copy its files again.") from error
     # Without its files Transformers makes a tokenizer that knows only special tokens.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise Refused(f"{name} lacks the files of its tokenizer, such as tokenizer.json; copy them into the folder.")

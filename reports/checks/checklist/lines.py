@@ -59,7 +59,7 @@ LINES: tuple[tuple[str, Callable[[Evidence], str]], ...] = (
     ("With a scrambled router accuracy falls and time stays", integrity.canary_fails),
     ("What failed or is missing stands on the page, with the reason", integrity.failures_are_shown),
     ("Nothing detects the benchmark or is tuned to its inputs", integrity.no_benchmark_is_detected),
-    ("What a run takes is said before it starts", use.cost_is_stated),
+    ("The cost of a run is said before it starts", use.cost_is_stated),
     ("There is a run of two minutes that needs no network and no GPU", use.smoke_is_short),
     ("Code, weights and data are under a licence, and running generated code is safe or asked for", use.licences),
     ("The raw records and one command give every table and figure again", use.one_command),
