@@ -40,7 +40,7 @@ class Fifo:
         return oldest
 
 
-FIFO = replace(LRU, name="fifo", summary="evict the oldest", source="a test", evict=Fifo)
+FIFO = replace(LRU, name="strangers-fifo", summary="evict the oldest", source="a test", evict=Fifo)
 '''
 
 USE = """
@@ -49,10 +49,10 @@ sys.path.insert(0, {tests!r})
 import torch
 from conftest import greedy, prompt, tiny
 import mobile
-assert mobile.strategies()["fifo"].lossless
+assert mobile.strategies()["strangers-fifo"].lossless
 model, ids = tiny("olmoe"), prompt()
 expected = greedy(model, ids)[1]
-mobile.attach(model, "fifo", slots=6, poison=True)
+mobile.attach(model, "strangers-fifo", slots=6, poison=True)
 assert torch.equal(greedy(model, ids)[1], expected)
 print(model.mobile.stats()["hits"])
 """
@@ -64,7 +64,7 @@ def test_a_separate_package_adds_a_strategy(tmp_path):
     info = tmp_path / "fifo_plugin-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fifo-plugin\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[mobile.strategies]\nfifo = fifo_plugin:FIFO\n")
+    (info / "entry_points.txt").write_text("[mobile.strategies]\nstrangers-fifo = fifo_plugin:FIFO\n")
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tmp_path), str(tests.parent)])
     code = USE.format(tests=str(tests))
@@ -105,8 +105,8 @@ def test_metadata_of_an_older_checkout_hides_no_strategy_of_this_one_and_adds_no
 def test_a_plug_in_stands_beside_the_strategies_of_a_checkout(installed, monkeypatch, tmp_path):
     (tmp_path / "first_out.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
-    installed(("fifo", "first_out:FIFO", "first-out"))
-    assert set(mobile.strategies()) == OWN | {"fifo"}
+    installed(("strangers-fifo", "first_out:FIFO", "first-out"))
+    assert set(mobile.strategies()) == OWN | {"strangers-fifo"}
 
 
 @pytest.mark.parametrize("beside", [None, '[project]\nname = "another"\n', "no toml ["])

@@ -149,3 +149,26 @@ def test_what_the_readme_says_of_all_families_is_so():
 
 def test_the_front_page_is_short():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_presets_of_the_suites_page_are_those_there_are():
+    listed = re.findall(r"^\| `(\w+)` \|", PAGES["suites/README.md"].split("## The rooms")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "suites/presets").glob("*.toml"))
+
+
+@pytest.mark.parametrize("room", ["mobile", "suites", "reports"])
+def test_a_page_names_every_folder_of_its_room(room):
+    rows = re.findall(r"^\| (`.+?) \|", PAGES[f"{room}/README.md"].split("## The rooms")[1], re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([\w/]+)/`", row)}
+    assert named == {path.parent.name for path in (ROOT / room).glob("*/__init__.py")} | (
+        {"presets"} if room == "suites" else set()
+    )
+
+
+def test_the_committed_page_and_the_committed_cells_are_of_one_run():
+    speedups = json.loads((readme.FIGURES / "cells.json").read_text())["speedups"]
+    glance = read_tables(readme.SOURCE.read_text())[readme.GLANCE]
+    for base in ("on-demand", "on-demand-overlap"):
+        for model, over in columns(glance, "model", f"over {base}"):
+            value = speedups[f"{model} / mobile (gamma 0.7) / smallest / over {base}"]
+            assert over.startswith(f"{value:.2f}x [")

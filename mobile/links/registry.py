@@ -18,7 +18,7 @@ from mobile.suggest import offer
 
 @dataclass(frozen=True)
 class LinkKind:
-    """A link that attach can make.
+    """A link that attach can make, with a `summary` of a few words for the help of `--link`.
 
     `module` has `connect(ends)`, which makes it. `device_type` is the kind of torch device on which the model must lie,
     None for any. `scope` is that of records timed over it, `throttled_scope` of those over a link slowed down to a
@@ -26,6 +26,7 @@ class LinkKind:
     """
 
     name: str
+    summary: str
     module: str
     device_type: str | None
     real_time: bool
@@ -52,9 +53,17 @@ class LinkKind:
         return made
 
 
-_VIRTUAL = LinkKind("virtual", "mobile.links.virtual", None, real_time=False, scope="cpu+virtual")
-_PACED = LinkKind("paced", "mobile.links.paced", "cpu", real_time=True, scope="cpu+paced")
-_CUDA = LinkKind("cuda", "mobile.links.cuda", "cuda", real_time=True, scope="gpu+pcie", throttled_scope="gpu+throttled")
+_CUDA = LinkKind(
+    "cuda",
+    "real copies to a GPU",
+    "mobile.links.cuda",
+    "cuda",
+    real_time=True,
+    scope="gpu+pcie",
+    throttled_scope="gpu+throttled",
+)
+_VIRTUAL = LinkKind("virtual", "time is computed", "mobile.links.virtual", None, real_time=False, scope="cpu+virtual")
+_PACED = LinkKind("paced", "sleeps, for tests", "mobile.links.paced", "cpu", real_time=True, scope="cpu+paced")
 
 LINKS: Mapping[str, LinkKind] = MappingProxyType({kind.name: kind for kind in (_CUDA, _VIRTUAL, _PACED)})
 CHOICES = ("auto", *LINKS)
@@ -70,6 +79,11 @@ def link_kind(name: str, device_type: str) -> LinkKind:
     if name not in LINKS:
         raise Refused(f"Link {name!r} is not available; {offer(name, CHOICES, f'choose {in_words(CHOICES)}')}.")
     return LINKS[name]
+
+
+def described() -> str:
+    """Return every choice of a link with its summary: "auto, cuda (real copies to a GPU), ..."."""
+    return ", ".join(("auto", *(f"{kind.name} ({kind.summary})" for kind in LINKS.values())))
 
 
 def in_words(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import PROFILES
+from mobile.links.registry import described
 
 CARDS = f"{', '.join(PROFILES)}, or a FILE.json of `mobile doctor --calibrate`"
 SIZES = "like 8GiB or 512MiB; 8 and 8G are GiB, too"
@@ -58,7 +59,7 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     group.add_argument(
         "--gamma", type=float, metavar="P", help="run all experts for a token of less confidence than this"
     )
-    group.add_argument("--link", metavar="KIND", help="auto, cuda, virtual (time is computed) or paced (for tests)")
+    group.add_argument("--link", metavar="KIND", help=described())
     group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this rate")
     group.add_argument("--hardware", metavar="NAME", help=f"compute virtual time for this hardware: {CARDS}")
     if geometry:
