@@ -75,6 +75,16 @@ CONFIGS = {
 FAMILIES = sorted(CONFIGS)
 
 
+@pytest.fixture(autouse=True)
+def gradient_mode():
+    """Hold each test to the mode it found: one that ends in another would fail tests after it instead of itself."""
+    before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    yield
+    after = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(before[0])
+    assert after == before, "gradients or inference mode were left switched"
+
+
 def tiny(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of the family: 8 experts a layer, top 4 (Mixtral: 2), wide enough weights to matter."""
     torch.manual_seed(seed)
