@@ -164,9 +164,11 @@ def test_copies_that_take_long_and_differ_change_nothing(strategy, gamma, monkey
 def interrupted_after(seconds: float, generate: Callable[[], object]) -> bool:
     """Call `generate` again and again until Ctrl-C, this long after the beginning; whether it was broken off.
 
-    Python swallows an interrupt that comes inside a finalizer, and then nothing was.
+    Python swallows an interrupt that comes inside a finalizer, and then nothing was. One on PyTorch's own line that
+    ends the `no_grad` around Transformers' generate() leaves gradients off, as it does for a stock model.
     """
     pressed: list[bool] = []
+    gradients = torch.is_grad_enabled()
 
     def press(*_: object) -> None:
         pressed.append(True)
@@ -181,6 +183,7 @@ def interrupted_after(seconds: float, generate: Callable[[], object]) -> bool:
         return True
     finally:
         signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(gradients)
     return False
 
 
