@@ -25,7 +25,7 @@ from mobile.checkpoints.examine import Examined
 from mobile.errors import Refused
 from mobile.live_model import compat
 from mobile.live_model.cleanup import Cleanup
-from mobile.store.memory import HostStore
+from mobile.store import HostStore
 
 Advance = Callable[[int], None]  # moves the progress bar by bytes read
 
