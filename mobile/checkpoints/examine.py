@@ -7,6 +7,7 @@ refused before gigabytes are fetched.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -203,6 +204,15 @@ class Examined:
     def files(self) -> tuple[Path, ...]:
         """The weights' files, in the order they are read."""
         return tuple(self.source.folder / file for file in (self.weights.files if self.weights is not None else ()))
+
+    @property
+    def identity(self) -> str:
+        """Text that changes with the experts' numbers: files by commit, or by size and time, and what they become."""
+        files = [] if self.weights is None else sorted(self.weights.files)
+        facts = [(self.source.folder / file).stat() for file in files] if self.source.commit is None else []
+        of = self.source.commit or str(self.source.folder.resolve())
+        stamps = [(fact.st_size, fact.st_mtime_ns) for fact in facts]
+        return json.dumps([self.source.name, of, files, stamps, type(self.empty).__name__, str(self.layout.dtype)])
 
     def disk_shortage(self) -> str | None:
         """Return why the hub's cache has no room for the weights that are not in it yet, or None if it has."""

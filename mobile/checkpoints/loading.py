@@ -6,7 +6,9 @@ PyTorch are changed for the time of reading; each change leaves a step on a `Cle
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import sys
 import threading
 from contextlib import suppress
@@ -32,9 +34,9 @@ from mobile.live_model.cleanup import Cleanup, with_cleanup
 from mobile.machine.host import host, memory_shortage
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
-from mobile.runtime.attach_plan import AttachOptions, plan_attach
+from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
 from mobile.runtime.attachment import install
-from mobile.store import HostStore
+from mobile.store import DiskStore, HostStore, Store
 
 ONE_AT_A_TIME = threading.RLock()  # one load at a time: it changes settings of Transformers that all threads share
 
@@ -56,6 +58,7 @@ def load(
     progress: bool | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    store: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Load a safetensors checkpoint (a folder or a hub id) and `attach` it; most keywords are attach's.
 
@@ -85,9 +88,12 @@ def load(
             link_gb_per_s=link_gb_per_s,
             geometry=geometry,
             kernel=kernel,
+            store=store,
         )
         plan = plan_attach(checkpoint.empty, checkpoint.layers, checkpoint.layout, target, options)
-        if target.type == "cpu":
+        if plan.folder is not None:
+            _check_host_memory(_other_nbytes(checkpoint, plan.slots), "the dense weights and the slots")
+        elif target.type == "cpu":
             others = _other_nbytes(checkpoint, plan.slots)
             _check_host_memory(checkpoint.experts_nbytes + others, "the experts, the other weights and the slots")
         else:
@@ -95,10 +101,10 @@ def load(
         # 2. The weights: into the cache, then the experts into the store and the others into the model.
         shown = sys.stderr.isatty() if progress is None else progress
         _fetch(checkpoint, shown)
-        model, store = with_cleanup(lambda cleanup: _read(checkpoint, shown, cleanup))
+        model, filled = with_cleanup(lambda cleanup: _read(checkpoint, plan, shown, cleanup))
         # 3. The model is complete but for its experts, which the engine runs from the store.
         model = model.eval().to(target)
-        return install(model, compat.moe_layers(model), store, plan)
+        return install(model, compat.moe_layers(model), filled, plan)
 
     try:
         return caller_modes.plain(work)()
@@ -171,11 +177,22 @@ def _fetch(checkpoint: Examined, shown: bool) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _read(checkpoint: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, HostStore]:
+def _store(checkpoint: Examined, plan: AttachPlan) -> Store:
+    """Return the store to fill: memory, or a file on disk, which may hold all experts from an earlier load."""
+    layers, experts = len(checkpoint.layers), checkpoint.layers[0].count
+    if plan.folder is None:
+        return HostStore(checkpoint.layout, layers, experts)
+    identity = checkpoint.identity
+    name = re.sub(r"[^\w.-]+", "-", checkpoint.source.name).strip("-.")[-60:]
+    path = plan.folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.safetensors"
+    return DiskStore(checkpoint.layout.page_aligned(), layers, experts, path, source=identity, keep=True)
+
+
+def _read(checkpoint: Examined, plan: AttachPlan, shown: bool, cleanup: Cleanup) -> tuple[Any, Store]:
     """Return the model without its experts, and the store with them. Raise Refused."""
     _take_lock(cleanup)
     _silence_transformers(cleanup)
-    store = HostStore(checkpoint.layout, len(checkpoint.layers), checkpoint.layers[0].count)
+    store = _store(checkpoint, plan)
     readings = None if checkpoint.quantised else plan_readings(checkpoint.empty, checkpoint.layers, checkpoint.files)
     bar = _start_bar(shown, cleanup)
     nbytes = sum(file.stat().st_size for file in checkpoint.files)
@@ -192,6 +209,7 @@ def _read(checkpoint: Examined, shown: bool, cleanup: Cleanup) -> tuple[Any, Hos
         if "above report" in str(error):  # Transformers' list of them, which is not shown
             raise Refused(f"The weights of {name} do not fit its configuration; copy it again.") from error
         raise Refused(f"Cannot load {name}: {one_line(error)}") from error
+    store.finish()
     bar.update(task, completed=nbytes)
     model.config.name_or_path = model.name_or_path = name
     return model, store

@@ -9,10 +9,13 @@ import ctypes
 import os
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,13 +28,13 @@ from mobile.checkpoints.examine import Examined
 from mobile.errors import Refused
 from mobile.live_model import compat
 from mobile.live_model.cleanup import Cleanup
-from mobile.store import HostStore
+from mobile.store import Store
 
 Advance = Callable[[int], None]  # moves the progress bar by bytes read
 
 
 def read_directly(
-    checkpoint: Examined, store: HostStore, readings: Sequence[Reading], advance: Advance, cleanup: Cleanup
+    checkpoint: Examined, store: Store, readings: Sequence[Reading], advance: Advance, cleanup: Cleanup
 ) -> Any:
     """Return the model, its experts read into the store as `readings` say; Transformers reads all other weights.
 
@@ -52,11 +55,15 @@ def read_directly(
         row.copy_(tensor)
         return tensor.nbytes
 
-    # 2. Copy the experts into their rows, on several threads.
+    # 2. Copy the experts into their rows, on several threads: a layer at a time, so that a store on disk has no more
+    #    than one of them in memory.
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     cleanup.append(partial(threads.shutdown, cancel_futures=True))
-    for nbytes in threads.map(read, readings):
-        advance(nbytes)
+    for layer, group in groupby(sorted(readings, key=attrgetter("layer")), key=attrgetter("layer")):
+        if not store.is_complete:
+            for nbytes in threads.map(read, group):
+                advance(nbytes)
+            store.complete(layer)
     # 3. Let Transformers load the rest from lazy slices of the same files. It allocates the experts that it was not
     #    given, and the hook replaces each of them by an empty placeholder.
     slices = {key: handle.get_slice(key) for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
@@ -107,16 +114,23 @@ def _close(file: Any) -> None:
         file.__exit__(None, None, None)
 
 
-def read_converted(checkpoint: Examined, store: HostStore, advance: Advance, cleanup: Cleanup) -> Any:
+def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup: Cleanup) -> Any:
     """Return the model as Transformers reads and converts it; each experts weight goes into the store once complete.
 
     `advance` is called with the bytes of each. Raise Refused if a weight is missing.
     """
     # Layers may come in any order: a module gets the next free layer of the store, and `reorder` sorts them at the end.
     order: dict[nn.Module, int] = {}
+    taken: dict[nn.Module, set[str]] = defaultdict(set)
 
     def take(module: nn.Module, name: str, weight: torch.Tensor) -> None:
-        store.weights(order.setdefault(module, len(order)), name).copy_(weight)
+        if store.is_complete:
+            return
+        layer = order.setdefault(module, len(order))
+        store.weights(layer, name).copy_(weight)
+        taken[module].add(name)
+        if len(taken[module]) == len(store.layout.fields):
+            store.complete(layer)
         advance(weight.nbytes)
         _return_freed_memory()
 
@@ -127,7 +141,8 @@ def read_converted(checkpoint: Examined, store: HostStore, advance: Advance, cle
         checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
     )
     _check_complete(info["missing_keys"])
-    store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
+    if not store.is_complete:
+        store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
     return model
 
 

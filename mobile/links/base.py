@@ -16,7 +16,7 @@ from mobile.ledger import Key, Ledger
 if TYPE_CHECKING:
     import torch
 
-    from mobile.store import HostStore
+    from mobile.store import Store
 
 Arrival = Callable[[Key, int], None]
 
@@ -33,13 +33,15 @@ class Copy(NamedTuple):
 class LinkEnds:
     """All that a link is made from: where rows lie, where they go, and what to call when one has arrived.
 
-    `fill(key, slot)` copies a row at once, `row_of(key)` is the row in host memory, (row elements,), and `slots`
-    (slots, row elements) are the rows on the device, `row_nbytes` each. `arrived(key, slot)` is called for every copy
+    `rows` are the layers and the experts of each that keys count. `fill(key, slot)` copies a row at once, `row_of(key)`
+    is the row in host memory, (row elements,), and `slots` (slots, row elements) are the rows on the device,
+    `row_nbytes` each. `arrived(key, slot)` is called for every copy
     that has ended. A copy takes `load_ns` in computed time and is accounted for as `charged_nbytes`. `link_gb_per_s`
     (decimal) is the rate that the link is to be slowed down to, None for its own.
     """
 
-    store: HostStore
+    store: Store
+    rows: tuple[int, int]
     slots: torch.Tensor
     row_of: Callable[[Key], torch.Tensor]
     fill: Callable[[Key, int], None]

@@ -27,6 +27,7 @@ NEAR = 0.03  # a link that is slower than asked by no more than this share is ta
 
 def connect(ends: LinkEnds) -> StreamLink:
     """Return a link over a CUDA channel. Raise Refused if it cannot be as fast as asked for."""
+    assert isinstance(ends.store, HostStore), "rows on a disk are read by the link disk"
     channel = CudaChannel(ends.store, ends.slots, ends.row_of, ends.link_gb_per_s)
     return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived)
 

@@ -21,8 +21,8 @@ class LinkKind:
     """A link that attach can make, with a `summary` of a few words for the help of `--link`.
 
     `module` has `connect(ends)`, which makes it. `device_type` is the kind of torch device on which the model must lie,
-    None for any. `scope` is that of records timed over it, `throttled_scope` of those over a link slowed down to a
-    given rate, where that is another.
+    None for any. `store` is where it copies from, "memory" or "disk". `scope` is that of records timed over it,
+    `throttled_scope` of those over a link slowed down to a given rate, where that is another.
     """
 
     name: str
@@ -32,6 +32,7 @@ class LinkKind:
     real_time: bool
     scope: str
     throttled_scope: str | None = None
+    store: str = "memory"
 
     @property
     def needs_gpu(self) -> bool:
@@ -63,9 +64,12 @@ _CUDA = LinkKind(
     throttled_scope="gpu+throttled",
 )
 _VIRTUAL = LinkKind("virtual", "time is computed", "mobile.links.virtual", None, real_time=False, scope="cpu+virtual")
+_DISK = LinkKind(
+    "disk", "experts read from a file", "mobile.links.disk", "cpu", real_time=True, scope="cpu+disk", store="disk"
+)
 _PACED = LinkKind("paced", "sleeps, for tests", "mobile.links.paced", "cpu", real_time=True, scope="cpu+paced")
 
-LINKS: Mapping[str, LinkKind] = MappingProxyType({kind.name: kind for kind in (_CUDA, _VIRTUAL, _PACED)})
+LINKS: Mapping[str, LinkKind] = MappingProxyType({kind.name: kind for kind in (_CUDA, _DISK, _VIRTUAL, _PACED)})
 CHOICES = ("auto", *LINKS)
 
 
@@ -93,8 +97,8 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def real_time_link(device_type: str) -> str:
-    """Return the name of the link that copies in real time to a device of that type."""
-    return next(kind.name for kind in LINKS.values() if kind.real_time and kind.device_type == device_type)
+    """Return the name of the link that copies from memory to a device of that type in real time."""
+    return _CUDA.name if device_type == _CUDA.device_type else _PACED.name
 
 
 def needs_gpu(name: str | None) -> bool:

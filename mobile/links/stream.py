@@ -12,7 +12,8 @@ from typing import Protocol
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Arrival, Copy, CopyQueue
 
-COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahead of a demand load; two keep it busy
+COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahead of a demand load; two keep a link
+# busy that copies one row at a time
 
 
 class Channel(Protocol):
@@ -63,12 +64,16 @@ class Begun:
 class StreamLink:
     """A Link over a channel. The host waits only where two copies are begun and a third is needed.
 
-    A copy goes from `_queue` (asked for) to `_begun` (given to the channel, in its order, at most COMMITTED), and then
-    into the ledger, or to `_failed` until compute waits for it. It has no thread: calls of the link move copies on.
+    A copy goes from `_queue` (asked for) to `_begun` (given to the channel, in its order, at most `committed`), and
+    then into the ledger, or to `_failed` until compute waits for it. It has no thread of its own: calls of the link
+    move copies on.
     """
 
-    def __init__(self, channel: Channel, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
+    def __init__(
+        self, channel: Channel, row_nbytes: int, ledger: Ledger, arrived: Arrival, committed: int = COMMITTED
+    ) -> None:
         self.channel, self._row_nbytes, self._ledger, self._arrived = channel, row_nbytes, ledger, arrived
+        self._committed = committed
         self._queue = CopyQueue()
         self.promote = self._queue.promote
         self._begun: deque[Begun] = deque()
@@ -155,7 +160,7 @@ class StreamLink:
     def _advance(self) -> None:
         """Note which copies have ended, and begin as many as may be."""
         self._note_ended()
-        while len(self._begun) < COMMITTED and (copy := self._queue.next()) is not None:
+        while len(self._begun) < self._committed and (copy := self._queue.next()) is not None:
             while any(begun.copy.slot == copy.slot for begun in self._begun):  # one slot, one copy at a time
                 self.channel.finish(copy.slot)
                 self._note_ended()

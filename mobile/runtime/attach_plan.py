@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.kernels import Kernel, kernel_named, loop
-from mobile.links.registry import link_kind
+from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
@@ -27,8 +30,10 @@ class AttachOptions:
     - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
       the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
       `memory` also caps what this process may allocate there.
-    - `link`: "cuda" (real time; needs the model on a GPU), "virtual" (computed time), "paced" (real sleeping, to test
-      threads), or "auto": cuda on a GPU, else virtual.
+    - `link`: "cuda" (real time; needs the model on a GPU), "disk" (real time; experts are read from a file), "virtual"
+      (computed time), "paced" (real sleeping, to test threads), or "auto": disk where `store` is one, cuda on a GPU,
+      else virtual.
+    - `store`: where the experts lie, "memory", "disk" (a folder in the cache), or a folder for the file of their rows.
     - `link_gb_per_s`: slow the link down to so many decimal GB/s; a real link is slowed by really copying more.
     - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
       Budgets and virtual time are taken from it.
@@ -45,6 +50,7 @@ class AttachOptions:
     gamma: float | None = None
     geometry: str | None = None
     kernel: str = "auto"
+    store: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class AttachPlan:
 
     `native` are the model's own sizes, `charged` those that time and bytes are computed for: the same ones, or a larger
     model's, whose layers `layer_map` lists for each layer of the live model. `budget_nbytes` is the device memory asked
-    for, None where slots were counted instead. `link` is never "auto".
+    for, None where slots were counted instead. `link` is never "auto". `folder` is where the experts' file goes, None
+    where they lie in memory.
     """
 
     strategy: Strategy
@@ -66,6 +73,7 @@ class AttachPlan:
     link: str
     link_gb_per_s: float | None
     kernel: Kernel
+    folder: Path | None = None
 
 
 def plan_attach(
@@ -77,15 +85,20 @@ def plan_attach(
 ) -> AttachPlan:
     """Decide everything, or raise Refused. `model` may lie on the meta device; `device` is where it will compute."""
     strategy = resolve(options.strategy, options.gamma)
+    folder = folder_of(options)
     if strategy.needs_future:
         raise Refused(f"Strategy {strategy.name} needs to know the future; record a trace, and replay it.")
     link, hardware = _link_and_hardware(options, device)
-    native = compat.geometry_of(model, layers, layout)
+    native = compat.geometry_of(model, layers, layout.page_aligned() if folder else layout)
     charged, layer_map = project(native, options.geometry)
     slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
     if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:
         raise Refused(f"{native.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
     kernel = kernel_named(options.kernel, device, layout.dtype)
+    if strategy.on_cpu is not None and folder is not None:
+        raise Refused(
+            f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
+        )
     if strategy.on_cpu is not None and kernel is not loop:
         raise Refused(
             f"Strategy {strategy.name} computes experts on the CPU, and only the kernel loop can; leave it so."
@@ -101,7 +114,23 @@ def plan_attach(
         link=link,
         link_gb_per_s=options.link_gb_per_s,
         kernel=kernel,
+        folder=folder,
     )
+
+
+def folder_of(options: AttachOptions) -> Path | None:
+    """Return the folder that a file of experts is to lie in; None if they lie in memory. Raise Refused."""
+    store, link = options.store, options.link
+    reads = link in LINKS and LINKS[link].store == "disk"
+    if store is None or store == "memory":
+        if reads and store == "memory":
+            raise Refused(f"Link {link} reads experts from a disk; leave store out, or give a folder.")
+        return Path(HF_HOME) / "mobile" if reads else None
+    if not reads and link != "auto":
+        raise Refused(
+            f"Link {link} copies experts from memory, and store is {os.fspath(store)!r}; leave one of them out."
+        )
+    return Path(HF_HOME) / "mobile" if store == "disk" else Path(store).absolute()
 
 
 def _slots_and_budget(
@@ -119,6 +148,8 @@ def _slots_and_budget(
     keeps_all = strategy.retain == "everything"
     if slots is None and keeps_all and memory is None:
         slots = charged.total_experts
+    if slots is None and memory is None and folder_of(options) is not None:
+        raise Refused("Experts on disk leave memory to be divided: give memory, like 8GiB, or slots.")
     if slots is None:
         budget = hardware.vram_nbytes if budget_nbytes is None else budget_nbytes
         slots = slots_for(charged, budget, hardware.reserve_nbytes, PREFILL_BUFFERS)
@@ -139,7 +170,7 @@ def _link_and_hardware(options: AttachOptions, device: torch.device) -> tuple[st
     """Return the link's name, and the profile that budgets and virtual time are taken from."""
     rate, asked = options.link_gb_per_s, options.hardware
     hardware = asked if isinstance(asked, HardwareProfile) else profile(asked)
-    link = link_kind(options.link, device.type)
+    link = LINKS["disk"] if folder_of(options) else link_kind(options.link, device.type)
     if link.device_type not in (None, device.type):
         if link.needs_gpu:
             raise Refused(f"Link {link.name} needs the model on a GPU; move it there, or choose virtual.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -19,7 +21,7 @@ from mobile.runtime.decoding import Decoder
 from mobile.runtime.engine import Engine, Findings
 from mobile.runtime.experts import bind, bound
 from mobile.runtime.forward_pass import ForwardPass
-from mobile.store import HostStore
+from mobile.store import DiskStore, ExpertLayout, HostStore, Store
 
 
 @caller_modes.in_plain_modes
@@ -35,6 +37,7 @@ def attach(
     gamma: float | None = None,
     geometry: str | None = None,
     kernel: str = "auto",
+    store: str | os.PathLike[str] | None = None,
     poison: bool = False,
 ) -> Any:
     """Offload a live Transformers MoE: its experts move to the host store, a few slots serve them.
@@ -66,17 +69,26 @@ def attach(
         gamma=gamma,
         geometry=geometry,
         kernel=kernel,
+        store=store,
     )
     plan = plan_attach(inner, layers, layout, compat.device_of(layers), options)
-    install(inner, layers, HostStore(layout, len(layers), layers[0].count), plan, poison=poison, around=model)
+    install(inner, layers, _store(plan, layout, len(layers), layers[0].count), plan, poison=poison, around=model)
     return model
+
+
+def _store(plan: AttachPlan, layout: ExpertLayout, layers: int, experts: int) -> Store:
+    """Return an empty store for a live model's experts; on disk a file without a name, for nobody else can know it."""
+    if plan.folder is None:
+        return HostStore(layout, layers, experts)
+    path = plan.folder / f"attached-{os.getpid()}-{uuid4().hex[:8]}.safetensors"
+    return DiskStore(layout.page_aligned(), layers, experts, path)
 
 
 @caller_modes.in_plain_modes
 def install(
     model: Any,
     layers: Sequence[compat.MoeLayer],
-    store: HostStore,
+    store: Store,
     plan: AttachPlan,
     *,
     poison: bool = False,

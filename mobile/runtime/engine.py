@@ -30,7 +30,7 @@ from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
-from mobile.store import HostStore
+from mobile.store import HostStore, Store
 
 Scope = AbstractContextManager[Any]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
@@ -56,7 +56,7 @@ class Engine:
     """
 
     def __init__(
-        self, plan: AttachPlan, layers: Sequence[compat.MoeLayer], store: HostStore, *, poison: bool = False
+        self, plan: AttachPlan, layers: Sequence[compat.MoeLayer], store: Store, *, poison: bool = False
     ) -> None:
         """Stand behind `layers`, whose experts `store` keeps. `poison` fills empty slots with NaN."""
         self.plan, self.layers, self.store = plan, layers, store
@@ -106,7 +106,7 @@ class Engine:
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.plan.budget_nbytes / total), self.device)
         rows, layout = self.slots + PREFILL_BUFFERS, self.store.layout
         try:
-            taken = torch.zeros(rows, layout.numel, dtype=layout.dtype, device=self.device)
+            taken = self.store.slots(rows, self.device)
         except RuntimeError as error:  # out of memory, on any device
             raise Refused(
                 f"{rows * layout.nbytes / 2**30:.1f} GiB for {self.slots} slots could not be taken on {self.device}; "
@@ -120,6 +120,7 @@ class Engine:
         self.link = make(
             LinkEnds(
                 store=self.store,
+                rows=(self.geometry.moe_layers, self.geometry.experts),
                 slots=self.slot_rows,
                 row_of=self.row,
                 fill=self.fill,
@@ -155,6 +156,7 @@ class Engine:
         if give_back:
             self.store.give_back([layer.experts for layer in self.layers])
         self.overrides.undo()
+        self.store.close()
 
     def close(self) -> None:
         """Let go of the link, if it was made, of the routers, the slots and the memory cap; may be called again."""
@@ -188,11 +190,12 @@ class Engine:
 
     def row(self, key: Key) -> torch.Tensor:
         """Return the expert's row in host memory, (row elements,)."""
+        assert isinstance(self.store, HostStore), "a link that wants rows in memory is given a store in memory"
         return self.store.rows[self._owner[key[0]]][key[1]]
 
     def fill(self, key: Key, slot: int) -> None:
         """Put the expert's bytes into the slot, now."""
-        self.slot_rows[slot].copy_(self.row(key))
+        self.store.fill(self._owner[key[0]], key[1], self.slot_rows[slot])
 
     def arrived(self, key: Key, slot: int) -> None:
         """Note that the expert's bytes are in the slot; the link calls it."""

@@ -21,7 +21,7 @@ from mobile.kernels.loop import Views, expert_output, group, normed
 from mobile.live_model.compat import MoeLayer
 from mobile.live_model.overrides import Overrides
 from mobile.runtime.forward_pass import ForwardPass
-from mobile.store import HostStore
+from mobile.store import Store
 
 ROWS, LENGTH, SEED = 8, 64, 0  # the random tokens that mean outputs are taken over
 
@@ -61,7 +61,7 @@ class QuasiHiddenState:
 def learn(
     model: nn.Module,
     layers: Sequence[MoeLayer],
-    store: HostStore,
+    store: Store,
     prefill: Callable[[torch.Tensor], Any],
     running: Callable[[], ForwardPass | None],
     overrides: Overrides,

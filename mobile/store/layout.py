@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 ALIGNMENT = 64  # elements; keeps every field on a 128-byte boundary in 16-bit types
+PAGE = 4096  # bytes; direct reads begin and end at multiples of it, in the file and in memory
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class ExpertLayout:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def page_aligned(self) -> ExpertLayout:
+        """Return the layout with padding up to whole pages, so that each row can be read by itself."""
+        page = PAGE // self.dtype.itemsize
+        return replace(self, numel=-(-self.numel // page) * page)
 
     def views(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return views of rows (n, numel) as each field's weights, (n, *shape), without a copy."""

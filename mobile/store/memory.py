@@ -17,6 +17,8 @@ class HostStore:
     The system gives out memory as rows are written.
     """
 
+    is_complete = False  # nothing is left in memory from an earlier load
+
     def __init__(self, layout: ExpertLayout, layers: int, experts: int) -> None:
         self.layout = layout
         self.rows = [torch.empty(experts, layout.numel, dtype=layout.dtype, device="cpu") for _ in range(layers)]
@@ -34,6 +36,23 @@ class HostStore:
     def views(self, layer: int) -> dict[str, torch.Tensor]:
         """Return all stacked weights of a layer by name, (experts, ...) each, as views of its rows."""
         return self._views[layer]
+
+    def slots(self, count: int, device: torch.device) -> torch.Tensor:
+        """Return zeroed memory of slots (count, layout.numel) on a device. Raise RuntimeError if it has too little."""
+        return torch.zeros(count, self.layout.numel, dtype=self.layout.dtype, device=device)
+
+    def fill(self, layer: int, expert: int, slot: torch.Tensor) -> None:
+        """Copy an expert's row into `slot`, (layout.numel,), on any device."""
+        slot.copy_(self.rows[layer][expert])
+
+    def complete(self, layer: int) -> None:
+        """Do nothing: the rows of a layer that was filled lie where they stay."""
+
+    def finish(self) -> None:
+        """Do nothing: all rows are where they stay."""
+
+    def close(self) -> None:
+        """Do nothing: it holds memory alone."""
 
     def reorder(self, order: Sequence[int]) -> None:
         """Put the layers in another order: layer i becomes the one that was at `order[i]`."""

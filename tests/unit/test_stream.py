@@ -21,7 +21,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import profile
 from mobile.ledger import Ledger
-from mobile.links.paced import PacedChannel
+from mobile.links.paced import paced_channel
 from mobile.links.stream import COMMITTED, StreamLink
 from mobile.policies.big_little import MOBILE
 from mobile.policies.protocols import PolicyContext
@@ -301,7 +301,7 @@ def test_compute_is_put_in_order_where_a_layer_begins_and_after_a_reset_and_at_n
 
 def test_a_close_broken_off_closes_the_channel_all_the_same(monkeypatch):
     """Ctrl-C while it waits for a copy: the rows are given back next, and must not stay registered."""
-    channel = PacedChannel(lambda key, slot: None, load_ns=0)
+    channel = paced_channel(lambda key, slot: None, load_ns=0)
     link = StreamLink(channel, 7, Ledger(), lambda key, slot: None)
     link.submit((0, 0), 0, demand=True)
 
@@ -312,7 +312,7 @@ def test_a_close_broken_off_closes_the_channel_all_the_same(monkeypatch):
         broken.setattr(channel, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             link.close()
-    assert not channel._thread.is_alive()
+    assert not channel.threads[0].is_alive()
     link.close()
 
 
@@ -388,7 +388,7 @@ def test_any_sequence_of_calls_keeps_the_books(data):
 
 def test_a_paced_copy_takes_at_least_its_time_and_copies_keep_their_order():
     filled: list[tuple[Key, int]] = []
-    channel = PacedChannel(lambda key, slot: filled.append((key, slot)), load_ns=2_000_000)
+    channel = paced_channel(lambda key, slot: filled.append((key, slot)), load_ns=2_000_000)
     for slot in range(5):
         channel.begin((0, slot), slot)
     channel.finish(4)
@@ -402,7 +402,7 @@ def test_a_paced_copy_takes_at_least_its_time_and_copies_keep_their_order():
 
 def test_a_copy_is_not_over_while_its_bytes_are_coming():
     let = threading.Event()
-    channel = PacedChannel(lambda key, slot: let.wait() and None, load_ns=0)
+    channel = paced_channel(lambda key, slot: let.wait() and None, load_ns=0)
     channel.begin((0, 0), 0)
     time.sleep(0.01)
     assert not channel.ended(0)
@@ -419,7 +419,7 @@ def test_a_failing_fill_is_raised_where_it_is_waited_for_and_the_thread_goes_on(
         if key == (0, 0):
             raise OSError("injected")
 
-    channel = PacedChannel(fill, load_ns=0)
+    channel = paced_channel(fill, load_ns=0)
     channel.begin((0, 0), 0)
     channel.begin((0, 1), 1)
     with pytest.raises(OSError, match="injected"):
@@ -433,7 +433,7 @@ def test_a_failing_fill_is_raised_where_it_is_waited_for_and_the_thread_goes_on(
 def test_closing_a_paced_channel_ends_what_was_begun_and_joins_the_thread():
     filled: list[int] = []
     before = threading.active_count()
-    channel = PacedChannel(lambda key, slot: filled.append(slot), load_ns=1_000_000)
+    channel = paced_channel(lambda key, slot: filled.append(slot), load_ns=1_000_000)
     assert threading.active_count() == before + 1
     for slot in range(4):
         channel.begin((0, slot), slot)
@@ -449,11 +449,11 @@ def test_a_paced_channel_that_is_forgotten_ends_its_thread_and_holds_nothing():
             self.filled = slot
 
     engine = Engine()
-    channel = PacedChannel(engine.fill, load_ns=0)
+    channel = paced_channel(engine.fill, load_ns=0)
     channel.begin((0, 3), 3)
     channel.finish(3)
     assert engine.filled == 3
-    held, thread = weakref.ref(engine), channel._thread
+    held, thread = weakref.ref(engine), channel.threads[0]
     del engine, channel
     thread.join(timeout=20)
     assert not thread.is_alive()
@@ -463,7 +463,7 @@ def test_a_paced_channel_that_is_forgotten_ends_its_thread_and_holds_nothing():
 def test_a_model_deleted_without_detach_is_freed_with_its_rows_and_its_thread():
     model = mobile.attach(tiny("olmoe"), "lru", slots=8, link="paced")
     greedy(model, prompt(), 3)
-    store, thread = weakref.ref(model.mobile.store), model.mobile.link.channel._thread
+    store, thread = weakref.ref(model.mobile.store), model.mobile.link.channel.threads[0]
     del model
     for _ in range(200):  # until the thread has let go of the last copy, and has ended
         gc.collect()

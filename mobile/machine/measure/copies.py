@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from mobile.errors import Refused
-from mobile.links.paced import PacedChannel
+from mobile.links.paced import paced_channel
 from mobile.links.stream import Channel
 from mobile.machine.fit_profile import SIZES, Timing
 from mobile.machine.measure.sizes import Sizes
@@ -84,4 +84,4 @@ def _open_channel(
     def fill(key: tuple[int, int], slot: int) -> None:
         slots[slot].copy_(row(key))
 
-    return PacedChannel(fill, 0 if pace is None else pace(store.layout.nbytes))
+    return paced_channel(fill, 0 if pace is None else pace(store.layout.nbytes))
