@@ -14,21 +14,19 @@ def with_cleanup(work: Callable[[Cleanup], T]) -> T:
     """Do the work, then take the steps that it appended to its list, the last one first.
 
     A step is appended before the change that it undoes, or in the same line, and does no harm where it is taken twice.
-    For they are taken twice: an interrupt may fall into the first time, where a single `finally` or `with` would leave
-    the rest undone.
+    For the one that an interrupt falls into is taken again, and so are those after it taken: a single `finally` or
+    `with` would leave them undone. A step that was taken is not taken again once a later one was, which may have let
+    another thread in.
     """
     cleanup: Cleanup = []
     try:
         try:
             return work(cleanup)
         finally:
-            _take(cleanup)
+            while cleanup:
+                cleanup[-1]()
+                cleanup.pop()  # only now: broken off between these lines, it is taken again
     finally:
-        _take(cleanup)
-
-
-def _take(steps: Cleanup) -> None:
-    """Take all steps, even if one of them raises."""
-    with ExitStack() as stack:
-        for step in steps:
-            stack.callback(step)
+        with ExitStack() as rest:  # takes all that is left, even if one of them raises
+            for step in cleanup:
+                rest.callback(step)
