@@ -21,6 +21,7 @@ from mobile.store import HostStore
 STRATEGIES = [
     ("lru", None, "virtual"),
     ("lru", None, "paced"),
+    ("lru", None, "disk"),
     ("mobile", 1.1, "virtual"),
     ("speculating-experts-verify", None, "virtual"),
 ]
@@ -86,11 +87,12 @@ def assert_no_more_threads_than(before: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("strategy", "gamma", "link"), STRATEGIES)
-def test_ctrl_c_at_any_line_of_attach_leaves_the_stock_model(strategy, gamma, link):
+def test_ctrl_c_at_any_line_of_attach_leaves_the_stock_model(strategy, gamma, link, tmp_path):
     whole, counting, threads = Whole(tiny("olmoe")), Interrupt(beside=BESIDE), threading.active_count()
 
     def attach() -> None:
-        mobile.attach(whole.model, strategy, slots=8, gamma=gamma, link=link)
+        store = tmp_path if link == "disk" else None
+        mobile.attach(whole.model, strategy, slots=8, gamma=gamma, link=link, store=store)
 
     for during in (lambda action: action(), counting.during):  # the first time strategies are looked up, and more
         during(attach)
@@ -101,17 +103,19 @@ def test_ctrl_c_at_any_line_of_attach_leaves_the_stock_model(strategy, gamma, li
     broken_off = sum(whole.broken_off(Interrupt(at, beside=BESIDE), attach) for at in chosen)
     assert broken_off > 0.9 * len(chosen)
     assert_no_more_threads_than(threads)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("link", ["virtual", "paced"])
-def test_ctrl_c_at_any_line_of_detach_leaves_a_model_that_detach_makes_the_stock_one(link):
+@pytest.mark.parametrize("link", ["virtual", "paced", "disk"])
+def test_ctrl_c_at_any_line_of_detach_leaves_a_model_that_detach_makes_the_stock_one(link, tmp_path):
     whole, counting, threads = Whole(tiny("olmoe")), Interrupt(beside=BESIDE), threading.active_count()
-    mobile.attach(whole.model, "mobile", slots=8, gamma=1.1, link=link)
+    store = tmp_path if link == "disk" else None
+    mobile.attach(whole.model, "mobile", slots=8, gamma=1.1, link=link, store=store)
     counting.during(lambda: mobile.detach(whole.model))
     assert len(counting.every_line) > 80
     for at in counting.every_line:
-        mobile.attach(whole.model, "lru", slots=8, link=link)
+        mobile.attach(whole.model, "lru", slots=8, link=link, store=store)
         greedy(whole.model, prompt(), tokens=2)
         whole.broken_off(Interrupt(at, beside=BESIDE), lambda: mobile.detach(whole.model))
     assert_no_more_threads_than(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class Faulty:
         self.model, self.ids = tiny(family), prompt()
         self.weights = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         self.tokens, self.logits = greedy(self.model, self.ids, tokens=TOKENS)
-        mobile.attach(self.model, strategy, slots=8, gamma=gamma, link=link, poison=True)
+        store = tempfile.mkdtemp() if link == "disk" else None
+        mobile.attach(self.model, strategy, slots=8, gamma=gamma, link=link, store=store, poison=True)
         self.engine: Engine = self.model.mobile
         self.routers = self.top_ks()
 
@@ -126,9 +128,10 @@ def test_a_copy_that_fails_in_virtual_time_reaches_the_caller_and_the_next_gener
     faulty.leave()
 
 
+@pytest.mark.parametrize("link", ["paced", "disk"])
 @pytest.mark.parametrize(("strategy", "gamma"), ATTACHED)
-def test_a_copy_that_fails_on_its_thread_reaches_the_caller_or_was_never_needed(strategy, gamma, failing_fill):
-    faulty = Faulty(strategy, gamma, link="paced")
+def test_a_copy_that_fails_on_its_thread_reaches_the_caller_or_was_never_needed(strategy, gamma, failing_fill, link):
+    faulty = Faulty(strategy, gamma, link=link)
     raised = 0
     for at in range(1, 60, 3):
         failing_fill.arm(at)
@@ -188,7 +191,7 @@ def interrupted_after(seconds: float, generate: Callable[[], object]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("link", ["virtual", "paced"])
+@pytest.mark.parametrize("link", ["virtual", "paced", "disk"])
 @pytest.mark.parametrize(("strategy", "gamma"), ATTACHED)
 def test_ctrl_c_at_a_random_moment_leaves_the_next_generation_whole(strategy, gamma, link):
     faulty, dice, broken_off = Faulty(strategy, gamma, link=link), random.Random(5), 0
@@ -201,7 +204,7 @@ def test_ctrl_c_at_a_random_moment_leaves_the_next_generation_whole(strategy, ga
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("link", ["virtual", "paced"])
+@pytest.mark.parametrize("link", ["virtual", "paced", "disk"])
 @pytest.mark.parametrize(("strategy", "gamma"), ATTACHED)
 def test_ctrl_c_at_a_line_of_the_engine_leaves_the_next_generation_whole(strategy, gamma, link):
     """Repeatable, unlike an alarm. The exception is kept for a while, as an interactive session does."""
@@ -286,7 +289,7 @@ def test_an_old_exception_let_go_of_in_the_middle_of_a_step_disturbs_nothing():
     assert at > 4
 
 
-@pytest.mark.parametrize("link", ["virtual", "paced"])
+@pytest.mark.parametrize("link", ["virtual", "paced", "disk"])
 @pytest.mark.parametrize("recovery", ["residency.abandon", "link.reset", "residency.preload_all"])
 def test_a_second_exception_during_the_recovery_from_the_first(recovery, link):
     """Whether it comes while the broken step is settled or while the next one starts cold."""

@@ -34,10 +34,11 @@ from mobile.live_model.cleanup import Cleanup, with_cleanup
 from mobile.machine.host import host, memory_shortage
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
-from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
+from mobile.runtime.attach_plan import AttachOptions, AttachPlan, folder_of, plan_attach
 from mobile.runtime.attachment import install
 from mobile.store import DiskStore, HostStore, Store
 
+FREE_SHARE = 0.8  # of the memory that is free, for a model with its experts on disk that was given no budget
 ONE_AT_A_TIME = threading.RLock()  # one load at a time: it changes settings of Transformers that all threads share
 
 
@@ -62,18 +63,21 @@ def load(
 ) -> nn.Module:
     """Load a safetensors checkpoint (a folder or a hub id) and `attach` it; most keywords are attach's.
 
-    The weights are those that Transformers itself would load. `device` "auto" is the GPU if there is one, a
-    number is that GPU. `dtype` "auto" is the checkpoint's; MXFP4 and FP8 checkpoints are dequantised to it. `progress`
-    shows a bar on stderr; None shows it on a terminal. `revision` is a branch, a tag or a commit of a hub id. Experts
-    go from the files into the host store one layer at a time, so that host memory peaks at the store and the dense
-    weights, plus one layer.
+    The weights are those that Transformers itself would load. `device` "auto" is the GPU if there is one, or the CPU
+    for experts on disk; a number is that GPU. `dtype` "auto" is the checkpoint's; MXFP4 and FP8 checkpoints are
+    dequantised to it. `progress` shows a bar on stderr; None shows it on a terminal. `revision` is a branch, a tag or a
+    commit of a hub id. Experts go from the files into the host store one layer at a time, so that host memory peaks at
+    the store and the dense weights, plus one layer. With `link="disk"`, or a `store`, they are written into a file
+    instead, once, which later loads of the same weights use again.
 
     Raise Refused, if possible before any weight is fetched or read, for a missing, truncated or incomplete checkpoint,
     one without safetensors or with an adapter, and for everything that attach refuses. Neither that nor an interrupt
     leaves anything behind. The caller's default device, inference mode and autocast change nothing.
     """
     compat.check_version()
-    strategy, target = resolve(strategy, gamma), _device(device)
+    strategy = resolve(strategy, gamma)
+    on_disk = folder_of(AttachOptions(link=link, store=store)) is not None
+    target = _device("cpu" if on_disk and device in ("auto", None) else device)
 
     def work() -> Any:
         # 1. Everything that can be refused: the checkpoint, the strategy's budget, the host's memory.
@@ -81,7 +85,7 @@ def load(
         checkpoint = with_cleanup(lambda cleanup: _examine(location, dtype, trust_remote_code, cleanup))
         options = AttachOptions(
             strategy=strategy,
-            memory=memory,
+            memory=_default_memory() if on_disk and memory is None and slots is None else memory,
             slots=slots,
             hardware=hardware,
             link=link,
@@ -140,6 +144,12 @@ def _device(device: str | int | torch.device | None) -> torch.device:
         return place
     here = "cpu, cuda or cuda:N" if torch.cuda.is_available() else "cpu"
     raise Refused(f"There is no device {device} here; leave device out, or give {here}.")
+
+
+def _default_memory() -> int | None:
+    """Return the bytes that a model with its experts on disk may take where no budget is given; None if not known."""
+    usable = host().usable_nbytes
+    return None if usable is None else int(FREE_SHARE * usable)
 
 
 def _other_nbytes(checkpoint: Examined, slots: int) -> int:

@@ -177,6 +177,8 @@ def _link_and_hardware(options: AttachOptions, device: torch.device) -> tuple[st
         raise Refused(f"Link {link.name} copies to the CPU, and the model is on {device}; choose cuda or virtual.")
     if options.geometry is not None and link.real_time:
         raise Refused(f"Geometry {options.geometry} can be charged in virtual time only; choose the link virtual.")
+    if rate is not None and link.store == "disk":
+        raise Refused("A disk is as fast as it is; leave link_gb_per_s out.")
     if rate is not None:
         if not rate > 0:
             raise Refused(f"A link of {rate:g} GB/s moves nothing; give a positive number.")

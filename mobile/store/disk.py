@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,13 +40,13 @@ class DiskStore:
     ) -> None:
         self.layout = layout
         self.file = RowsFile(path, layout, layers, experts)
-        self._keep = keep
         self._filling: dict[int, dict[str, torch.Tensor]] = {}  # by layer, its weights as views of rows in memory
         self._rows: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()
+        self._end = weakref.finalize(self, self.file.close)
         self.is_complete = keep and self.file.open(source)  # whether nothing has to be written
         if not self.is_complete:
-            self.file.create(source)
-        self._end = weakref.finalize(self, self.file.close)
+            self.file.create(source, keep=keep)
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +55,11 @@ class DiskStore:
 
     def weights(self, layer: int, name: str) -> torch.Tensor:
         """Return one stacked weight of a layer that is to be filled, (experts, ...), in memory until `complete`."""
-        if layer not in self._filling:
-            self._rows[layer] = torch.zeros(self.file.experts, self.layout.numel, dtype=self.layout.dtype, device="cpu")
-            self._filling[layer] = self.layout.views(self._rows[layer])
+        with self._lock:  # several threads fill one layer
+            if layer not in self._filling:
+                shape = self.file.experts, self.layout.numel
+                self._rows[layer] = torch.zeros(shape, dtype=self.layout.dtype, device="cpu")
+                self._filling[layer] = self.layout.views(self._rows[layer])
         return self._filling[layer][name]
 
     def complete(self, layer: int) -> None:
@@ -71,7 +74,7 @@ class DiskStore:
     def finish(self) -> None:
         """Complete the file, now that every layer is in it."""
         if not self.is_complete:
-            self.file.commit(keep=self._keep)
+            self.file.commit()
             self.is_complete = True
 
     def views(self, layer: int) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ class RowsFile:
         self.direct = False
         self._header_nbytes = len(self._header(""))
         self._writing, self._reading = -1, -1
-        self._source = ""
+        self._source, self._keep, self._locked = "", False, False
 
     @property
     def nbytes(self) -> int:
@@ -72,25 +72,27 @@ class RowsFile:
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def create(self, source: str) -> None:
+    def create(self, source: str, *, keep: bool) -> None:
         """Begin a new file, complete only after `commit`. `source` names what the rows are made from.
 
-        Raise Refused if it cannot be made, the disk has no room, or another process is making it.
+        Without `keep` it has no name, and goes with the process. Raise Refused if it cannot be made, the disk has no
+        room, or another process is making it.
         """
-        self._source, self._header_nbytes = source, len(self._header(source))
-        partial = self._partial
+        self._source, self._keep, self._header_nbytes = source, keep, len(self._header(source))
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            self._writing = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if keep:
+                self._writing = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(self._writing, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._writing)
-                self._writing = -1
-                raise Refused(f"Another process is making {self.path}; wait for it, or name another folder.") from None
+                self._locked = True
+            else:
+                self._writing = os.open(self.path.parent, os.O_RDWR | os.O_TMPFILE, 0o600)
             os.ftruncate(self._writing, 0)  # one that was killed may have left some
             os.posix_fallocate(self._writing, 0, self._header_nbytes + self.nbytes)
-            self._open(partial)
+            self._open(f"/proc/self/fd/{self._writing}")
+        except BlockingIOError:
+            self.discard()
+            raise Refused(f"Another process is making {self.path}; wait for it, or name another folder.") from None
         except OSError as error:
             self.discard()
             size = f"{self.nbytes / 1e9:.1f} GB"
@@ -123,25 +125,26 @@ class RowsFile:
         self.sums = [self.sums[number] for number in order]
         self.places = [self.places[number] for number in order]
 
-    def commit(self, *, keep: bool) -> None:
-        """Complete the file: it has its name from now on; without `keep` it has none, and goes with this process."""
+    def commit(self) -> None:
+        """Complete the file, which has its name from now on if it was to be kept. Raise Refused."""
         try:
-            if keep:
+            if self._keep:
                 os.pwrite(self._writing, self._header(self._source), 0)
                 os.fsync(self._writing)
                 self._partial.replace(self.path)
-            else:
-                self._partial.unlink()
         except OSError as error:
             raise Refused(f"{self.path} cannot be completed ({one_line(error)}); name another folder.") from error
+        self._locked = False
         writing, self._writing = self._writing, -1
         os.close(writing)
 
     def discard(self) -> None:
-        """Remove a file that is not complete, if there is one."""
-        if self._writing >= 0:
+        """Remove a file that is not complete, if there is one and no other process makes it."""
+        if self._locked:
             with suppress(OSError):
                 self._partial.unlink(missing_ok=True)
+            self._locked = False
+        if self._writing >= 0:
             writing, self._writing = self._writing, -1
             os.close(writing)
 
@@ -167,14 +170,14 @@ class RowsFile:
                 and set(self.places) == set(range(len(self.places)))
                 and self.path.stat().st_size == len(header) + self.nbytes
             ):
-                self._open(self.path)
+                self._open(str(self.path))
                 return True
         except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration, RecursionError):
             pass
         self.sums, self.places, self._header_nbytes = before
         return False
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: str) -> None:
         """Open for reading, past the page cache if the file system can. Raise OSError."""
         try:
             self._reading = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
@@ -183,7 +186,7 @@ class RowsFile:
             self._reading, self.direct = os.open(path, os.O_RDONLY), False
         if not self.direct:
             warnings.warn(
-                f"{path.parent} takes no direct reads, so rows go through the page cache, which the system is asked to "
+                f"{self.path.parent} takes no direct reads, so rows go through the page cache, which the system is asked to "
                 "forget: the disk's speed is not what is measured.",
                 stacklevel=2,
             )

@@ -23,6 +23,7 @@ LOADING = (
     "hardware",
     "link",
     "link_gb_per_s",
+    "store",
     "geometry",
     "kernel",
     "device",
@@ -54,13 +55,14 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     group = parser.add_argument_group("engine")
     group.add_argument("--strategy", metavar="NAME", help="`mobile strategies` lists them (default: mobile)")
-    group.add_argument("--memory", metavar="SIZE", help=f"device memory to use, {SIZES} (default: all)")
+    group.add_argument("--memory", metavar="SIZE", help=f"memory to use, {SIZES} (default: all of the card)")
     group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
     group.add_argument(
         "--gamma", type=float, metavar="P", help="run all experts for a token of less confidence than this"
     )
     group.add_argument("--link", metavar="KIND", help=described())
     group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this rate")
+    group.add_argument("--store", metavar="FOLDER", help="keep the experts in a file there, or `disk`: in the cache")
     group.add_argument("--hardware", metavar="NAME", help=f"compute virtual time for this hardware: {CARDS}")
     if geometry:
         named = f"compute virtual time as if the model were NAME: {', '.join(GEOMETRIES)}"
