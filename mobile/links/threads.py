@@ -50,16 +50,14 @@ class ThreadCopy:
 
 
 def _make_in_turn(work: queue.SimpleQueue[ThreadCopy | None]) -> None:
-    """Make copies until None comes. Between two of them this holds nothing of an engine, so that one can be freed."""
+    """Make copies until None comes, which is left for the next thread, so that one None ends all of them.
+
+    Between two copies this holds nothing of an engine, so that one can be freed.
+    """
     while (copy := work.get()) is not None:
         copy.make()
         del copy
-
-
-def _end(work: queue.SimpleQueue[ThreadCopy | None], threads: int) -> None:
-    """Have every thread end after the copies it was given."""
-    for _ in range(threads):
-        work.put(None)
+    work.put(None)
 
 
 class ThreadChannel:
@@ -74,7 +72,7 @@ class ThreadChannel:
             threading.Thread(target=_make_in_turn, args=(self._work,), name=f"mobile-link-{number}", daemon=True)
             for number in range(threads)
         ]
-        self._end = weakref.finalize(self, _end, self._work, threads)
+        self._end = weakref.finalize(self, self._work.put, None)  # one call, which Ctrl-C cannot halve
         for thread in self.threads:
             thread.start()
 

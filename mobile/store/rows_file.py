@@ -186,8 +186,8 @@ class RowsFile:
             self._reading, self.direct = os.open(path, os.O_RDONLY), False
         if not self.direct:
             warnings.warn(
-                f"{self.path.parent} takes no direct reads, so rows go through the page cache, which the system is asked to "
-                "forget: the disk's speed is not what is measured.",
+                f"{self.path.parent} takes no direct reads, so rows go through the page cache, which the system is "
+                "asked to forget: the disk's speed is not what is measured.",
                 stacklevel=2,
             )
 
