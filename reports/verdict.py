@@ -11,11 +11,12 @@ from suites.record import Record
 BAND_TOLERANCE = 0.02  # "materially different" starts beyond 2 %
 MAX_HALF_WIDTH = 0.10  # an interval wider than ±10 % decides nothing
 MEASURED = ("gpu+pcie", "real")  # the only scope and weights that are set against the paper
+OTHER_LINKS = ("gpu+throttled", "cpu+disk")  # scopes measured over a link that is not the paper's
 
 RULE = (
     "REPRODUCED: the 95 % interval meets the published band widened by 2 %; for accuracy, it clears the margin. SHORT, "
     "EXCEEDS: wholly below, wholly above. INCONCLUSIVE: the interval is wider than ±10 %; for accuracy, it neither "
-    "clears the margin nor lies beyond it. NOT COMPARABLE: not measured on one GPU over a real link with the real "
+    "clears the margin nor lies beyond it. NOT COMPARABLE: not measured on one GPU over its own link with the real "
     "weights. FAILED: a control of this run is broken, or the cell failed. MISSING: no result."
 )
 
@@ -33,6 +34,8 @@ class Stamp:
         """Return why these numbers may not be compared with the paper's; None if they may."""
         if self.scope == "cpu+virtual":
             return "NOT COMPARABLE (projected)"
+        if self.scope in OTHER_LINKS:
+            return "NOT COMPARABLE (measured on another link)"
         if (self.scope, self.weights) != MEASURED:
             return "NOT COMPARABLE"
         return None if self.machines == 1 else "NOT COMPARABLE (unlike machines)"
@@ -57,7 +60,8 @@ def stamp_of(*groups: Sequence[Record]) -> Stamp:
     """Return the one stamp of all the records that a number is made from, baseline included."""
     records = [record for group in groups for record in group]
     scopes, weights = {r.scope for r in records}, {r.weights for r in records}
-    machines = len({machine_identity(r) for r in records}) if any(s.startswith("gpu") for s in scopes) else 1
+    timed = scopes - {"cpu+virtual", "cpu+paced"}  # on the wall clock, by which machines differ
+    machines = len({machine_identity(r) for r in records}) if timed else 1
     return Stamp(
         scopes.pop() if len(scopes) == 1 else "mixed" if scopes else "-",
         weights.pop() if len(weights) == 1 else "mixed" if weights else "-",

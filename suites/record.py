@@ -56,6 +56,10 @@ class RunFolder:
         """Return the file of what was measured of the machine, under settings with that hash."""
         return self.path / "calibration" / f"{settings}.json"
 
+    def turn(self, cell: str, repeat: int) -> Path:
+        """Return the file of one repeat of a cell that is timed in turn with others."""
+        return self.path / "turns" / f"{cell}-{repeat}.json"
+
     def failure(self, piece: str) -> Path:
         """Return the file that says why a piece of work left nothing behind."""
         return self.path / "failures" / f"{piece}.json"
@@ -106,7 +110,7 @@ class Record:
     """Everything one cell did, and everything needed to do it again."""
 
     id: str
-    scope: str  # "cpu+virtual", "cpu+paced", "gpu+pcie", "gpu+throttled"
+    scope: str  # "cpu+virtual", "cpu+paced", "cpu+disk", "gpu+pcie", "gpu+throttled"
     weights: str  # "shipped-tiny", "synthetic", "real"
     model: str
     geometry: str

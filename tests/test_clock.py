@@ -69,7 +69,7 @@ def done(preset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(preset):
-    return timing.load(read_preset(str(preset)).synthetic[0], RunFolder(Path()))
+    return timing.load(read_preset(str(preset)).synthetic[:1], RunFolder(Path()))
 
 
 def test_a_run_is_calibrated_once_for_the_machine_and_once_a_link(done):

@@ -182,7 +182,7 @@ def test_records_say_what_was_asked_and_what_was_got(done):
 
 def test_the_same_cell_is_the_same_again(done, preset):
     shape = next(s for s in read_preset(str(preset), link="virtual").synthetic if s.swept and s.rate == 0.5)
-    loaded = timing.load(shape, RunFolder(done))
+    loaded = timing.load([shape], RunFolder(done))
     again, before = timing.record(shape, loaded), load(RunFolder(done).record(shape.id))
     assert (again.items, again.counters, again.guesses) == (before.items, before.counters, before.guesses)
     other = timing.record(replace(shape, link="paced", link_gb_per_s=0.5), loaded)

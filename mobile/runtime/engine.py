@@ -148,15 +148,16 @@ class Engine:
     def uninstall(self, *, give_back: bool) -> None:
         """Make the model the stock one again. Broken off anywhere, it can be called again, and goes on.
 
-        With `give_back` the experts go back into their modules; otherwise they stay where they are. `model.mobile` is
-        the last to go.
+        With `give_back` the experts go back into their modules and the store is closed; otherwise they stay in it.
+        `model.mobile` is the last to go.
         """
         self.leaving = True
         self.close()
         if give_back:
             self.store.give_back([layer.experts for layer in self.layers])
         self.overrides.undo()
-        self.store.close()
+        if give_back:
+            self.store.close()
 
     def close(self) -> None:
         """Let go of the link, if it was made, of the routers, the slots and the memory cap; may be called again."""

@@ -27,7 +27,7 @@ BATCH = 100
 CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy that replays it
 
 
-def load(first: Generation, folder: RunFolder) -> None:
+def load(pieces: Sequence[Generation], folder: RunFolder) -> None:
     """Load nothing: each live run reads its model anew, since a control changes the weights."""
 
 

@@ -7,6 +7,7 @@ and paced the same code runs anywhere; over virtual its times are those that a r
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,12 @@ class Loaded:
     link_gb_per_s: float | None
 
 
-def load(cell: Cell, run: RunFolder) -> Loaded:
-    """Load the cell's checkpoint with its strategy attached.
+def load(cells: Sequence[Cell], run: RunFolder) -> Loaded:
+    """Load the checkpoint of these cells with their strategy attached.
 
     Raise Refused for a checkpoint that is not the real model it is said to be, and for whatever mobile.load refuses.
     """
+    cell = cells[0]
     folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, needs_gpu(cell.link)
     dtype: Any = "auto" if real else torch.float32
     empty = skeleton(folder, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,10 +24,10 @@ BINS = 20  # of the confidence histogram
 Trace = tuple[list[trace.Request], dict[str, Any]]
 
 
-def load(first: Cell, run: RunFolder) -> Trace:
+def load(pieces: Sequence[Cell], run: RunFolder) -> Trace:
     """Read the trace that the cells of one live run are replayed from."""
     environment()  # once, for every fork
-    return trace.load(run.trace(first.generation.id))
+    return trace.load(run.trace(pieces[0].generation.id))
 
 
 def measure(cell: Cell, recorded: Trace, run: RunFolder) -> None:

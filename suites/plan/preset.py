@@ -113,7 +113,8 @@ def read_preset(
             raise Refused(f"Preset {path.stem} makes its models itself; leave --model out.")
         if link is not None:
             raise Refused(f"Preset {path.stem} says itself how it is timed; leave --link out.")
-        return Preset(path.stem, data["minutes"], tuple(_cells(data, folder, folders)))
+        measured = read_preset(data["measured"]).cells if "measured" in data else ()
+        return Preset(path.stem, data["minutes"], (*_cells(data, folder, folders), *measured))
     except Refused:
         raise
     except (ValueError, TypeError, AttributeError) as error:  # no TOML, no text, or a value of another kind

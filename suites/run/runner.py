@@ -62,28 +62,30 @@ def describe(preset: Preset, run: RunFolder) -> str:
 
     cells, generations = preset.cells, preset.generations
     lines = [f"{preset.name}: {len(cells)} cells, {done(cells)} done"]
-    if preset.synthetic:
-        lines += plan.describe([(cell, sound(cell.output(run))) for cell in preset.synthetic])
-        if preset.references:
-            left = [cell for cell in preset.references if not sound(cell.output(run))]
-            lines.append(
-                f"{len(preset.references)} of the cells are plain Transformers, and what the engine costs a layer: "
-                f"about {plan.reference_seconds(left) / 60:.0f} minutes more"
-            )
-        return "\n".join([*lines, f"folder: {run.path}"])
-    items = sum(generation.items for generation in generations)
-    lines[0] += f"; {len(generations)} live runs ({items:,} answers), {done(generations)} done"
+    if preset.scored:
+        items = sum(generation.items for generation in generations)
+        lines[0] += f"; {len(generations)} live runs ({items:,} answers), {done(generations)} done"
     if preset.live:
         answers = sum(cell.generation.items for cell in preset.live)
         lines.append(
             f"{len(preset.live)} of the cells are timed live, on what they answer themselves ({answers:,} answers)"
         )
-    else:
+    elif preset.scored:
         megabytes = 0.2 * len(generations) + 0.15 * len(cells)
         lines.append(
             f"allowed: {preset.minutes} minutes on 2 cores; disk about {megabytes:.0f} MB; no GPU and no network needed"
         )
-    return "\n".join([*lines, *preflight.describe(preset), f"folder: {run.path}"])
+    if preset.scored:
+        lines += preflight.describe(preset)
+    if preset.synthetic:
+        lines += plan.describe([(cell, sound(cell.output(run))) for cell in preset.synthetic])
+    if preset.references:
+        left = [cell for cell in preset.references if not sound(cell.output(run))]
+        lines.append(
+            f"{len(preset.references)} of the cells are plain Transformers, and what the engine costs a layer: "
+            f"about {plan.reference_seconds(left) / 60:.0f} minutes more"
+        )
+    return "\n".join([*lines, f"folder: {run.path}"])
 
 
 @contextmanager

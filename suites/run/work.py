@@ -58,8 +58,8 @@ class Work(Protocol):
 class Measurer(Protocol):
     """A module that does work of one kind."""
 
-    def load(self, first: Any, run: RunFolder, /) -> Any:
-        """Return what the pieces of one job share, loaded for the first of them."""
+    def load(self, pieces: Sequence[Any], run: RunFolder, /) -> Any:
+        """Return what the pieces of one job share."""
 
     def measure(self, piece: Any, loaded: Any, run: RunFolder, /) -> None:
         """Do the piece and write its output. Raise whatever keeps it from being done."""
@@ -104,6 +104,12 @@ def _timing() -> Measurer:
     return timing
 
 
+def _in_turn() -> Measurer:
+    from suites.synthetic import in_turn
+
+    return in_turn
+
+
 def _reference() -> Measurer:
     from suites.synthetic import reference
 
@@ -116,6 +122,7 @@ KINDS = {
     "replay": Kind(cell_from, _replayed, most=12, forked=True),  # of one live run: the trace is read once
     "live": Kind(cell_from, _live),  # all tasks of one attached model
     "synthetic": Kind(synthetic_cell_from, _timing),  # of one model: to make 61 GB of experts takes longer than a cell
+    "in turn": Kind(synthetic_cell_from, _in_turn),  # of one model: a noisy machine hurts all of them alike
     "reference": Kind(reference_cell_from, _reference, most=1),  # each makes a model of its own
 }
 

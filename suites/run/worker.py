@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -45,14 +45,15 @@ def attempt(name: str, label: str, action: Callable[[], Any]) -> Finished:
     return Finished(name, label, time.monotonic() - begun)
 
 
-def measuring(first: Work, run: RunFolder) -> Callable[[Work], Finished]:
+def measuring(pieces: Sequence[Work], run: RunFolder) -> Callable[[Work], Finished]:
     """Load now, once, what the pieces of a job share; return what measures one. Where loading fails, each fails so."""
-    measurer = KINDS[first.kind].measurer()
+    kind = KINDS[pieces[0].kind]
+    measurer = kind.measurer()
     loaded: list[Any] = []
-    loading = attempt("", "", lambda: loaded.append(measurer.load(first, run)))
+    loading = attempt("", "", lambda: loaded.append(measurer.load(pieces, run)))
     if not loaded:
         return lambda piece: replace(loading, id=piece.id, label=piece.label, seconds=0.0)
-    measure = in_fork if KINDS[first.kind].forked else measure_here
+    measure = in_fork if kind.forked else measure_here
     return lambda piece: measure(piece, loaded[0], run)
 
 
@@ -124,7 +125,7 @@ def main() -> None:
     os.dup2(2, 1)  # from here on, whatever a library prints goes to the log
     run = RunFolder(Path(job["run"]))
     pieces = [KINDS[job["kind"]].read(fields) for fields in job["pieces"]]
-    measure = measuring(pieces[0], run)
+    measure = measuring(pieces, run)
     for name, piece in zip(job["ids"], pieces, strict=True):
         if piece.id != name:
             done = Finished(name, piece.label, 0.0, NOT_AS_PLANNED)

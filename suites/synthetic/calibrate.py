@@ -7,26 +7,30 @@ times, alone on its machine, with its threads and its dtype.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile, profile
 from mobile.links.registry import LINKS
-from mobile.links.virtual import VirtualLink
 from mobile.machine.fit_profile import Measurements, fit, measurements_from
 from mobile.machine.measure import measure, relinked
 from mobile.machine.measure.copies import Pace
 from mobile.machine.measure.sizes import NARROW, sizes_for
+from mobile.policies.protocols import LayerMap
 from mobile.policies.strategy import Strategy
+from mobile.replay.fast_residency import FastResidency
+from mobile.replay.replay import ReplaySetup
+from mobile.replay.trace import Request, run_step
 from suites.environment import environment
 from suites.identity import code_hash, digest
 from suites.record import RunFolder, read_json, sound, write_json
 from suites.synthetic.cells import SyntheticCell
-from suites.synthetic.models import Synthetic
-from suites.synthetic.script import Script
-from suites.synthetic.script_player import Played, play
+from suites.synthetic.script import Script, steps_of
+from suites.synthetic.script_player import Played
 
 
 def calibrated(cell: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
@@ -68,19 +72,42 @@ def _kept(run: RunFolder, settings: list[Any], make: Any) -> Measurements:
 
 
 def predicted(
-    made: Synthetic, strategy: Strategy, scripts: list[Script], slots: int, card: HardwareProfile
+    scripts: Sequence[Script], strategy: Strategy, geometry: Geometry, slots: int, card: HardwareProfile, *, cold: bool
 ) -> list[Played]:
-    """Play the same scripts in the same order, with as many slots, on the virtual clock of that profile.
+    """Return the scripts in their order on the virtual clock of that profile, with as many slots.
 
-    The same model and engine decide; only bytes are left where they are, since time is all that is asked for.
+    With `cold`, each of them begins with cold slots, otherwise the first. Raise Refused for a strategy that decides by
+    what a script does not hold.
     """
-    with made.attached(strategy, slots=slots, hardware=card, link="virtual") as engine:
-        cast(VirtualLink, engine.link).deliver_to(engine.arrived)  # leaves bytes where they are
-        return [play(made, script) for script in scripts]
+    layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
+    setup = ReplaySetup(strategy, geometry, layer_map, card, slots)
+    residency, found = setup.residency(), []
+    for script in scripts:
+        residency = setup.residency() if cold else residency
+        found.append(_replayed(script, steps_of(script, strategy), residency, layer_map))
+    return found
+
+
+def _replayed(script: Script, steps: Request, residency: FastResidency, layer_map: LayerMap) -> Played:
+    """Replay the passes of one script; only those of decode steps that count are in the times of decode."""
+    clock, ledger = residency.link, residency.ledger
+    decoded = [at for at, step in enumerate(steps) if step.kind in ("full", "little")]  # where each token begins
+    first = decoded[script.warmup] if script.warmup < len(decoded) else len(steps)
+    begun = prefilled = started = clock.now
+    before = ledger.counters.copy()
+    for at, step in enumerate(steps):
+        if at == 1:
+            prefilled = clock.now
+        if at == first:
+            started, before = clock.now, ledger.counters.copy()
+        run_step(step, residency, layer_map)
+    counters = ledger.counters.since(before)
+    residency.end_token()
+    return Played(len(script.prompt), prefilled - begun, clock.now - started, counters.bytes_loaded, counters)
 
 
 def prediction_fields(card: HardwareProfile, played: list[Played]) -> dict[str, Any]:
-    """Return a prediction as a record has it: the profile, and of the first repeats what `Item` has when measured."""
+    """Return a prediction as a record has it: the profile, and of each repeat what `Item` has when measured."""
     return {
         "profile": asdict(card),
         "ttft_ns": [one.prefill_ns for one in played],

@@ -28,7 +28,7 @@ class SyntheticCell:
     The script of a repeat follows from `routing`, `rate`, `seed` and the tokens alone, so every strategy plays the
     same. `rate` is the share of decode steps that fall back, None where a recorded run fixes it, or the strategy never
     falls back. `link_gb_per_s` is what the link is throttled to, None: as it is. `layers` are the MoE layers made,
-    None: as many as fit the host memory; `shrink` divides every width, for tests.
+    None: as many as fit the host memory, or over a disk all; `shrink` divides every width, for tests.
     """
 
     model: Model
@@ -60,11 +60,15 @@ class SyntheticCell:
 
     @property
     def scope(self) -> str:
-        """Return whose time it takes: a GPU's, its link throttled or not, a paced link's, or the virtual clock's."""
+        """Return whose time it takes: a GPU's, its link throttled or not, a disk's, a paced link's, or the clock's."""
         return LINKS[self.link].scope_at(self.link_gb_per_s)
 
-    kind = "synthetic"
     online = False
+
+    @property
+    def kind(self) -> str:
+        """Return how it is timed: over a disk in turn with the model's other cells, else by itself."""
+        return "in turn" if LINKS[self.link].store == "disk" else "synthetic"
 
     @property
     def shared(self) -> tuple:
@@ -82,8 +86,8 @@ class SyntheticCell:
 
     @property
     def is_predicted(self) -> bool:
-        """Return whether the virtual clock predicts it too: not where it times it anyway, nor at each swept rate."""
-        return LINKS[self.link].real_time and not self.swept
+        """Return whether the virtual clock predicts it too: not where it times it anyway."""
+        return LINKS[self.link].real_time
 
     @property
     def label(self) -> str:

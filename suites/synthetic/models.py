@@ -1,7 +1,7 @@
 """Synthetic models: the four real geometries in stock Transformers classes, with weights that mean nothing.
 
 No checkpoint is read. Dense weights are Transformers' own initialisation, on the device. Experts are made directly in
-the host store, at the speed of a copy, and never lie on the device. Routers are rows of the identity and the head
+the store, in host memory or in a file, and never lie on the device. Routers are rows of the identity and the head
 watches one coordinate, so that `script_player` can have a router choose, and the output be sure or not, by what it is
 given; both compute what a trained one computes, in the same time.
 """
@@ -12,6 +12,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from mobile.residency.prefill import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
 from mobile.runtime.attachment import install
 from mobile.runtime.engine import Engine
-from mobile.store import ExpertLayout, HostStore
+from mobile.store import DiskStore, ExpertLayout, HostStore, Store
 from mobile.suggest import offer
 from suites.families import BY_GEOMETRY
 
@@ -101,7 +102,7 @@ class Synthetic:
     empty: Any
     layers: list[compat.MoeLayer]
     layout: ExpertLayout
-    store: HostStore
+    store: Store
     geometry: Geometry
     real_layers: int
 
@@ -148,25 +149,34 @@ def make(
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Synthetic:
     """Make the model; `layers` None makes as many MoE layers as host memory holds.
 
-    Raise Refused for an unknown geometry, too many layers, or too little host memory.
+    With `folder` the experts lie in a file there, which has no name and goes with the process; then `layers` None makes
+    all of them. Raise Refused for an unknown geometry, too many layers, or too little host memory or disk.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    fit = layers_that_fit(geometry, shrink, dtype)
-    if layers is not None and layers > fit:
-        config_of(geometry, layers)
-        raise Refused(f"The free host memory holds {fit} layers of {geometry} and not {layers}; ask for less.")
-    config = config_of(geometry, layers or fit, shrink)
+    if folder is None:
+        fit = layers_that_fit(geometry, shrink, dtype)
+        if layers is not None and layers > fit:
+            config_of(geometry, layers)
+            raise Refused(f"The free host memory holds {fit} layers of {geometry} and not {layers}; ask for less.")
+        layers = layers or fit
+    config = config_of(geometry, layers, shrink)
     empty, described, layout = _empty(config, dtype)
     torch.manual_seed(seed)
     model = _dense(config, dtype, torch.device(device))
     made = compat.moe_layers(model)
-    store = HostStore(layout, len(made), made[0].count)
-    _fill(store)
-    if torch.device(device).type == "cuda":
+    store: Store
+    if folder is None:
+        store = HostStore(layout, len(made), made[0].count)
+    else:
+        layout = layout.page_aligned()
+        store = DiskStore(layout, len(made), made[0].count, folder / f"{geometry}.safetensors")
+    _fill(store, len(made), made[0].count)
+    if torch.device(device).type == "cuda" and isinstance(store, HostStore):
         page_lock(store.rows, torch.device(device), [])  # once, for every engine that is to serve them
     name = geometry if shrink == 1 else f"{geometry} shrunk {shrink} times"
     sizes = replace(compat.geometry_of(empty, described, layout), name=name)
@@ -200,14 +210,18 @@ def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def _fill(store: HostStore) -> None:
+def _fill(store: Store, layers: int, experts: int) -> None:
     """Fill the store with one random row, rotated for each expert by a number of elements of its own."""
-    base = torch.empty(store.layout.numel, dtype=store.layout.dtype).normal_(0, 0.02)
-    for layer, rows in enumerate(store.rows):
-        for expert, row in enumerate(rows):
-            shift = (layer * len(rows) + expert) * 64 % len(base)
-            row[: len(base) - shift].copy_(base[shift:])
-            row[len(base) - shift :].copy_(base[:shift])
+    layout = store.layout
+    base = torch.empty(layout.numel, dtype=layout.dtype).normal_(0, 0.02)
+    for layer in range(layers):
+        weights = {field.name: store.weights(layer, field.name) for field in layout.fields}
+        for expert in range(experts):
+            row = base.roll(-(layer * experts + expert) * 64)
+            for name, view in layout.views(row[None]).items():
+                weights[name][expert].copy_(view[0])
+        store.complete(layer)
+    store.finish()
 
 
 def _let_go(device: torch.device) -> None:

@@ -24,6 +24,8 @@ MAKE_GB_PER_S = 3  # an assumption: filling and page-locking the host store
 START_SECONDS = 40  # an assumption: a process, its imports, and the recording of the shipped model's routing
 CALIBRATION_SECONDS = 40  # an assumption: the machine, and the link at its speeds; once a geometry at most
 PAGEABLE_GB_PER_S = 6  # an assumption: what whole layers move at
+DISK_GB_PER_S = 1.5  # an assumption: rows read past the page cache, and written
+IN_TURN_SECONDS = 0.6  # an assumption: an attach and its self-tests on the processor, where nothing is page-locked
 RESIDENT_TOKEN_SECONDS = 0.03  # an assumption: launches of an eager step
 
 
@@ -40,11 +42,27 @@ def describe(cells: Sequence[tuple[SyntheticCell, bool]]) -> list[str]:
             f"about {seconds / 60:.0f} minutes"
         )
     first = cells[0][0]
+    room = f"{max(file_nbytes(cell) for cell, _ in cells) / GB:.0f} GB while it runs" if _on_disk(first) else "under 10 MB"
     return [
         *lines,
         f"together about {total / 60:.0f} minutes on link {first.link}, an estimate: every expert copied on demand, a "
-        f"native link taken at {profile(first.hardware).link_gb_per_s:.0f} GB/s; no network needed; disk under 10 MB",
+        f"native link taken at {_native_gb_per_s(first):g} GB/s; no network needed; disk {room}",
     ]
+
+
+def _on_disk(cell: SyntheticCell) -> bool:
+    return LINKS[cell.link].store == "disk"
+
+
+def _native_gb_per_s(cell: SyntheticCell) -> float:
+    """Return what a link that is not throttled is taken to carry, decimal GB/s."""
+    return DISK_GB_PER_S if _on_disk(cell) else profile(cell.hardware).link_gb_per_s
+
+
+def file_nbytes(cell: SyntheticCell) -> int:
+    """Return the bytes of the file that holds the experts of the cell's model."""
+    geometry = GEOMETRIES[cell.model.geometry]
+    return (cell.layers or geometry.moe_layers) * geometry.experts * geometry.expert_nbytes // cell.shrink**2
 
 
 def _memory(cell: SyntheticCell) -> str:
@@ -53,6 +71,8 @@ def _memory(cell: SyntheticCell) -> str:
     if cell.shrink > 1:
         return f"every width divided by {cell.shrink}"
     layers = cell.layers or geometry.moe_layers
+    if _on_disk(cell):
+        return f"a file of {file_nbytes(cell) / GB:.0f} GB for the experts of {layers} layers, gone afterwards"
     usable = host().usable_nbytes
     if cell.layers is None and usable is not None and usable < whole:
         return (
@@ -65,13 +85,11 @@ def seconds_of(cells: Sequence[SyntheticCell]) -> float:
     """Estimate the seconds that cells of one model take."""
     if not cells:
         return 0.0
-    geometry = GEOMETRIES[cells[0].model.geometry]
-    narrow = 1 / cells[0].shrink ** 2
-    making = geometry.total_experts * geometry.expert_nbytes * narrow / (MAKE_GB_PER_S * GB)
+    making = file_nbytes(cells[0]) / ((DISK_GB_PER_S if _on_disk(cells[0]) else MAKE_GB_PER_S) * GB)
     predicted = [cell for cell in cells if cell.is_predicted]
-    clock = sum(ATTACH_SECONDS / 2 + 2 * _steps(cell) / cell.repeats * RESIDENT_TOKEN_SECONDS for cell in predicted)
-    clock += CALIBRATION_SECONDS if predicted else 0
-    return START_SECONDS + making + clock + sum(ATTACH_SECONDS + _playing(cell) for cell in cells)
+    clock = CALIBRATION_SECONDS if predicted else 0
+    attach = sum(cell.repeats * IN_TURN_SECONDS if _on_disk(cell) else ATTACH_SECONDS for cell in cells)
+    return START_SECONDS + making + clock + attach + sum(map(_playing, cells))
 
 
 def reference_seconds(references: Sequence[ReferenceCell]) -> float:
@@ -97,12 +115,13 @@ def _playing(cell: SyntheticCell) -> float:
     steps = _steps(cell)
     if strategy.retain == "everything":
         return steps * RESIDENT_TOKEN_SECONDS
-    rate = cell.link_gb_per_s or profile(cell.hardware).link_gb_per_s
+    rate = cell.link_gb_per_s or _native_gb_per_s(cell)
     active = 1 - (1 - geometry.top_k / geometry.experts) ** cell.prompt_tokens
-    prefill = active * geometry.total_experts * geometry.expert_nbytes / cell.shrink**2 / (rate * GB)
+    prefill = active * file_nbytes(cell) / (rate * GB)
     half = isinstance(strategy.gating, HalfK | BigLittle)
     share = 0.5 * (1 + (cell.rate or 0)) if half else 1.0
-    token = share / geometry.on_demand_ceiling(rate) / cell.shrink**2
+    made = (cell.layers or geometry.moe_layers) / geometry.moe_layers
+    token = share * made / geometry.on_demand_ceiling(rate) / cell.shrink**2
     return (cell.repeats + 1) * prefill + steps * token
 
 

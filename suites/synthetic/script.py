@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mobile.errors import Refused
-from mobile.replay.trace import Request, Step
+from mobile.policies.strategy import BigLittle, FullK, HalfK, Strategy
+from mobile.replay.trace import Experts, Request, Step
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,33 @@ class Script:
     def first(self, steps: int) -> Script:
         """Return the same script, ending after so many steps."""
         return replace(self, little=self.little[:steps], full=self.full[:steps], unsure=self.unsure[:steps])
+
+
+def steps_of(script: Script, strategy: Strategy) -> Request:
+    """Return the passes that the strategy makes of the script: its prompt, then one or two a decode step.
+
+    Raise Refused for a strategy that also decides by what a script does not hold.
+    """
+    gating = strategy.gating
+    if not isinstance(gating, FullK | HalfK | BigLittle) or strategy.lookahead is not None:
+        raise Refused(f"Strategy {strategy.name} decides by router logits, which a script does not hold.")
+    half = script.full.shape[2] // 2
+    active = [np.unique(chosen, return_counts=True) for chosen in script.prompt.swapaxes(0, 1)]
+    experts, counts = (tuple(tuple(each.tolist()) for each in column) for column in zip(*active, strict=True))
+    steps = [Step("prefill", len(script.prompt), experts, counts)]
+    for little, full, unsure in zip(script.little, script.full, script.unsure.tolist(), strict=True):
+        if isinstance(gating, FullK):
+            steps.append(Step("full", 1, _ascending(full)))
+            continue
+        steps.append(Step("little", 1, _ascending(little[:, :half])))
+        if unsure and isinstance(gating, BigLittle):
+            steps.append(Step("big", 1, _ascending(full), predicted=_ascending(little)))
+    return steps
+
+
+def _ascending(chosen: np.ndarray) -> Experts:
+    """Return the experts (layers, n) of each layer, ascending."""
+    return tuple(map(tuple, np.sort(chosen, axis=1).tolist()))
 
 
 def with_rate(script: Script, rate: float, seed: int) -> Script:

@@ -1,14 +1,16 @@
 """Synthetic cells, timed: one model, attached once a cell, plays the cell's scripts on the clock of its link.
 
 With the link cuda this measures wall time on a GPU: real bytes over a real link, throttled where the cell asks for it.
-The links virtual and paced run the same code anywhere. Nothing here needs lm-eval.
+The links virtual and paced run the same code anywhere; cells over a disk are timed in turn (`in_turn`), and recorded
+here. Nothing here needs lm-eval.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,14 +31,13 @@ from suites.record import Item, Record, RunFolder
 from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated, predicted, prediction_fields
 from suites.synthetic.cells import RECORDED, SyntheticCell
-from suites.synthetic.link_use import fallback_use
+from suites.synthetic.link_use import LinkUse, fallback_use
 from suites.synthetic.models import Synthetic
 from suites.synthetic.routing import scripts_of
 from suites.synthetic.script import Script, ScriptLength, drawn, with_rate
 from suites.synthetic.script_player import Played, play
 from suites.telemetry import watched
 
-PREDICTED_REPEATS = 1  # that the virtual clock is asked about: they start where the measured ones did, cold
 GAMMA = 0.7  # below which a recorded little pass was unsure, whatever strategy plays the script
 
 
@@ -48,8 +49,9 @@ class Loaded:
     scripts: dict[tuple, list[Script]] = field(default_factory=dict)
 
 
-def load(cell: SyntheticCell, run: RunFolder) -> Loaded:
-    """Make the cell's model. Raise Refused for what cannot be made here."""
+def load(cells: Sequence[SyntheticCell], run: RunFolder) -> Loaded:
+    """Make the model of these cells. Raise Refused for what cannot be made here."""
+    cell = cells[0]
     if not LINKS[cell.link].needs_gpu:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     device = LINKS[cell.link].usual_device
@@ -58,15 +60,12 @@ def load(cell: SyntheticCell, run: RunFolder) -> Loaded:
 
 def measure(cell: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
     """Calibrate the machine unless this run has, and write the record; without a prediction where that fails."""
-    here, unpredicted = None, None
+    here: HardwareProfile | Refused | None
     try:
         here = calibrated(cell, loaded.made.layout.dtype, run)
     except Refused as refused:
-        unpredicted = str(refused)
-    done = record(cell, loaded, here)
-    if unpredicted is not None:
-        done = replace(done, config={**done.config, "unpredicted": unpredicted})
-    done.save(cell.output(run))
+        here = refused
+    record(cell, loaded, here).save(cell.output(run))
 
 
 def scripts_for(cell: SyntheticCell, loaded: Loaded) -> list[Script]:
@@ -132,7 +131,28 @@ def memory_or_slots(
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 
-def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = None) -> Record:
+@dataclass(frozen=True)
+class Taken:
+    """The measurement of a cell: every script played in order, what the engine counted, and how its link copied.
+
+    `stats` are the engine's, from the first script's prompt on, and `guesses` its ledger's. `copies_gb_per_s` is the
+    rate while anything was copied, `use` that of fallbacks; None without copies, or fallbacks. `link` are what a record
+    says of the link beyond that. `cold` says that each script began with cold slots, and not only the first.
+    """
+
+    hardware: str
+    sources: tuple[str, ...]
+    slots: int
+    played: list[Played]
+    stats: dict[str, Any]
+    guesses: Mapping[int, tuple[int, int, int]]
+    copies_gb_per_s: float | None
+    use: LinkUse | None
+    link: dict[str, Any]
+    cold: bool = False
+
+
+def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | Refused | None = None) -> Record:
     """Play every repeat, warm, and return what it took, and what the virtual clock predicts from the profile `here`.
 
     Where the clock cannot predict, the measurement stands and the record says why. Raise Refused for what this
@@ -140,55 +160,65 @@ def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | None = N
     """
     begun = time.monotonic()
     made, strategy = loaded.made, resolve(cell.strategy, cell.gamma)
-    card, scripts = profile(cell.hardware), scripts_for(cell, loaded)
-    memory_nbytes = memory_of(cell, made.device)
-    # 1. Measure: a short script to warm up, then every script on the clock of the link.
-    with made.attached(
-        strategy,
-        **memory_or_slots(cell, made, strategy, card, memory_nbytes),
-        hardware=cell.hardware,
-        link=cell.link,
-        link_gb_per_s=cell.link_gb_per_s,
-    ) as engine:
+    scripts = scripts_for(cell, loaded)
+    with attached(cell, made) as engine:
         play(made, scripts[0].first(scripts[0].warmup + 1))  # kernels are compiled, memory is touched
         engine.restart()
         with watched(cuda_uuid(engine.device.index) if LINKS[cell.link].needs_gpu else None) as telemetry:
             played = [play(made, script) for script in scripts]
-        wall_seconds = time.monotonic() - begun
-        done = _record(cell, made, strategy, engine, scripts, played)
-    # 2. Predict the first repeats on the virtual clock, once the slots of the measurement are given back.
-    asked_nbytes = parse_nbytes(cell.budget) if is_memory(cell.budget) else None
-    more: dict[str, Any] = {"memory_nbytes": memory_nbytes, "memory_asked_nbytes": asked_nbytes}
-    if here is not None:
-        try:
-            more["predicted"] = prediction_fields(
-                here, predicted(made, strategy, scripts[:PREDICTED_REPEATS], engine.slots, here)
-            )
-        except (Refused, torch.OutOfMemoryError) as error:
-            more["unpredicted"] = str(error).splitlines()[0]
+        channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
+        how = {name: getattr(channel, name, None) for name in ("native_gb_per_s", "throttled", "page_locked")}
+        taken = Taken(
+            hardware=engine.hardware.name,
+            sources=engine.hardware.sources,
+            slots=engine.slots,
+            played=played,
+            stats=engine.stats(),
+            guesses=engine.ledger.guesses,
+            copies_gb_per_s=copy_gb_per_s(engine.ledger.events, made.geometry.expert_nbytes),
+            use=use_of(engine, strategy),
+            link={f"link_{name}": value for name, value in how.items()},
+        )
+    done = record_of(cell, loaded, taken, here)
     return replace(
         done,
-        config={**done.config, **more},
-        environment={**environment(), "telemetry": telemetry()},
-        wall_seconds=wall_seconds,
+        environment={**done.environment, "telemetry": telemetry()},
+        wall_seconds=time.monotonic() - begun,
     )
 
 
-def _record(
-    cell: SyntheticCell,
-    made: Synthetic,
-    strategy: Strategy,
-    engine: Engine,
-    scripts: list[Script],
-    played: list[Played],
-) -> Record:
-    """Return the record of what was played, but for what the run as a whole took."""
-    geometry, real = made.geometry, LINKS[cell.link].needs_gpu
-    measured = copy_gb_per_s(engine.ledger.events, geometry.expert_nbytes)
-    channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
-    how = {name: getattr(channel, name, None) for name in ("native_gb_per_s", "throttled", "page_locked")}
-    counted = sum(script.counted for script in scripts)
-    use = fallback_use(engine.ledger, geometry.expert_nbytes) if isinstance(strategy.gating, BigLittle) else None
+def attached(cell: SyntheticCell, made: Synthetic) -> AbstractContextManager[Engine]:
+    """Serve the model inside the block as the cell asks for it. Raise Refused as attach does."""
+    strategy, memory_nbytes = resolve(cell.strategy, cell.gamma), memory_of(cell, made.device)
+    return made.attached(
+        strategy,
+        **memory_or_slots(cell, made, strategy, profile(cell.hardware), memory_nbytes),
+        hardware=cell.hardware,
+        link=cell.link,
+        link_gb_per_s=cell.link_gb_per_s,
+    )
+
+
+def use_of(engine: Engine, strategy: Strategy) -> LinkUse | None:
+    """Return the share of the link that fallbacks used; None for a strategy without them."""
+    if not isinstance(strategy.gating, BigLittle):
+        return None
+    return fallback_use(engine.ledger, engine.geometry.expert_nbytes)
+
+
+def record_of(cell: SyntheticCell, loaded: Loaded, taken: Taken, here: HardwareProfile | Refused | None) -> Record:
+    """Return the record of what was taken, with a prediction from the profile `here`, or why there is none."""
+    made, strategy, scripts = loaded.made, resolve(cell.strategy, cell.gamma), scripts_for(cell, loaded)
+    geometry, measured = made.geometry, taken.copies_gb_per_s
+    prediction: dict[str, Any] = {"predicted": None, "unpredicted": None}
+    try:
+        if isinstance(here, Refused):
+            raise here
+        if here is not None:
+            clock = predicted(scripts, strategy, geometry, taken.slots, here, cold=taken.cold)
+            prediction["predicted"] = prediction_fields(here, clock)
+    except Refused as refused:
+        prediction["unpredicted"] = str(refused)
     return Record(
         id=cell.id,
         scope=cell.scope,
@@ -199,9 +229,9 @@ def _record(
         strategy=strategy.name,
         gamma=cell.gamma,
         lossless=strategy.lossless,
-        hardware=engine.hardware.name,
+        hardware=taken.hardware,
         budget=cell.budget,
-        slots=engine.slots,
+        slots=taken.slots,
         seed=cell.seed,
         config={
             "kind": "shape",
@@ -215,7 +245,7 @@ def _record(
             "data": [],
             "routing": scripts[0].source,
             "fallback_asked": cell.rate,
-            "fallback_scripted": sum(script.fallbacks for script in scripts) / counted,
+            "fallback_scripted": sum(script.fallbacks for script in scripts) / sum(s.counted for s in scripts),
             "prompt_tokens": cell.prompt_tokens,
             "warmup_tokens": cell.warmup_tokens,
             "decode_tokens": cell.decode_tokens,
@@ -231,15 +261,18 @@ def _record(
             "dtype": str(made.layout.dtype).removeprefix("torch."),
             "link": cell.link,
             "link_gb_per_s": cell.link_gb_per_s,
-            "link_native_gb_per_s": how["native_gb_per_s"],
-            "link_throttled": how["throttled"],
-            "link_page_locked": how["page_locked"],
+            "link_native_gb_per_s": None,
+            "link_throttled": None,
+            "link_page_locked": None,
             "link_measured_gb_per_s": measured,
-            "fallback_use": use and asdict(use),
-            "predicted": None,
-            "unpredicted": None,
+            "fallback_use": taken.use and asdict(taken.use),
+            "memory_nbytes": memory_of(cell, made.device),
+            "memory_asked_nbytes": parse_nbytes(cell.budget) if is_memory(cell.budget) else None,
+            "cold": taken.cold,
             "strategy_source": strategy.source,
-            "profile_sources": [] if real else list(engine.hardware.sources),
+            "profile_sources": [] if LINKS[cell.link].real_time else list(taken.sources),
+            **taken.link,
+            **prediction,
         },
         environment=environment(),
         items=tuple(
@@ -258,19 +291,28 @@ def _record(
                 decode_ns=one.decode_ns,
                 decode_bytes=one.decode_bytes,
             )
-            for number, (script, one) in enumerate(zip(scripts, played, strict=True))
+            for number, (script, one) in enumerate(zip(scripts, taken.played, strict=True))
         ),
-        counters=engine.stats(),
+        counters=taken.stats,
         ceiling_tokens_per_s=measured and geometry.on_demand_ceiling(measured),
-        checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, played)),
-        guesses=tuple((layer, *seen) for layer, seen in sorted(engine.ledger.guesses.items())),
+        checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, taken.played)),
+        guesses=tuple((layer, *seen) for layer, seen in sorted(taken.guesses.items())),
     )
 
 
 def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:
-    """Return decimal gigabytes per second of the copies in a ledger while they were made; None without one."""
-    copies = [event.end_ns - event.start_ns for event in events if event.what in ("load", "prefetch")]
-    return len(copies) * row_nbytes / sum(copies) if copies else None
+    """Return decimal gigabytes per second of the copies in a ledger while any was made; None without one."""
+    copies = [(event.start_ns, event.end_ns) for event in events if event.what in ("load", "prefetch")]
+    return len(copies) * row_nbytes / busy_ns(copies) if copies else None
+
+
+def busy_ns(spans: Iterable[tuple[int, int]]) -> int:
+    """Return the nanoseconds that at least one of these (start, end) spans covers."""
+    total, until = 0, 0
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def _checks(

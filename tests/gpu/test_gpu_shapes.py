@@ -27,7 +27,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(shapes, tmp_path_factory):
-    return timing.load(shapes[0], RunFolder(tmp_path_factory.mktemp("run")))
+    return timing.load(shapes[:1], RunFolder(tmp_path_factory.mktemp("run")))
 
 
 def test_the_store_is_page_locked_once_for_every_engine(loaded):

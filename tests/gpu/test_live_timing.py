@@ -21,7 +21,7 @@ def test_a_cell_is_timed_on_the_wall_clock(tmp_path):
     generation = replace(cell.generation, items=4)
     cell = replace(cell, generation=generation, link="cuda", hardware="auto")
     begun = time.perf_counter_ns()
-    loaded = live.load(cell, RunFolder(tmp_path))
+    loaded = live.load([cell], RunFolder(tmp_path))
     record = live.record(cell, loaded)
     took = time.perf_counter_ns() - begun
     assert (record.scope, record.weights) == ("gpu+pcie", "shipped-tiny")

@@ -1,0 +1,144 @@
+"""Synthetic cells over a disk, timed in turn: each cell plays a script, then each the next, the other way round (ABBA).
+
+A machine that is busy for a while slows all cells alike, and drift that is even cancels out. A script begins with cold
+slots. What a turn took lies in the run folder, so that a killed run goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from mobile.costs.hardware import HardwareProfile
+from mobile.errors import Refused
+from mobile.ledger import Counters, Ledger
+from mobile.policies.strategy import resolve
+from suites.record import RunFolder, read_json, sound, write_json
+from suites.synthetic import models
+from suites.synthetic.calibrate import calibrated
+from suites.synthetic.cells import SyntheticCell
+from suites.synthetic.link_use import LinkUse
+from suites.synthetic.script_player import Played, play
+from suites.synthetic.timing import Loaded, Taken, attached, busy_ns, record_of, scripts_for, use_of
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One script under one cell: what it took, and all that was counted from the prompt on.
+
+    Copies are those of the whole turn, `copies_ns` the time in which any of them was made.
+    """
+
+    hardware: str
+    slots: int
+    played: Played
+    counters: Counters
+    guesses: dict[int, tuple[int, int, int]]
+    copies_ns: int
+    use: LinkUse | None
+    link: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Together(Loaded):
+    """The cells of one model, the profile of this machine or why there is none, and why a cell could not be played."""
+
+    cells: Sequence[SyntheticCell] = ()
+    here: HardwareProfile | Refused | None = None
+    failed: dict[str, Exception] = field(default_factory=dict)
+
+
+def load(cells: Sequence[SyntheticCell], run: RunFolder) -> Together:
+    """Make the model of these cells, its experts in a file of the run folder, and calibrate the machine."""
+    torch.set_num_threads(1)  # a core computes, another one reads
+    cell = cells[0]
+    made = models.make(cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device="cpu", folder=run.path)
+    here: HardwareProfile | Refused | None
+    try:
+        here = calibrated(cell, made.layout.dtype, run)
+    except Refused as refused:
+        here = refused
+    return Together(made, cells=cells, here=here)
+
+
+def measure(cell: SyntheticCell, loaded: Together, run: RunFolder) -> None:
+    """Write the record of a cell, once all cells have been played. Raise what kept this one from being played."""
+    play_in_turn(loaded, run)
+    if cell.id in loaded.failed:
+        raise loaded.failed[cell.id]
+    turns = [turn_from(read_json(run.turn(cell.id, repeat))) for repeat in range(cell.repeats)]
+    taken = together(turns, loaded.made.geometry.expert_nbytes)
+    record_of(cell, loaded, taken, loaded.here).save(cell.output(run))
+
+
+def play_in_turn(loaded: Together, run: RunFolder) -> None:
+    """Play every repeat that was not played yet; a cell that cannot be played is left out from then on."""
+    for repeat in range(max(cell.repeats for cell in loaded.cells)):
+        for cell in loaded.cells if repeat % 2 == 0 else reversed(loaded.cells):
+            path = run.turn(cell.id, repeat)
+            if repeat >= cell.repeats or cell.id in loaded.failed or sound(path):
+                continue
+            begun = time.monotonic()
+            try:
+                write_json(path, asdict(turn(cell, loaded, repeat)))
+            except Exception as error:
+                loaded.failed[cell.id] = error
+            print(f"{cell.label}, repeat {repeat}: {time.monotonic() - begun:.1f} s", flush=True)
+
+
+def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
+    """Play one script from cold slots. Raise Refused as attach does, and for a row that cannot be read."""
+    made, script = loaded.made, scripts_for(cell, loaded)[repeat]
+    with attached(cell, made) as engine:
+        engine.restart()
+        played = play(made, script)
+        ledger = engine.ledger
+        spans = [(event.start_ns, event.end_ns) for event in ledger.events if event.what in ("load", "prefetch")]
+        return Turn(
+            hardware=engine.hardware.name,
+            slots=engine.slots,
+            played=played,
+            counters=ledger.counters.copy(),
+            guesses=dict(ledger.guesses),
+            copies_ns=busy_ns(spans),
+            use=use_of(engine, resolve(cell.strategy, cell.gamma)),
+            link={"link_depth": len(engine.link.channel.threads), "link_direct": made.store.file.direct},
+        )
+
+
+def together(turns: Sequence[Turn], row_nbytes: int) -> Taken:
+    """Return the turns of one cell as one measurement."""
+    total = Ledger(0)
+    guesses: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for one in turns:
+        for name, value in one.counters.as_dict().items():
+            setattr(total.counters, name, getattr(total.counters, name) + value)
+        for layer, seen in one.guesses.items():
+            guesses[layer] = [a + b for a, b in zip(guesses[layer], seen, strict=True)]
+    copies_ns, uses = sum(one.copies_ns for one in turns), [one.use for one in turns if one.use is not None]
+    use = (sum(getattr(one, name) for one in uses) for name in ("passes", "ns", "nbytes"))
+    return Taken(
+        hardware=turns[0].hardware,
+        sources=(),
+        slots=turns[0].slots,
+        played=[one.played for one in turns],
+        stats=total.stats(),
+        guesses={layer: (a, b, c) for layer, (a, b, c) in guesses.items()},
+        copies_gb_per_s=total.counters.loads * row_nbytes / copies_ns if copies_ns else None,
+        use=LinkUse(*use) if uses else None,
+        link={"link_depth": [one.link["link_depth"] for one in turns], "link_direct": turns[0].link["link_direct"]},
+        cold=True,
+    )
+
+
+def turn_from(data: dict[str, Any]) -> Turn:
+    """Return the turn of which `asdict` and JSON made `data`."""
+    played = Played(**{**data["played"], "counters": Counters(**data["played"]["counters"])})
+    guesses = {int(layer): tuple(seen) for layer, seen in data["guesses"].items()}
+    use = None if data["use"] is None else LinkUse(**data["use"])
+    return Turn(**{**data, "played": played, "counters": Counters(**data["counters"]), "guesses": guesses, "use": use})
