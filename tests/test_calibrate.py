@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from conftest import greedy, prompt, tiny
 
 import mobile
 from mobile.cli import main
+from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import PROFILES, profile, write_profile
-from mobile.machine.fit_profile import fit
+from mobile.machine.fit_profile import fit, measurements_from
 from mobile.machine.measure import measure, relinked, sizes
 from mobile.machine.measure.copies import time_copies
+from mobile.store import rows_file
 
 SMALL = sizes.NARROW
 CPU = torch.device("cpu")
@@ -66,6 +69,61 @@ def test_relinking_times_nothing_but_copies():
     assert all(timing.seconds >= 1e-3 + 1e-9 * timing.nbytes for timing in other.copies)
 
 
+@pytest.fixture
+def small_disk(monkeypatch):
+    monkeypatch.setattr(sizes, "ON_DISK", SMALL)
+
+
+def test_with_a_folder_rows_are_read_from_a_file_there_and_nothing_is_left(tmp_path, monkeypatch):
+    reads: list[tuple[str, int]] = []
+    read = rows_file.RowsFile.read
+
+    def counted(file, layer, expert, into):
+        reads.append((str(file.path), len(into)))
+        read(file, layer, expert, into)
+
+    monkeypatch.setattr(rows_file.RowsFile, "read", counted)
+    measured = measure(CPU, torch.float32, SMALL, folder=tmp_path / "absent" / "folder")
+    rows = [3 * 256 * width * 4 for width in SMALL.widths]
+    assert [timing.nbytes for timing in measured.copies] == rows
+    assert {nbytes for _, nbytes in reads} == set(rows)
+    assert {str(Path(path).parent) for path, _ in reads} == {str(tmp_path)}
+    assert list(tmp_path.iterdir()) == []
+    card = fit(measured)
+    assert any(str(tmp_path) in source and "page cache" in source for source in card.sources)
+    assert any(source.startswith("left out: while the disk is read, kernels take ") for source in card.sources)
+    assert measured.taken_nbytes == card.reserve_nbytes - 512 * 2**20
+    assert 0 < measured.taken_nbytes < measured.memory_nbytes
+    assert measurements_from(json.loads(json.dumps(asdict(measured)))) == measured
+
+
+def test_relinking_to_a_disk_and_back_leaves_no_word_of_it(tmp_path):
+    measured = measure(CPU, torch.float32, SMALL)
+    other = relinked(measured, CPU, torch.float32, SMALL, folder=tmp_path)
+    assert (other.kernels, other.depths) == (measured.kernels, measured.depths)
+    assert other.link_about.startswith("rows of a file in ")
+    back = relinked(other, CPU, torch.float32, SMALL)
+    assert replace(back, copies=measured.copies) == measured
+
+
+def test_experts_of_a_calibration_for_a_disk_are_as_large_as_the_real_families():
+    rows = [3 * sizes.ON_DISK.hidden * width * 2 for width in sizes.ON_DISK.widths]
+    assert {preset.expert_nbytes for preset in GEOMETRIES.values()} <= set(rows)
+    assert sizes.ON_DISK.pool_nbytes > 4 * max(rows)
+
+
+def test_the_doctor_calibrates_the_disk_and_virtual_time_is_computed_from_it(cli, small_disk, tmp_path):
+    file, store = tmp_path / "disk.json", tmp_path / "store"
+    store.mkdir()
+    code, out, err = cli("doctor", "--calibrate", "--link", "disk", "--store", str(store), "--out", str(file))
+    assert code == 0, err
+    assert f"link: rows of a file in {store}" in out
+    assert "bfloat16" in out
+    assert list(store.iterdir()) == []
+    model = mobile.attach(tiny("olmoe"), "on-demand", slots=4, hardware=str(file))
+    assert model.mobile.hardware == profile(str(file))
+
+
 def test_the_doctor_calibrates_writes_and_plan_takes_the_file(cli, small, tmp_path):
     file = tmp_path / "here.json"
     code, out, err = cli("doctor", "--calibrate", "--device", "cpu", "--out", str(file))
@@ -96,6 +154,9 @@ def test_a_calibration_prints_its_measurements_as_json(cli, small):
         (("--calibrate", "--out", "/no/such/folder/here.json"), "does not exist"),
         (("--out", "here.json"), "add --calibrate"),
         (("--device", "cpu"), "add --calibrate"),
+        (("--link", "disk"), "add --calibrate"),
+        (("--calibrate", "--link", "disk", "--store", "memory"), "Link disk reads experts from a disk"),
+        (("--calibrate", "--link", "disk", "--store", "/proc/here"), "name a folder with room"),
         (("--calibrate", "--device", "gpu0"), "gpu0 is no device; give cpu, cuda or cuda:1"),
         (("--calibrate", "--device", "xpu"), "xpu is not among what can be timed here"),
         (("--calibrate", "--device", "cuda:97"), "CUDA device"),

@@ -18,8 +18,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool) -> None:
-    """Measure, fit, print, and write `out`. Imports torch. Raise Refused, if possible before anything is measured."""
+def calibrate(
+    device: str | None, dtype: str, out: Path | None, *, as_json: bool, link: str = "auto", store: str | None = None
+) -> None:
+    """Measure, fit, print, and write `out`. Imports torch. Raise Refused, if possible before anything is measured.
+
+    The link "disk" reads a file of rows where `store` says, as `mobile.load` has it, and the processor computes.
+    """
     if out is not None and out.suffix != ".json":
         raise Refused(f"--out {out} must end in .json, which is how --hardware tells a file from a name.")
     if out is not None and not out.absolute().parent.is_dir():
@@ -32,8 +37,14 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
     from mobile.machine.fit_profile import fit
     from mobile.machine.measure import measure
 
-    timed = _device(device)
-    torch_dtype = getattr(torch, {"auto": "bfloat16" if timed.type == "cuda" else "float32"}.get(dtype, dtype))
+    from mobile.runtime.attach_plan import AttachOptions, folder_of
+
+    folder = folder_of(AttachOptions(link=link, store=store))
+    timed = _device("cpu" if folder and device is None else device)
+    if folder and timed.type != "cpu":
+        raise Refused(f"With experts on a disk the processor computes; leave --device {device} out.")
+    halved = folder or timed.type == "cuda"
+    torch_dtype = getattr(torch, {"auto": "bfloat16" if halved else "float32"}.get(dtype, dtype))
     screen = show.console(stderr=True)
     with Progress(
         SpinnerColumn(),
@@ -50,7 +61,7 @@ def calibrate(device: str | None, dtype: str, out: Path | None, *, as_json: bool
             if not screen.is_terminal:
                 show.note(f"measuring {part}")
 
-        measured = measure(timed, torch_dtype, say=say)
+        measured = measure(timed, torch_dtype, folder=folder, say=say)
     card = fit(measured)
     if out is not None:
         write_profile(card, out)

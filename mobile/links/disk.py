@@ -7,6 +7,7 @@ once, so how many is measured when the link is made.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import product
 
 from mobile.links.base import LinkEnds
@@ -26,9 +27,18 @@ def connect(ends: LinkEnds) -> StreamLink:
 
 
 def best_depth(ends: LinkEnds) -> int:
-    """Return the fewest reads at once with which rows come at NEAR the best rate."""
-    rates = {depth: rate_at(ends, depth) for depth in DEPTHS}
-    return next(depth for depth, rate in rates.items() if rate >= NEAR * max(rates.values()))
+    """Return the fewest reads at once with which rows come at NEAR the best rate. Raise Refused as `rate_at` does."""
+    return depth_for(rates(ends))
+
+
+def rates(ends: LinkEnds) -> dict[int, float]:
+    """Return the decimal GB/s at each of DEPTHS. Raise Refused as `rate_at` does."""
+    return {depth: rate_at(ends, depth) for depth in DEPTHS}
+
+
+def depth_for(rates: Mapping[int, float]) -> int:
+    """Return the fewest reads at once with which `rates`, decimal GB/s by depth, come at NEAR the best of them."""
+    return next(depth for depth, rate in sorted(rates.items()) if rate >= NEAR * max(rates.values()))
 
 
 def rate_at(ends: LinkEnds, depth: int) -> float:

@@ -43,7 +43,8 @@ class Measurements:
     `copies` are of rows over the link; `kernels` are weights read by the device, one big product (1 launch) or one
     expert (`EXPERT_LAUNCHES`); `cpu_kernels` are experts on the processor. `depths` are decode steps of models
     whose layers have the sizes of `layer`. Rates are of large products. `memory_nbytes` is the device's memory,
-    and `taken_nbytes` the part of it that this process could not have.
+    and `taken_nbytes` the part of it that is not for a model. `link_about` and `taken_about` say of what the copies
+    are and what took the memory, `notes` are sentences on what the numbers leave out.
     """
 
     device: str
@@ -57,6 +58,9 @@ class Measurements:
     cpu_tflops: float
     memory_nbytes: int
     taken_nbytes: int
+    link_about: str = "copies of rows as the engine makes them"
+    taken_about: str = "what could not be had when it was measured"
+    notes: tuple[str, ...] = ()
 
 
 class Line(NamedTuple):
@@ -166,13 +170,13 @@ def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> 
     depths = ", ".join(str(depth.layers) for depth in measured.depths)
     return (
         f"measured: {measured.about}",
-        f"link: copies of rows as the engine makes them; {fitted(measured.copies, copies)}",
+        f"link: {measured.link_about}; {fitted(measured.copies, copies)}",
         f"memory bandwidth and launches ({EXPERT_LAUNCHES} an expert): {fitted(measured.kernels, kernels)}",
         f"processor: experts computed where they lie; {fitted(measured.cpu_kernels, cpu)}",
         "rates: the largest product that was timed, on the device and on the processor",
         f"layer and step: decode steps of {depths} layers with everything resident, less what the rest explains",
-        f"reserve: what could not be had when it was measured, and {WORKSPACE_NBYTES // 2**20} MiB assumed for "
-        "workspaces and the KV cache",
+        f"reserve: {measured.taken_about}, and {WORKSPACE_NBYTES // 2**20} MiB assumed for workspaces and the KV cache",
+        *measured.notes,
     )
 
 
@@ -180,4 +184,5 @@ def measurements_from(data: dict[str, Any]) -> Measurements:
     """Return the measurements that `asdict` and JSON made `data` of."""
     timings = {name: tuple(Timing(*row) for row in data[name]) for name in ("copies", "kernels", "cpu_kernels")}
     depths = tuple(Depth(*row) for row in data["depths"])
-    return Measurements(**{**data, **timings, "depths": depths, "layer": Geometry(**data["layer"])})
+    notes = tuple(data.get("notes", ()))
+    return Measurements(**{**data, **timings, "depths": depths, "layer": Geometry(**data["layer"]), "notes": notes})

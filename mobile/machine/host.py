@@ -102,6 +102,12 @@ def host(root: Path = ROOT) -> Host:
     )
 
 
+def process_nbytes(root: Path = ROOT) -> int | None:
+    """Return the bytes of memory that this process takes now; None if the system does not say."""
+    words = (_read(root / "proc/self/statm") or "").split()
+    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else None
+
+
 def memory_shortage(nbytes: int, usable_nbytes: int | None, of: str = "the experts") -> str | None:
     """Return why `usable_nbytes` of host memory cannot hold `nbytes`, or None if it can or if that is not known."""
     if usable_nbytes is None or nbytes <= usable_nbytes:

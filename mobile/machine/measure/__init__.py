@@ -2,7 +2,8 @@
 
 Everything goes the engine's own way: rows over its channel, experts through its kernel, steps through an attached
 model. On a GPU the rows lie in registered memory. Without one, the link is a thread that copies within host memory, so
-that the same code runs anywhere. It takes less than a minute.
+that the same code runs anywhere; or, where a folder is given, the disk link, and rows are read from a file there. It
+takes less than a minute.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from mobile.machine.fit_profile import Measurements
 from mobile.machine.gpu import gpus
-from mobile.machine.host import host, software
+from mobile.machine.host import host, process_nbytes, software
 from mobile.machine.measure.copies import Pace, time_copies
+from mobile.machine.measure.disk_copies import time_disk_copies
 from mobile.machine.measure.kernels import matmul_tflops, time_host_experts, time_kernels
 from mobile.machine.measure.sizes import Sizes, sizes_for
 from mobile.machine.measure.steps import time_steps
@@ -25,16 +29,25 @@ Say = Callable[[str], None]
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None, *, say: Say = lambda what: None
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes | None = None,
+    *,
+    folder: Path | None = None,
+    say: Say = lambda what: None,
 ) -> Measurements:
     """Time everything that a profile holds; `say` is called with a name for each part before it is timed.
 
-    The link is as it is; `relinked` times another. Raise Refused as the link does.
+    With a `folder` the link is the disk's, from a file of rows there, gone afterwards; `device` is then the CPU. The
+    link is as it is; `relinked` times another. Raise Refused as the link does.
     """
-    sizes = sizes or sizes_for(device)
+    sizes = sizes or sizes_for(device, on_disk=folder is not None)
     about, taken, total = _machine(device)
     say("copies over the link")
-    copies = time_copies(device, dtype, sizes)
+    link = _disk_link(folder, dtype, sizes) if folder else {"copies": time_copies(device, dtype, sizes)}
+    if folder:  # memory is then divided among what this machine has free, and this process is in it already
+        link |= {"taken_about": "what this process took before it held a model"}
+        taken = process_nbytes() or 0
     say("kernels")
     matrices, experts = time_kernels(device, dtype, sizes)
     tflops = matmul_tflops(device, dtype, sizes)
@@ -48,7 +61,6 @@ def measure(
     return Measurements(
         device=about.partition(",")[0],
         about=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {about}, {str(dtype).removeprefix('torch.')}",
-        copies=copies,
         kernels=(*matrices, *experts),
         cpu_kernels=cpu_experts,
         depths=depths,
@@ -57,6 +69,7 @@ def measure(
         cpu_tflops=cpu_tflops,
         memory_nbytes=total,
         taken_nbytes=taken,
+        **link,
     )
 
 
@@ -68,13 +81,24 @@ def relinked(
     *,
     link_gb_per_s: float | None = None,
     pace: Pace | None = None,
+    folder: Path | None = None,
 ) -> Measurements:
     """Return the measurements of the same machine with another link: only the copies are timed again.
 
-    `link_gb_per_s` throttles a CUDA link, `pace` a paced one, as they do in `attach`. Raise Refused as the link does.
+    `link_gb_per_s` throttles a CUDA link, `pace` a paced one, as they do in `attach`; a `folder` is the disk's link, as
+    in `measure`. Raise Refused as the link does.
     """
-    copies = time_copies(device, dtype, sizes or sizes_for(device), link_gb_per_s=link_gb_per_s, pace=pace)
-    return replace(measured, copies=copies)
+    sizes = sizes or sizes_for(device, on_disk=folder is not None)
+    if folder:
+        return replace(measured, **_disk_link(folder, dtype, sizes))
+    copies = time_copies(device, dtype, sizes, link_gb_per_s=link_gb_per_s, pace=pace)
+    return replace(measured, copies=copies, link_about=Measurements.link_about, notes=())
+
+
+def _disk_link(folder: Path, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
+    """Return the fields of Measurements that are about the link, of the disk under the folder. Raise Refused."""
+    timed = time_disk_copies(folder, dtype, sizes)
+    return {"copies": timed.timings, "link_about": timed.about, "notes": timed.notes}
 
 
 def _machine(device: torch.device) -> tuple[str, int, int]:

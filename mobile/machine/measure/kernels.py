@@ -27,24 +27,10 @@ def time_kernels(
 
     Experts are computed by the default kernel. All are timed in turn, on weights that no cache holds.
     """
-    module, kernel, k = _experts_module(dtype), kernel_named("auto", device, dtype), sizes.top_k
     token = torch.ones(1, sizes.hidden, dtype=dtype, device=device)
-    # The wave of a decode step: one token, its k experts with equal weights.
-    each = list(range(k))
-    groups = Groups(
-        each, [1] * k, each, torch.zeros(k, dtype=torch.long, device=device), torch.arange(k, device=device)
-    )
-    weights = torch.full((1, k), 1 / k, dtype=dtype, device=device)
 
     def read_matrix(pool: torch.Tensor) -> Callable[[int], Any]:
         return lambda number: nn.functional.linear(token, pool[number % len(pool)])
-
-    def run_experts(views: Any, slots: int) -> Callable[[int], Any]:
-        def run(number: int) -> None:
-            wave = [(position, (number * k + position) % slots) for position in each]
-            kernel(module, token, weights, groups, [wave], views)
-
-        return run
 
     jobs, matrices, rows = [], [], []  # bytes of each matrix and of each row, in the order of the jobs
     for nbytes in sizes.reads_nbytes:
@@ -53,15 +39,37 @@ def time_kernels(
         jobs.append(read_matrix(torch.ones(shape, dtype=dtype, device=device)))
         matrices.append(height * sizes.hidden * dtype.itemsize)
     for width in sizes.widths:
-        views, slots, nbytes = _rows(width, device, dtype, sizes)
-        jobs.append(run_experts(views, slots))
+        run, nbytes = wave_of_experts(width, device, dtype, sizes)
+        jobs.append(run)
         rows.append(nbytes)
     seconds = fastest_seconds(device, jobs, sizes)
     of_matrices, of_experts = seconds[: len(matrices)], seconds[len(matrices) :]
     return (
         tuple(Timing(nbytes, 1, t) for nbytes, t in zip(matrices, of_matrices, strict=True)),
-        tuple(Timing(nbytes, EXPERT_LAUNCHES, t / k) for nbytes, t in zip(rows, of_experts, strict=True)),
+        tuple(Timing(nbytes, EXPERT_LAUNCHES, t / sizes.top_k) for nbytes, t in zip(rows, of_experts, strict=True)),
     )
+
+
+def wave_of_experts(
+    width: int, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> tuple[Callable[[int], Any], int]:
+    """Return a job that computes one token by top-k experts of that width, and the bytes of one of them.
+
+    It is the wave of a decode step: the experts have equal weights, and each run takes the next ones of a pool.
+    """
+    module, kernel, k = _experts_module(dtype), kernel_named("auto", device, dtype), sizes.top_k
+    views, slots, nbytes = _rows(width, device, dtype, sizes)
+    token, each = torch.ones(1, sizes.hidden, dtype=dtype, device=device), list(range(k))
+    groups = Groups(
+        each, [1] * k, each, torch.zeros(k, dtype=torch.long, device=device), torch.arange(k, device=device)
+    )
+    weights = torch.full((1, k), 1 / k, dtype=dtype, device=device)
+
+    def run(number: int) -> None:
+        wave = [(position, (number * k + position) % slots) for position in each]
+        kernel(module, token, weights, groups, [wave], views)
+
+    return run, nbytes
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The sizes that a calibration times: large ones on a GPU, smaller ones on a CPU, tiny ones in tests."""
+"""The sizes that a calibration times: large ones on a GPU or a disk, smaller ones on a CPU, tiny ones in tests."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ ON_CPU = Sizes(
     repeats=9,
     at_least_seconds=0.004,
 )
+# A disk is read in rows of the real families, and experts as large: a cache would hold smaller ones. Computed by a CPU.
+ON_DISK = Sizes(
+    hidden=2048,
+    widths=(512, 768, 1024, 1408, 4096),
+    reads_nbytes=(64 * MIB, 128 * MIB, 256 * MIB),
+    pool_nbytes=256 * MIB,
+    matmul=1024,
+    depths=(1, 3),
+    tokens=8,
+    repeats=5,
+    at_least_seconds=0.03,
+)
 
 # For tests: the same code in seconds. The profile is too rough for anything else.
 NARROW = Sizes(
@@ -68,6 +80,8 @@ NARROW = Sizes(
 )
 
 
-def sizes_for(device: torch.device) -> Sizes:
-    """Return the sizes to time on this device."""
+def sizes_for(device: torch.device, *, on_disk: bool = False) -> Sizes:
+    """Return the sizes to time on this device, with rows in memory or on a disk."""
+    if on_disk:
+        return ON_DISK
     return ON_GPU if device.type == "cuda" else ON_CPU
