@@ -44,6 +44,7 @@ class DiskStore:
         self._rows: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
         self._end = weakref.finalize(self, self.file.close)
+        self.reads_at_once: int | None = None  # that this disk needs, once a link has measured it
         self.is_complete = keep and self.file.open(source)  # whether nothing has to be written
         if not self.is_complete:
             self.file.create(source, keep=keep)

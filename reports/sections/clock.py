@@ -21,9 +21,8 @@ LINK_AIM = 0.95  # of the link
 CLOCK = (
     "The machine was calibrated at the start of the run: copies over the link, kernels, and decode steps with "
     "everything resident were timed, and a hardware profile was fitted to them, one for each speed of the link. Then "
-    "the same model played the same scripts, with as many slots, under the same strategy, on the virtual clock of that "
-    "profile. No number of a cell went into the profile it is predicted by. Both clocks are read of the first repeat, "
-    "which starts from cold slots. An error is predicted over measured, less one; the aim is "
+    "the same scripts were replayed, with as many slots, under the same strategy, on the virtual clock of that "
+    "profile. No number of a cell went into the profile it is predicted by. An error is predicted over measured, less one; the aim is "
     f"{TPOT_AIM:.0%} of TPOT. Where an error is larger, projections of virtual time are that far off too."
 )
 PACED = "The link of these cells is a thread that sleeps: their errors say that the path works, and nothing of a GPU."

@@ -7,8 +7,10 @@ from typing import Any
 
 from reports import verdict
 from reports.data.results import Results
+from reports.elements.numbers import percent
 from reports.elements.page import Section
 from reports.plots import fallback_rate
+from reports.sections.sentences import bare_ratio
 from reports.tables import synthetic as tables
 from suites.record import Record
 
@@ -20,6 +22,12 @@ METHOD = (
     "scripts are routing and confidence of the shipped model on its test items, each of its layers standing for an "
     "equal share of the real ones; there MoBiLE's prediction is as good as it was when it was recorded. In scripts "
     "drawn from a distribution every prediction is right."
+)
+IN_TURN = (
+    "Over a disk the experts lie in a file, and rows of it are read past the page cache into a few slots of memory, one "
+    "core computing and another one reading. Every cell plays the first script, then every cell the second in the "
+    "opposite order, and so on, each script from cold slots: what else the machine does hurts all alike. A disk that "
+    "others use is no steady one; the intervals say how far that reaches."
 )
 READING = (
     "A speedup is the geometric mean over repeats of the baseline's time per token over the strategy's own on the same "
@@ -33,8 +41,9 @@ CHECKS = (
     "for strategies that keep nothing, that exactly the script's experts were copied. There is no canary: nothing is "
     "answered, and a router that obeys a script cannot be scrambled."
 )
+DISK = "cpu+disk"
 LIMITS = (
-    "Shapes say how fast, never how well: weights are synthetic, so that fallback rates are the shipped small models' "
+    "Synthetic weights say how fast, never how well: fallback rates are the shipped small models' "
     "or ours to state, and layers that one small layer stands for make the same choices.",
 )
 
@@ -43,25 +52,48 @@ def opening(results: Results) -> str:
     """Return the opening paragraph on a run's synthetic cells."""
     models = len({record.model for record in results.synthetic})
     scopes = "; ".join(dict.fromkeys(str(verdict.stamp_of([record])) for record in results.synthetic))
+    measured = "".join(f" {sentence}" for sentence in _measured(results))
     return (
         f"This run timed {models} {'geometry' if models == 1 else 'geometries'} of real models with synthetic weights "
         f"({scopes}). It says how fast offloading is at these sizes, and nothing of accuracy; nothing on this page is "
-        "judged by the published numbers."
+        f"judged by the published numbers.{measured}"
     )
+
+
+def _measured(results: Results) -> Iterator[str]:
+    """Yield a sentence on each geometry over a disk: MoBiLE beside overlapped plain offloading, in real time."""
+    for record in tables.on_recorded_routing(results.synthetic):
+        if record.scope == DISK and record.gamma is not None and record.budget == "smallest":
+            others = [other for other in results.synthetic if other.model == record.model]
+            faster = tables.speedup_over(others, record, "on-demand-overlap")
+            made, real = record.config["moe_layers"], record.config["real_moe_layers"]
+            share = "" if made == real else f", {made} of its {real} layers"
+            if faster:
+                yield (
+                    f"Measured: over this machine's disk, with experts of the size of {record.model}{share}, MoBiLE "
+                    f"ran {bare_ratio(faster)} times as fast as overlapped plain offloading, where "
+                    f"{percent(tables.fallback_rate(record))} of tokens fell back."
+                )
 
 
 def sections(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
     """Return an overview, the verdicts and a chapter a geometry; nothing for a run without synthetic cells."""
     if not results.synthetic:
         return []
+    scopes = {record.scope for record in results.synthetic}
+    measured = scopes != {"cpu+virtual"}
     models = dict.fromkeys(record.model for record in results.synthetic)
     by_model = {model: [record for record in results.synthetic if record.model == model] for model in models}
     rows = tuple(row for cells in by_model.values() for row in tables.verdicts(cells, paper["speedup"], trusted).rows)
     judged = tables.verdicts([], paper["speedup"], trusted)
     return [
-        Section("Shapes: wall-clock speed of the real sizes", (METHOD,), (tables.families(list(results.synthetic)),)),
         Section(
-            "Shapes: beside the published band",
+            "Measured: wall-clock speed of the real sizes" if measured else "The real sizes, on the virtual clock",
+            (METHOD, *((IN_TURN,) if DISK in scopes else ())),
+            (tables.families(list(results.synthetic)),),
+        ),
+        Section(
+            "Beside the published band",
             (verdict.RULE,),
             (type(judged)(judged.caption, judged.head, rows),),
             level=3,
@@ -109,8 +141,17 @@ def _conditions(records: list[Record]) -> str:
         f"{records[0].geometry} (synthetic) on {records[0].hardware}, {scopes}: {made} of {real} MoE layers, "
         f"{config['experts']} experts of {config['expert_nbytes']:,} bytes, K = {config['top_k']}, {config['dtype']}. "
         f"{config['repeats']} repeats of {config['prompt_tokens']} prompt tokens, {config['warmup_tokens']} decode "
-        f"steps not counted and {config['decode_tokens']} counted. Experts lie in host memory.{few}{narrow}{other}"
+        f"steps not counted and {config['decode_tokens']} counted. {_where(records[0])}{few}{narrow}{other}"
     )
+
+
+def _where(record: Record) -> str:
+    """Return where the experts lie, and how they are read from there."""
+    if record.scope != DISK:
+        return "Experts lie in host memory."
+    past = "past" if record.config["link_direct"] else "through"
+    depths = "/".join(map(str, dict.fromkeys(record.config["link_depth"])))
+    return f"Experts lie in a file and are read {past} the page cache, {depths} at once."
 
 
 def _shortfalls(records: list[Record]) -> Iterator[str]:

@@ -40,15 +40,18 @@ def calibrated(cell: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> Hardw
     """
     if not cell.is_predicted:
         return None
-    device = torch.device(LINKS[cell.link].usual_device)
-    sizes = NARROW if cell.shrink > 1 else sizes_for(device)
+    device, on_disk = torch.device(LINKS[cell.link].usual_device), LINKS[cell.link].store == "disk"
+    sizes = NARROW if cell.shrink > 1 else sizes_for(device, on_disk=on_disk)
+    of_machine = [cell.link, str(dtype), asdict(sizes)]
+    if on_disk:
+        return fit(_kept(run, of_machine, lambda: measure(device, dtype, sizes, folder=run.path)))
     link: dict[str, Any] = {"link_gb_per_s": cell.link_gb_per_s}
     if not LINKS[cell.link].needs_gpu:
         link = {"pace": pace_of(cell)}
-    base = _kept(run, [cell.link, str(dtype), asdict(sizes)], lambda: measure(device, dtype, sizes))
+    base = _kept(run, of_machine, lambda: measure(device, dtype, sizes))
     if LINKS[cell.link].needs_gpu and cell.link_gb_per_s is None:
         return fit(base)
-    settings = [cell.link, str(dtype), asdict(sizes), cell.link_gb_per_s, asdict(profile(cell.hardware))]
+    settings = [*of_machine, cell.link_gb_per_s, asdict(profile(cell.hardware))]
     return fit(_kept(run, settings, lambda: relinked(base, device, dtype, sizes, **link)))
 
 

@@ -42,7 +42,9 @@ def describe(cells: Sequence[tuple[SyntheticCell, bool]]) -> list[str]:
             f"about {seconds / 60:.0f} minutes"
         )
     first = cells[0][0]
-    room = f"{max(file_nbytes(cell) for cell, _ in cells) / GB:.0f} GB while it runs" if _on_disk(first) else "under 10 MB"
+    room = (
+        f"{max(file_nbytes(cell) for cell, _ in cells) / GB:.0f} GB while it runs" if _on_disk(first) else "under 10 MB"
+    )
     return [
         *lines,
         f"together about {total / 60:.0f} minutes on link {first.link}, an estimate: every expert copied on demand, a "
