@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -75,20 +75,33 @@ def _kept(run: RunFolder, settings: list[Any], make: Any) -> Measurements:
 
 
 def predicted(
-    scripts: Sequence[Script], strategy: Strategy, geometry: Geometry, slots: int, card: HardwareProfile, *, cold: bool
+    scripts: Sequence[Script], strategy: Strategy, geometry: Geometry, slots: int, card: HardwareProfile
 ) -> list[Played]:
-    """Return the scripts in their order on the virtual clock of that profile, with as many slots.
+    """Return the scripts, one after another from cold slots, on the virtual clock of that profile, with as many slots.
 
-    With `cold`, each of them begins with cold slots, otherwise the first. Raise Refused for a strategy that decides by
-    what a script does not hold.
+    Raise Refused for a strategy that decides by what a script does not hold.
     """
     layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
-    setup = ReplaySetup(strategy, geometry, layer_map, card, slots)
-    residency, found = setup.residency(), []
-    for script in scripts:
-        residency = setup.residency() if cold else residency
-        found.append(_replayed(script, steps_of(script, strategy), residency, layer_map))
-    return found
+    residency = ReplaySetup(strategy, geometry, layer_map, card, slots).residency()
+    return [_replayed(script, steps_of(script, strategy), residency, layer_map) for script in scripts]
+
+
+def predicted_at(
+    rates: Sequence[float],
+    scripts: Sequence[Script],
+    strategy: Strategy,
+    geometry: Geometry,
+    slots: int,
+    card: HardwareProfile,
+) -> list[Played]:
+    """Return each script from cold slots on the clock of that profile, its rows coming at a rate of its own.
+
+    `rates` are decimal GB/s of whole rows. Raise Refused as `predicted` does.
+    """
+    return [
+        predicted([script], strategy, geometry, slots, replace(card, link_gb_per_s=rate, link_latency_seconds=0.0))[0]
+        for rate, script in zip(rates, scripts, strict=True)
+    ]
 
 
 def _replayed(script: Script, steps: Request, residency: FastResidency, layer_map: LayerMap) -> Played:

@@ -18,6 +18,7 @@ from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
 from mobile.ledger import Counters, Ledger
 from mobile.policies.strategy import resolve
+from mobile.runtime.engine import Engine
 from suites.record import RunFolder, read_json, sound, write_json
 from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated
@@ -26,12 +27,15 @@ from suites.synthetic.link_use import LinkUse
 from suites.synthetic.script_player import Played, play
 from suites.synthetic.timing import Loaded, Taken, attached, busy_ns, record_of, scripts_for, use_of
 
+PROBED_ROWS = 16  # read before each turn, and after it
+
 
 @dataclass(frozen=True)
 class Turn:
     """One script under one cell: what it took, and all that was counted from the prompt on.
 
-    Copies are those of the whole turn, `copies_ns` the time in which any of them was made.
+    Copies are those of the whole turn, `copies_ns` the time in which any of them was made. `disk_gb_per_s` is what the
+    disk gave right before and after it, decimal.
     """
 
     hardware: str
@@ -40,6 +44,7 @@ class Turn:
     counters: Counters
     guesses: dict[int, tuple[int, int, int]]
     copies_ns: int
+    disk_gb_per_s: float
     use: LinkUse | None
     link: dict[str, Any]
 
@@ -95,6 +100,7 @@ def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
     """Play one script from cold slots. Raise Refused as attach does, and for a row that cannot be read."""
     made, script = loaded.made, scripts_for(cell, loaded)[repeat]
     with attached(cell, made) as engine:
+        before = probe_ns(engine)
         engine.restart()
         played = play(made, script)
         ledger = engine.ledger
@@ -106,9 +112,23 @@ def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
             counters=ledger.counters.copy(),
             guesses=dict(ledger.guesses),
             copies_ns=busy_ns(spans),
+            disk_gb_per_s=2 * PROBED_ROWS * engine.geometry.expert_nbytes / (before + probe_ns(engine)),
             use=use_of(engine, resolve(cell.strategy, cell.gamma)),
             link={"link_depth": len(engine.link.channel.threads), "link_direct": made.store.file.direct},
         )
+
+
+def probe_ns(engine: Engine) -> int:
+    """Return the nanoseconds in which the engine's own channel reads some rows, with nothing else to do."""
+    channel, begun = engine.link.channel, time.perf_counter_ns()
+    experts = range(engine.geometry.experts)
+    keys = [(0, experts[number * len(experts) // PROBED_ROWS]) for number in range(PROBED_ROWS)]
+    for first in range(0, PROBED_ROWS, engine.slots):
+        for slot, key in enumerate(keys[first : first + engine.slots]):
+            channel.begin(key, slot)
+        for slot in range(min(engine.slots, PROBED_ROWS - first)):
+            channel.fence(slot)
+    return time.perf_counter_ns() - begun
 
 
 def together(turns: Sequence[Turn], row_nbytes: int) -> Taken:
@@ -131,8 +151,12 @@ def together(turns: Sequence[Turn], row_nbytes: int) -> Taken:
         guesses={layer: (a, b, c) for layer, (a, b, c) in guesses.items()},
         copies_gb_per_s=total.counters.loads * row_nbytes / copies_ns if copies_ns else None,
         use=LinkUse(*use) if uses else None,
-        link={"link_depth": [one.link["link_depth"] for one in turns], "link_direct": turns[0].link["link_direct"]},
-        cold=True,
+        link={
+            "link_depth": [one.link["link_depth"] for one in turns],
+            "link_direct": turns[0].link["link_direct"],
+        },
+        rates=[one.disk_gb_per_s for one in turns],
+        own_rates=[one.counters.loads * row_nbytes / one.copies_ns for one in turns],
     )
 
 

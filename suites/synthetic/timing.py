@@ -29,7 +29,7 @@ from suites.budget import is_memory, memory_on
 from suites.environment import environment
 from suites.record import Item, Record, RunFolder
 from suites.synthetic import models
-from suites.synthetic.calibrate import calibrated, predicted, prediction_fields
+from suites.synthetic.calibrate import calibrated, predicted, predicted_at, prediction_fields
 from suites.synthetic.cells import RECORDED, SyntheticCell
 from suites.synthetic.link_use import LinkUse, fallback_use
 from suites.synthetic.models import Synthetic
@@ -137,7 +137,8 @@ class Taken:
 
     `stats` are the engine's, from the first script's prompt on, and `guesses` its ledger's. `copies_gb_per_s` is the
     rate while anything was copied, `use` that of fallbacks; None without copies, or fallbacks. `link` are what a record
-    says of the link beyond that. `cold` says that each script began with cold slots, and not only the first.
+    says of the link beyond that. Where each script began with cold slots, `rates` are those of the link around it, and
+    `own_rates` those at which its rows came, decimal GB/s; otherwise both are empty.
     """
 
     hardware: str
@@ -149,7 +150,8 @@ class Taken:
     copies_gb_per_s: float | None
     use: LinkUse | None
     link: dict[str, Any]
-    cold: bool = False
+    rates: Sequence[float] = ()
+    own_rates: Sequence[float] = ()
 
 
 def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | Refused | None = None) -> Record:
@@ -210,13 +212,16 @@ def record_of(cell: SyntheticCell, loaded: Loaded, taken: Taken, here: HardwareP
     """Return the record of what was taken, with a prediction from the profile `here`, or why there is none."""
     made, strategy, scripts = loaded.made, resolve(cell.strategy, cell.gamma), scripts_for(cell, loaded)
     geometry, measured = made.geometry, taken.copies_gb_per_s
-    prediction: dict[str, Any] = {"predicted": None, "unpredicted": None}
+    prediction: dict[str, Any] = {"predicted": None, "predicted_at_own_rates": None, "unpredicted": None}
     try:
         if isinstance(here, Refused):
             raise here
-        if here is not None:
-            clock = predicted(scripts, strategy, geometry, taken.slots, here, cold=taken.cold)
-            prediction["predicted"] = prediction_fields(here, clock)
+        played = scripts, strategy, geometry, taken.slots, here
+        if here is not None and taken.rates:
+            prediction["predicted"] = prediction_fields(here, predicted_at(taken.rates, *played))
+            prediction["predicted_at_own_rates"] = prediction_fields(here, predicted_at(taken.own_rates, *played))
+        elif here is not None:
+            prediction["predicted"] = prediction_fields(here, predicted(*played))
     except Refused as refused:
         prediction["unpredicted"] = str(refused)
     return Record(
@@ -268,7 +273,7 @@ def record_of(cell: SyntheticCell, loaded: Loaded, taken: Taken, here: HardwareP
             "fallback_use": taken.use and asdict(taken.use),
             "memory_nbytes": memory_of(cell, made.device),
             "memory_asked_nbytes": parse_nbytes(cell.budget) if is_memory(cell.budget) else None,
-            "cold": taken.cold,
+            "disk_gb_per_s": list(taken.rates),
             "strategy_source": strategy.source,
             "profile_sources": [] if LINKS[cell.link].real_time else list(taken.sources),
             **taken.link,

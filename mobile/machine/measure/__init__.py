@@ -20,7 +20,7 @@ from mobile.machine.fit_profile import Measurements
 from mobile.machine.gpu import gpus
 from mobile.machine.host import host, process_nbytes, software
 from mobile.machine.measure.copies import Pace, time_copies
-from mobile.machine.measure.disk_copies import time_disk_copies
+from mobile.machine.measure.disk_copies import DiskCopies, time_disk_copies
 from mobile.machine.measure.kernels import matmul_tflops, time_host_experts, time_kernels
 from mobile.machine.measure.sizes import Sizes, sizes_for
 from mobile.machine.measure.steps import time_steps
@@ -44,8 +44,9 @@ def measure(
     sizes = sizes or sizes_for(device, on_disk=folder is not None)
     about, taken, total = _machine(device)
     say("copies over the link")
-    link = _disk_link(folder, dtype, sizes) if folder else {"copies": time_copies(device, dtype, sizes)}
-    if folder:  # memory is then divided among what this machine has free, and this process is in it already
+    disk = time_disk_copies(folder, dtype, sizes) if folder else None
+    link = _link_fields(disk) if disk else {"copies": time_copies(device, dtype, sizes)}
+    if disk:  # memory is then divided among what this machine has free, and this process is in it already
         link |= {"taken_about": "what this process took before it held a model"}
         taken = process_nbytes() or 0
     say("kernels")
@@ -58,6 +59,13 @@ def measure(
         cpu_experts, cpu_tflops = time_host_experts(dtype, sizes), matmul_tflops(cpu, dtype, sizes_for(cpu))
     say("decode steps")
     layer, depths = time_steps(device, dtype, sizes)
+    if disk:  # nearly always a row is on its way while something is computed
+        slower = max(1.0, disk.kernels_beside)
+        matrices, experts, cpu_experts = (
+            tuple(timing._replace(seconds=timing.seconds * slower) for timing in timings)
+            for timings in (matrices, experts, cpu_experts)
+        )
+        depths = tuple(depth._replace(seconds=depth.seconds * slower) for depth in depths)
     return Measurements(
         device=about.partition(",")[0],
         about=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {about}, {str(dtype).removeprefix('torch.')}",
@@ -90,15 +98,18 @@ def relinked(
     """
     sizes = sizes or sizes_for(device, on_disk=folder is not None)
     if folder:
-        return replace(measured, **_disk_link(folder, dtype, sizes))
+        return replace(measured, **_link_fields(time_disk_copies(folder, dtype, sizes)))
     copies = time_copies(device, dtype, sizes, link_gb_per_s=link_gb_per_s, pace=pace)
     return replace(measured, copies=copies, link_about=Measurements.link_about, notes=())
 
 
-def _disk_link(folder: Path, dtype: torch.dtype, sizes: Sizes) -> dict[str, Any]:
-    """Return the fields of Measurements that are about the link, of the disk under the folder. Raise Refused."""
-    timed = time_disk_copies(folder, dtype, sizes)
-    return {"copies": timed.timings, "link_about": timed.about, "notes": timed.notes}
+def _link_fields(disk: DiskCopies) -> dict[str, Any]:
+    """Return the fields of Measurements that are about the link, of a disk."""
+    note = (
+        f"kernels and steps: beside rows that are read, {disk.kernels_beside:.2f} times what they take alone; left out "
+        f"is that rows beside kernels take {disk.rows_beside:.2f} times as long"
+    )
+    return {"copies": disk.timings, "link_about": disk.about, "notes": (note,)}
 
 
 def _machine(device: torch.device) -> tuple[str, int, int]:

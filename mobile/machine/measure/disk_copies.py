@@ -24,11 +24,15 @@ from mobile.machine.measure.sizes import Sizes
 
 
 class DiskCopies(NamedTuple):
-    """The seconds of a row of each width; how they were read, in words; what is lost when the processor is busy."""
+    """The seconds of a row of each width, and how they were read, in words; what kernels and rows cost each other.
+
+    `kernels_beside` is by what factor kernels take longer while rows are read, `rows_beside` the reverse.
+    """
 
     timings: tuple[Timing, ...]
     about: str
-    notes: tuple[str, ...]
+    kernels_beside: float
+    rows_beside: float
 
 
 def time_disk_copies(folder: Path, dtype: torch.dtype, sizes: Sizes) -> DiskCopies:
@@ -56,10 +60,8 @@ def time_disk_copies(folder: Path, dtype: torch.dtype, sizes: Sizes) -> DiskCopi
     return DiskCopies(
         tuple(Timing(nbytes, 1, seconds) for (nbytes, _, _), seconds in zip(timed, typical, strict=True)),
         f"rows of a file in {folder}, read {past}, {', '.join(map(str, depths))} at once",
-        (
-            f"left out: while the disk is read, kernels take {kernels:.2f} times as long, and rows while kernels run "
-            f"{rows:.2f} times",
-        ),
+        kernels,
+        rows,
     )
 
 

@@ -15,7 +15,7 @@ from mobile.live_model import compat
 from mobile.machine.fit_profile import Timing
 from mobile.machine.measure.random_model import random_model
 from mobile.machine.measure.sizes import Sizes
-from mobile.machine.measure.timing import fastest_seconds
+from mobile.machine.measure.timing import seconds_of
 from mobile.store import layout_of
 
 
@@ -42,7 +42,7 @@ def time_kernels(
         run, nbytes = wave_of_experts(width, device, dtype, sizes)
         jobs.append(run)
         rows.append(nbytes)
-    seconds = fastest_seconds(device, jobs, sizes)
+    seconds = seconds_of(device, jobs, sizes)
     of_matrices, of_experts = seconds[: len(matrices)], seconds[len(matrices) :]
     return (
         tuple(Timing(nbytes, 1, t) for nbytes, t in zip(matrices, of_matrices, strict=True)),
@@ -82,7 +82,7 @@ def time_host_experts(dtype: torch.dtype, sizes: Sizes) -> tuple[Timing, ...]:
         return lambda number: expert_output(module, hidden, number % slots, views)
 
     rows = [_rows(width, cpu, dtype, sizes) for width in sizes.widths]
-    seconds = fastest_seconds(cpu, [run_expert(views, slots) for views, slots, _ in rows], sizes)
+    seconds = seconds_of(cpu, [run_expert(views, slots) for views, slots, _ in rows], sizes)
     return tuple(Timing(nbytes, EXPERT_LAUNCHES, t) for (_, _, nbytes), t in zip(rows, seconds, strict=True))
 
 
@@ -90,7 +90,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> flo
     """Return the rate of a large square product, in TFLOP/s."""
     side = sizes.matmul
     a = torch.ones(side, side, dtype=dtype, device=device)
-    return 2 * side**3 / fastest_seconds(device, [lambda number: a @ a], sizes)[0] / 1e12
+    return 2 * side**3 / seconds_of(device, [lambda number: a @ a], sizes)[0] / 1e12
 
 
 def _rows(width: int, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[dict, int, int]:

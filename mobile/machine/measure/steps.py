@@ -14,7 +14,7 @@ from mobile.live_model import compat
 from mobile.machine.fit_profile import Depth
 from mobile.machine.measure.random_model import random_model
 from mobile.machine.measure.sizes import Sizes
-from mobile.machine.measure.timing import idle
+from mobile.machine.measure.timing import idle, of_rounds
 from mobile.policies.strategy import Strategy
 from mobile.runtime.attachment import attach
 
@@ -27,7 +27,7 @@ EVERYTHING = Strategy(
 def time_steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[Geometry, tuple[Depth, ...]]:
     """Return the sizes of the model's layers, and the seconds of a decode step at each of `sizes.depths`.
 
-    A time is the median over `sizes.tokens` steps, the least of that over the rounds; generate() is not in it.
+    A time is the median over `sizes.tokens` steps, of which `of_rounds` is taken; generate() is not in it.
     """
     # 1. One model of the largest depth, attached: shallower ones run its first layers.
     width = sizes.widths[len(sizes.widths) // 2]
@@ -49,7 +49,7 @@ def time_steps(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> tuple[
     finally:
         model.mobile.uninstall(give_back=False)
     # 3. The first round loads the experts, and is not counted.
-    return geometry, tuple(Depth(depth, min(of_rounds[1:])) for depth, of_rounds in medians.items())
+    return geometry, tuple(Depth(depth, of_rounds(rounds[1:], sizes)) for depth, rounds in medians.items())
 
 
 def _step_seconds(model: Any, token: torch.Tensor, cache: dict[str, Any]) -> float:

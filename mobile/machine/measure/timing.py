@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +18,12 @@ def idle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def fastest_seconds(device: torch.device, jobs: Sequence[Callable[[int], Any]], sizes: Sizes) -> list[float]:
-    """Return, for each job, the seconds of one run: the least over `sizes.repeats` rounds.
+def seconds_of(device: torch.device, jobs: Sequence[Callable[[int], Any]], sizes: Sizes) -> list[float]:
+    """Return, for each job, the seconds of one run, of `sizes.repeats` rounds the one that `of_rounds` takes.
 
     A job is called with a number that counts up, by which it takes turns among its data. All jobs take turns in each
-    round, so that other load on the machine slows all of them; it only adds time, so the least is nearest to the truth.
+    round, so that other load on the machine slows all of them; it only adds time, so the least is nearest to what the
+    device can do.
     """
     batches, numbers = [1] * len(jobs), [0] * len(jobs)
 
@@ -44,4 +46,9 @@ def fastest_seconds(device: torch.device, jobs: Sequence[Callable[[int], Any]], 
             batches[job] = min(4 * batches[job], max(batches[job] + 1, wanted))
     # 3. Time all jobs in turn, some rounds over.
     rounds = [[run_batch(job) / batches[job] for job in range(len(jobs))] for _ in range(sizes.repeats)]
-    return [min(seconds) for seconds in zip(*rounds, strict=True)]
+    return [of_rounds(seconds, sizes) for seconds in zip(*rounds, strict=True)]
+
+
+def of_rounds(seconds: Sequence[float], sizes: Sizes) -> float:
+    """Return the one time that stands for those of several rounds."""
+    return statistics.median(seconds) if sizes.typical else min(seconds)
