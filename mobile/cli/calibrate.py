@@ -36,7 +36,6 @@ def calibrate(
 
     from mobile.machine.fit_profile import fit
     from mobile.machine.measure import measure
-
     from mobile.runtime.attach_plan import AttachOptions, folder_of
 
     folder = folder_of(AttachOptions(link=link, store=store))
