@@ -27,6 +27,7 @@ from mobile.cli import chat, doctor, main
 from mobile.cli.chat import Conversation
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import PROFILES, profile, write_profile
+from mobile.machine.disk import ROWS, Disk
 from mobile.machine.gpu import Gpu, LinkRates, LinkState, gpus
 from mobile.machine.host import Host, Software, container_memory, host
 from mobile.policies.strategy import strategies
@@ -419,6 +420,39 @@ def test_the_doctor_for_people_fits_one_screen_and_ends_with_what_to_change(cli)
     assert "measured" in ran.out
 
 
+def test_the_doctor_measures_the_disk_where_rows_would_lie_and_leaves_nothing(cli, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        mobile.links.disk, "rate_at", lambda ends, depth: measured.append(len(ends.slots)) or 1.0 * depth
+    )
+    report = cli("doctor", "--store", str(tmp_path), "--json").json
+    assert report["disk"] == {
+        "folder": str(tmp_path),
+        "row_nbytes": 12_582_912,
+        "gb_per_s": {"1": 1.0, "2": 2.0, "4": 4.0, "8": 8.0},
+        "depth": 8,
+        "direct": report["disk"]["direct"],
+        "problem": None,
+    }
+    assert isinstance(report["disk"]["direct"], bool)
+    assert measured == [ROWS] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_measured_is_null_and_a_sentence(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    report = cli("doctor", "--store", str(tmp_path / "file"), "--json").json
+    assert report["disk"]["depth"] is None
+    assert report["disk"]["direct"] is None
+    assert report["disk"]["gb_per_s"] == {}
+    [line] = [line for line in report["advice"] if line.startswith("The disk was not measured: ")]
+    assert "name a folder with room" in line
+
+
+def test_a_doctor_is_not_sent_to_memory(cli):
+    assert "Link disk reads experts from a disk" in cli("doctor", "--store", "memory").err
+
+
 CARD = Gpu("Card", "GPU-1", "600.1", 16 * 2**30, 15 * 2**30, "8.9", LinkState(1, 16), LinkState(4, 16), 2505)
 SOUND = doctor.Report(
     software=Software("3.11", "2.13", "13.0", "5.17.0", "3.9", "13", None),
@@ -429,6 +463,7 @@ SOUND = doctor.Report(
     cuda=True,
     rates=LinkRates(25.0, 6.0, LinkState(4, 16), True),
     rates_of="GPU-1",
+    disk=Disk("/rows", 12_582_912, {1: 1.0, 2: 1.9, 4: 2.0, 8: 2.0}, 2, direct=True, problem=None),
 )
 
 
@@ -452,6 +487,8 @@ def test_nothing_is_advised_where_nothing_is_off_even_if_the_idle_link_is_slow()
         ({"cuda": False, "rates": None, "gpus": ()}, "time is virtual"),
         ({"software": replace(SOUND.software, problem="Transformers 4 is not supported.")}, "Transformers 4"),
         ({"software": replace(SOUND.software, pynvml=None)}, "Install nvidia-ml-py"),
+        ({"disk": replace(SOUND.disk, direct=False)}, "/rows takes no direct reads, so experts there would be read"),
+        ({"disk": Disk("/rows", 1, {}, None, None, "No room.")}, "The disk was not measured: No room."),
     ],
 )
 def test_each_thing_that_is_off_gets_one_sentence(change, says):

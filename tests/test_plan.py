@@ -15,7 +15,8 @@ from test_refusals import command
 import mobile
 from mobile.checkpoints.source import cached_whole
 from mobile.cli import main
-from mobile.costs.hardware import profile, write_profile
+from mobile.costs.hardware import parse_gb_per_s, profile, write_profile
+from mobile.machine.disk import Disk
 from suites.plan import preflight
 from suites.plan.preset import read_preset
 
@@ -151,6 +152,130 @@ def test_on_a_cpu_the_model_and_its_slots_need_host_memory_as_well(monkeypatch):
         mobile.load(MODEL, "lru", slots=8, device="cpu", progress=False)
     monkeypatch.setattr(Small, "usable_nbytes", needed)
     mobile.load(MODEL, "lru", slots=8, device="cpu", progress=False)
+
+
+# --- experts on a disk ----------------------------------------------------------------------------------
+
+
+def said(out: list[str]) -> dict:
+    return json.loads("\n".join(out))
+
+
+def test_with_a_disk_host_memory_is_divided_and_the_processor_computes(plan):
+    code, out, err = plan("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5GB/s")
+    assert (code, err) == (0, "")
+    assert out[0] == "runs: olmoe-1b-7b from a disk of 3.5 GB/s with 8.00 GiB of host memory"
+    made = said(plan("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5GB/s", "--json")[1])
+    parts = (made[f"{part}_nbytes"] for part in ("resident", "reserve", "staging", "slots"))
+    assert 8 * 2**30 - made["geometry"]["expert_nbytes"] < sum(parts) <= 8 * 2**30
+    rows = {row["strategy"]: row["bounds"][0] for row in made["strategies"]}
+    layer = 16 * 8 * 12_582_912
+    assert rows["on-demand"]["link_tokens_per_s"] == pytest.approx(3.5e9 / layer)
+    card, geometry = profile("auto"), made["geometry"]
+    read = layer + 16 * geometry["dense_nbytes"] + geometry["head_nbytes"]
+    assert rows["on-demand"]["compute_tokens_per_s"] == pytest.approx(card.cpu_gb_per_s * 1e9 / read, rel=0.1)
+    assert "cpu-hybrid" not in rows
+    # A projection: 519 of 1,024 experts are in slots.
+    kept = made["slots"] / 1024
+    assert rows["lru"]["uniform_link_tokens_per_s"] == pytest.approx(3.5e9 / layer / (1 - kept))
+    assert rows["on-demand"]["uniform_link_tokens_per_s"] is None
+
+
+def test_without_a_disk_a_plan_has_none_and_no_projection_of_routing(plan):
+    made = said(plan("olmoe-1b-7b", "--json")[1])
+    assert made["disk"] is None
+    assert all(each["uniform_link_tokens_per_s"] is None for row in made["strategies"] for each in row["bounds"])
+    assert "cpu-hybrid" in {row["strategy"] for row in made["strategies"]}
+
+
+def test_a_rate_alone_is_of_another_machine_and_a_folder_is_looked_at(plan, tmp_path, monkeypatch):
+    code, out, _ = plan("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5")
+    assert code == 0
+    assert any(line.startswith("Disk: the file of all experts takes 12.88 GB; give --store FOLDER") for line in out)
+    here = ("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5", "--store", tmp_path / "absent")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": EXPERTS - 1}))
+    code, out, _ = plan(*here)
+    assert code == 1
+    assert "because the experts take 12.9 GB of disk and 12.9 GB are free in" in out[0]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": EXPERTS}))
+    assert plan(*here)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_is_measured_as_the_doctor_measures_it(plan, tmp_path, monkeypatch):
+    asked = []
+
+    def measured(folder, row_nbytes):
+        asked.append((folder, row_nbytes))
+        return Disk(str(folder), row_nbytes, {1: 1.0, 2: 2.0, 4: 2.0, 8: 2.0}, 2, direct=True, problem=None)
+
+    monkeypatch.setattr("mobile.machine.disk.disk", measured)
+    store = ("--disk", "measure", "--store", tmp_path)
+    code, out, _ = plan("olmoe-1b-7b", "--host-memory", "8GiB", *store)
+    assert (code, asked) == (0, [(tmp_path, 12_582_912)])
+    assert out[0].startswith("runs: olmoe-1b-7b from a disk of 2 GB/s")
+    assert "disk: measured just now, GB/s by reads at once: 1.00 with 1, 2.00 with 2, 2.00 with 4, 2.00 with 8." in out
+    none = Disk(str(tmp_path), 1, {}, None, None, "There is no room.")
+    monkeypatch.setattr("mobile.machine.disk.disk", lambda *_: none)
+    code, out, err = plan("olmoe-1b-7b", "--host-memory", "8GiB", *store)
+    assert (code, err) == (2, "error: The disk cannot be measured: There is no room.\n")
+    assert out == ["does not run here: olmoe-1b-7b, because: The disk cannot be measured: There is no room."]
+
+
+def test_more_memory_than_is_free_does_not_run(plan):
+    code, out, _ = plan("olmoe-1b-7b", "--memory", "9GiB", "--host-memory", "7GiB", "--disk", "3.5GB/s")
+    assert code == 1
+    assert "because the dense weights and the slots take 8.0 GiB of host memory and 7.0 GiB are free" in out[0]
+
+
+def test_a_plan_of_a_disk_has_the_slots_of_a_load(plan, tmp_path, monkeypatch):
+    """For the memory given, and for none: both then take the same share of what is free."""
+    reserve = 2**30
+    for memory in (reserve + 1_200_000, reserve + 2_000_000, reserve + 5_000_000):
+        told = said(plan(MODEL, "--memory", memory, "--disk", "1GB/s", "--store", tmp_path, "--json")[1])
+        model = mobile.load(MODEL, "lru", link="disk", memory=memory, store=tmp_path, device="cpu", progress=False)
+        assert told["slots"] == model.mobile.slots
+        assert told["disk"]["is_there"] == (memory > reserve + 1_200_000)  # which the first load made
+        mobile.detach(model)
+    assert 8 < told["slots"] < told["geometry"]["experts"] * 4 + 1
+
+    class Small:
+        usable_nbytes = round((reserve + 2_000_000) / 0.8)
+
+    monkeypatch.setattr("mobile.cli.plan.host", Small)
+    monkeypatch.setattr("mobile.checkpoints.loading.host", Small)
+    told = said(plan(MODEL, "--disk", "1GB/s", "--json")[1])
+    model = mobile.load(MODEL, "lru", link="disk", store=tmp_path, device="cpu", progress=False)
+    assert told["slots"] == model.mobile.slots < 256
+    mobile.detach(model)
+
+
+def test_what_a_load_from_a_disk_refuses_a_plan_refuses(plan, tmp_path):
+    memory = 2**30 + 700_000
+    with pytest.raises(mobile.Refused) as refused:
+        mobile.load(MODEL, "lru", link="disk", memory=memory, store=tmp_path, device="cpu", progress=False)
+    code, _, err = plan(MODEL, "--memory", memory, "--disk", "1GB/s")
+    assert (code, err) == (2, f"error: {refused.value}\n")
+
+
+@pytest.mark.parametrize(
+    ("rate", "gb_per_s"),
+    [("3.5GB/s", 3.5), ("3.5", 3.5), ("900MB/s", 0.9), (" 2 GB/s ", 2.0), ("1GiB/s", 2**30 / 1e9), (".5TB/s", 500.0)],
+)
+def test_a_rate_is_read(rate, gb_per_s):
+    assert parse_gb_per_s(rate) == pytest.approx(gb_per_s, rel=1e-12)
+
+
+@pytest.mark.parametrize("rate", ["fast", "3.5Gb/s", "3.5GB", "-1GB/s", "0", "nan", "3,5GB/s", "", "900"])
+def test_another_rate_is_refused_in_one_sentence(plan, rate):
+    code, _, err = plan("olmoe-1b-7b", f"--disk={rate}")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert ("lacks its unit; write it like 900MB/s" if rate == "900" else "write it like 3.5GB/s") in err
+
+
+def test_a_folder_for_rows_needs_a_disk(plan, tmp_path):
+    assert "--store is a place for experts on a disk; add --disk measure" in plan("olmoe-1b-7b", "--store", tmp_path)[2]
 
 
 # --- suites plan ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 import threading
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +32,13 @@ from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused, one_line
 from mobile.live_model import caller_modes, compat
 from mobile.live_model.cleanup import Cleanup, with_cleanup
-from mobile.machine.host import host, memory_shortage
+from mobile.machine.host import host, memory_shortage, share_of_free
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, folder_of, plan_attach
 from mobile.runtime.attachment import install
 from mobile.store import DiskStore, HostStore, Store
 
-FREE_SHARE = 0.8  # of the memory that is free, for a model with its experts on disk that was given no budget
 ONE_AT_A_TIME = threading.RLock()  # one load at a time: it changes settings of Transformers that all threads share
 
 
@@ -85,7 +85,7 @@ def load(
         checkpoint = with_cleanup(lambda cleanup: _examine(location, dtype, trust_remote_code, cleanup))
         options = AttachOptions(
             strategy=strategy,
-            memory=_default_memory() if on_disk and memory is None and slots is None else memory,
+            memory=share_of_free(host().usable_nbytes) if on_disk and memory is None and slots is None else memory,
             slots=slots,
             hardware=hardware,
             link=link,
@@ -146,12 +146,6 @@ def _device(device: str | int | torch.device | None) -> torch.device:
     raise Refused(f"There is no device {device} here; leave device out, or give {here}.")
 
 
-def _default_memory() -> int | None:
-    """Return the bytes that a model with its experts on disk may take where no budget is given; None if not known."""
-    usable = host().usable_nbytes
-    return None if usable is None else int(FREE_SHARE * usable)
-
-
 def _other_nbytes(checkpoint: Examined, slots: int) -> int:
     """Return the bytes that a model on the CPU takes in host memory besides the store: dense weights and slots."""
     geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
@@ -187,14 +181,18 @@ def _fetch(checkpoint: Examined, shown: bool) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
+def rows_path(checkpoint: Examined, folder: Path) -> Path:
+    """Return the file in the folder that holds this checkpoint's experts once it was loaded from a disk."""
+    name = re.sub(r"[^\w.-]+", "-", checkpoint.source.name).strip("-.")[-60:]
+    return folder / f"{name}-{hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:12]}.safetensors"
+
+
 def _store(checkpoint: Examined, plan: AttachPlan) -> Store:
     """Return the store to fill: memory, or a file on disk, which may hold all experts from an earlier load."""
     layers, experts = len(checkpoint.layers), checkpoint.layers[0].count
     if plan.folder is None:
         return HostStore(checkpoint.layout, layers, experts)
-    identity = checkpoint.identity
-    name = re.sub(r"[^\w.-]+", "-", checkpoint.source.name).strip("-.")[-60:]
-    path = plan.folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.safetensors"
+    path, identity = rows_path(checkpoint, plan.folder), checkpoint.identity
     return DiskStore(checkpoint.layout.page_aligned(), layers, experts, path, source=identity, keep=True)
 
 

@@ -1,4 +1,4 @@
-"""`mobile doctor`: this machine's software, memory, GPUs and link rates, and advice on what to change."""
+"""`mobile doctor`: this machine's software, memory, GPUs, disk and link rates, and advice on what to change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -17,14 +17,19 @@ from mobile.errors import Refused
 from mobile.machine.gpu import UNKNOWN_LINK, Gpu, LinkRates, LinkState, cuda_uuid, gpus, link_rates
 from mobile.machine.host import Host, Limit, Software, host, memcpy_gb_per_s, software
 
+if TYPE_CHECKING:
+    from mobile.machine.disk import Disk
+
 EXAMPLES = """
 examples:
   mobile doctor
   mobile doctor --json | jq .host.memlock_nbytes
+  mobile doctor --store /data/rows --json | jq .disk.gb_per_s
   mobile doctor --calibrate --out here.json         then: mobile plan olmoe-1b-7b --hardware here.json
   mobile doctor --calibrate --link disk --out disk.json
 
-Unknown is null in the JSON. Measuring takes about a second, and 0.5 GiB of host memory.
+Unknown is null in the JSON. Measuring takes a few seconds, 0.5 GiB of host memory, and 0.2 GB of the disk for a file
+that has no name and is gone afterwards.
 
 --calibrate times copies, kernels and decode steps of this machine the way the engine does them, and fits the numbers
 of the virtual clock. It takes about a minute, with nothing else running. On a GPU it takes 8 GiB of
@@ -46,13 +51,22 @@ class Report:
     cuda: bool
     rates: LinkRates | None
     rates_of: str | None
+    disk: Disk | None
 
 
-def examine() -> Report:
-    """Return the state of this machine; copies are measured. Imports torch."""
+def examine(store: str | None = None) -> Report:
+    """Return the state of this machine; copies are measured, and reads from the folder that `store` names.
+
+    Imports torch. Raise Refused for a store that is no folder.
+    """
     show.waiting("looking at this machine ...")
     import torch
 
+    from mobile.machine.disk import disk
+    from mobile.runtime.attach_plan import AttachOptions, folder_of
+
+    folder = folder_of(AttachOptions(link="disk", store=store))
+    assert folder is not None
     return Report(
         software=software(),
         host=host(),
@@ -62,12 +76,13 @@ def examine() -> Report:
         cuda=torch.cuda.is_available(),
         rates=link_rates(),
         rates_of=cuda_uuid(),
+        disk=disk(folder),
     )
 
 
 def advice(report: Report) -> list[str]:
     """Return one sentence for each problem, with its remedy."""
-    return [*_software_advice(report), *_link_advice(report), *_host_advice(report)]
+    return [*_software_advice(report), *_link_advice(report), *_host_advice(report), *_disk_advice(report)]
 
 
 def _software_advice(report: Report) -> Iterator[str]:
@@ -84,7 +99,10 @@ def _software_advice(report: Report) -> Iterator[str]:
             f"supports CUDA {report.software.torch_cuda} and that CUDA_VISIBLE_DEVICES does not hide it."
         )
     else:
-        yield "No CUDA device: bytes are moved and answers are real, time is virtual (computed). Speed needs a GPU."
+        yield (
+            "No CUDA device: bytes are moved and answers are real, time is virtual (computed). Speed needs a GPU; "
+            "experts on a disk take real time: --link disk."
+        )
 
 
 def _link_advice(report: Report) -> Iterator[str]:
@@ -120,7 +138,22 @@ def _host_advice(report: Report) -> Iterator[str]:
     if short:
         limited = isinstance(report.host.container_limit_nbytes, int)
         remedy = "raise the container's limit or add memory" if limited else "free or add memory"
-        yield f"{show.memory(usable)} of host memory cannot hold the experts of {', '.join(short)}; {remedy} for those."
+        yield (
+            f"{show.memory(usable)} of host memory cannot hold the experts of {', '.join(short)}; {remedy} for those, "
+            "or keep their experts on a disk: --link disk."
+        )
+
+
+def _disk_advice(report: Report) -> Iterator[str]:
+    if report.disk is None:
+        return
+    if report.disk.problem is not None:
+        yield f"The disk was not measured: {report.disk.problem}"
+    if report.disk.direct is False:
+        yield (
+            f"{report.disk.folder} takes no direct reads, so experts there would be read through the page cache, and "
+            "the rates may be the cache's; name a folder on a disk of this machine with --store."
+        )
 
 
 # --- the command ------------------------------------------------------------------------------------
@@ -133,7 +166,7 @@ def declare(commands: Any) -> None:
         "doctor",
         run,
         help="what this machine offers, and what to change",
-        description="Show versions, GPU, link and host memory; measure copies; say what to change.\n"
+        description="Show versions, GPU, link, host memory and disk; measure copies and reads; say what to change.\n"
         "With --calibrate: fit a hardware profile to this machine.",
         epilog=EXAMPLES,
     )
@@ -172,12 +205,13 @@ def run(arguments: argparse.Namespace) -> int:
     only = (arguments.out, arguments.device, None if arguments.dtype == "auto" else arguments.dtype)
     if any(given is not None for given in only) or arguments.link != "auto":
         raise Refused("--out, --device, --dtype and --link belong to a calibration; add --calibrate.")
-    report = examine()
+    report = examine(arguments.store)
     if arguments.json:
         show.as_json({**asdict(report), "usable_nbytes": report.host.usable_nbytes, "advice": advice(report)})
         return 0
     out = show.console()
-    for section in (_software(report.software), _host(report), *(_gpu(report, gpu) for gpu in report.gpus)):
+    gpus_here = [_gpu(report, gpu) for gpu in report.gpus]
+    for section in (_software(report.software), _host(report), _disk(report.disk), *gpus_here):
         out.print(section)
         out.print()
     if not report.gpus:
@@ -225,6 +259,23 @@ def _host(report: Report) -> Table:
             else f"{show.memory(memory.swap_free_nbytes)} free of {show.memory(memory.swap_total_nbytes)}",
             "RLIMIT_MEMLOCK": _limit(memory.memlock_nbytes),
             "memcpy": f"{_rate(report.memcpy_gb_per_s)}, {report.memcpy_threads} thread(s), measured",
+        },
+    )
+
+
+def _disk(found: Disk | None) -> Table:
+    """Return the disk's rates, as the link would read it."""
+    if found is None or found.depth is None:
+        return _section("Disk", {"reads": "unknown"})
+    rates = ", ".join(f"{rate:.2f}" for rate in found.gb_per_s.values())
+    return _section(
+        "Disk",
+        {
+            "folder": found.folder,
+            "page cache": "avoided" if found.direct else "IN THE WAY",
+            f"{', '.join(map(str, found.gb_per_s))} reads at once": f"{rates} GB/s, rows of "
+            f"{show.moved(found.row_nbytes)}, measured",
+            "the link would take": f"{found.depth} at once",
         },
     )
 

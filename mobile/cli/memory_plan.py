@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mobile.costs.bounds import Ceilings, ceilings
 from mobile.costs.cost_model import CostModel
@@ -19,12 +19,15 @@ class Bound:
     """The bounds of one decode token at a fallback rate (None: the strategy has none).
 
     `nbytes` are the bytes over the link for one token. `link_tokens_per_s` is None if nothing is copied.
+    `uniform_link_tokens_per_s` is a projection: the same for a strategy that keeps experts, if routing were uniform, so
+    that a slot is as good as any other; None where nothing is kept or copied, or experts lie in memory.
     """
 
     fallback_rate: float | None
     nbytes: int
     link_tokens_per_s: float | None
     compute_tokens_per_s: float
+    uniform_link_tokens_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class DiskPart:
+    """The disk that experts lie on: its rate (decimal GB/s), and the file of rows that it must hold.
+
+    `measured` are its rates by reads at once, None where the rate was given. `folder` is where the file goes on this
+    machine and `free_nbytes` the room there, None on another; `is_there` says that an earlier load has made it.
+    """
+
+    gb_per_s: float
+    measured: dict[int, float] | None
+    file_nbytes: int
+    folder: str | None
+    free_nbytes: int | None
+    is_there: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """A division of a memory budget. Bytes on the device add up to at most `memory_nbytes`.
 
-    `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not.
+    `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not. With experts
+    on a `disk` the device is the processor, and the memory is the host's.
     """
 
     runs: bool
@@ -65,6 +85,7 @@ class Plan:
     host_fits: bool | None
     strategies: tuple[Row, ...]
     ceilings: Ceilings | None
+    disk: DiskPart | None = None
     projected: bool = True
 
 
@@ -111,24 +132,6 @@ def plan(
     """Divide the budget of `memory_nbytes`. Raise Refused if it cannot hold dense weights and a token's experts."""
     slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, PREFILL_BUFFERS)
     cost = CostModel(hardware, geometry)
-    rows = []
-    for strategy in strategies().values():
-        needs = strategy.min_slots(geometry)
-        rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
-        rows.append(
-            Row(
-                strategy=strategy.name,
-                summary=strategy.summary,
-                lossless=strategy.lossless,
-                keeps=strategy.retain,
-                needs_slots=needs,
-                needs_nbytes=hardware.reserve_nbytes
-                + geometry.resident_nbytes
-                + (needs + PREFILL_BUFFERS) * geometry.expert_nbytes,
-                budget_meets_needs=slots >= needs,
-                bounds=tuple(bound(strategy, cost, rate) for rate in rates),
-            )
-        )
     host_needed = geometry.total_experts * geometry.expert_nbytes
     because = memory_shortage(host_needed, host_nbytes) or disk_shortage
     return Plan(
@@ -147,6 +150,42 @@ def plan(
         host_needed_nbytes=host_needed,
         host_available_nbytes=host_nbytes,
         host_fits=None if host_nbytes is None else host_needed <= host_nbytes,
-        strategies=tuple(rows),
+        strategies=strategy_rows(cost, slots, fallback_rates),
         ceilings=ceilings(cost, fallback_rates),
     )
+
+
+def strategy_rows(
+    cost: CostModel, slots: int, fallback_rates: Sequence[float], *, on_disk: bool = False
+) -> tuple[Row, ...]:
+    """Return every strategy with so many slots; `on_disk` those that can have experts on a disk, with projections."""
+    geometry, rows = cost.geometry, []
+    for strategy in strategies().values():
+        if on_disk and strategy.on_cpu is not None:  # it computes experts where they lie
+            continue
+        needs = strategy.min_slots(geometry)
+        rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
+        bounds = tuple(bound(strategy, cost, rate) for rate in rates)
+        if on_disk and strategy.retain == "some" and slots < geometry.total_experts:
+            bounds = tuple(_if_uniform(each, slots / geometry.total_experts) for each in bounds)
+        rows.append(
+            Row(
+                strategy=strategy.name,
+                summary=strategy.summary,
+                lossless=strategy.lossless,
+                keeps=strategy.retain,
+                needs_slots=needs,
+                needs_nbytes=cost.profile.reserve_nbytes
+                + geometry.resident_nbytes
+                + (needs + PREFILL_BUFFERS) * geometry.expert_nbytes,
+                budget_meets_needs=slots >= needs,
+                bounds=bounds,
+            )
+        )
+    return tuple(rows)
+
+
+def _if_uniform(each: Bound, resident: float) -> Bound:
+    """Return the bound with its projection: a token finds the share `resident` of its experts in slots."""
+    link = each.link_tokens_per_s
+    return replace(each, uniform_link_tokens_per_s=None if link is None else link / (1 - resident))

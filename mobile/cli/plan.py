@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobile.cli.memory_plan import Plan, plan
+from mobile.cli.disk_plan import disk_part, host_budget, on_processor, plan_on_disk
+from mobile.cli.memory_plan import DiskPart, Plan, plan
 from mobile.cli.terminal import options, show
 from mobile.costs.bounds import Ceilings
 from mobile.costs.geometry import GEOMETRIES, Geometry
-from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.costs.hardware import HardwareProfile, parse_gb_per_s, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.machine.host import host
 from mobile.residency.residency import PREFILL_BUFFERS
@@ -19,6 +22,7 @@ from mobile.residency.residency import PREFILL_BUFFERS
 if TYPE_CHECKING:
     from mobile.checkpoints.source import Source
 
+MEASURE = "measure"
 EXAMPLES = """
 examples:
   mobile plan olmoe-1b-7b --memory 8GiB             a preset: nothing is fetched
@@ -27,6 +31,12 @@ examples:
   mobile plan ./checkpoint --memory 2GiB --json | jq .slots
   mobile plan olmoe-1b-7b --hardware here.json      this machine, measured by: mobile doctor --calibrate --out here.json
   mobile plan olmoe-1b-7b --fallback-rate 0.2       MoBiLE's bound at that rate
+  mobile plan qwen3-30b-a3b --host-memory 16GiB --disk 3.5GB/s
+  mobile plan qwen3-30b-a3b --disk measure --store /data/rows
+
+With --disk the experts lie in a file and the processor computes. Host memory is then divided: --memory, or all of
+--host-memory, or four fifths of what is free here, which is what `mobile.load` takes. The disk's room is looked at
+where its rate is measured or --store is given.
 
 The first line says whether the model runs here. exit code: 0 if it does; 1 if this host lacks the memory for its
 experts, or the disk for its weights; 2 if it is refused, by `mobile.load` as well, like a budget that cannot hold it.
@@ -45,7 +55,11 @@ def declare(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
     parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
-    parser.add_argument("--host-memory", metavar="SIZE", help="host memory for experts (default: this machine's)")
+    parser.add_argument("--host-memory", metavar="SIZE", help="host memory (default: this machine's)")
+    parser.add_argument(
+        "--disk", metavar="RATE", help="keep experts on a disk of that rate, like 3.5GB/s, or `measure` this machine's"
+    )
+    parser.add_argument("--store", metavar="FOLDER", help="where their file would lie (default: `disk`, in the cache)")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
     parser.add_argument(
         "--dtype",
@@ -73,11 +87,18 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.model not in GEOMETRIES:
             show.waiting(f"reading {arguments.model} ...")
         hardware = profile(arguments.hardware)
+        asked = _asked(arguments)
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
         usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)
         model = find(arguments.model, arguments.dtype, arguments.trust_remote_code)
-        geometry, shortage = sizes(model, arguments.dtype, arguments.trust_remote_code)
-        divided = plan(arguments.model, geometry, memory, hardware, usable, rates, shortage)
+        found = sizes(model, arguments.dtype, arguments.trust_remote_code)
+        if asked is None:
+            divided = plan(arguments.model, found.geometry, memory, hardware, usable, rates, found.weights_shortage)
+        else:
+            budget = host_budget(arguments.memory, arguments.host_memory, usable)
+            disk = asked.part(found)
+            hardware = on_processor(hardware, disk.gb_per_s)
+            divided = plan_on_disk(arguments.model, found.paged, budget, hardware, disk, rates, found.weights_shortage)
     except Refused as refused:
         if arguments.json:
             show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
@@ -102,34 +123,94 @@ def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Ge
     return examine.find(model, trust_remote_code=trust_remote_code, patterns=examine.CONFIGURATION)
 
 
-def sizes(
-    model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False
-) -> tuple[Geometry, str | None]:
-    """Return the model's sizes, and why the disk has no room for its weights, or None if it has.
+@dataclass(frozen=True)
+class Sizes:
+    """A model's sizes, with rows in memory and, `paged`, on a disk, where each takes whole pages.
 
-    The model is built without weights. Raise Refused as `mobile.load` does before it has the weights.
+    `weights_shortage` says why the disk has no room for its weights, None if it has. `rows_path` gives the file of its
+    experts in a folder, None for a preset.
     """
+
+    geometry: Geometry
+    paged: Geometry
+    weights_shortage: str | None = None
+    rows_path: Callable[[Path], Path] | None = None
+
+
+def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False) -> Sizes:
+    """Return the model's sizes; it is built without weights. Raise Refused as `mobile.load` does before it has them."""
     if isinstance(model, Geometry):
-        return model, None
+        return Sizes(model, model)
     from mobile.checkpoints.examine import examine
+    from mobile.checkpoints.loading import rows_path
     from mobile.live_model import compat
 
     checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
-    geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
-    return geometry, checkpoint.disk_shortage()
+    layouts = checkpoint.layout, checkpoint.layout.page_aligned()
+    in_memory, paged = (compat.geometry_of(checkpoint.empty, checkpoint.layers, layout) for layout in layouts)
+    return Sizes(in_memory, paged, checkpoint.disk_shortage(), partial(rows_path, checkpoint))
+
+
+@dataclass(frozen=True)
+class AskedDisk:
+    """The disk of --disk: its rate (decimal GB/s), None to measure it, and the folder, None on another machine."""
+
+    gb_per_s: float | None
+    folder: Path | None
+
+    def part(self, found: Sizes) -> DiskPart:
+        """Return the disk as a plan has it; measures it if asked to. Raise Refused if that cannot be done."""
+        rate, rates = self.gb_per_s, None
+        if rate is None:
+            from mobile.machine.disk import disk
+
+            assert self.folder is not None
+            show.waiting(f"measuring the disk under {self.folder} ...")
+            measured = disk(self.folder, found.paged.expert_nbytes)
+            rate, rates = measured.link_gb_per_s, measured.gb_per_s
+            if rate is None:
+                raise Refused(f"The disk cannot be measured: {measured.problem}")
+        path = found.rows_path(self.folder) if self.folder is not None and found.rows_path is not None else None
+        is_there = path is not None and path.exists()
+        return disk_part(found.paged, rate, rates, self.folder, is_there=is_there)
+
+
+def _asked(arguments: argparse.Namespace) -> AskedDisk | None:
+    """Return the disk asked for; None where experts lie in memory. Raise Refused for a rate or a folder that is none.
+
+    A folder is looked at where the disk is measured, and where one is named; else the rate is of another machine.
+    """
+    if arguments.disk is None:
+        if arguments.store is not None:
+            raise Refused("--store is a place for experts on a disk; add --disk measure, or a rate like 3.5GB/s.")
+        return None
+    rate = None if arguments.disk == MEASURE else parse_gb_per_s(arguments.disk)
+    if rate is not None and arguments.store is None:
+        return AskedDisk(rate, None)
+    show.waiting("importing PyTorch ...")
+    from mobile.runtime.attach_plan import AttachOptions, folder_of
+
+    return AskedDisk(rate, folder_of(AttachOptions(link="disk", store=arguments.store)))
 
 
 def _print(plan: Plan, hardware: HardwareProfile) -> None:
     """Print the verdict, the division of the memory, the bounds and the ceilings."""
     out, geometry = show.console(), plan.geometry
     where = f"{plan.model} on {plan.hardware} with {show.memory(plan.memory_nbytes)}"
+    computed_on = f"{plan.hardware} with {show.memory(plan.memory_nbytes)}"
+    if plan.disk is not None:
+        computed_on = f"the processor of {plan.hardware}, from a disk"
+        where = (
+            f"{plan.model} from a disk of {plan.disk.gb_per_s:.3g} GB/s with {show.memory(plan.memory_nbytes)} of host "
+            "memory"
+        )
     verdict = f"runs: {where}" if plan.runs else f"does not run here: {where}, because {plan.because}"
     out.print(verdict)
     out.print(
         f"{plan.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{plan.hardware} with {show.memory(plan.memory_nbytes)}. Computed from sizes; nothing was run.\n"
+        f"{computed_on}. Computed from sizes; nothing was run.\n"
     )
-    device = show.table("Device memory", "part", "size", "")
+    device = show.table("Device memory" if plan.disk is None else "Host memory", "part", "size", "")
     device.add_row("dense weights", show.memory(plan.resident_nbytes), "with embedding and head")
     device.add_row("reserve", show.memory(plan.reserve_nbytes), "context, workspace, KV cache")
     each = show.memory(geometry.expert_nbytes)
@@ -138,11 +219,7 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
     device.add_row("expert slots", show.memory(plan.slots_nbytes), share)
     device.columns[-1].justify = "left"
     out.print(device)
-    holds = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[plan.host_fits]
-    out.print(
-        f"\nHost memory: all experts need {show.memory(plan.host_needed_nbytes)}; "
-        f"{show.memory(plan.host_available_nbytes)} available: {holds}.\n"
-    )
+    out.print(f"\n{_elsewhere(plan)}\n")
     rows = show.table(
         "Bounds per decode token (projected)",
         "strategy",
@@ -153,6 +230,7 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
         "bytes\na token",
         "link\ntokens/s",
         "compute\ntokens/s",
+        *(() if plan.disk is None else ("link, if routing\nwere uniform",)),
     )
     for row in plan.strategies:
         for bound in row.bounds:
@@ -163,14 +241,36 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
                 show.memory(row.needs_nbytes),
                 "yes" if row.budget_meets_needs else "no",
                 show.moved(bound.nbytes),
-                "-" if bound.link_tokens_per_s is None else show.rate(bound.link_tokens_per_s),
+                _or_dash(bound.link_tokens_per_s),
                 show.rate(bound.compute_tokens_per_s),
+                *(() if plan.disk is None else (_or_dash(bound.uniform_link_tokens_per_s),)),
             )
     out.print(rows)
     for line in _footnotes(plan, hardware):
         out.print(line)
     if plan.ceilings is not None:
         _print_ceilings(out, plan.ceilings)
+
+
+def _or_dash(tokens_per_s: float | None) -> str:
+    return "-" if tokens_per_s is None else show.rate(tokens_per_s)
+
+
+def _elsewhere(plan: Plan) -> str:
+    """Return the line on what holds all experts: host memory, or a disk."""
+    if plan.disk is None:
+        holds = {True: "fits", False: "DOES NOT FIT", None: "unknown"}[plan.host_fits]
+        return (
+            f"Host memory: all experts need {show.memory(plan.host_needed_nbytes)}; "
+            f"{show.memory(plan.host_available_nbytes)} available: {holds}."
+        )
+    disk, needs = plan.disk, f"the file of all experts takes {show.moved(plan.disk.file_nbytes)}"
+    if disk.is_there:
+        return f"Disk: {needs}, and is in {disk.folder}."
+    if disk.free_nbytes is None:
+        return f"Disk: {needs}; give --store FOLDER to see whether it has room here."
+    fits = "fits" if disk.file_nbytes <= disk.free_nbytes else "DOES NOT FIT"
+    return f"Disk: {needs}; {show.moved(disk.free_nbytes)} are free in {disk.folder}: {fits}."
 
 
 def _print_ceilings(out: Any, bounds: Ceilings) -> None:
@@ -201,7 +301,7 @@ def _footnotes(plan: Plan, hardware: HardwareProfile) -> list[str]:
     times = "2 / (1 + r)" if full == 2 * little else f"{full} / ({little} + {full - little} r)"
     lines = [
         "",
-        f"link: {hardware.link_gb_per_s:g} GB/s over the bytes of one token's experts, without any cache. Strategies "
+        f"link: {hardware.link_gb_per_s:.4g} GB/s over the bytes of one token's experts, without any cache. Strategies "
         "that keep experts beat it by 1 / (1 - hit rate); routing decides the hit rate. Copy latency is left out.",
         f"mobile: at the fallback rate r a token moves {little} + {full - little} r experts a layer, so the bound is "
         f"{times} times plain offloading's, if its needs fit and every prefetch is in time.",
@@ -211,6 +311,8 @@ def _footnotes(plan: Plan, hardware: HardwareProfile) -> list[str]:
         "runs exactly, only slower (resident does not run).",
         *(f"{hardware.name}: {source}" for source in hardware.sources),
     ]
+    if plan.disk is not None:
+        lines[1:1] = _disk_notes(plan.disk)
     if any(row.strategy == "cpu-hybrid" for row in plan.strategies):
         lines.append(
             "cpu-hybrid: missing experts are divided between link and CPU, and its bound is the lower one of both. The "
@@ -218,4 +320,17 @@ def _footnotes(plan: Plan, hardware: HardwareProfile) -> list[str]:
         )
     if plan.slots == geometry.total_experts:
         lines.append("Every expert has a slot here, so a strategy that keeps experts loads each of them only once.")
+    return lines
+
+
+def _disk_notes(disk: DiskPart) -> list[str]:
+    """Return the lines on a disk's rate, and on the projection."""
+    lines = [
+        "if routing were uniform: a projection, in which a token finds the share of its experts in slots that all "
+        "slots are of all experts. Real routing repeats itself, and the hit rate decides.",
+        "compute is the processor's. Strategies that compute experts where they lie are left out: a disk cannot.",
+    ]
+    if disk.measured is not None:
+        rates = ", ".join(f"{rate:.2f} with {depth}" for depth, rate in disk.measured.items())
+        lines.insert(0, f"disk: measured just now, GB/s by reads at once: {rates}.")
     return lines

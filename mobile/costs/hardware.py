@@ -139,6 +139,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 }
 MOST_GIB, FEWEST_NBYTES = 1024, 2**20  # a number without a unit is GiB up to the one, and bytes from the other on
 MOST_NBYTES = 2**63 - 1
+MOST_GB_PER_S = 100  # a rate without a unit is GB/s up to it
 
 
 def parse_nbytes(memory: int | str) -> int:
@@ -158,6 +159,19 @@ def parse_nbytes(memory: int | str) -> int:
     if not 0 < nbytes <= MOST_NBYTES:
         raise Refused(f"No memory is of the size {memory!r}; write it like 8GiB or 8589934592.")
     return nbytes
+
+
+def parse_gb_per_s(rate: str) -> float:
+    """Return the decimal GB/s of "3.5GB/s", "900 MB/s" or "3GiB/s"; without a unit it is GB/s.
+
+    Raise Refused for anything else: bits (Gb/s), a rate that is not positive, and a number too large to be in GB/s.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})\s*(?:([KMGT]i?B)/s)?\s*", rate, re.ASCII)
+    if match is None or not float(match[1]) > 0:
+        raise Refused(f"Cannot read the rate {rate!r}; write it like 3.5GB/s or 900MB/s.")
+    if match[2] is None and float(match[1]) > MOST_GB_PER_S:
+        raise Refused(f"The rate {rate!r} lacks its unit; write it like {match[1]}MB/s or {match[1]}GB/s.")
+    return float(Fraction(match[1]) * UNITS[(match[2] or "GB").upper()] / 10**9)
 
 
 def _written(memory: str) -> int | None:

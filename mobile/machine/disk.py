@@ -19,6 +19,7 @@ from mobile.links.disk import depth_for, rates
 from mobile.store import DiskStore, layout_of
 
 ROW_NBYTES, ROWS = 12_582_912, 16  # OLMoE-1B-7B's expert; 0.2 GB of them
+MOST_NBYTES = 400_000_000  # of larger rows there are fewer
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Disk:
         return None if self.depth is None else self.gb_per_s[self.depth]
 
 
-def disk(folder: Path, row_nbytes: int = ROW_NBYTES, rows: int = ROWS) -> Disk:
-    """Return the rates at which `rows` rows, written for this into the folder, are read; they are gone afterwards."""
-    where = str(folder)
+def disk(folder: Path, row_nbytes: int = ROW_NBYTES) -> Disk:
+    """Return the rates at which rows, written for this into the folder, are read; they are gone afterwards."""
+    where, rows = str(folder), max(1, min(ROWS, MOST_NBYTES // row_nbytes))
     try:
         with rows_on_disk(folder, row_nbytes, rows) as ends:
             found = rates(ends)

@@ -16,6 +16,7 @@ MIB = 2**20
 Limit = int | Literal["unlimited"] | None
 NO_LIMIT = 2**60  # cgroup v1 writes "no limit" as the largest page-aligned int64; anything so large is none
 ROOT = Path("/")
+FREE_SHARE = 0.8  # of the memory that is free: the rest is for what comes to be needed later
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def host(root: Path = ROOT) -> Host:
         swap_free_nbytes=meminfo.get("SwapFree"),
         memlock_nbytes=_memlock(),
     )
+
+
+def share_of_free(usable_nbytes: int | None) -> int | None:
+    """Return the bytes that a model with its experts on disk may take where no budget is given; None if not known."""
+    return None if usable_nbytes is None else int(FREE_SHARE * usable_nbytes)
 
 
 def process_nbytes(root: Path = ROOT) -> int | None:

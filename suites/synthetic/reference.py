@@ -10,6 +10,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from mobile.machine.measure.timing import idle
 from suites.budget import memory_on
 from suites.environment import environment
 from suites.record import Item, Record, RunFolder
-from suites.synthetic import models
+from suites.synthetic import disk_peers, models
 from suites.synthetic.models import Synthetic
-from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, FEW_LAYERS, ReferenceCell
+from suites.synthetic.reference_cells import DEVICE_MAP, DISK_PEERS, ENGINE_COST, FEW_LAYERS, ReferenceCell
 from suites.telemetry import watched
 
 GIB = 2**30
@@ -59,16 +60,21 @@ def load(first: ReferenceCell, run: RunFolder) -> None:
 
 def measure(cell: ReferenceCell, loaded: None, run: RunFolder) -> None:
     """Measure the cell and write its record."""
-    record(cell).save(cell.output(run))
+    record(cell, run.path).save(cell.output(run))
 
 
-def record(cell: ReferenceCell) -> Record:
-    """Measure the cell and return its record; one that this machine cannot do has no items and says why."""
+def record(cell: ReferenceCell, folder: Path = Path()) -> Record:
+    """Measure the cell and return its record; one that this machine cannot do has no items and says why.
+
+    A program that reads from disk finds its checkpoint below `folder` meanwhile.
+    """
     begun = time.monotonic()
     device = torch.device(LINKS[cell.link].usual_device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     found: dict[str, Any] = {"engine": None, "refused": None, "stock": None}
+    if cell.what in DISK_PEERS:
+        found |= disk_peers.fields_of(cell)
     items: tuple[Item, ...] = ()
     layers = 0
     with watched(cuda_uuid() if device.type == "cuda" else None) as telemetry:
@@ -80,6 +86,14 @@ def record(cell: ReferenceCell) -> Record:
                     cell.model.geometry, layers=layers, shrink=cell.shrink, device=device, seed=cell.seed
                 )
                 found["engine"] = [asdict(engine_cost(made, each)) for each in IMPLEMENTATIONS]
+            elif cell.what in DISK_PEERS:
+                layers = cell.layers or GEOMETRIES[cell.model.geometry].moe_layers
+                peer = disk_peers.measure_peer(cell, folder)
+                found |= peer.fields
+                items = tuple(
+                    _item(number, cell, one["prefill_ns"], one["decode_ns"], one["decode_read_nbytes"] or 0)
+                    for number, one in enumerate(peer.repeats)
+                )
             else:
                 made = models.make(
                     cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device="cpu", seed=cell.seed
@@ -195,7 +209,7 @@ def timed(model: Any, device: torch.device, cell: ReferenceCell) -> tuple[int, i
     return prefilled - begun, time.perf_counter_ns() - started
 
 
-def _item(number: int, cell: ReferenceCell, prefill_ns: int, decode_ns: int) -> Item:
+def _item(number: int, cell: ReferenceCell, prefill_ns: int, decode_ns: int, decode_nbytes: int = 0) -> Item:
     return Item(
         doc=number,
         prompt_sha256="",
@@ -209,7 +223,7 @@ def _item(number: int, cell: ReferenceCell, prefill_ns: int, decode_ns: int) -> 
         fallbacks=0,
         ttft_ns=prefill_ns,
         decode_ns=decode_ns,
-        decode_bytes=0,
+        decode_bytes=decode_nbytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Reference cells: plain Transformers on the same synthetic models, and what the engine itself costs a layer.
+"""Reference cells: plain Transformers and llama.cpp on the same sizes, and what the engine itself costs a layer.
 
 No torch: `suites.synthetic.reference` does the timing.
 """
@@ -17,7 +17,16 @@ from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versio
 from suites.record import RunFolder, sound
 
 ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
-MEASUREMENTS = {"engine": ENGINE_COST, "resident": RESIDENT, "device_map": DEVICE_MAP}
+DISK_OFFLOAD, MEMORY_MAPPED, LLAMA_CPP = "stock, disk offload", "stock, memory-mapped", "llama.cpp, memory-mapped"
+MEASUREMENTS = {
+    "engine": ENGINE_COST,
+    "resident": RESIDENT,
+    "device_map": DEVICE_MAP,
+    "disk_offload": DISK_OFFLOAD,
+    "mmap": MEMORY_MAPPED,
+    "llama.cpp": LLAMA_CPP,
+}
+DISK_PEERS = {MEASUREMENTS[name]: name for name in ("disk_offload", "mmap", "llama.cpp")}  # what reads from disk
 FEW_LAYERS = 4  # that tell what one costs; two copies of them lie on the device
 
 
@@ -25,7 +34,8 @@ FEW_LAYERS = 4  # that tell what one costs; two copies of them lie on the device
 class ReferenceCell:
     """One measurement of a geometry to hold its synthetic cells against; `what` is one of MEASUREMENTS' values.
 
-    `memory` is what `device_map` may fill of the device. Nothing is scripted: weights and routing are random.
+    `memory` is what `device_map` may fill of the device, and the cap on all memory of one of `DISK_PEERS`. Nothing is
+    scripted: weights and routing are random.
     """
 
     model: Model
@@ -41,7 +51,6 @@ class ReferenceCell:
 
     gamma = None
     hardware = "auto"
-    task = "plain Transformers"
 
     kind = "reference"
     online = False
@@ -61,12 +70,16 @@ class ReferenceCell:
         return digest(asdict(self), code_hash(), versions(ENGINE), model_hash(self.model))
 
     @property
+    def task(self) -> str:
+        return "llama.cpp" if self.what == LLAMA_CPP else "plain Transformers"
+
+    @property
     def strategy(self) -> str:
         return self.what
 
     @property
     def budget(self) -> str:
-        return self.memory if self.what == DEVICE_MAP else "all"
+        return self.memory if self.what == DEVICE_MAP or self.what in DISK_PEERS else "all"
 
     @property
     def scope(self) -> str:
@@ -90,6 +103,8 @@ def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str
         raise Refused(f"Nothing beside shapes is called {first!r}; {offer(first, MEASUREMENTS)}.")
     if not LINKS[link].real_time:
         return
+    if LINKS[link].store != "disk" and (apart := [name for name in asked if MEASUREMENTS[name] in DISK_PEERS]):
+        raise Refused(f'{apart[0]!r} reads from disk, which the link {link} does not; give link = "disk".')
     for row in data["models"]:
         given = {**data, **row}
         for what in asked:
@@ -97,7 +112,7 @@ def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str
                 model=models[row["name"]],
                 what=MEASUREMENTS[what],
                 link=link,
-                memory=data.get("beside_memory", "16GiB"),
+                memory=given.get("beside_memory", "16GiB"),
                 prompt_tokens=data["prompt_tokens"],
                 decode_tokens=data.get("beside_tokens", data["decode_tokens"]),
                 repeats=data.get("beside_repeats", data["repeats"]),
