@@ -6,7 +6,7 @@ They hold the times that a calibrated profile predicts for timed cells, and how 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 
 from reports.data.compare import strategy_name, total
 from reports.data.results import Results
@@ -23,14 +23,14 @@ CLOCK = (
     "everything resident were timed, and a hardware profile was fitted to them, one for each speed of the link. Then "
     "the same scripts were replayed, with as many slots, under the same strategy, on the virtual clock of that "
     "profile. No number of a cell went into the profile it is predicted by. An error is predicted over measured, less "
-    f"one; the aim is {TPOT_AIM:.0%} of TPOT. Where an error is larger, projections of virtual time are that far off too."
+    f"one; the aim is {TPOT_AIM:.0%} of TPOT. Where it is larger, projections of virtual time are that far off too."
 )
 DISK = (
     "Over a disk, the link's rate in a prediction is that at which rows were read right before and after each script, "
     "with nothing else to do, since a disk that others use has no one rate: here {low:.2f} to {high:.2f} GB/s. The "
-    "column at its own rates takes the rate at which the rows of that very script came instead. Between the two columns "
-    "lies what the disk did meanwhile; what is left in the second one is the processor: kernels beside reads, beside "
-    "whatever else ran on this machine, and the engine's own code."
+    "column at its own rates takes the rate at which the rows of that very script came instead. Between the two "
+    "columns lies what the disk did meanwhile; what is left in the second one is the processor: kernels beside reads, "
+    "beside whatever else ran on this machine, and the engine's own code."
 )
 PACED = "The link of these cells is a thread that sleeps: their errors say that the path works, and nothing of a GPU."
 LINK = (
@@ -151,7 +151,9 @@ def _signed(value: float | None) -> str:
 
 
 def row_copy_gb_per_s(record: Record) -> float:
-    """Return the GB/s (decimal) of copies of this cell's rows, one after another, by the calibrated profile."""
+    """Return the GB/s (decimal) of copies of this cell's rows, one after another: measured around it, or calibrated."""
+    if rates := record.config.get("disk_gb_per_s"):
+        return fmean(rates)
     profile, nbytes = record.config["predicted"]["profile"], record.config["expert_nbytes"]
     return nbytes / (profile["link_latency_seconds"] + nbytes / (profile["link_gb_per_s"] * 1e9)) / 1e9
 

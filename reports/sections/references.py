@@ -22,7 +22,15 @@ ENGINE = (
     f"under {AIM_SECONDS * 1e6:.0f} microseconds. Where it is below nothing, the engine's way to the same products is "
     "the shorter one."
 )
+PEERS = (
+    "The same question over a disk: a checkpoint of the same sizes on the same disk, read by a program in a process of "
+    "its own, on all processors, with the memory of the process and the page cache capped together where the system "
+    "lets us. Their routers are random, so that no expert is likelier than another: our row on uniform routing is the "
+    "like of theirs, and computes on one processor. Each program moves what it moves: accelerate whole modules, a "
+    "memory-mapped file pages, ours single experts. Bytes are those that the disk read for the process."
+)
 COST = "engine against stock"
+ON_DISK = "cpu+disk"
 OURS = ("on-demand-overlap", "lru", "mobile")
 
 
@@ -32,6 +40,7 @@ def sections(results: Results) -> list[Section]:
         return []
     found = [
         Section("Beside plain Transformers", (PLAIN,), (plain_transformers(results),)),
+        Section("Beside what a user would run instead from a disk", (PEERS,), (disk_peers(results),)),
         Section("What the engine costs a layer", (ENGINE,), (engine_cost(results.references),)),
     ]
     return [section for section in found if any(table.rows for table in section.tables)]
@@ -40,11 +49,39 @@ def sections(results: Results) -> list[Section]:
 def plain_transformers(results: Results) -> Table:
     """Return, by geometry, the rows of plain Transformers, then the engine's."""
     rows = []
-    for model in dict.fromkeys(record.model for record in results.references):
+    for model in dict.fromkeys(record.model for record in results.references if record.scope != ON_DISK):
         rows += [_stock_row(r) for r in results.references if r.model == model and r.strategy != COST]
         rows += [_engine_row(r) for r in on_recorded_routing(results.synthetic) if r.model == model and _comparable(r)]
     head = ("geometry", "MoE layers", "what", "device memory", "fallbacks", "TPOT ms", "tokens/s", "TTFT ms", "how")
     return Table("The same sizes with plain Transformers, and here", head, tuple(rows))
+
+
+def disk_peers(results: Results) -> Table:
+    """Return, by geometry, the programs that read from a disk, fastest first, the engine's strategies among them."""
+    rows = []
+    for model in dict.fromkeys(record.model for record in results.references if record.scope == ON_DISK):
+        theirs = [r for r in results.references if r.model == model and r.strategy != COST]
+        ours = [r for r in results.synthetic if r.model == model and r.strategy in OURS and not r.config["swept"]]
+        ranked = sorted((*theirs, *ours), key=lambda record: -((tokens_per_s([record]) if record.items else 0) or 0))
+        rows += [_disk_row(record) for record in ranked]
+    head = ("geometry", "MoE layers", "what", "routing", "memory", "TPOT ms", "tokens/s", "MB/token", "how")
+    return Table("From the same disk", head, tuple(rows))
+
+
+def _disk_row(record: Record) -> tuple[str, ...]:
+    config, tokens = record.config, total([record], "decode_tokens") if record.items else 0
+    theirs = config["kind"] == "beside"
+    memory = f"{record.budget}, {config['memory_cap'] or 'not run'}" if theirs else f"{record.slots:,} slots"
+    return (
+        record.model,
+        _layers(record),
+        record.strategy if theirs else f"ours: {strategy_name(record)}",
+        "uniform" if theirs else record.task.removesuffix(" routing"),
+        memory if theirs or record.budget == "smallest" else f"{memory}, as {record.budget} of the whole model",
+        *_times(record)[:2],
+        f"{total([record], 'decode_bytes') / tokens / 1e6:,.1f}" if tokens else "-",
+        (config["refused"] or config["stock"] or "-") if theirs else "single experts move",
+    )
 
 
 def _comparable(record: Record) -> bool:

@@ -24,10 +24,10 @@ METHOD = (
     "drawn from a distribution every prediction is right."
 )
 IN_TURN = (
-    "Over a disk the experts lie in a file, and rows of it are read past the page cache into a few slots of memory; one "
-    "core computes while another one reads. Every cell plays the first script, then every cell the second in the "
-    "opposite order, and so on, each from cold slots: whatever else the machine does hurts all alike. A disk that others "
-    "use is not steady; the intervals say how far that reaches."
+    "Over a disk the experts lie in a file, and rows of it are read past the page cache into a few slots of memory; "
+    "one core computes while another one reads. Every cell plays the first script, then every cell the second in the "
+    "opposite order, and so on, each from cold slots: whatever else the machine does hurts all alike. A disk that "
+    "others use is not steady; the intervals say how far that reaches."
 )
 READING = (
     "A speedup is the geometric mean over repeats of the baseline's time per token over the strategy's own on the same "
