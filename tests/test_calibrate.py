@@ -91,19 +91,10 @@ def test_with_a_folder_rows_are_read_from_a_file_there_and_nothing_is_left(tmp_p
     assert list(tmp_path.iterdir()) == []
     card = fit(measured)
     assert any(str(tmp_path) in source and "page cache" in source for source in card.sources)
-    assert any(source.startswith("left out: while the disk is read, kernels take ") for source in card.sources)
+    assert any(source.startswith("kernels and steps: beside rows that are read, ") for source in card.sources)
     assert measured.taken_nbytes == card.reserve_nbytes - 512 * 2**20
     assert 0 < measured.taken_nbytes < measured.memory_nbytes
     assert measurements_from(json.loads(json.dumps(asdict(measured)))) == measured
-
-
-def test_relinking_to_a_disk_and_back_leaves_no_word_of_it(tmp_path):
-    measured = measure(CPU, torch.float32, SMALL)
-    other = relinked(measured, CPU, torch.float32, SMALL, folder=tmp_path)
-    assert (other.kernels, other.depths) == (measured.kernels, measured.depths)
-    assert other.link_about.startswith("rows of a file in ")
-    back = relinked(other, CPU, torch.float32, SMALL)
-    assert replace(back, copies=measured.copies) == measured
 
 
 def test_experts_of_a_calibration_for_a_disk_are_as_large_as_the_real_families():

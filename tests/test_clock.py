@@ -79,11 +79,11 @@ def test_a_run_is_calibrated_once_for_the_machine_and_once_a_link(done):
 def test_every_cell_holds_what_was_predicted_of_it_and_by_which_profile(done):
     for record in read(done).synthetic:
         predicted = record.config["predicted"]
-        assert len(predicted["decode_ns"]) == len(predicted["ttft_ns"]) == 1
+        assert len(predicted["decode_ns"]) == len(predicted["ttft_ns"]) == 2
         assert predicted["profile"]["name"].endswith("calibrated")
         assert min(predicted["decode_ns"]) > 0
         if record.strategy != "mobile":  # whose bytes follow from the script alone
-            assert predicted["decode_bytes"] == [record.items[0].decode_bytes]
+            assert predicted["decode_bytes"] == [item.decode_bytes for item in record.items]
 
 
 def test_the_page_has_both_clocks_and_says_that_a_paced_link_measures_nothing(done):
@@ -102,7 +102,7 @@ def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded,
     scripts, strategy = timing.scripts_for(shape, loaded), timing.resolve("on-demand")
     fast = replace(card, link_gb_per_s=2 * card.link_gb_per_s)
     one, two = (
-        sum(each.decode_ns for each in calibrate.predicted(loaded.made, strategy, scripts, 8, use))
+        sum(each.decode_ns for each in calibrate.predicted(scripts, strategy, loaded.made.geometry, 8, use))
         for use in (card, fast)
     )
     rows = len(scripts) * 2 * 8 * 4 * loaded.made.geometry.expert_nbytes

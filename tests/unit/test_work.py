@@ -18,7 +18,7 @@ from suites.run.work import KINDS
 def pieces() -> list:
     smoke, shapes = read_preset("smoke"), read_preset("shapes", link="paced")
     live = [replace(cell, link="virtual") for cell in smoke.replayed]
-    return [*smoke.generations, *smoke.cells, *live, *shapes.cells]
+    return [*smoke.generations, *smoke.cells, *live, *shapes.cells, *read_preset("measured").cells]
 
 
 def test_a_piece_is_the_same_after_its_way_to_a_worker(pieces):

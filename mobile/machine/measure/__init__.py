@@ -89,18 +89,13 @@ def relinked(
     *,
     link_gb_per_s: float | None = None,
     pace: Pace | None = None,
-    folder: Path | None = None,
 ) -> Measurements:
     """Return the measurements of the same machine with another link: only the copies are timed again.
 
-    `link_gb_per_s` throttles a CUDA link, `pace` a paced one, as they do in `attach`; a `folder` is the disk's link, as
-    in `measure`. Raise Refused as the link does.
+    `link_gb_per_s` throttles a CUDA link, `pace` a paced one, as they do in `attach`. Raise Refused as the link does.
     """
-    sizes = sizes or sizes_for(device, on_disk=folder is not None)
-    if folder:
-        return replace(measured, **_link_fields(time_disk_copies(folder, dtype, sizes)))
-    copies = time_copies(device, dtype, sizes, link_gb_per_s=link_gb_per_s, pace=pace)
-    return replace(measured, copies=copies, link_about=Measurements.link_about, notes=())
+    copies = time_copies(device, dtype, sizes or sizes_for(device), link_gb_per_s=link_gb_per_s, pace=pace)
+    return replace(measured, copies=copies)
 
 
 def _link_fields(disk: DiskCopies) -> dict[str, Any]:
