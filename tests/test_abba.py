@@ -120,6 +120,99 @@ def test_a_commit_that_cannot_do_the_work_is_named_and_nothing_is_written(reposi
     assert git(repository, "worktree", "list").count("\n") == 0
 
 
+# --- over a disk ---------------------------------------------------------------------------------------
+
+TINY = ("--pairs", 3, "--steps", 3, "--repeats", 2, "--warm-up", 0, "--link", "disk")
+
+
+@pytest.fixture(scope="module")
+def over_disk(repository) -> dict:
+    """Two strategies with the shipped model's experts on a disk, in a folder of its own beside the results."""
+    model, store = ROOT / "suites/models/olmoe-tiny", repository / "store"
+    store.mkdir()
+    words = ("on-demand", "lru", *TINY, "--model", model, "--store", store, "--out", "runs/disk")
+    done = python(repository, "suites.abba", "compare", *words)
+    assert done.returncode == 0, done.stderr
+    assert list(store.iterdir()) == []
+    return read_trial(repository / "runs" / "disk")
+
+
+def test_two_strategies_are_timed_over_a_disk_and_the_page_names_it(repository, over_disk):
+    assert over_disk["scope"] == "cpu+disk"
+    processes = [process for side in over_disk["processes"] for process in side]
+    assert {process["link"] for process in processes} == {"disk"}
+    assert all(process["disk"] == processes[0]["disk"] and process["disk"]["file_system"] for process in processes)
+    on_demand, lru = (side[0]["strategies"][0]["repeats"][0]["counters"] for side in over_disk["processes"])
+    assert on_demand["decode_bytes"] > lru["decode_bytes"] > 0
+    assert on_demand["decode_bytes"] % 4096 == 0  # rows of whole pages, as a file has them
+    done = python(repository, "reports", "abba", "runs/disk")
+    assert done.returncode == 0, done.stderr
+    assert "scope: cpu+disk" in done.stdout
+    assert f"disk: {processes[0]['disk']['model'] or processes[0]['disk']['source']}" in done.stdout
+
+
+def test_another_disk_is_not_compared(over_disk):
+    with pytest.raises(Unjudgeable, match="Not one disk in all processes"):
+        judge(spoiled(over_disk, disk={"file_system": "ext4", "source": "/dev/other", "model": None}))
+
+
+def test_a_base_without_the_link_is_told_in_one_sentence(repository):
+    start = git(repository, "rev-parse", "HEAD")
+    attach = repository / "mobile" / "runtime" / "attachment.py"
+    text = attach.read_text()
+    for line in ("    store: str | os.PathLike[str] | None = None,\n", "        store=store,\n"):
+        assert line in text
+        text = text.replace(line, "")
+    attach.write_text(text)
+    try:
+        git(repository, "commit", "--quiet", "--all", "--message=before there was a disk")
+        old = git(repository, "rev-parse", "HEAD")
+    finally:
+        git(repository, "reset", "--quiet", "--hard", start)
+    done = python(repository, "suites.abba", "regression", "--base", old, *TINY, "--layers", 1)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: base {old[:12]} has no link disk; compare commits that have it."
+    assert not list(repository.glob("**/mobile-abba-*"))
+
+
+def disk_options(*words: object):
+    options = commands.parser().parse_args(["compare", "lru", "mobile", "--link", "disk", *map(str, words)])
+    commands.complete(options)
+    return options
+
+
+def test_over_a_disk_a_layer_of_real_size_is_timed_unless_told_otherwise(tmp_path):
+    options = disk_options("--out", tmp_path / "not/yet")
+    assert (options.layers, options.pairs, options.store) == (1, 4, tmp_path)
+    said = commands.forecast(options, 2)
+    assert said.startswith("8 processes in turn. Each needs 0.8 GB of memory and as much of the disk of")
+    assert "about 5 minutes in all" in said
+    options = disk_options("--layers", 2, "--steps", 5, "--pairs", 3, "--store", tmp_path)
+    assert (options.layers, options.steps, options.repeats, options.pairs) == (2, 5, 3, 3)
+    options = disk_options("--model", tmp_path, "--store", tmp_path)
+    assert (options.layers, options.steps) == (None, None)
+    assert commands.forecast(options, 2) is None
+
+
+def test_a_store_that_cannot_be_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(Refused, match="There is no folder"):
+        disk_options("--store", tmp_path / "nowhere")
+    options = commands.parser().parse_args(["compare", "lru", "mobile", "--store", str(tmp_path)])
+    with pytest.raises(Refused, match="give --link disk too"):
+        commands.complete(options)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory")
+def test_memory_is_not_timed_as_a_disk(tmp_path):
+    workload = ROOT / "suites/abba/workload.py"
+    words = ("-P", workload, "--link", "disk", "--store", "/dev/shm", "--out", tmp_path / "here.json")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    assert done.stderr.strip() == "/dev/shm lies in memory and on no disk; give another --store."
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the two sides -------------------------------------------------------------------------------------
 
 

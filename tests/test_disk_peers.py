@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mobile.errors import Refused
+from mobile.live_model import compat
 from suites.identity import Model
 from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
@@ -149,6 +150,26 @@ def test_the_checkpoint_is_the_stock_models_and_the_same_for_the_same_seed(tmp_p
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", output_loading_info=True)
     assert not any(found.values())
     assert model(torch.arange(4)[None]).logits.isfinite().all()
+
+
+def test_routing_is_close_to_uniform_in_every_layer(tmp_path):
+    """Two tokens in a row share 8 of 64 by chance alone, an eighth of their experts."""
+    config = models.config_of("olmoe-1b-7b", 3, 4)
+    disk_checkpoint.write_stock(tmp_path, config, 0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    layers = compat.moe_layers(model)
+    chosen: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(layers):
+        layer.experts.register_forward_pre_hook(
+            lambda _, args, number=number: chosen.update({number: args[1].reshape(-1, 8)})
+        )
+    with torch.no_grad():
+        model(torch.arange(100, 164)[None])
+    for number in range(len(layers)):
+        tokens = [set(row.tolist()) for row in chosen[number]]
+        again = sum(len(a & b) for a, b in zip(tokens, tokens[1:], strict=False)) / (8 * 63)
+        assert 0.07 < again < 0.2
+        assert len(set().union(*tokens)) == 64
 
 
 def test_llama_cpp_is_given_the_same_weights(tmp_path):

@@ -18,7 +18,7 @@ from mobile.live_model import compat
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".github" / "workflows"
-NAMES = ("ci.yml", "gpu.yml")
+NAMES = ("ci.yml", "disk.yml", "gpu.yml")
 
 
 def workflow(name: str) -> dict:
@@ -42,8 +42,9 @@ def test_the_sessions_they_call_exist():
     known = set(re.findall(r"^[*-] (\w+)", listed, re.MULTILINE))
     called = {name: sessions_called("\n".join(step.get("run", "") for step in steps(name))) for name in NAMES}
     assert called["ci.yml"] == {"lint", "tests", "compat", "reproduce", "gate"}
+    assert called["disk.yml"] == {"regression", "bench"}
     assert called["gpu.yml"] == {"regression", "bench", "tests"}
-    assert (called["ci.yml"] | called["gpu.yml"] | sessions_called((ROOT / ".ci/run").read_text())) <= known
+    assert (set().union(*called.values()) | sessions_called((ROOT / ".ci/run").read_text())) <= known
 
 
 def test_the_range_of_transformers_is_said_alike_everywhere_and_its_ends_are_tested():
@@ -96,6 +97,18 @@ def test_the_gpu_is_used_by_one_run_at_a_time_on_request_and_what_it_gave_is_alw
     assert whole["concurrency"] == {"group": "gpu-card-0", "cancel-in-progress": False}
     assert job["steps"][-1]["if"] == "always()"
     assert "upload-artifact" in job["steps"][-1]["uses"]
+
+
+def test_wall_time_without_a_gpu_is_measured_over_the_disk_on_request_and_nowhere_else():
+    whole = workflow("disk.yml")
+    [job] = whole["jobs"].values()
+    assert whole[True].keys() == {"pull_request", "workflow_dispatch"}
+    assert whole[True]["pull_request"] == {"types": ["labeled"]}
+    assert "github.event.label.name == 'disk'" in job["if"]
+    assert job["runs-on"].startswith("ubuntu")
+    assert any("regression" in step.get("run", "") and "--link disk" in step["run"] for step in job["steps"])
+    assert job["steps"][-1]["if"] == "always()"
+    assert not any("--link disk" in step.get("run", "") for step in steps("ci.yml"))
 
 
 def zizmor(path: Path) -> int:

@@ -22,6 +22,7 @@ SAME_FACTS = {
     "transformers": "Transformers",
     "python": "Python",
     "link": "link",
+    "disk": "disk",
     "model": "model",
     "layers": "number of layers",
     "steps": "number of steps",
@@ -93,7 +94,7 @@ def judge(trial: dict[str, Any]) -> Judgement:
             f"There are {len(first)} and {len(second)} processes; {FEWEST_PROCESSES} a side at least, as many each."
         )
     for fact, fact_name in SAME_FACTS.items():
-        seen = {str(process[fact]): process[fact] for process in (*first, *second)}
+        seen = {str(process.get(fact)) for process in (*first, *second)}
         if len(seen) > 1:
             raise Unjudgeable(
                 f"Not one {fact_name} in all processes ({' and '.join(seen)}), so their times are not compared."
@@ -196,8 +197,14 @@ def report(trial: dict[str, Any], found: Judgement) -> Report:
         )
         for line in found.lines
     )
-    made = one["model"] or f"{one['layers']} layers of OLMoE-1B-7B's size, random weights"
-    facts = [("model", made), ("link", one["link"]), ("processor", str(one["cpu"])), ("PyTorch", one["torch"])]
+    layers = f"{one['layers']} layer{'' if one['layers'] == 1 else 's'}"
+    facts = [
+        ("model", one["model"] or f"{layers} of OLMoE-1B-7B's size, random weights"),
+        ("link", one["link"]),
+        *_where(trial, one),
+        ("processor", str(one["cpu"])),
+        ("PyTorch", one["torch"]),
+    ]
     facts.insert(0, ("GPU", "none" if one["gpu"] is None else f"{one['gpu']['name']} ({one['gpu']['uuid']})"))
     for side, processes in zip(trial["sides"], trial["processes"], strict=True):
         dirty = " with changes not committed" if processes[0]["git_dirty"] else ""
@@ -208,6 +215,15 @@ def report(trial: dict[str, Any], found: Judgement) -> Report:
         alarm = f"{REGRESSION}: head is slower than base under {slow}."
     sections = Section("Speed", tables=(speeds,)), Section("Counters", tables=counters)
     return Report(f"{second['name']} against {first['name']}", found.warnings, alarm, sections, tuple(facts))
+
+
+def _where(trial: dict[str, Any], one: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the scope of the times, and the disk that was read, as far as each is known."""
+    if trial.get("scope"):
+        yield "scope", trial["scope"]
+    if one.get("disk"):
+        known = one["disk"]["model"], one["disk"]["source"], one["disk"]["file_system"]
+        yield "disk", ", ".join(filter(None, known)) or "unknown"
 
 
 def _row(line: Comparison, gate: bool) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mobile import outputs
 from mobile.cli.terminal.parsing import Parser
 from mobile.errors import Refused
+from mobile.links.registry import scope_of
 from suites.abba import variants
 from suites.environment import environment
 from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, write_json
 
 WORKLOAD = Path(__file__).resolve().parent / "workload.py"
 STRATEGIES = ("mobile", "on-demand-overlap")
+NO_LINK = 3  # the workload's exit code where the commit that is timed does not have the link
+PAIRS, PAIRS_OVER_DISK = 6, 4
+# Over a disk, unless other work is asked for: experts of a real size, so that the disk is what is timed.
+WORK_OVER_DISK = {"layers": 1, "steps": 16, "repeats": 3, "warm_up": 1}
+# To say what such work takes: bytes of a layer's experts, and of those that one decode step runs at most. The seconds
+# were measured on two shared cores: a process starts and makes its model; a layer is written, and read back in the end.
+LAYER_NBYTES, STEP_NBYTES, PROMPT_NBYTES = 805_306_368, 100_663_296, 805_306_368
+START_SECONDS, LAYER_SECONDS, DISK_NBYTES_PER_S = 8, 6, 1.2e9
 
 
 def parser() -> Parser:
@@ -57,7 +67,9 @@ def parser() -> Parser:
             help=f"to time on both sides; may be given again (default: {', '.join(STRATEGIES)})",
         )
         verb.add_argument(
-            "--pairs", type=_pairs, default=6, help=f"processes a side, {FEWEST_PROCESSES} at least (default: 6)"
+            "--pairs",
+            type=_pairs,
+            help=f"processes a side, {FEWEST_PROCESSES} at least (default: {PAIRS}, over a disk {PAIRS_OVER_DISK})",
         )
         verb.add_argument(
             "--out", type=Path, default=Path("runs") / verb.prog.split()[-1], help="folder (default: %(default)s)"
@@ -74,7 +86,13 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", type=Path, metavar="FOLDER")
     for name in ("layers", "slots", "steps", "repeats", "warm-up"):
         group.add_argument(f"--{name}", type=int, metavar="N")
-    group.add_argument("--link", metavar="auto|cuda|paced|virtual")
+    group.add_argument("--link", metavar="auto|cuda|disk|paced|virtual")
+    group.add_argument(
+        "--store",
+        type=Path,
+        metavar="FOLDER",
+        help="with --link disk, on the disk that is to be timed; nothing is left in it (default: where --out lies)",
+    )
 
 
 def _pairs(text: str) -> int:
@@ -83,12 +101,47 @@ def _pairs(text: str) -> int:
     return int(text)
 
 
+def complete(options: argparse.Namespace) -> None:
+    """Fill in what was left out and depends on the link. Raise Refused for a store without a disk link."""
+    over_disk = options.link == "disk"
+    if options.pairs is None:
+        options.pairs = PAIRS_OVER_DISK if over_disk else PAIRS
+    if options.store is not None and not over_disk:
+        raise Refused("--store is where experts lie on a disk; give --link disk too, or leave it out.")
+    if not over_disk:
+        return
+    if options.layers is not None or options.model is None:
+        for name, value in WORK_OVER_DISK.items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)
+    if options.store is None:
+        out = options.out.absolute()
+        options.store = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    elif not options.store.is_dir():
+        raise Refused(f"There is no folder {options.store}; make it, or give another --store.")
+
+
+def forecast(options: argparse.Namespace, strategies: int) -> str | None:
+    """Return what `strategies` a process will take over a disk, in a sentence; None where it is not known."""
+    if options.link != "disk" or options.layers is None:
+        return None
+    processes, layers = 2 * options.pairs, options.layers
+    read = (options.repeats + options.warm_up) * (PROMPT_NBYTES + options.steps * STEP_NBYTES) * layers
+    seconds = START_SECONDS + strategies * (LAYER_SECONDS * layers + read / DISK_NBYTES_PER_S)
+    return (
+        f"{processes} processes in turn. Each needs {layers * LAYER_NBYTES / 1e9:.1f} GB of memory and as much of the "
+        f"disk of {options.store}, writes {strategies * layers * LAYER_NBYTES / 1e9:.1f} GB and reads "
+        f"{strategies * read / 1e9:.0f} GB at most: about {max(1, round(processes * seconds / 60))} minutes in all, "
+        f"at {DISK_NBYTES_PER_S / 1e9:g} GB/s."
+    )
+
+
 def passed_on(options: argparse.Namespace) -> list[str]:
     """Return the options that were given of those that are passed on, as words of a command line."""
-    names = ("model", "layers", "slots", "steps", "repeats", "warm_up", "link")
+    names = ("model", "layers", "slots", "steps", "repeats", "warm_up", "link", "store")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if "model" in given:
-        given["model"] = given["model"].absolute()
+    for name in {"model", "store"} & set(given):
+        given[name] = given[name].absolute()
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -100,7 +153,7 @@ def order(pairs: int) -> list[int]:
 def process(variant: variants.Variant, tree: Sequence[Path], words: list[str], out: Path) -> dict[str, Any]:
     """Run the workload once, with the folders of `tree` first on PYTHONPATH, and return its result.
 
-    Raise Refused with its last line where it fails, or times the wrong tree.
+    Raise Refused with its last line where it fails, or times the wrong tree, and where that has no such link.
     """
     strategies = [word for name in variant.strategies for word in ("--strategy", name)]
     path = os.pathsep.join([*map(str, tree), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -113,6 +166,8 @@ def process(variant: variants.Variant, tree: Sequence[Path], words: list[str], o
         stderr=subprocess.STDOUT,
         text=True,
     )
+    if done.returncode == NO_LINK:
+        raise Refused(f"{variant.name} has {done.stdout.strip().splitlines()[-1]}; compare commits that have it.")
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         last = done.stdout.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
@@ -150,6 +205,7 @@ def trial(
         "sides": [asdict(variant) for variant in both],
         "order": turns,
         "processes": results,
+        "scope": scope_of(results[0][0]["link"]),
         "environment": environment(),
     }
 
@@ -158,18 +214,33 @@ def _rate(result: dict[str, Any], run: dict[str, Any]) -> float:
     return result["steps"] * len(run["repeats"]) / (sum(one["wall_ns"] for one in run["repeats"]) / 1e9)
 
 
+@contextmanager
+def _store(options: argparse.Namespace) -> Iterator[None]:
+    """Give processes a folder of their own inside the store; it is gone after the block, whatever one of them left."""
+    if options.store is None:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="mobile-abba-", dir=options.store) as folder:
+        options.store = Path(folder)
+        yield
+
+
 def main() -> int:
     console = Console(soft_wrap=True, stderr=True, highlight=False, markup=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ended job, too, takes its worktree away
     try:
         options = parser().read()
         outputs.check_folder(options.out)
+        complete(options)
         strategies = tuple(dict.fromkeys(options.strategy or STRATEGIES))
         if options.verb == "regression":
             both = variants.regression(options.base, strategies)
         else:
             both = variants.named(options.first, options.second, strategies)
-        found = trial(both, options.pairs, passed_on(options), console)
+        if said := forecast(options, max(len(variant.strategies) for variant in both)):
+            console.print(said)
+        with _store(options):
+            found = trial(both, options.pairs, passed_on(options), console)
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2

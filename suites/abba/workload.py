@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ HERE = Path(__file__).resolve().parent.parent
 SHIPPED = HERE / "models" / "olmoe-tiny"
 TEXT = HERE / "tasks" / "data" / "boolean_expressions.jsonl"  # what shipped models were taught, word for word like it
 PROMPT = 24  # tokens
+NO_LINK = 3  # exit code where the commit that is timed does not have the link; why is the last line of the output
+IN_MEMORY = ("tmpfs", "ramfs")  # kinds of file systems
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
@@ -48,10 +53,18 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--warm-up", type=int, default=1, help="untimed repeats before them (default: 1)")
     top.add_argument(
         "--link",
-        choices=("auto", "cuda", "paced", "virtual"),
+        choices=("auto", "cuda", "disk", "paced", "virtual"),
         default="auto",
         help="auto: cuda with a GPU; without one paced, which sleeps for as long as a PCIe 4.0 copy would take. With "
-        "virtual nothing sleeps, and the time is what the processor takes",
+        "disk experts are read from a file, on any machine; with virtual nothing sleeps, and the time is what the "
+        "processor takes",
+    )
+    top.add_argument(
+        "--store",
+        type=Path,
+        metavar="FOLDER",
+        help="with --link disk, a folder on the disk that is to be timed; nothing is left in it (default: that of "
+        "--out)",
     )
     top.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     return top
@@ -73,6 +86,25 @@ def cpu() -> str | None:
     except OSError:
         return platform.processor() or None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def disk(folder: Path) -> dict[str, str | None]:
+    """Return the file system, its source, and the disk's model, as far as Linux tells; None is unknown."""
+    number = folder.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    found: dict[str, str | None] = {"file_system": None, "source": None, "model": None}
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        if line.split()[2] == device:
+            found["file_system"], found["source"] = line.split(" - ", 1)[1].split()[:2]
+    block = Path(f"/sys/dev/block/{device}").resolve()
+    for place in (block, block.parent):  # of a partition the model is one folder up
+        if (place / "device/model").is_file():
+            found["model"] = (place / "device/model").read_text().strip() or None
+    return found
 
 
 def git(*arguments: str) -> str | None:
@@ -174,7 +206,31 @@ def repeat(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], list[int]]:
     return {"wall_ns": taken, "counters": counted}, written
 
 
-def timed(options: argparse.Namespace, device: str, link: str) -> Iterator[dict[str, Any]]:
+@contextmanager
+def place(link: str, store: Path) -> Iterator[dict[str, Any]]:
+    """Yield the keywords that name the link, with a folder inside `store` for experts on disk, gone after the block.
+
+    What lies in it then is still read by who has opened it.
+    """
+    if link != "disk":
+        yield {"link": link}
+        return
+    with tempfile.TemporaryDirectory(prefix="mobile-abba-", dir=store) as folder:
+        yield {"link": link, "store": folder}
+
+
+def check_disk(store: Path) -> None:
+    """Raise SystemExit where the commit cannot read experts from a disk, or `store` is none."""
+    if "store" not in inspect.signature(mobile.attach).parameters:
+        print("no link disk")
+        raise SystemExit(NO_LINK)
+    if not store.is_dir():
+        raise SystemExit(f"There is no folder {store}; give another --store.")
+    if disk(store)["file_system"] in IN_MEMORY:
+        raise SystemExit(f"{store} lies in memory and on no disk; give another --store.")
+
+
+def timed(options: argparse.Namespace, device: str, link: str, store: Path) -> Iterator[dict[str, Any]]:
     """Yield one result for each strategy, in the given order."""
     length = PROMPT + options.steps
     made: Any = None
@@ -191,11 +247,12 @@ def timed(options: argparse.Namespace, device: str, link: str) -> Iterator[dict[
     ids = torch.tensor([numbers], device=device)
     for name in options.strategy or ["mobile"]:
         slots = None if name == "resident" else options.slots or quarter(config)  # it holds all experts
-        if made is not None:
-            model = mobile.attach(made, name, slots=slots, link=link)
-        else:
-            dtype: Any = "auto" if device == "cuda" else torch.float32
-            model = mobile.load(options.model, name, slots=slots, link=link, device=device, dtype=dtype)
+        with place(link, store) as where:
+            if made is not None:
+                model = mobile.attach(made, name, slots=slots, **where)
+            else:
+                dtype: Any = "auto" if device == "cuda" else torch.float32
+                model = mobile.load(options.model, name, slots=slots, device=device, dtype=dtype, **where)
         for _ in range(options.warm_up):
             repeat(model, ids)
         repeats, written = zip(*(repeat(model, ids) for _ in range(options.repeats)), strict=True)
@@ -213,6 +270,9 @@ def main() -> None:
     options = parser().parse_args()
     device = "cuda" if torch.cuda.is_available() and options.link in ("auto", "cuda") else "cpu"
     link = {"auto": "cuda" if device == "cuda" else "paced"}.get(options.link, options.link)
+    store = options.store or options.out.absolute().parent
+    if link == "disk":
+        check_disk(store)
     if device == "cpu":
         torch.set_num_threads(1)  # so that the machine's other cores do not decide
     work = {name: getattr(options, name) for name in ("layers", "steps", "repeats", "warm_up")}
@@ -220,8 +280,9 @@ def main() -> None:
         **surroundings(),
         **work,
         "link": link,
+        "disk": disk(store) if link == "disk" else None,
         "model": options.model.name if options.layers is None else None,
-        "strategies": list(timed(options, device, link)),
+        "strategies": list(timed(options, device, link, store)),
     }
     partial = options.out.with_name(f"{options.out.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(result, indent=1))

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from mobile.errors import Refused, one_line
 
 SPREAD = 0.02  # of random weights
+EMBEDDED = 4.0  # the same of embeddings: they outweigh what layers add, so that each token has experts of its own
 LEFT_FREE = 2**30  # of the disk
 ROTATED_BY = 64  # elements, for each expert once more
 WRITTEN_AT_ONCE = 64 * 2**20
@@ -50,7 +51,8 @@ def weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
         return torch.full(shape, float(name.endswith("norm.weight")), dtype=DTYPE)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     if len(shape) == 2:
-        return torch.empty(shape, dtype=DTYPE).normal_(0, SPREAD, generator=generator)
+        spread = EMBEDDED if name.endswith("embed_tokens.weight") else SPREAD
+        return torch.empty(shape, dtype=DTYPE).normal_(0, spread, generator=generator)
     made = torch.empty(shape, dtype=DTYPE)
     base = torch.empty(shape[1:], dtype=DTYPE).normal_(0, SPREAD, generator=generator).flatten()
     for number, row in enumerate(made.flatten(1)):

@@ -40,7 +40,7 @@ class Measured:
     """What a program took: `fields` for the record's config, and by repeat what `disk_peer_process.timed` returns."""
 
     fields: dict[str, Any]
-    repeats: list[dict[str, int | None]]
+    repeats: list[dict[str, Any]]
 
 
 def fields_of(cell: ReferenceCell) -> dict[str, Any]:
