@@ -10,15 +10,17 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
 from mobile.ledger import Counters, Ledger
+from mobile.links.stream import StreamLink
 from mobile.policies.strategy import resolve
 from mobile.runtime.engine import Engine
+from mobile.store import DiskStore
 from suites.record import RunFolder, read_json, sound, write_json
 from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated
@@ -103,7 +105,7 @@ def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
         before = probe_ns(engine)
         engine.restart()
         played = play(made, script)
-        ledger = engine.ledger
+        ledger, store = engine.ledger, cast(DiskStore, made.store)
         spans = [(event.start_ns, event.end_ns) for event in ledger.events if event.what in ("load", "prefetch")]
         return Turn(
             hardware=engine.hardware.name,
@@ -114,13 +116,13 @@ def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
             copies_ns=busy_ns(spans),
             disk_gb_per_s=2 * PROBED_ROWS * engine.geometry.expert_nbytes / (before + probe_ns(engine)),
             use=use_of(engine, resolve(cell.strategy, cell.gamma)),
-            link={"link_depth": len(engine.link.channel.threads), "link_direct": made.store.file.direct},
+            link={"link_depth": store.reads_at_once, "link_direct": store.file.direct},
         )
 
 
 def probe_ns(engine: Engine) -> int:
     """Return the nanoseconds in which the engine's own channel reads some rows, with nothing else to do."""
-    channel, begun = engine.link.channel, time.perf_counter_ns()
+    channel, begun = cast(StreamLink, engine.link).channel, time.perf_counter_ns()
     experts = range(engine.geometry.experts)
     keys = [(0, experts[number * len(experts) // PROBED_ROWS]) for number in range(PROBED_ROWS)]
     for first in range(0, PROBED_ROWS, engine.slots):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from mobile.live_model import compat
 from mobile.machine.gpu import cuda_uuid
 from mobile.machine.measure.steps import EVERYTHING
 from mobile.machine.measure.timing import idle
+from mobile.store import HostStore
 from suites.budget import memory_on
 from suites.environment import environment
 from suites.record import Item, Record, RunFolder
@@ -54,7 +56,7 @@ class EngineCost:
     high_seconds: float
 
 
-def load(first: ReferenceCell, run: RunFolder) -> None:
+def load(pieces: Sequence[ReferenceCell], run: RunFolder) -> None:
     """Load nothing: each cell makes a model of its own."""
 
 
@@ -149,6 +151,7 @@ def record(cell: ReferenceCell, folder: Path = Path()) -> Record:
 
 def plain(made: Synthetic) -> Any:
     """Give the experts back to the model, in host memory, and return it; the store is emptied layer by layer."""
+    assert isinstance(made.store, HostStore), "a file is not emptied"
     for number, layer in enumerate(made.layers):
         for name, view in made.store.views(number).items():
             weight = view.clone(memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mobile.costs.geometry import GEOMETRIES, slots_for
+from mobile.costs.geometry import GEOMETRIES, Geometry, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
 from mobile.ledger import Event
@@ -216,12 +216,8 @@ def record_of(cell: SyntheticCell, loaded: Loaded, taken: Taken, here: HardwareP
     try:
         if isinstance(here, Refused):
             raise here
-        played = scripts, strategy, geometry, taken.slots, here
-        if here is not None and taken.rates:
-            prediction["predicted"] = prediction_fields(here, predicted_at(taken.rates, *played))
-            prediction["predicted_at_own_rates"] = prediction_fields(here, predicted_at(taken.own_rates, *played))
-        elif here is not None:
-            prediction["predicted"] = prediction_fields(here, predicted(*played))
+        if here is not None:
+            prediction |= _predictions(taken, scripts, strategy, geometry, here)
     except Refused as refused:
         prediction["unpredicted"] = str(refused)
     return Record(
@@ -303,6 +299,19 @@ def record_of(cell: SyntheticCell, loaded: Loaded, taken: Taken, here: HardwareP
         checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, taken.played)),
         guesses=tuple((layer, *seen) for layer, seen in sorted(taken.guesses.items())),
     )
+
+
+def _predictions(
+    taken: Taken, scripts: list[Script], strategy: Strategy, geometry: Geometry, card: HardwareProfile
+) -> dict[str, Any]:
+    """Return the fields of what the virtual clock says of the scripts. Raise Refused where it can say nothing."""
+    played = scripts, strategy, geometry, taken.slots, card
+    if not taken.rates:
+        return {"predicted": prediction_fields(card, predicted(*played))}
+    return {
+        "predicted": prediction_fields(card, predicted_at(taken.rates, *played)),
+        "predicted_at_own_rates": prediction_fields(card, predicted_at(taken.own_rates, *played)),
+    }
 
 
 def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:
