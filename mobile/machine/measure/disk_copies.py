@@ -21,6 +21,7 @@ from mobile.machine.disk import reads_directly, rows_on_disk
 from mobile.machine.fit_profile import Timing
 from mobile.machine.measure.kernels import wave_of_experts
 from mobile.machine.measure.sizes import Sizes
+from mobile.machine.measure.timing import of_rounds
 
 
 class DiskCopies(NamedTuple):
@@ -38,7 +39,7 @@ class DiskCopies(NamedTuple):
 def time_disk_copies(folder: Path, dtype: torch.dtype, sizes: Sizes) -> DiskCopies:
     """Time rows of each width from a file in the folder, at the depth that the link would choose for them.
 
-    A time is the median over the rounds. Raise Refused if the folder cannot take the files.
+    Of the rounds `of_rounds` takes a time. Raise Refused if the folder cannot take the files.
     """
     with ExitStack() as opened:
         timed, depths = [], []
@@ -51,14 +52,14 @@ def time_disk_copies(folder: Path, dtype: torch.dtype, sizes: Sizes) -> DiskCopi
             opened.callback(channel.close)
             timed.append((ends.row_nbytes, count, channel))
         rounds = [[_row_seconds(count, channel) for _, count, channel in timed] for _ in range(sizes.repeats)]
-        typical = [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+        taken = [of_rounds(seconds, sizes) for seconds in zip(*rounds, strict=True)]
         middle = len(timed) // 2
         wave, _ = wave_of_experts(sizes.widths[middle], torch.device("cpu"), dtype, sizes)
         kernels, rows = _beside(timed[middle][1], timed[middle][2], wave, sizes.repeats)
         direct = reads_directly(ends)
     past = "past the page cache" if direct else "through the page cache, since the file system takes no direct reads"
     return DiskCopies(
-        tuple(Timing(nbytes, 1, seconds) for (nbytes, _, _), seconds in zip(timed, typical, strict=True)),
+        tuple(Timing(nbytes, 1, seconds) for (nbytes, _, _), seconds in zip(timed, taken, strict=True)),
         f"rows of a file in {folder}, read {past}, {', '.join(map(str, depths))} at once",
         kernels,
         rows,
