@@ -105,7 +105,10 @@ def as_process(*argv: str, **options) -> subprocess.CompletedProcess:
         (("generate", MODEL, "hello", "--memory", "8000"), "lacks its unit; write it like 8000MiB or 8000GiB"),
         (("generate", MODEL, "hello", "--strategy", "mobil"), "Unknown strategy 'mobil'; did you mean mobile? Choose"),
         (("generate", MODEL, "hello", "--kernel", "tritn"), "Unknown kernel 'tritn'; did you mean triton? Choose"),
-        (("generate", MODEL, "hello", "--link", "virtul"), "did you mean virtual? Choose auto, cuda, disk, virtual or paced"),
+        (
+            ("generate", MODEL, "hello", "--link", "virtul"),
+            "did you mean virtual? Choose auto, cuda, disk, virtual or paced",
+        ),
         (("generate", MODEL, "hello", "--geometry", "olmoe"), "did you mean olmoe-1b-7b? Choose one of:"),
         (("generate", MODEL, "hello \udcff"), "The prompt is no text: its character 7 is a byte that is not UTF-8"),
         (("generate", MODEL, "word " * 600), "The prompt is 1201 tokens long and"),
