@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 import mobile
 from mobile.live_model import compat
 from mobile.live_model.compat import moe_layers
+from mobile.store import DiskStore
 
 README = Path(__file__).parent.parent / "mobile" / "README.md"
 OLDEST, NEWEST_BELOW = Version(compat.OLDEST), Version(compat.NEWEST_BELOW)
@@ -73,6 +74,7 @@ def examined(name: str) -> Found:
         expected = greedy(model, ids, TOKENS)
         _offloads(model, ids, expected)
         _loads(model, folder)
+        _reads_from_disk(model, folder, ids, expected)
         blind = _foresees(model, ids, expected)
         try:
             mobile.attach(model, "mobile", slots=8, gamma=1.1, poison=True)
@@ -120,6 +122,17 @@ def _loads(model: PreTrainedModel, folder: str) -> None:
     ours, theirs = loaded.state_dict(), model.state_dict()
     assert type(loaded) is type(model)
     assert ours.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
+
+
+def _reads_from_disk(model: PreTrainedModel, folder: str, ids: torch.Tensor, expected: tuple) -> None:
+    """With its experts in a file a family is exact, and whole once detached; loaded into a file as well."""
+    rows = Path(folder) / "rows"
+    mobile.attach(model, "lru", slots=8, store=rows, poison=True)
+    _is_exact(model, ids, expected)
+    loaded = mobile.load(folder, "lru", slots=8, device="cpu", store=rows)
+    assert isinstance(loaded.mobile.store, DiskStore)
+    ours, theirs = mobile.detach(loaded).state_dict(), model.state_dict()
     assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
 
 

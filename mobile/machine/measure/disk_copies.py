@@ -23,6 +23,8 @@ from mobile.machine.measure.kernels import wave_of_experts
 from mobile.machine.measure.sizes import Sizes
 from mobile.machine.measure.timing import of_rounds
 
+ROUNDS = 2  # for each of a kernel's: a disk is less steady, and a median needs more than a minimum
+
 
 class DiskCopies(NamedTuple):
     """The seconds of a row of each width, and how they were read, in words; what kernels and rows cost each other.
@@ -51,11 +53,11 @@ def time_disk_copies(folder: Path, dtype: torch.dtype, sizes: Sizes) -> DiskCopi
             channel = ThreadChannel(ends.fill, depths[-1])
             opened.callback(channel.close)
             timed.append((ends.row_nbytes, count, channel))
-        rounds = [[_row_seconds(count, channel) for _, count, channel in timed] for _ in range(sizes.repeats)]
+        rounds = [[_row_seconds(count, channel) for _, count, channel in timed] for _ in range(ROUNDS * sizes.repeats)]
         taken = [of_rounds(seconds, sizes) for seconds in zip(*rounds, strict=True)]
         middle = len(timed) // 2
         wave, _ = wave_of_experts(sizes.widths[middle], torch.device("cpu"), dtype, sizes)
-        kernels, rows = _beside(timed[middle][1], timed[middle][2], wave, sizes.repeats)
+        kernels, rows = _beside(timed[middle][1], timed[middle][2], wave, ROUNDS * sizes.repeats)
         direct = reads_directly(ends)
     past = "past the page cache" if direct else "through the page cache, since the file system takes no direct reads"
     return DiskCopies(
