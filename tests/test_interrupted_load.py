@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ PACKAGE = Path(mobile.__file__).parent
 FILES = {str(PACKAGE / "live_model/cleanup.py")} | {
     str(PACKAGE / f"checkpoints/{name}.py") for name in ("examine", "loading", "reading", "direct", "source", "weights")
 }
+STORE_FILES = {str(PACKAGE / f"store/{name}.py") for name in ("disk", "rows_file")}
 SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
@@ -70,8 +72,8 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
-def load(folder: Path, *, progress: bool = True) -> PreTrainedModel:
-    return mobile.load(folder, "lru", slots=4, device="cpu", progress=progress)
+def load(folder: Path, *, progress: bool = True, store: Path | None = None) -> PreTrainedModel:
+    return mobile.load(folder, "lru", slots=4, device="cpu", progress=progress, store=store)
 
 
 def whole(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:
@@ -134,12 +136,12 @@ def threads_end(before: set[threading.Thread]) -> bool:
 class Press:
     """A trace function that presses Ctrl-C before the n-th line that a load runs of its own code."""
 
-    def __init__(self, at: int = 0) -> None:
-        self.at, self.where = at, ""
+    def __init__(self, at: int = 0, files: set[str] = FILES) -> None:
+        self.at, self.files, self.where = at, files, ""
         self.lines: list[tuple[str, int]] = []
 
     def __call__(self, frame, event: str, _argument: object):
-        if frame.f_code.co_filename not in FILES:
+        if frame.f_code.co_filename not in self.files:
             return None
         if event == "line":
             self.lines.append((frame.f_code.co_filename, frame.f_lineno))
@@ -148,10 +150,10 @@ class Press:
                 raise KeyboardInterrupt
         return self
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, store: Path | None = None) -> None:
         sys.settrace(self)
         try:
-            load(folder)
+            load(folder, store=store)
         finally:
             sys.settrace(None)
 
@@ -183,6 +185,42 @@ def test_ctrl_c_at_any_line_of_a_load_leaves_nothing_behind(folder, weights, way
         in_a_thread(lambda at=at: interrupted(at))
     assert swallowed < 5  # one that falls into a finalizer goes no further
     assert whole(load(folder), weights)
+    assert threads_end(threads)
+    capfd.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ctrl_c_at_any_line_of_a_load_into_a_file_leaves_no_half_of_one(folder, weights, tmp_path, capfd):
+    rows = tmp_path / "rows"
+    threads, before, counting = set(threading.enumerate()), shared(rows), Press(files=FILES | STORE_FILES)
+    counting.load(folder, rows)
+    lines = {line: at for at, line in reversed(list(enumerate(counting.lines, 1)))}
+    chosen = [
+        at for (file, _), at in sorted(lines.items(), key=lambda each: each[1]) if file in STORE_FILES or at % 5 == 0
+    ]
+    assert sum(file in STORE_FILES for file, _ in lines) > 80
+    swallowed = 0
+
+    def interrupted(at: int) -> None:
+        nonlocal swallowed
+        press, kept = Press(at, FILES | STORE_FILES), []
+        for file in rows.iterdir():
+            file.unlink()
+        try:
+            press.load(folder, rows)
+        except KeyboardInterrupt as pressed:
+            kept.append(pressed)
+        swallowed += not kept
+        kept.clear()
+        gc.collect()
+        assert shared(rows) == before, press.where
+        assert all(file.suffix == ".safetensors" for file in rows.iterdir()), press.where
+        assert whole(load(folder, store=rows), weights), press.where  # which may find the file that is there
+
+    for at in chosen:
+        in_a_thread(lambda at=at: interrupted(at))
+    assert swallowed < 5
     assert threads_end(threads)
     capfd.readouterr()
 

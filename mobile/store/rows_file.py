@@ -41,7 +41,7 @@ class RowsFile:
         self.direct = False
         self._header_nbytes = len(self._header(""))
         self._writing, self._reading = -1, -1
-        self._source, self._keep, self._locked = "", False, False
+        self._source, self._keep = "", False
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +84,6 @@ class RowsFile:
             if keep:
                 self._writing = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(self._writing, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._locked = True
             else:
                 self._writing = os.open(self.path.parent, os.O_RDWR | os.O_TMPFILE, 0o600)
             os.ftruncate(self._writing, 0)  # one that was killed may have left some
@@ -134,17 +133,16 @@ class RowsFile:
                 self._partial.replace(self.path)
         except OSError as error:
             raise Refused(f"{self.path} cannot be completed ({one_line(error)}); name another folder.") from error
-        self._locked = False
         writing, self._writing = self._writing, -1
         os.close(writing)
 
     def discard(self) -> None:
         """Remove a file that is not complete, if there is one and no other process makes it."""
-        if self._locked:
-            with suppress(OSError):
-                self._partial.unlink(missing_ok=True)
-            self._locked = False
         if self._writing >= 0:
+            if self._keep:
+                with suppress(OSError):
+                    fcntl.flock(self._writing, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it may not have been locked yet
+                    self._partial.unlink(missing_ok=True)
             writing, self._writing = self._writing, -1
             os.close(writing)
 
