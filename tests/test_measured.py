@@ -202,7 +202,8 @@ def test_the_page_says_what_was_measured_and_judges_nothing_by_the_paper(done):
     assert "NOT COMPARABLE (measured on another link)" in page
     assert "cpu+disk, synthetic" in page
     assert "Experts lie in a file and are read" in page
-    assert "At their own rates the median error of 4 cells" in page
+    assert "The virtual clock's error of TPOT" in page
+    assert "| at which the cell's rows came |" in page
     assert not re.search(r"\| (REPRODUCED|SHORT|EXCEEDS) \|", page)
 
 

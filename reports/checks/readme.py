@@ -25,6 +25,9 @@ INKS = {"light": "#1f2328", "dark": "#e6edf3"}  # text on GitHub's pages
 GLANCE, SEEDS = ("Overview", "The families at a glance"), ("Seeds", "Trainings of one family")
 SMALLEST, CARD = ("Decode speed, the fewest slots each strategy needs", "Decode speed, a card of 8GiB")
 OVER = "over on-demand-overlap"
+ON_DISK = ("olmoe-1b-7b, synthetic: speed", "Decode speed, link as it is")
+CLOCK = ("Virtual clock against wall clock", "The virtual clock's error of TPOT")
+PEERS = ("Beside what a user would run instead from a disk", "From the same disk")
 MEASURED_ON = "olmoe-tiny"  # the model that every strategy runs on
 CAPTION = (
     "Decode speed over on-demand-overlap and accuracy less full K's, by family, with 95 % intervals; a projection, "
@@ -91,6 +94,11 @@ def _quoted(key: tuple[str, str], *names: str) -> Callable[[str, Tables], str]:
     return lambda _, tables: _markdown(names, columns(tables[key], *names))
 
 
+def _whole(key: tuple[str, str]) -> Callable[[str, Tables], str]:
+    """Return what writes one table of the report as it is, whatever stood there before."""
+    return lambda _, tables: _markdown(tables[key].head, list(tables[key].rows))
+
+
 def _measured_here(before: str, tables: Tables) -> str:
     """Return the table of approaches with its last column anew: speed at both budgets, and points where lossy.
 
@@ -143,6 +151,11 @@ BLOCKS: dict[tuple[str, str], Callable[[str, Tables], str]] = {
     ("README.md", "families"): _quoted(
         GLANCE, "model", "timed as", "n", "full K %", *LESS, "fallbacks", "over on-demand", OVER
     ),
+    ("README.md", "disk"): _quoted(
+        ON_DISK, "strategy", "slots", "fallbacks", "TPOT ms", "over on-demand", OVER, "MB/token", "hits"
+    ),
+    ("README.md", "clock"): _whole(CLOCK),
+    ("suites/README.md", "peers"): _quoted(PEERS, "what", "routing", "memory", "TPOT ms", "tokens/s", "MB/token"),
     ("baselines/README.md", "measured"): _measured_here,
     ("baselines/README.md", "speeds"): _quoted(
         (f"{MEASURED_ON}: speed", SMALLEST), "strategy", "slots", "tokens/s", OVER, "GB/token", "hits", "fallbacks"

@@ -52,7 +52,7 @@ def sections(results: Results) -> list[Section]:
         Section(
             "Virtual clock against wall clock",
             (CLOCK, *_on_disk(cells), _summary(cells), *paced, *unpredicted),
-            (predicted_and_measured(cells),),
+            (errors_at_a_glance(cells), predicted_and_measured(cells)),
         )
     ]
     uses = link_use(cells)
@@ -69,16 +69,24 @@ def _unpredicted(record: Record) -> str:
 
 
 def _on_disk(cells: Sequence[Record]) -> tuple[str, ...]:
-    """Return a paragraph on the disk's rates, if cells were read from one, and on the errors at their own rates."""
+    """Return a paragraph on the disk's rates, if cells were read from one."""
     rates = [rate for record in cells for rate in record.config.get("disk_gb_per_s", ())]
     if not rates:
         return ()
-    errors = [abs(e) for r in cells if r.config.get(OWN) and (e := relative_error(r, prediction=OWN)) is not None]
-    found = (
-        f"At their own rates the median error of {len(errors)} cells is {percent(median(errors))}, the worst "
-        f"{percent(max(errors))}; {sum(error <= TPOT_AIM for error in errors)} lie within {TPOT_AIM:.0%}."
-    )
-    return DISK.format(low=min(rates), high=max(rates)), *((found,) if errors else ())
+    return (DISK.format(low=min(rates), high=max(rates)),)
+
+
+def errors_at_a_glance(cells: Sequence[Record]) -> Table:
+    """Return a row for each way to predict: how many cells, and the size of their errors of TPOT."""
+    rows = []
+    for rate, prediction in (("as measured beside the cell", "predicted"), ("at which the cell's rows came", OWN)):
+        errors = [relative_error(record, prediction=prediction) for record in cells if record.config.get(prediction)]
+        sizes = [abs(error) for error in errors if error is not None]
+        if sizes:
+            within = f"{sum(size <= TPOT_AIM for size in sizes)} of {len(sizes)}"
+            rows.append((rate, percent(median(sizes)), percent(max(sizes)), within))
+    head = ("the link's rate in the prediction", "median error", "worst", f"within {TPOT_AIM:.0%}")
+    return Table("The virtual clock's error of TPOT", head, tuple(rows))
 
 
 def relative_error(record: Record, field: str = "decode_ns", prediction: str = "predicted") -> float | None:
