@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -373,3 +374,51 @@ def test_the_memory_budget_is_kept(tmp_path):
     assert told["slots"] < told["experts"] / 4
     assert told["grown"] < share + 50 * 2**20, told
     assert told["resident"] < reserve + share, told
+
+
+def test_a_checksum_changes_with_every_bit_and_with_the_order_of_pages():
+    generator = torch.Generator().manual_seed(0)
+    row = bytearray(torch.randint(256, (4 * rows_file.PAGE,), dtype=torch.uint8, generator=generator).numpy().tobytes())
+    whole = rows_file.checksum(memoryview(row))
+    for bit in range(0, 8 * len(row), 97):
+        row[bit // 8] ^= 1 << bit % 8
+        assert rows_file.checksum(memoryview(row)) != whole
+        row[bit // 8] ^= 1 << bit % 8
+    assert rows_file.checksum(memoryview(row)) == whole
+    page = rows_file.PAGE
+    assert rows_file.checksum(memoryview(row[page : 2 * page] + row[:page] + row[2 * page :])) != whole
+
+
+def test_slots_lie_in_large_pages_where_the_system_has_them():
+    from mobile.store import layout
+    from mobile.store.disk import LARGE_PAGE, page_aligned_rows
+
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text():
+        pytest.skip("this system has none")
+    rows = page_aligned_rows(3, layout.ExpertLayout((), LARGE_PAGE // 4, torch.float32))
+    assert rows.data_ptr() % LARGE_PAGE == 0
+    assert not rows.any()
+    asked, here = False, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition("-")
+        if rest and all(character in "0123456789abcdef" for character in first):
+            here = int(first, 16) <= rows.data_ptr() < int(rest.split()[0], 16)
+        asked |= here and line.startswith("VmFlags:") and "hg" in line.split()
+    assert asked
+
+
+def test_slots_that_no_memory_can_hold_are_refused(tmp_path, monkeypatch):
+    take, first = mmap.mmap, [OSError(errno.ENOMEM, "Cannot allocate memory")]
+
+    def none(*arguments: object, **options: object) -> mmap.mmap:
+        if first:
+            raise first.pop()
+        return take(*arguments, **options)  # experts are given back
+
+    monkeypatch.setattr(mmap, "mmap", none)
+    model = tiny("olmoe")
+    expected = greedy(model, prompt())[0]
+    with pytest.raises(mobile.Refused, match="for 8 slots could not be taken on cpu; give fewer slots or less memory"):
+        mobile.attach(model, "lru", slots=8, store=tmp_path)
+    assert torch.equal(greedy(model, prompt())[0], expected)

@@ -27,6 +27,7 @@ def connect(ends: LinkEnds) -> StreamLink:
 
 def best_depth(ends: LinkEnds) -> int:
     """Return the fewest reads at once with which rows come at NEAR the best rate."""
+    rate_at(ends, max(DEPTHS))  # the first reads into slots also wait for the system to give those their memory
     rates = {depth: rate_at(ends, depth) for depth in DEPTHS}
     return next(depth for depth, rate in rates.items() if rate >= NEAR * max(rates.values()))
 

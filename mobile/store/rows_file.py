@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mobile.errors import Refused, one_line
@@ -27,6 +28,15 @@ LONGEST_HEADER = 100_000_000  # bytes; what safetensors allows
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes that lie in the page cache at most while a file is written
 
 
+def checksum(row: memoryview) -> int:
+    """Return the CRC-32 of the sums of a row's pages, as 64-bit little-endian numbers; `row` is of whole pages.
+
+    A flipped bit changes a sum, and a page in another's place their order. The CRC-32 of all bytes runs at 7 GB/s,
+    which took up to a quarter of what a disk of 1.4 GB/s reads; this takes a twentieth at most.
+    """
+    return zlib.crc32(np.frombuffer(row, dtype="<u8").reshape(-1, PAGE // 8).sum(axis=1))
+
+
 class RowsFile:
     """The rows of `layers` layers of `experts` experts in the file `path`, to be written or to be read.
 
@@ -36,7 +46,7 @@ class RowsFile:
 
     def __init__(self, path: Path, layout: ExpertLayout, layers: int, experts: int) -> None:
         self.path, self.layout, self.experts = path, layout, experts
-        self.sums = [[0] * experts for _ in range(layers)]  # CRC-32 of each row
+        self.sums = [[0] * experts for _ in range(layers)]  # checksum of each row
         self.places: list[int | None] = [None] * layers  # by layer, its place in the file
         self.direct = False
         self._header_nbytes = len(self._header(""))
@@ -56,7 +66,7 @@ class RowsFile:
                 "format": FORMAT,
                 "fields": json.dumps([asdict(field) for field in self.layout.fields]),
                 "source": source,
-                "crc32": "".join(f"{value:08x}" for sums in self.sums for value in sums),
+                "checksums": "".join(f"{value:08x}" for sums in self.sums for value in sums),
             }
         }
         for layer, place in enumerate(self.places):
@@ -110,7 +120,7 @@ class RowsFile:
             self.places[layer] = sum(place is not None for place in self.places)
         data = memoryview(rows.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
         row = self.layout.nbytes
-        self.sums[layer] = [zlib.crc32(data[at : at + row]) for at in range(0, len(data), row)]
+        self.sums[layer] = [checksum(data[at : at + row]) for at in range(0, len(data), row)]
         try:
             offset, at = self._offset(layer, 0), 0
             while at < len(data):
@@ -160,7 +170,7 @@ class RowsFile:
                 header = length + (file.read(nbytes) if nbytes <= LONGEST_HEADER else b"")
             # Everything but sums and places must be what would be written for these rows.
             found = json.loads(header[8:])
-            sums = iter(zip(*[iter(found["__metadata__"]["crc32"])] * 8, strict=True))
+            sums = iter(zip(*[iter(found["__metadata__"]["checksums"])] * 8, strict=True))
             self.sums = [[int("".join(next(sums)), 16) for _ in each] for each in self.sums]
             layer_nbytes = self.experts * self.layout.nbytes
             self.places = [found[f"layers.{n}"]["data_offsets"][0] // layer_nbytes for n in range(len(self.places))]
@@ -209,7 +219,7 @@ class RowsFile:
                 at += got
         except OSError as error:
             raise Refused(f"{self.path} cannot be read ({one_line(error)}); copy it to another disk.") from error
-        if zlib.crc32(into) != self.sums[layer][expert]:
+        if checksum(into) != self.sums[layer][expert]:
             raise Refused(f"{self.path} is damaged in layer {layer}, expert {expert}; delete it, and it is made again.")
         if not self.direct:
             os.posix_fadvise(self._reading, offset, len(into), os.POSIX_FADV_DONTNEED)
