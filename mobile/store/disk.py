@@ -24,7 +24,7 @@ def page_aligned_rows(rows: int, layout: ExpertLayout) -> torch.Tensor:
     """Return memory of rows (rows, layout.numel) that begins at a page, zeroed by the system when it is first used.
 
     Its pages are large where the system has such: the disk then writes a row to few places, not to 3,072 of 4 KiB for
-    OLMoE's 12.6 MB, and direct reads ran at 4.0 GB/s instead of 1.2. Raise RuntimeError if there is too little memory.
+    OLMoE's 12.6 MB, and direct reads ran at 4.0 GB/s instead of 1.2 to 1.8. Raise RuntimeError if memory is short.
     """
     nbytes = rows * layout.nbytes
     try:
@@ -101,8 +101,11 @@ class DiskStore:
         return self.layout.views(rows)
 
     def slots(self, count: int, device: torch.device) -> torch.Tensor:
-        """Return zeroed memory of slots (count, layout.numel) that begin at pages; `device` is the CPU."""
-        return page_aligned_rows(count, self.layout)
+        """Return zeroed memory of slots (count, layout.numel) that begin at pages; `device` is the CPU.
+
+        All of it is taken now: a first read into new memory waits for the system to find and clear it.
+        """
+        return page_aligned_rows(count, self.layout).zero_()
 
     def fill(self, layer: int, expert: int, slot: torch.Tensor) -> None:
         """Read an expert's row into `slot`, (layout.numel,), page-aligned memory of the CPU. Raise Refused."""

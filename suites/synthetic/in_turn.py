@@ -102,6 +102,7 @@ def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
     """Play one script from cold slots. Raise Refused as attach does, and for a row that cannot be read."""
     made, script = loaded.made, scripts_for(cell, loaded)[repeat]
     with attached(cell, made) as engine:
+        probe_ns(engine)  # the first reads of a while are slower
         before = probe_ns(engine)
         engine.restart()
         played = play(made, script)
