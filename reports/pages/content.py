@@ -167,5 +167,5 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
             else f"{len(machines)} unlike machines",
         ),
         ("packages", ", ".join(f"{name} {number}" for name, number in packages.items() if number)),
-        ("time and bandwidth", "; ".join(record.config["profile_sources"])),
+        *((("time and bandwidth", "; ".join(sources)),) if (sources := record.config["profile_sources"]) else ()),
     )

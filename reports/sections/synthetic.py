@@ -138,11 +138,16 @@ def _conditions(records: list[Record]) -> str:
     other = "".join(f" {sentence}" for sentence in dict.fromkeys(_shortfalls(records)))
     narrow = "" if config["shrink"] == 1 else f" Every width was divided by {config['shrink']}: this is a test."
     return (
-        f"{records[0].geometry} (synthetic) on {records[0].hardware}, {scopes}: {made} of {real} MoE layers, "
+        f"{records[0].geometry} (synthetic) on {_machine(records[0])}, {scopes}: {made} of {real} MoE layers, "
         f"{config['experts']} experts of {config['expert_nbytes']:,} bytes, K = {config['top_k']}, {config['dtype']}. "
         f"{config['repeats']} repeats of {config['prompt_tokens']} prompt tokens, {config['warmup_tokens']} decode "
         f"steps not counted and {config['decode_tokens']} counted. {_where(records[0])}{few}{narrow}{other}"
     )
+
+
+def _machine(record: Record) -> str:
+    """Return what computed: over a disk this machine's processor, whatever card budgets are taken from."""
+    return str(record.environment["cpu"]) if record.scope == DISK else record.hardware
 
 
 def _where(record: Record) -> str:
