@@ -35,6 +35,10 @@ warmup_tokens = 1
 decode_tokens = 4
 repeats = 2
 budgets = ["smallest"]
+beside = ["mmap"]
+beside_memory = "2GiB"
+beside_tokens = 2
+beside_repeats = 1
 layers = 2
 shrink = 16
 
@@ -71,7 +75,7 @@ def done(preset, tmp_path_factory) -> Path:
     out, bare = tmp_path_factory.mktemp("run") / "run", narrow.bare(tmp_path_factory.mktemp("bare"))
     ran = narrow.suites("run", "--preset", str(preset), "--out", str(out), environment=bare)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"{CELLS} of {CELLS} cells have records" in ran.stdout
+    assert f"{CELLS + 1} of {CELLS + 1} cells have records" in ran.stdout
     return out
 
 
@@ -201,6 +205,9 @@ def test_the_page_says_what_was_measured_and_judges_nothing_by_the_paper(done):
     assert "Measured: over this machine's disk, with experts of the size of olmoe-1b-7b, 2 of its 16 layers" in page
     assert "NOT COMPARABLE (measured on another link)" in page
     assert "cpu+disk, synthetic" in page
+    assert "## Beside what a user would run instead from a disk" in page
+    assert "| stock, memory-mapped | uniform | 2GiB, " in page
+    assert "| ours: on-demand-overlap | recorded | 8 slots |" in page
     assert "Experts lie in a file and are read" in page
     assert "The virtual clock's error of TPOT" in page
     assert "| at which the cell's rows came |" in page
@@ -219,6 +226,9 @@ def test_the_plan_says_what_the_disk_must_hold(preset):
     assert lines[3].startswith("qwen3-30b-a3b: ")
     assert "a file of 58 GB for the experts of 48 layers" in lines[3]
     assert "disk 58 GB while it runs" in lines[-1]
+    (told,) = plan._too_large(read_preset("disk").synthetic, 40 * 10**9)
+    assert told.startswith("The experts of qwen3-30b-a3b take 58 GB of disk and 40 GB are free: its cells will fail.")
+    assert not list(plan._too_large(read_preset("disk").synthetic, 60 * 10**9))
 
 
 def test_the_default_preset_ends_with_the_measured_part():

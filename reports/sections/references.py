@@ -26,8 +26,8 @@ PEERS = (
     "The same question over a disk: a checkpoint of the same sizes on the same disk, read by a program in a process of "
     "its own, on all processors, with the memory of the process and the page cache capped together where the system "
     "lets us. Their routers are random, so that no expert is likelier than another: our row on uniform routing is the "
-    "like of theirs, and computes on one processor. Pages move in theirs, also under accelerate, which maps the file of "
-    "a module anew each time it runs; single experts move in ours. Bytes are those that the disk read for the process."
+    "like of theirs, and computes on one processor. Pages move in theirs, also under accelerate, which maps the file "
+    "of a module anew each time it runs; single experts move in ours. Bytes are what the disk read for the process."
 )
 COST = "engine against stock"
 ON_DISK = "cpu+disk"

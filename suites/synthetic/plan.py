@@ -5,8 +5,10 @@ Arithmetic from published sizes; no torch until a GPU is asked for.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import parse_nbytes, profile
@@ -133,7 +135,7 @@ def check(name: str, cells: Sequence[SyntheticCell]) -> list[str]:
     Raise Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small.
     """
     if not any(LINKS[cell.link].needs_gpu for cell in cells):
-        return []
+        return list(_too_large(cells, shutil.disk_usage(Path()).free))
     import torch
 
     if not torch.cuda.is_available():
@@ -149,6 +151,16 @@ def check(name: str, cells: Sequence[SyntheticCell]) -> list[str]:
             "budgets, or pick other cells with --only."
         )
     return list(_remarks(cells, total))
+
+
+def _too_large(cells: Sequence[SyntheticCell], free_nbytes: int) -> Iterator[str]:
+    """Yield a sentence on each model whose experts the disk has no room for."""
+    for cell in {cell.model.name: cell for cell in cells if _on_disk(cell)}.values():
+        if file_nbytes(cell) > free_nbytes:
+            yield (
+                f"The experts of {cell.model.name} take {file_nbytes(cell) / GB:.0f} GB of disk and "
+                f"{free_nbytes / GB:.0f} GB are free: its cells will fail. Free some, or pick others with --only."
+            )
 
 
 def _remarks(cells: Sequence[SyntheticCell], total_nbytes: int) -> Iterator[str]:

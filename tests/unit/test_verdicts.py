@@ -12,7 +12,9 @@ from reports.verdict import Stamp
 from tests.report_runs import Rule, records
 
 MEASURED = Stamp("gpu+pcie", "real")
-scopes = some.sampled_from(["cpu+virtual", "gpu+throttled", "gpu+pcie", "mixed", "-"]) | some.text(max_size=12)
+scopes = some.sampled_from(["cpu+virtual", "cpu+disk", "gpu+throttled", "gpu+pcie", "mixed", "-"]) | some.text(
+    max_size=12
+)
 kinds = some.sampled_from(["real", "synthetic", "shipped-tiny", "mixed", "-"]) | some.text(max_size=12)
 sized = some.floats(0.5, 4).map(lambda value: Interval(value, 0.99 * value, 1.01 * value))
 pairs = some.tuples(some.integers(0, 50), some.integers(0, 50)).map(lambda c: Paired(20_000, *c))
@@ -34,6 +36,20 @@ def test_only_real_weights_on_one_real_link_are_judged(scope, weights, machines,
             assert says == "FAILED"
         elif not judged:
             assert says.startswith("NOT COMPARABLE")
+
+
+@pytest.mark.parametrize(
+    ("scope", "weights", "says"),
+    [
+        ("cpu+virtual", "shipped-tiny", "NOT COMPARABLE (projected)"),
+        ("cpu+disk", "synthetic", "NOT COMPARABLE (measured on another link)"),
+        ("gpu+throttled", "real", "NOT COMPARABLE (measured on another link)"),
+        ("gpu+pcie", "synthetic", "NOT COMPARABLE"),
+        ("cpu+paced", "synthetic", "NOT COMPARABLE"),
+    ],
+)
+def test_a_number_that_is_not_set_against_the_paper_says_why(scope, weights, says):
+    assert Stamp(scope, weights).refusal == says
 
 
 def test_a_measurement_can_be_reproduced():
