@@ -12,9 +12,8 @@ from reports.verdict import Stamp
 from tests.report_runs import Rule, records
 
 MEASURED = Stamp("gpu+pcie", "real")
-scopes = some.sampled_from(["cpu+virtual", "cpu+disk", "gpu+throttled", "gpu+pcie", "mixed", "-"]) | some.text(
-    max_size=12
-)
+known = ["cpu+virtual", "cpu+disk", "gpu+throttled", "gpu+pcie", "mixed", "-"]
+scopes = some.sampled_from(known) | some.text(max_size=12)
 kinds = some.sampled_from(["real", "synthetic", "shipped-tiny", "mixed", "-"]) | some.text(max_size=12)
 sized = some.floats(0.5, 4).map(lambda value: Interval(value, 0.99 * value, 1.01 * value))
 pairs = some.tuples(some.integers(0, 50), some.integers(0, 50)).map(lambda c: Paired(20_000, *c))
