@@ -76,6 +76,7 @@ def done(preset, tmp_path_factory) -> Path:
     ran = narrow.suites("run", "--preset", str(preset), "--out", str(out), environment=bare)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert f"{CELLS + 1} of {CELLS + 1} cells have records" in ran.stdout
+    assert re.search(rf"^turns +{CELLS * REPEATS} of {CELLS * REPEATS}$", ran.stdout, re.MULTILINE)
     return out
 
 

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import cast
 
 import numpy as np
 import torch
@@ -100,7 +99,7 @@ class RowsFile:
                 file = self._writing = _opened(self._partial, os.O_RDWR | os.O_CREAT)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
-                file = self._writing = cast(FileIO, TemporaryFile(dir=self.path.parent, buffering=0))  # noqa: SIM115
+                file = self._writing = TemporaryFile(dir=self.path.parent, buffering=0)  # noqa: SIM115
             file.truncate(0)  # one that was killed may have left some
             os.posix_fallocate(file.fileno(), 0, self._header_nbytes + self.nbytes)
             self._open(Path(f"/proc/self/fd/{file.fileno()}"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -35,6 +36,8 @@ from suites.synthetic import plan
 
 FULL_NBYTES = 2**20  # a disk with less room than this may not hold another record
 RATE_OVER_SECONDS = 600
+LOOK_SECONDS = 1.0  # between two looks at how many turns have been played
+TOLD_TIMES = 10  # that a log is told of them
 
 
 class DiskFull(RuntimeError):
@@ -136,7 +139,8 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
         _phase("live runs", jobs(preset.generations, run), workers.many, run, progress)
         timing = jobs(preset.cells, run)
         _phase("cells", [job for job in timing if not job.alone], workers.many, run, progress)
-        _phase("cells timed alone", [job for job in timing if job.alone], workers.alone, run, progress)
+        alone = [job for job in timing if job.alone]
+        _phase("cells timed alone", alone, workers.alone, run, progress, _turns(preset, alone, run))
     # 3. Count the records that are there.
     recorded = _recorded(preset, run)
     seconds = time.monotonic() - begun
@@ -161,17 +165,38 @@ def _recorded(preset: Preset, run: RunFolder) -> int:
     return sum(cell.output(run).is_file() for cell in preset.cells)
 
 
-def _phase(name: str, todo: list[Job], pool: Executor, run: RunFolder, progress: Progress) -> None:
-    """Do these jobs and print what became of each as it ends. On an error, drop those that have not begun."""
+def _turns(preset: Preset, todo: Iterable[Job], run: RunFolder) -> list[Path]:
+    """Return the files of all turns that these jobs are to play: of a job, no cell is done before all of its turns."""
+    asked = {name for job in todo for name in job.labels}
+    in_turn = [cell for cell in preset.synthetic if cell.kind == "in turn" and cell.id in asked]
+    return [run.turn(cell.id, repeat) for cell in in_turn for repeat in range(cell.repeats)]
+
+
+def _phase(
+    name: str, todo: list[Job], pool: Executor, run: RunFolder, progress: Progress, turns: Sequence[Path] = ()
+) -> None:
+    """Do these jobs and print what became of each as it ends. On an error, drop those that have not begun.
+
+    `turns` are files that jobs write meanwhile, which are counted, so that something moves.
+    """
     if not todo:
         return
     bar = progress.add_task(name, total=sum(len(job.labels) for job in todo))
-    waiting = {pool.submit(do, job): job for job in todo}
+    turning = progress.add_task("turns", total=len(turns), visible=bool(turns))
+    waiting, told = {pool.submit(do, job): job for job in todo}, 0
+    left: set[Future] = set(waiting)
     try:
-        for future in as_completed(waiting):
-            for done in _outcomes(future, waiting[future]):
-                _show(done, waiting[future], run, progress.console)
-                progress.advance(bar)
+        while left:
+            ended, left = wait(left, LOOK_SECONDS if turns else None, FIRST_COMPLETED)
+            for future in ended:
+                for done in _outcomes(future, waiting[future]):
+                    _show(done, waiting[future], run, progress.console)
+                    progress.advance(bar)
+            played = sum(path.is_file() for path in turns)
+            progress.update(turning, completed=played)
+            if progress.disable and played >= told + max(1, len(turns) / TOLD_TIMES):
+                told = played
+                progress.console.print(f"turns  {played:7} of {len(turns)}")
     finally:
         for future in waiting:
             future.cancel()
