@@ -35,6 +35,13 @@ def test_a_narrow_model_gets_one_thread_and_a_wide_one_all(two_threads, width, t
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 1)])
+def test_a_model_that_is_read_from_a_disk_leaves_a_core_to_the_reads(two_threads, before, after):
+    torch.set_num_threads(before)
+    session._choose_threads(OlmoeConfig(hidden_size=2048), reads=True)
+    assert torch.get_num_threads() == after
+
+
 def test_a_model_of_unknown_width_is_left_alone(two_threads):
     session._choose_threads(SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
     assert torch.get_num_threads() == 2
