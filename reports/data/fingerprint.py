@@ -13,14 +13,15 @@ from reports.data.compare import paired_items, strategy_name, total
 from reports.data.results import Results
 from suites.record import Record
 
-VIRTUAL = "cpu+virtual"
+VIRTUAL, DISK = "cpu+virtual", "cpu+disk"
 SETTLED = ("prompt_tokens", "tokens", "fallbacks")  # counters that a script fixes, however fast copies come
 TIMES = ("decode_ns", "ttft_ns")
 
 
 def label(record: Record) -> str:
     """Return a cell's label: equal for the same cell of two runs, whose ids differ with the code."""
-    parts: tuple[str, ...] = (record.model, record.task, strategy_name(record), record.hardware, record.budget)
+    device = "processor" if record.scope == DISK else record.hardware
+    parts: tuple[str, ...] = (record.model, record.task, strategy_name(record), device, record.budget)
     parts += (f"seed {record.seed}",)
     if record.config.get("kind") == "shape":
         link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
@@ -43,7 +44,7 @@ def fingerprint(record: Record) -> dict[str, Any]:
         "counters": {
             name: value
             for name, value in record.counters.items()
-            if isinstance(value, int) and value and (record.scope != "cpu+disk" or name in SETTLED)
+            if isinstance(value, int) and value and (record.scope != DISK or name in SETTLED)
         },
     }
     if record.scope == VIRTUAL:
@@ -52,8 +53,11 @@ def fingerprint(record: Record) -> dict[str, Any]:
 
 
 def fingerprints(results: Results) -> dict[str, dict[str, Any]]:
-    """Return the fingerprint of every cell by its label, in the order of the plan."""
-    return {label(record): fingerprint(record) for record in results.all_records}
+    """Return the fingerprint of every cell by its label, in the order of the plan.
+
+    References have none: they are other programs, which need not be installed.
+    """
+    return {label(record): fingerprint(record) for record in results.all_records if record not in results.references}
 
 
 def changed_outputs(record: Record, other: Record) -> tuple[int, int]:

@@ -103,9 +103,9 @@ def load_model(arguments: argparse.Namespace, reader: Reader) -> Any:
 def _choose_threads(config: Any, *, reads: bool = False) -> None:
     """Run a narrow model on one thread, and leave a core to one that `reads` a disk, unless the user chose a number.
 
-    A narrow one's products end before a second thread has started. On 2 idle cores a decode token of 96 features took 2.3 ms with
-    one thread and 2.5 with two, of 512 features 8.3 and 7.9. With two other busy processes, which a second thread has
-    to wait for in every product, it was 11 and 247 ms, and 20 and 976.
+    A narrow one's products end before a second thread has started. On 2 idle cores a decode token of 96 features took
+    2.3 ms with one thread and 2.5 with two, of 512 features 8.3 and 7.9. With two other busy processes, which a second
+    thread has to wait for in every product, it was 11 and 247 ms, and 20 and 976.
     """
     import torch
 
