@@ -87,16 +87,6 @@ def test_the_baselines_page_has_a_row_for_every_strategy():
     assert rows == registered
 
 
-def test_its_tree_names_modules_that_exist():
-    tree = README.split("## Where things are")[1].split("```")[1]
-    for room in ("mobile", "suites", "reports"):
-        assert f"{room}/" in tree
-    for name in re.findall(r"^  (\w+/?) ", tree, re.MULTILINE):
-        assert list(ROOT.glob(f"*/{name.rstrip('/')}" + ("" if name.endswith("/") else ".py"))), name
-    for name in re.findall(r"(\w+)/", tree):
-        assert [path for path in (ROOT / name, *ROOT.glob(f"*/{name}")) if path.is_dir()], name
-
-
 @pytest.mark.parametrize("page", [*PAGES, ".github/CONTRIBUTING.md"])
 def test_every_path_and_link_of_a_page_exists(page):
     """In backticks a path counts from the root or from the page's own folder, a link from the page's folder alone."""
