@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import mobile
+from mobile.checkpoints import loading
 from mobile.store import rows_file
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +247,14 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(mobile.Refused, match=r"of 0\.0 GB cannot be made \(No space left on device\); name a folder"):
         load(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_said_before_a_weight_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(loading, "_fetch", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(mobile.Refused, match=r"The experts take 0\.0 GB on disk and 0\.0 GB are free under .*; name a"):
+        load(tmp_path / "rows")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import sys
 import threading
 from contextlib import suppress
@@ -96,6 +97,7 @@ def load(
         )
         plan = plan_attach(checkpoint.empty, checkpoint.layers, checkpoint.layout, target, options)
         if plan.folder is not None:
+            _check_room(checkpoint, plan.folder)
             _check_host_memory(_other_nbytes(checkpoint, plan.slots), "the dense weights and the slots")
         elif target.type == "cpu":
             others = _other_nbytes(checkpoint, plan.slots)
@@ -150,6 +152,17 @@ def _other_nbytes(checkpoint: Examined, slots: int) -> int:
     """Return the bytes that a model on the CPU takes in host memory besides the store: dense weights and slots."""
     geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
     return geometry.resident_nbytes + (slots + PREFILL_BUFFERS) * checkpoint.layout.nbytes
+
+
+def _check_room(checkpoint: Examined, folder: Path) -> None:
+    """Raise Refused if the folder's disk has no room for the experts, unless a file from an earlier load is there."""
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < checkpoint.experts_nbytes and not rows_path(checkpoint, folder).is_file():
+        raise Refused(
+            f"The experts take {checkpoint.experts_nbytes / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free under "
+            f"{there}; name a folder with room as store."
+        )
 
 
 def _check_host_memory(nbytes: int, of: str = "the experts") -> None:

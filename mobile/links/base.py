@@ -35,9 +35,9 @@ class LinkEnds:
 
     `rows` are the layers and the experts of each that keys count. `fill(key, slot)` copies a row at once, `row_of(key)`
     is the row in host memory, (row elements,), and `slots` (slots, row elements) are the rows on the device,
-    `row_nbytes` each. `arrived(key, slot)` is called for every copy
-    that has ended. A copy takes `load_ns` in computed time and is accounted for as `charged_nbytes`. `link_gb_per_s`
-    (decimal) is the rate that the link is to be slowed down to, None for its own.
+    `row_nbytes` each. `arrived(key, slot)` is called for every copy that has ended. A copy takes `load_ns` in computed
+    time and is accounted for as `charged_nbytes`. `link_gb_per_s` (decimal) is the rate that the link is to be slowed
+    down to, None for its own.
     """
 
     store: Store
