@@ -80,8 +80,6 @@ def test_it_is_a_safetensors_file_of_page_aligned_rows(tmp_path):
 
 
 def test_it_is_the_same_file_where_transformers_converts_the_weights(tmp_path, stock, monkeypatch):
-    from mobile.checkpoints import loading
-
     load(tmp_path / "direct")
     monkeypatch.setattr(loading, "plan_readings", lambda *_: None)
     model = load(tmp_path / "converted")
