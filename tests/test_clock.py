@@ -19,7 +19,7 @@ from reports.pages.write import markdown
 from reports.sections import clock
 from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
-from suites.synthetic import calibrate, timing
+from suites.synthetic import calibrate, measurement, timing
 from suites.synthetic.link_use import LinkUse, fallback_use
 from tests import shapes as narrow
 
@@ -113,7 +113,7 @@ def test_a_measurement_stands_where_the_clock_cannot_be_asked(preset, loaded, do
     def refused(*_: object) -> None:
         raise Refused("24 slots take 58.0 GiB and cuda:0 has 20.0 GiB free; give fewer slots.")
 
-    monkeypatch.setattr(timing, "predicted", refused)
+    monkeypatch.setattr(measurement, "predicted", refused)
     shape = next(s for s in read_preset(str(preset)).synthetic if s.strategy == "on-demand")
     record = timing.record(shape, loaded, timing.profile(shape.hardware))
     assert record.items[0].decode_ns > 0

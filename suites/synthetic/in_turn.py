@@ -26,8 +26,9 @@ from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated
 from suites.synthetic.cells import SyntheticCell
 from suites.synthetic.link_use import LinkUse
+from suites.synthetic.measurement import Measurement, busy_ns, record_of
 from suites.synthetic.script_player import Played, play
-from suites.synthetic.timing import Loaded, Taken, attached, busy_ns, record_of, scripts_for, use_of
+from suites.synthetic.timing import Loaded, attached, memory_of, scripts_for, use_of
 
 PROBED_ROWS = 16  # read before each turn, and after it
 
@@ -79,8 +80,8 @@ def measure(cell: SyntheticCell, loaded: Together, run: RunFolder) -> None:
     if cell.id in loaded.failed:
         raise loaded.failed[cell.id]
     turns = [turn_from(read_json(run.turn(cell.id, repeat))) for repeat in range(cell.repeats)]
-    taken = together(turns, loaded.made.geometry.expert_nbytes)
-    record_of(cell, loaded, taken, loaded.here).save(cell.output(run))
+    measured = together(turns, loaded.made.geometry.expert_nbytes, memory_of(cell, loaded.made.device))
+    record_of(cell, loaded.made, scripts_for(cell, loaded), measured, loaded.here).save(cell.output(run))
 
 
 def play_in_turn(loaded: Together, run: RunFolder) -> None:
@@ -134,7 +135,7 @@ def probe_ns(engine: Engine) -> int:
     return time.perf_counter_ns() - begun
 
 
-def together(turns: Sequence[Turn], row_nbytes: int) -> Taken:
+def together(turns: Sequence[Turn], row_nbytes: int, memory_nbytes: int | None) -> Measurement:
     """Return the turns of one cell as one measurement."""
     total = Ledger(0)
     guesses: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -145,10 +146,11 @@ def together(turns: Sequence[Turn], row_nbytes: int) -> Taken:
             guesses[layer] = [a + b for a, b in zip(guesses[layer], seen, strict=True)]
     copies_ns, uses = sum(one.copies_ns for one in turns), [one.use for one in turns if one.use is not None]
     use = (sum(getattr(one, name) for one in uses) for name in ("passes", "ns", "nbytes"))
-    return Taken(
+    return Measurement(
         hardware=turns[0].hardware,
         sources=(),
         slots=turns[0].slots,
+        memory_nbytes=memory_nbytes,
         played=[one.played for one in turns],
         stats=total.stats(),
         guesses={layer: (a, b, c) for layer, (a, b, c) in guesses.items()},

@@ -1,41 +1,39 @@
 """Synthetic cells, timed: one model, attached once a cell, plays the cell's scripts on the clock of its link.
 
 With the link cuda this measures wall time on a GPU: real bytes over a real link, throttled where the cell asks for it.
-The links virtual and paced run the same code anywhere; cells over a disk are timed in turn (`in_turn`), and recorded
-here. Nothing here needs lm-eval.
+The links virtual and paced run the same code anywhere; cells over a disk are timed in turn (`in_turn`). Nothing here
+needs lm-eval.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from mobile.costs.geometry import GEOMETRIES, Geometry, slots_for
+from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused
-from mobile.ledger import Event
 from mobile.links.registry import LINKS
 from mobile.machine.gpu import cuda_uuid
-from mobile.policies.strategy import BigLittle, FullK, HalfK, Strategy, resolve
+from mobile.policies.strategy import BigLittle, Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime.engine import Engine
 from suites.budget import is_memory, memory_on
-from suites.environment import environment
-from suites.record import Item, Record, RunFolder
+from suites.record import Record, RunFolder
 from suites.synthetic import models
-from suites.synthetic.calibrate import calibrated, predicted, predicted_at, prediction_fields
+from suites.synthetic.calibrate import calibrated
 from suites.synthetic.cells import RECORDED, SyntheticCell
 from suites.synthetic.link_use import LinkUse, fallback_use
+from suites.synthetic.measurement import Measurement, copy_gb_per_s, record_of
 from suites.synthetic.models import Synthetic
 from suites.synthetic.routing import scripts_of
 from suites.synthetic.script import Script, ScriptLength, drawn, with_rate
-from suites.synthetic.script_player import Played, play
+from suites.synthetic.script_player import play
 from suites.telemetry import watched
 
 GAMMA = 0.7  # below which a recorded little pass was unsure, whatever strategy plays the script
@@ -131,29 +129,6 @@ def memory_or_slots(
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 
-@dataclass(frozen=True)
-class Taken:
-    """The measurement of a cell: every script played in order, what the engine counted, and how its link copied.
-
-    `stats` are the engine's, from the first script's prompt on, and `guesses` its ledger's. `copies_gb_per_s` is the
-    rate while anything was copied, `use` that of fallbacks; None without copies, or fallbacks. `link` are what a record
-    says of the link beyond that. Where each script began with cold slots, `rates` are those of the link around it, and
-    `own_rates` those at which its rows came, decimal GB/s; otherwise both are empty.
-    """
-
-    hardware: str
-    sources: tuple[str, ...]
-    slots: int
-    played: list[Played]
-    stats: dict[str, Any]
-    guesses: Mapping[int, tuple[int, int, int]]
-    copies_gb_per_s: float | None
-    use: LinkUse | None
-    link: dict[str, Any]
-    rates: Sequence[float] = ()
-    own_rates: Sequence[float] = ()
-
-
 def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | Refused | None = None) -> Record:
     """Play every repeat, warm, and return what it took, and what the virtual clock predicts from the profile `here`.
 
@@ -170,10 +145,11 @@ def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | Refused 
             played = [play(made, script) for script in scripts]
         channel = getattr(engine.link, "channel", None)  # of a link in real time; on a GPU it knows how it copies
         how = {name: getattr(channel, name, None) for name in ("native_gb_per_s", "throttled", "page_locked")}
-        taken = Taken(
+        measured = Measurement(
             hardware=engine.hardware.name,
             sources=engine.hardware.sources,
             slots=engine.slots,
+            memory_nbytes=memory_of(cell, made.device),
             played=played,
             stats=engine.stats(),
             guesses=engine.ledger.guesses,
@@ -181,7 +157,7 @@ def record(cell: SyntheticCell, loaded: Loaded, here: HardwareProfile | Refused 
             use=use_of(engine, strategy),
             link={f"link_{name}": value for name, value in how.items()},
         )
-    done = record_of(cell, loaded, taken, here)
+    done = record_of(cell, made, scripts, measured, here)
     return replace(
         done,
         environment={**done.environment, "telemetry": telemetry()},
@@ -206,140 +182,3 @@ def use_of(engine: Engine, strategy: Strategy) -> LinkUse | None:
     if not isinstance(strategy.gating, BigLittle):
         return None
     return fallback_use(engine.ledger, engine.geometry.expert_nbytes)
-
-
-def record_of(cell: SyntheticCell, loaded: Loaded, taken: Taken, here: HardwareProfile | Refused | None) -> Record:
-    """Return the record of what was taken, with a prediction from the profile `here`, or why there is none."""
-    made, strategy, scripts = loaded.made, resolve(cell.strategy, cell.gamma), scripts_for(cell, loaded)
-    geometry, measured = made.geometry, taken.copies_gb_per_s
-    prediction: dict[str, Any] = {"predicted": None, "predicted_at_own_rates": None, "unpredicted": None}
-    try:
-        if isinstance(here, Refused):
-            raise here
-        if here is not None:
-            prediction |= _predictions(taken, scripts, strategy, geometry, here)
-    except Refused as refused:
-        prediction["unpredicted"] = str(refused)
-    return Record(
-        id=cell.id,
-        scope=cell.scope,
-        weights=cell.model.weights,
-        model=cell.model.name,
-        geometry=geometry.name,
-        task=cell.task,
-        strategy=strategy.name,
-        gamma=cell.gamma,
-        lossless=strategy.lossless,
-        hardware=taken.hardware,
-        budget=cell.budget,
-        slots=taken.slots,
-        seed=cell.seed,
-        config={
-            "kind": "shape",
-            "timing": "live, teacher-forced on a script",
-            "swept": cell.swept,
-            "control": None,
-            "family": cell.model.family,
-            "training_seed": None,
-            "generation": None,
-            "confidence_histogram": None,
-            "data": [],
-            "routing": scripts[0].source,
-            "fallback_asked": cell.rate,
-            "fallback_scripted": sum(script.fallbacks for script in scripts) / sum(s.counted for s in scripts),
-            "prompt_tokens": cell.prompt_tokens,
-            "warmup_tokens": cell.warmup_tokens,
-            "decode_tokens": cell.decode_tokens,
-            "repeats": cell.repeats,
-            "items": cell.repeats,
-            "timed_items": cell.repeats,
-            "moe_layers": geometry.moe_layers,
-            "real_moe_layers": made.real_layers,
-            "shrink": cell.shrink,
-            "experts": geometry.experts,
-            "top_k": geometry.top_k,
-            "expert_nbytes": geometry.expert_nbytes,
-            "dtype": str(made.layout.dtype).removeprefix("torch."),
-            "link": cell.link,
-            "link_gb_per_s": cell.link_gb_per_s,
-            "link_native_gb_per_s": None,
-            "link_throttled": None,
-            "link_page_locked": None,
-            "link_measured_gb_per_s": measured,
-            "fallback_use": taken.use and asdict(taken.use),
-            "memory_nbytes": memory_of(cell, made.device),
-            "memory_asked_nbytes": parse_nbytes(cell.budget) if is_memory(cell.budget) else None,
-            "disk_gb_per_s": list(taken.rates),
-            "strategy_source": strategy.source,
-            "profile_sources": [] if LINKS[cell.link].real_time else list(taken.sources),
-            **taken.link,
-            **prediction,
-        },
-        environment=environment(),
-        items=tuple(
-            Item(
-                doc=number,
-                prompt_sha256=script.sha256,
-                prompt=None,
-                output="",
-                fallback_spans=(),
-                answer=None,
-                correct=None,
-                prompt_tokens=one.prompt_tokens,
-                decode_tokens=one.counters.tokens,
-                fallbacks=one.fallbacks,
-                ttft_ns=one.prefill_ns,
-                decode_ns=one.decode_ns,
-                decode_bytes=one.decode_bytes,
-            )
-            for number, (script, one) in enumerate(zip(scripts, taken.played, strict=True))
-        ),
-        counters=taken.stats,
-        ceiling_tokens_per_s=measured and geometry.on_demand_ceiling(measured),
-        checks=dict(_checks(strategy, geometry.expert_nbytes, scripts, taken.played)),
-        guesses=tuple((layer, *seen) for layer, seen in sorted(taken.guesses.items())),
-    )
-
-
-def _predictions(
-    taken: Taken, scripts: list[Script], strategy: Strategy, geometry: Geometry, card: HardwareProfile
-) -> dict[str, Any]:
-    """Return the fields of what the virtual clock says of the scripts. Raise Refused where it can say nothing."""
-    played = scripts, strategy, geometry, taken.slots, card
-    if not taken.rates:
-        return {"predicted": prediction_fields(card, predicted(*played))}
-    return {
-        "predicted": prediction_fields(card, predicted_at(taken.rates, *played)),
-        "predicted_at_own_rates": prediction_fields(card, predicted_at(taken.own_rates, *played)),
-    }
-
-
-def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:
-    """Return decimal gigabytes per second of the copies in a ledger while any was made; None without one."""
-    copies = [(event.start_ns, event.end_ns) for event in events if event.what in ("load", "prefetch")]
-    return len(copies) * row_nbytes / busy_ns(copies) if copies else None
-
-
-def busy_ns(spans: Iterable[tuple[int, int]]) -> int:
-    """Return the nanoseconds that at least one of these (start, end) spans covers."""
-    total, until = 0, 0
-    for start, end in sorted(spans):
-        total += max(0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
-def _checks(
-    strategy: Strategy, row_nbytes: int, scripts: list[Script], played: list[Played]
-) -> Iterable[tuple[str, bool]]:
-    """Yield what a script fixes and a run must show: how often it fell back, what a strategy without a cache copied."""
-    outcomes: dict[str, list[bool]] = defaultdict(list)
-    for script, one in zip(scripts, played, strict=True):
-        outcomes["every counted token was decoded"].append(one.counters.tokens == script.counted)
-        falls_back = not isinstance(strategy.gating, FullK | HalfK)
-        outcomes["fell back where the script said"].append(one.fallbacks == (script.fallbacks if falls_back else 0))
-        outcomes["bytes are copies times the row"].append(one.decode_bytes == one.counters.loads * row_nbytes)
-        if strategy.retain == "nothing" and isinstance(strategy.gating, FullK):
-            chosen = script.full[script.warmup :].size
-            outcomes["copied exactly the script's experts"].append(one.counters.loads == chosen)
-    return ((f"{strategy.name}: {check}", all(passed)) for check, passed in outcomes.items())
