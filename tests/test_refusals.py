@@ -36,7 +36,7 @@ def checkpoint(tmp_path):
         ({"strategy": "lru", "gamma": 0.5}, "has no gamma"),
         ({"gamma": -1.0}, "negative"),
         ({"hardware": "abacus"}, "Unknown hardware"),
-        ({"link": "string"}, "choose auto, cuda, virtual or paced"),
+        ({"link": "string"}, "choose auto, cuda, disk, virtual or paced"),
         ({"geometry": "olmoe-1b-7b"}, "cannot stand for it"),
         ({"strategy": "resident", "slots": 10}, "too few"),
     ],
@@ -106,7 +106,7 @@ def test_the_commands_refuse_in_one_line(tmp_path):
     for arguments, says in (
         (
             ("suites", "run", "--preset", "nonsense"),
-            "Unknown preset 'nonsense'; choose one of: cpu, paper, shapes, smoke",
+            "Unknown preset 'nonsense'; choose one of: cpu, disk, measured, paper, shapes, smoke",
         ),
         (("reports", "build", str(tmp_path)), "is not a run folder"),
         (("reports", "build", str(tmp_path / "absent")), "is not a run folder"),

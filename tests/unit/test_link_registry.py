@@ -19,7 +19,7 @@ def test_auto_is_the_real_link_on_a_gpu_and_computed_time_elsewhere():
     assert link_kind("auto", "cuda").name == "cuda"
     assert link_kind("auto", "cpu").name == "virtual"
     assert link_kind("paced", "cpu") is LINKS["paced"]
-    with pytest.raises(Refused, match="did you mean paced\\? Choose auto, cuda, virtual or paced"):
+    with pytest.raises(Refused, match="did you mean paced\\? Choose auto, cuda, disk, virtual or paced"):
         link_kind("pace", "cpu")
 
 
@@ -35,6 +35,7 @@ def test_scopes_say_whose_time_it_is():
         None: "cpu+virtual",
         "virtual": "cpu+virtual",
         "paced": "cpu+paced",
+        "disk": "cpu+disk",
         "cuda": "gpu+pcie",
     }
     assert scope_of("cuda", 25.0) == "gpu+throttled"

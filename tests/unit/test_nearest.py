@@ -75,7 +75,7 @@ def test_the_links_that_are_listed_are_those_there_are(tiny_moe):
 
     with pytest.raises(Refused, match=r"Link 'virtul' is not available; did you mean virtual\? Choose auto, cuda, "):
         mobile.attach(tiny_moe, "lru", slots=8, link="virtul")
-    assert CHOICES == ("auto", "cuda", "virtual", "paced")
+    assert CHOICES == ("auto", "cuda", "disk", "virtual", "paced")
 
 
 @pytest.fixture
