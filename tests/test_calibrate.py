@@ -90,7 +90,7 @@ def test_with_a_folder_rows_are_read_from_a_file_there_and_nothing_is_left(tmp_p
     assert {str(Path(path).parent) for path, _ in reads} == {str(tmp_path)}
     assert list(tmp_path.iterdir()) == []
     card = fit(measured)
-    assert any(str(tmp_path) in source and "page cache" in source for source in card.sources)
+    assert any("rows of a file, read " in source and "page cache" in source for source in card.sources)
     assert any(source.startswith("kernels and steps: beside rows that are read, ") for source in card.sources)
     assert measured.taken_nbytes == card.reserve_nbytes - 512 * 2**20
     assert 0 < measured.taken_nbytes < measured.memory_nbytes

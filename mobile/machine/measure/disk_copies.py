@@ -62,7 +62,7 @@ def time_disk_copies(folder: Path, dtype: torch.dtype, sizes: Sizes) -> DiskCopi
     past = "past the page cache" if direct else "through the page cache, since the file system takes no direct reads"
     return DiskCopies(
         tuple(Timing(nbytes, 1, seconds) for (nbytes, _, _), seconds in zip(timed, taken, strict=True)),
-        f"rows of a file in {folder}, read {past}, {', '.join(map(str, depths))} at once",
+        f"rows of a file, read {past}, {', '.join(map(str, depths))} at once",
         kernels,
         rows,
     )
