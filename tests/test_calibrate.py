@@ -108,7 +108,7 @@ def test_the_doctor_calibrates_the_disk_and_virtual_time_is_computed_from_it(cli
     store.mkdir()
     code, out, err = cli("doctor", "--calibrate", "--link", "disk", "--store", str(store), "--out", str(file))
     assert code == 0, err
-    assert f"link: rows of a file in {store}" in out
+    assert "link: rows of a file, read " in out
     assert "bfloat16" in out
     assert list(store.iterdir()) == []
     model = mobile.attach(tiny("olmoe"), "on-demand", slots=4, hardware=str(file))
