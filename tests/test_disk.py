@@ -384,6 +384,31 @@ def test_the_memory_budget_is_kept(tmp_path):
     assert told["resident"] < reserve + share, told
 
 
+def test_a_row_is_checked_at_its_first_read_and_again_once_the_file_has_changed(tmp_path, monkeypatch):
+    model = load(tmp_path)
+    store, checked, real = model.mobile.store, [], rows_file.checksum
+
+    def checksum(row: memoryview) -> int:
+        checked.append(len(row))
+        return real(row)
+
+    monkeypatch.setattr(rows_file, "checksum", checksum)
+    store.file._checked.clear()
+    for _ in range(3):
+        model.mobile.fill((0, 1), 0)
+    assert len(checked) == 1
+    with rows_in(tmp_path).open("r+b") as file:
+        place = store.file._offset(0, 1)
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(mobile.Refused, match="is damaged in layer 0, expert 1"):
+        model.mobile.fill((0, 1), 0)
+    model.mobile.fill((0, 2), 0)
+    assert len(checked) == 3
+
+
 def test_a_checksum_changes_with_every_bit_and_with_the_order_of_pages():
     generator = torch.Generator().manual_seed(0)
     row = bytearray(torch.randint(256, (4 * rows_file.PAGE,), dtype=torch.uint8, generator=generator).numpy().tobytes())
