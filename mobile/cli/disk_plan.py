@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mobile.cli.memory_plan import DiskPart, Plan, strategy_rows
-from mobile.costs.bounds import ceilings
+from mobile.cli.memory_plan import DiskPart, Host, Plan, divided
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
@@ -84,26 +83,8 @@ def plan_on_disk(
     needed = geometry.resident_nbytes + (slots + PREFILL_BUFFERS) * geometry.expert_nbytes
     because = memory_shortage(needed, budget.free_nbytes, "the dense weights and the slots")
     because = because or _shortage(disk) or weights_shortage
-    return Plan(
-        runs=because is None,
-        because=because,
-        fits=True,
-        model=model,
-        hardware=hardware.name,
-        memory_nbytes=budget.nbytes,
-        geometry=geometry,
-        resident_nbytes=geometry.resident_nbytes,
-        reserve_nbytes=hardware.reserve_nbytes,
-        staging_nbytes=PREFILL_BUFFERS * geometry.expert_nbytes,
-        slots=slots,
-        slots_nbytes=slots * geometry.expert_nbytes,
-        host_needed_nbytes=needed,
-        host_available_nbytes=budget.free_nbytes,
-        host_fits=None if budget.free_nbytes is None else needed <= budget.free_nbytes,
-        strategies=strategy_rows(cost, slots, fallback_rates, on_disk=True),
-        ceilings=ceilings(cost, fallback_rates),
-        disk=disk,
-    )
+    host = Host(needed, budget.free_nbytes)
+    return divided(model, cost, budget.nbytes, slots, host, because, fallback_rates, disk)
 
 
 def _shortage(disk: DiskPart) -> str | None:

@@ -134,6 +134,34 @@ def plan(
     cost = CostModel(hardware, geometry)
     host_needed = geometry.total_experts * geometry.expert_nbytes
     because = memory_shortage(host_needed, host_nbytes) or disk_shortage
+    return divided(model, cost, memory_nbytes, slots, Host(host_needed, host_nbytes), because, fallback_rates)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The bytes of host memory that a model needs, and those that are there (None: not known)."""
+
+    needed_nbytes: int
+    available_nbytes: int | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Return whether they suffice, None if that is not known."""
+        return None if self.available_nbytes is None else self.needed_nbytes <= self.available_nbytes
+
+
+def divided(
+    model: str,
+    cost: CostModel,
+    memory_nbytes: int,
+    slots: int,
+    host: Host,
+    because: str | None,
+    fallback_rates: Sequence[float],
+    disk: DiskPart | None = None,
+) -> Plan:
+    """Return the plan of a budget that leaves so many slots; `because` says why the model does not run, if so."""
+    geometry, hardware = cost.geometry, cost.profile
     return Plan(
         runs=because is None,
         because=because,
@@ -147,11 +175,12 @@ def plan(
         staging_nbytes=PREFILL_BUFFERS * geometry.expert_nbytes,
         slots=slots,
         slots_nbytes=slots * geometry.expert_nbytes,
-        host_needed_nbytes=host_needed,
-        host_available_nbytes=host_nbytes,
-        host_fits=None if host_nbytes is None else host_needed <= host_nbytes,
-        strategies=strategy_rows(cost, slots, fallback_rates),
+        host_needed_nbytes=host.needed_nbytes,
+        host_available_nbytes=host.available_nbytes,
+        host_fits=host.fits,
+        strategies=strategy_rows(cost, slots, fallback_rates, on_disk=disk is not None),
         ceilings=ceilings(cost, fallback_rates),
+        disk=disk,
     )
 
 
