@@ -90,6 +90,8 @@ def test_the_page_has_both_clocks_and_says_that_a_paced_link_measures_nothing(do
     page = markdown(content.build(read(done)))
     assert "## Virtual clock against wall clock" in page
     assert "TPOT of 3 cells: the median error is" in page
+    assert "| as calibrated |" in page
+    assert "measured beside the cell" not in page
     assert "a thread that sleeps" in page
     assert "4 fallbacks" in page
     assert "The calibrated machine" in page

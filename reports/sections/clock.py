@@ -79,7 +79,9 @@ def _on_disk(cells: Sequence[Record]) -> tuple[str, ...]:
 def errors_at_a_glance(cells: Sequence[Record]) -> Table:
     """Return a row for each way to predict: how many cells, and the size of their errors of TPOT."""
     rows = []
-    for rate, prediction in (("as measured beside the cell", "predicted"), ("at which the cell's rows came", OWN)):
+    beside = any(record.config.get("disk_gb_per_s") for record in cells)
+    usual = "as measured beside the cell" if beside else "as calibrated"
+    for rate, prediction in ((usual, "predicted"), ("at which the cell's rows came", OWN)):
         errors = [relative_error(record, prediction=prediction) for record in cells if record.config.get(prediction)]
         sizes = [abs(error) for error in errors if error is not None]
         if sizes:
