@@ -249,7 +249,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
 
 
 def test_a_disk_without_room_is_said_before_a_weight_is_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(loading, "_fetch", lambda *_: pytest.fail("fetched"))
     with pytest.raises(mobile.Refused, match=r"The experts take 0\.0 GB on disk and 0\.0 GB are free under .*; name a"):
         load(tmp_path / "rows")

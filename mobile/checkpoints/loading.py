@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import sys
 import threading
 from contextlib import suppress
@@ -33,7 +32,7 @@ from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused, one_line
 from mobile.live_model import caller_modes, compat
 from mobile.live_model.cleanup import Cleanup, with_cleanup
-from mobile.machine.host import host, memory_shortage, share_of_free
+from mobile.machine.host import free_disk_nbytes, host, memory_shortage, nearest_folder, share_of_free
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, folder_of, plan_attach
@@ -156,12 +155,11 @@ def _other_nbytes(checkpoint: Examined, slots: int) -> int:
 
 def _check_room(checkpoint: Examined, folder: Path) -> None:
     """Raise Refused if the folder's disk has no room for the experts, unless a file from an earlier load is there."""
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    free = free_disk_nbytes(folder)
     if free < checkpoint.experts_nbytes and not rows_path(checkpoint, folder).is_file():
         raise Refused(
             f"The experts take {checkpoint.experts_nbytes / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free under "
-            f"{there}; name a folder with room as store."
+            f"{nearest_folder(folder)}; name a folder with room as store."
         )
 
 

@@ -24,6 +24,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
 from mobile.errors import Refused, one_line
+from mobile.machine.host import nearest_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GB = 1e9
@@ -197,8 +198,7 @@ def _why(error: Exception, revision: str | None) -> str:
 
 def cache_folder() -> Path:
     """Return the folder of the hub's cache, or where there is none yet, its nearest parent that exists."""
-    cache = Path(constants.HF_HUB_CACHE)
-    return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    return nearest_folder(Path(constants.HF_HUB_CACHE))
 
 
 def disk_shortage(nbytes: int, free_nbytes: int) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
 from mobile.errors import Refused
-from mobile.machine.host import memory_shortage, share_of_free
+from mobile.machine.host import free_disk_nbytes, memory_shortage, share_of_free
 from mobile.residency.residency import PREFILL_BUFFERS
 
 
@@ -50,16 +49,12 @@ def disk_part(
 
     `rates` are as measured, by reads at once; `is_there` says that an earlier load has made the file.
     """
-    free = None
-    if folder is not None:
-        whole = folder.absolute()
-        free = shutil.disk_usage(next(place for place in (whole, *whole.parents) if place.is_dir())).free
     return DiskPart(
         gb_per_s=gb_per_s,
         measured=rates,
         file_nbytes=geometry.total_experts * geometry.expert_nbytes,
         folder=None if folder is None else str(folder),
-        free_nbytes=free,
+        free_nbytes=None if folder is None else free_disk_nbytes(folder),
         is_there=is_there,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
 import timeit
 from collections.abc import Iterator
@@ -112,6 +113,17 @@ def process_nbytes(root: Path = ROOT) -> int | None:
     """Return the bytes of memory that this process takes now; None if the system does not say."""
     words = (_read(root / "proc/self/statm") or "").split()
     return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if len(words) > 1 else None
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return the folder, absolute, or its nearest parent that is there."""
+    whole = folder.absolute()
+    return next(place for place in (whole, *whole.parents) if place.is_dir())
+
+
+def free_disk_nbytes(folder: Path) -> int:
+    """Return the bytes that are free on the disk of a folder that is there, or will be made."""
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def memory_shortage(nbytes: int, usable_nbytes: int | None, of: str = "the experts") -> str | None:
