@@ -17,6 +17,7 @@ from mobile import outputs
 from mobile.cli.terminal import show
 from mobile.errors import Refused
 from mobile.links.registry import LINKS, real_time_link
+from suites.synthetic.link_use import covered
 
 SCOPE = "mobile: "
 EXPERTS = f"{SCOPE}experts"
@@ -61,16 +62,8 @@ def breakdown(spans: Iterable[Span], window: tuple[float, float], tokens: int) -
         if end > window[0] and start < window[1]
     ]
     wall = window[1] - window[0]
-    by_kind = {kind: _covered(span for span in inside if span.kind == kind) / 1e3 for kind in KINDS}
-    return Breakdown(tokens, wall / 1e3, by_kind, (wall - _covered(inside)) / 1e3)
-
-
-def _covered(spans: Iterable[Span]) -> float:
-    total, until = 0.0, float("-inf")
-    for _, start, end in sorted(spans, key=lambda span: span.start):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
+    by_kind = {kind: covered((span.start, span.end) for span in inside if span.kind == kind) / 1e3 for kind in KINDS}
+    return Breakdown(tokens, wall / 1e3, by_kind, (wall - covered((span.start, span.end) for span in inside)) / 1e3)
 
 
 # --- reading a trace --------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from suites.record import RunFolder, read_json, sound, write_json
 from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated
 from suites.synthetic.cells import SyntheticCell
-from suites.synthetic.link_use import LinkUse
-from suites.synthetic.measurement import Measurement, busy_ns, record_of
+from suites.synthetic.link_use import LinkUse, copying_ns
+from suites.synthetic.measurement import Measurement, record_of
 from suites.synthetic.script_player import Played, play
 from suites.synthetic.timing import Loaded, attached, memory_of, scripts_for, use_of
 
@@ -108,14 +108,13 @@ def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
         engine.restart()
         played = play(made, script)
         ledger, store = engine.ledger, cast(DiskStore, made.store)
-        spans = [(event.start_ns, event.end_ns) for event in ledger.events if event.what in ("load", "prefetch")]
         return Turn(
             hardware=engine.hardware.name,
             slots=engine.slots,
             played=played,
             counters=ledger.counters.copy(),
             guesses=dict(ledger.guesses),
-            copies_ns=busy_ns(spans),
+            copies_ns=copying_ns(ledger.events),
             disk_gb_per_s=2 * PROBED_ROWS * engine.geometry.expert_nbytes / (before + probe_ns(engine)),
             use=use_of(engine, resolve(cell.strategy, cell.gamma)),
             link={"link_depth": store.reads_at_once, "link_direct": store.file.direct},

@@ -6,11 +6,13 @@ that of its CUDA events, and how many had begun when each pass did.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 from mobile.ledger import Event, Ledger, Mark
+
+COPIES = ("load", "prefetch")  # events of a ledger
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,23 @@ class LinkUse:
     nbytes: int
 
 
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return how long at least one of these (start, end) spans lasts, in their unit."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def copying_ns(events: Iterable[Event]) -> int:
+    """Return the nanoseconds in which any copy of a ledger's events was made."""
+    return round(covered((event.start_ns, event.end_ns) for event in events if event.what in COPIES))
+
+
 def fallback_use(ledger: Ledger, row_nbytes: int) -> LinkUse | None:
     """Return the use of all fallbacks in the ledger; None where it no longer holds every copy."""
-    copies = [event for event in ledger.events if event.what in ("load", "prefetch")]
+    copies = [event for event in ledger.events if event.what in COPIES]
     if len(copies) != ledger.counters.loads:
         return None
     taken = list(_fallbacks(list(ledger.marks), copies))

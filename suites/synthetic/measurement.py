@@ -18,7 +18,7 @@ from suites.environment import environment
 from suites.record import Item, Record
 from suites.synthetic.calibrate import predicted, predicted_at, prediction_fields
 from suites.synthetic.cells import SyntheticCell
-from suites.synthetic.link_use import LinkUse
+from suites.synthetic.link_use import COPIES, LinkUse, copying_ns
 from suites.synthetic.models import Synthetic
 from suites.synthetic.script import Script
 from suites.synthetic.script_player import Played
@@ -163,17 +163,8 @@ def _predictions(
 
 def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:
     """Return decimal gigabytes per second of the copies in a ledger while any was made; None without one."""
-    copies = [(event.start_ns, event.end_ns) for event in events if event.what in ("load", "prefetch")]
-    return len(copies) * row_nbytes / busy_ns(copies) if copies else None
-
-
-def busy_ns(spans: Iterable[tuple[int, int]]) -> int:
-    """Return the nanoseconds that at least one of these (start, end) spans covers."""
-    total, until = 0, 0
-    for start, end in sorted(spans):
-        total += max(0, end - max(start, until))
-        until = max(until, end)
-    return total
+    copies = [event for event in events if event.what in COPIES]
+    return len(copies) * row_nbytes / copying_ns(copies) if copies else None
 
 
 def _checks(
