@@ -27,7 +27,8 @@ PEERS = (
     "its own, on all processors, with the memory of the process and the page cache capped together where the system "
     "lets us. Their routers are random, so that no expert is likelier than another: our row on uniform routing is the "
     "like of theirs, and computes on one processor. Pages move in theirs, also under accelerate, which maps the file "
-    "of a module anew each time it runs; single experts move in ours. Bytes are what the disk read for the process."
+    "of a module anew each time it runs; single experts move in ours. Ours has no cap, only so many slots, "
+    "and reads past the page cache. Bytes are what the disk read for the process."
 )
 COST = "engine against stock"
 ON_DISK = "cpu+disk"
