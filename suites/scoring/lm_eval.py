@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mobile.replay.trace import Request
 from suites.scoring.judging import by_check
-from suites.scoring.sandbox import PASSED
+from suites.scoring.sandbox.tester import PASSED
 from suites.tasks.catalogue import PUBLISHED
 from suites.tasks.files import FOLDER, locate
 

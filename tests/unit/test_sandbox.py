@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import os
+import json
+import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterable
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from suites.scoring import sandbox_worker
-from suites.scoring.sandbox import run_all, run_tests
+from mobile.errors import Refused
+from suites.scoring.sandbox import run, values, walls
+from suites.scoring.sandbox.run import Outcome, Submission, run_all
 
 TESTS = "assert f(1) == 2\nassert f(-3) == -2\n"
 RIGHT = "def f(x):\n    return x + 1\n"
+
+
+def run_tests(program: str, tests: str = TESTS, given: str = "") -> Outcome:
+    return run_all([Submission(program, "f", tests, given)])[0]
+
+
+def judge(programs: Iterable[str], **limits: int) -> list[Outcome]:
+    return run_all([Submission(program, "f", TESTS) for program in programs], **limits)
+
 
 # Things that a program does instead of its work, and the word that the reason must have.
 WRONG = {
@@ -36,7 +48,7 @@ WRONG = {
     "prints that it passed": ("import os\nprint('passed', flush=True)\nos._exit(0)\n", "left before its tests"),
     "writes to every pipe that it passed": (
         "import os\nfor i in range(40):\n    try: os.write(i, b'passed')\n    except OSError: pass\nos._exit(0)\n",
-        "left before its tests",
+        "no plain value",
     ),
     "closes every pipe and stays": ("import os\nos.closerange(0, 99)\nwhile True: pass\n", "time limit"),
     "calls itself for ever": ("def f(x):\n    return f(x)\n", "RecursionError"),
@@ -67,7 +79,7 @@ WRONG = {
     "opens a socket": ("import socket\nsocket.socket()\n", "refuses socket"),
     "asks for a web page": ("import urllib.request as u\nu.urlopen('http://127.0.0.1:9')\n", "program failed"),
     "signals its parent": ("import os\nos.kill(os.getppid(), 9)\n", "refuses os.kill"),
-    "reaches for C": ("import ctypes\n", "refuses to import ctypes"),
+    "reaches for C": ("import ctypes\n", "refuses import of ctypes"),
     "lifts its limits": (
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n",
         "refuses resource.setrlimit",
@@ -84,7 +96,7 @@ def test_a_right_function_passes():
 
 @pytest.fixture(scope="module")
 def judged() -> dict:
-    outcomes = run_all([(program, TESTS) for program, _ in WRONG.values()], seconds=1)
+    outcomes = judge((program for program, _ in WRONG.values()), seconds=1)
     return dict(zip(WRONG, outcomes, strict=True))
 
 
@@ -119,7 +131,7 @@ def test_harmless_programs_pass_whatever_else_they_do():
         [sys.executable, "-c", "print(hash('a'))"], env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True
     )
     programs = [program.replace("{}", seeded.stdout.strip()) for program in RIGHT_IN_ITS_WAY.values()]
-    outcomes = run_all([(program, TESTS) for program in programs])
+    outcomes = judge(programs)
     reasons = {name: outcome.reason for name, outcome in zip(RIGHT_IN_ITS_WAY, outcomes, strict=True)}
     assert reasons == dict.fromkeys(RIGHT_IN_ITS_WAY, "passed")
 
@@ -155,13 +167,13 @@ def test_nothing_outside_the_folder_changes(how, tmp_path):
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run_all([("open('left', 'w').write('x')", "pass"), ("import os\nos.mkdir('a', 0)", "pass")])
+    judge(["open('left', 'w').write('x')", "import os\nos.mkdir('a', 0)"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_hundred_programs_in_seconds():
     begun = time.monotonic()
-    outcomes = run_all([(RIGHT.replace("1", str(1 + i % 2)), TESTS) for i in range(200)])
+    outcomes = judge(RIGHT.replace("1", str(1 + i % 2)) for i in range(200))
     assert [outcome.passed for outcome in outcomes] == [i % 2 == 0 for i in range(200)]
     assert time.monotonic() - begun < 20, "1.5 s were measured on two busy cores"
 
@@ -169,7 +181,7 @@ def test_two_hundred_programs_in_seconds():
 @settings(max_examples=15, deadline=None)
 @given(st.text(max_size=60), st.text(max_size=30))
 def test_whatever_the_text_there_is_an_outcome(program, word):
-    first, second = run_all([(program, f"assert {word!r} == 0"), (RIGHT, TESTS)])
+    first, second = run_all([Submission(program, "f", f"assert {word!r} == 0"), Submission(RIGHT, "f", TESTS)])
     assert not first.passed
     assert second.passed, "no program disturbs the next"
 
@@ -179,13 +191,285 @@ def test_tests_that_do_not_compile_are_an_error_and_no_result():
         run_tests(RIGHT, "assert f(1) ==")
 
 
-# --- the kernel's walls, without the hook before them ----------------------------------------------------
+# --- verdicts cannot be forged --------------------------------------------------------------------------
+
+EQUAL = (
+    "class Equal:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
+    "    def __lt__(self, other): return True\n    __gt__ = __le__ = __ge__ = __lt__\n"
+    "    def __sub__(self, other): return self\n    __rsub__ = __sub__\n    def __abs__(self): return 0\n"
+    "    def __bool__(self): return True\n    def __iter__(self): return iter(())\n    def __hash__(self): return 0\n"
+)
+FRAMES = "import sys\nframe = sys._getframe()\nwhile frame:\n{}\n    frame = frame.f_back\n"
+FORGERIES = {
+    "an object that equals everything": EQUAL + "def f(x): return Equal()\n",
+    "a number that equals everything": EQUAL + "class N(int, Equal): __eq__ = Equal.__eq__\ndef f(x): return N(7)\n",
+    "a text that equals everything": EQUAL + "class N(str, Equal): __eq__ = Equal.__eq__\ndef f(x): return N('7')\n",
+    "a list that equals everything": EQUAL + "class N(list): __eq__ = Equal.__eq__\ndef f(x): return N()\n",
+    "an object in a list": EQUAL + "def f(x): return [Equal()]\n",
+    "a class": EQUAL + "f = Equal\n",
+    "exec replaced": "import builtins\nbuiltins.exec = lambda *a: None\ndef f(x): return 7\n",
+    "compile replaced": (
+        "import builtins\nold = compile\nbuiltins.compile = lambda *a, **k: old('', 'x', 'exec')\ndef f(x): return 7\n"
+    ),
+    "__builtins__ emptied": "__builtins__.clear()\ndef f(x): return 7\n",
+    "AssertionError replaced": "import builtins\nbuiltins.AssertionError = StopIteration\ndef f(x): return 7\n",
+    "all and abs replaced": (
+        "import builtins\nbuiltins.all = lambda x: True\nbuiltins.abs = lambda x: 0\ndef f(x): return 7\n"
+    ),
+    "equality of numbers patched through gc": "import gc\nint.__eq__ = 1\ndef f(x): return 7\n",
+    "__main__ replaced": "import __main__\n__main__.__dict__.clear()\ndef f(x): return 7\n",
+    "the server's functions replaced": (
+        "import sys\nfor name, module in list(sys.modules.items()):\n    if 'sandbox' in name:\n"
+        "        for key in list(vars(module)):\n"
+        "            if callable(getattr(module, key)): setattr(module, key, lambda *a, **k: 'passed')\n"
+        "def f(x): return 7\n"
+    ),
+    "encoding replaced": (
+        "import sys\nm = sys.modules['suites.scoring.sandbox.program']\nm.encoded = lambda v: ['int', '0x2']\n"
+        "def f(x): return 7\n"
+    ),
+    "expected answers in the frames": (
+        "def f(x):\n    import sys\n    frame = sys._getframe()\n    while frame:\n"
+        "        for value in [*frame.f_locals.values(), *frame.f_globals.values()]:\n"
+        "            if isinstance(value, str) and 'assert f' in value: return eval(value.split('== ')[1].split()[0])\n"
+        "        frame = frame.f_back\n    return 7\n"
+    ),
+    "locals of the frames overwritten": FRAMES.format("    frame.f_globals['reason'] = 'passed'")
+    + "def f(x): return 7\n",
+    "the seal of the frames": FRAMES.format(
+        "    for v in list(frame.f_locals.values()):\n        if isinstance(v, int) and 2 < v < 99:\n"
+        "            import os\n            try: os.write(v, b'\\x00\\x00\\x00\\x08\"passed\"')\n"
+        "            except OSError: pass"
+    ),
+    "the memory of the process": (
+        "def f(x):\n    data = open('/proc/self/mem', 'rb').read(10)\n    return 2 if x == 1 else -2\n"
+    ),
+    "an answer for every call sent before": (
+        "import os, json\nfor value in ('begun', {'value': None}, {'value': True}, 'passed') * 9:\n"
+        "    body = json.dumps(value).encode()\n"
+        "    for pipe in range(3, 32):\n"
+        "        try: os.write(pipe, len(body).to_bytes(4, 'big') + body)\n        except OSError: pass\n"
+        "def f(x): return 7\n"
+    ),
+    "an exception that ends loops": "def f(x): raise StopIteration\n",
+    "an exception that ends generators": "def f(x): raise GeneratorExit\n",
+    "an exception that reads as a pass": "class passed(Exception): pass\ndef f(x): raise passed('passed')\n",
+    "a return of the verdict": "def f(x): return 'passed'\n",
+    "the function replaced while it is called": "def f(x):\n    global f\n    f = lambda y: -2\n    return 7\n",
+    "the tests' own name of the function": "def check(candidate): return None\ndef f(x): return 7\n",
+    "a trace function": "import sys\nsys.settrace(lambda *a: None)\ndef f(x): return 7\n",
+    "an exit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): raise SystemExit(0)\n",
+    "a signal handler": (
+        "import signal, os\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\nsignal.alarm(1)\n"
+        "def f(x):\n    while True: pass\n"
+    ),
+    "a thread that answers": (
+        "import threading, os\ndef say():\n    while True:\n        for pipe in range(3, 9):\n"
+        '            try: os.write(pipe, b\'\\x00\\x00\\x00\\x10{"value": ["int"\')\n'
+        "            except OSError: pass\n"
+        "threading.Thread(target=say, daemon=True).start()\ndef f(x): return 7\n"
+    ),
+    "a result without end": "def f(x):\n    while True: yield x + 1\n",
+    "a huge result": "def f(x): return 'x' * 2**24\n",
+    "a deep result": "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a\n",
+    "a result that holds itself": "def f(x):\n    a = []\n    a.append(a)\n    return a\n",
+}
+
+
+@pytest.fixture(scope="module")
+def forged() -> dict[str, list[Outcome]]:
+    """Return the outcomes of each forgery, first under asserts, then under tests in HumanEval's style."""
+    check = "def check(candidate):\n    assert all(candidate(x) == x + 1 for x in (1, -3))\n"
+    check += "    assert abs(candidate(1) - 2) < 1e-6\n    assert list(map(candidate, [1])) == [2]\ncheck(f)\n"
+    tried = [Submission(program, "f", tests) for program in FORGERIES.values() for tests in (TESTS, check)]
+    outcomes = run_all(tried, seconds=1)
+    return dict(zip(FORGERIES, zip(outcomes[::2], outcomes[1::2], strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_no_verdict_is_forged_by(forged, name):
+    asserts, check = forged[name]
+    assert not asserts.passed
+    assert not check.passed
+    assert "sandbox-" not in asserts.reason
+
+
+def test_a_program_that_names_things_like_builtins_is_judged_by_the_real_ones():
+    program = "def abs(x): return 0\ndef all(x): return True\ndef len(x): return 3\ndef f(x): return x + {}\n"
+    tests = "assert all([f(1) == 2, f(2) == 3])\nassert abs(f(1) - 2) < 1e-6\nassert len([f(1)]) == 1"
+    assert run_tests(program.format(1), tests).passed
+    assert not run_tests(program.format(2), tests).passed
+
+
+def test_tests_see_the_names_that_are_given_and_none_of_the_program():
+    given = "def twice(x):\n    return 2 * x\ndef f(x):\n    ...\n"
+    assert run_tests("def f(x): return x // 2\n", "assert f(twice(21)) == 21", given).passed
+    assert not run_tests("def twice(x): return 42\ndef f(x): return x\n", "assert f(twice(21)) == 21", given).passed
+    assert "NameError" in run_tests("mine = 1\ndef f(x): return x\n", "assert f(mine) == 1").reason
+
+
+NUMBERS = [None, True, 0, -1, 2**70, 0.1, float("inf"), 1j]
+VALUES = [*NUMBERS, "ä\ud800", b"\xff", [1, [2]], (1,), {1, 2}, frozenset("a"), {"a": [1], 2: None, (1, 2): 0.0}]
+VALUES += [range(2, 9, 3), [], (), {}, set()]
+
+
+def test_plain_results_arrive_as_they_are():
+    program = f"from math import inf\nvalues = {VALUES!r}\ndef f(i): return values[i]\n"
+    tests = "\n".join(
+        f"assert (type(f({i})).__name__, f({i})) == ({type(v).__name__!r}, {v!r})" for i, v in enumerate(VALUES)
+    )
+    assert run_tests(program, f"from math import inf\n{tests}").reason == "passed"
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(["int", "dict"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(st.one_of(ODD, st.tuples(st.sampled_from([*values.COLLECTIONS, "int", "float", "range", "bytes"]), ODD)))
+def test_whatever_a_process_sends_is_a_plain_value_or_refused(code):
+    with suppress(ValueError):
+        found = values.decoded(json.loads(json.dumps(code)))
+        assert type(found).__module__ == "builtins"
+        assert type(values.decoded(values.encoded(found))) is type(found)
+
+
+def test_results_that_are_nearly_built_in_arrive_as_what_they_are_made_of():
+    program = (
+        "from collections import Counter\ndef f(x): return [Counter('aab'), map(str, [1, 2]), (i for i in [3])][x]\n"
+    )
+    tests = "assert f(0) == {'a': 2, 'b': 1}\nassert list(f(1)) == ['1', '2']\nassert tuple(f(2)) == (3,)"
+    assert run_tests(program, tests).reason == "passed"
+
+
+def test_an_exception_of_the_program_is_caught_by_tests_that_expect_it():
+    tests = "try:\n    f(1)\nexcept ValueError:\n    caught = True\nassert caught"
+    assert run_tests("import json\ndef f(x): return json.loads('{')\n", tests).passed
+    assert not run_tests("def f(x): raise KeyError\n", tests).passed
+
+
+# --- walls -------------------------------------------------------------------------------------------------
+
+SECRET = "open({path!r}).read()"
+LEAKS = {
+    "in an exception": f"raise ValueError({SECRET})",
+    "in an exception's name": f"raise type('E' + {SECRET}, (ValueError,), {{{{}}}})",
+    "in a refused event": f"import sys\nsys.audit('os.system.' + {SECRET})",
+    "in a result": f"def f(x): return {SECRET}",
+}
+
+
+@pytest.mark.parametrize("how", LEAKS)
+def test_no_reason_carries_what_a_program_has_read(how, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2")
+    reason = run_tests(LEAKS[how].format(path=str(secret))).reason
+    assert "hunter2" not in reason
+    assert "PermissionError" in reason, "it could not be read to begin with"
+    assert "Linux" not in run_tests("def f(x): raise ValueError(open('/proc/version').read())").reason
+
+
+HOOK_OFF = (
+    "import sys, os, types\n"
+    "for module in [*sys.modules.values()]:\n"
+    "    for name in ('REFUSED', 'CONFINED', 'HIDDEN', 'ALLOWED', 'NAMED'):\n"
+    "        if hasattr(module, name): setattr(module, name, ())\n"
+    "import __main__\n__main__.REFUSED = ()\nos.path.realpath = lambda p: os.getcwd()\n"
+    "def tried(action):\n    try: action()\n    except OSError: pass\n    else: raise SystemExit\n"
+)
+INTRUSIONS = {
+    "a mode by descriptor": "d = os.open({path!r}, os.O_RDONLY); os.fchmod(d, 0)",
+    "an owner by descriptor": "d = os.open({path!r}, os.O_RDONLY); os.fchown(d, 1, 1)",
+    "a mode by folder": "d = os.open({folder!r}, os.O_RDONLY); os.chmod({name!r}, 0, dir_fd=d)",
+    "times": "os.utime({path!r}, (1, 1))",
+    "times by folder": "d = os.open({folder!r}, os.O_RDONLY); os.utime({name!r}, (1, 1), dir_fd=d)",
+    "an attribute": "os.setxattr({path!r}, 'user.x', b'1')",
+    "priority": "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+    "own priority": "os.nice(5)",
+    "affinity": "os.sched_setaffinity(os.getppid(), [0])",
+    "a signal": "os.kill(os.getppid(), 10)",
+    "a group's signal": "os.killpg(0, 10)",
+    "a signal by descriptor": "import signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 10)",
+    "an environment": "open('/proc/%d/environ' % os.getppid()).read()",
+    "a scheduler": "os.sched_setscheduler(os.getppid(), os.SCHED_BATCH, os.sched_param(0))",
+    "a host's name": "import socket; socket.sethostname('x')",
+    "a hidden file": "os.memfd_create('x')",
+    "a file emptied by reading": "os.open('/etc/hosts', os.O_RDONLY | os.O_TRUNC)",
+}
+
+
+@pytest.mark.skipif(walls.missing() is not None, reason="this system lacks a wall")
+@pytest.mark.parametrize("what", INTRUSIONS)
+def test_nothing_outside_changes_even_if_the_hook_is_deceived(what, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    before = precious.stat()
+    code = INTRUSIONS[what].format(path=str(precious), folder=str(tmp_path), name="precious")
+    outcome = run_tests(f"{HOOK_OFF}{code}\n")
+    assert not outcome.passed
+    assert outcome.reason.startswith(("program failed: PermissionError", "program failed: OSError")), outcome.reason
+    after = precious.stat()
+    assert (after.st_mode, after.st_uid, after.st_mtime) == (before.st_mode, before.st_uid, before.st_mtime)
+
+
+FILLS = {
+    "many files": "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(b'x' * 2**20)\n",
+    "many folders": "import os\ni = 0\nwhile True:\n    i += 1\n    os.mkdir(str(i))\n",
+}
+
+
+@pytest.mark.parametrize("how", FILLS)
+def test_all_that_a_program_writes_together_is_limited(how):
+    assert judge([FILLS[how]], seconds=20)[0].reason.startswith("disk limit: more than 32 MiB or 1000 files")
+
+
+def test_a_server_that_is_killed_loses_no_other_verdict(monkeypatch):
+    """As a system does that runs out of memory; a program cannot."""
+    began: list[subprocess.Popen] = []
+    start = subprocess.Popen
+
+    def popen(*arguments, **options):
+        began.append(start(*arguments, **options))
+        return began[-1]
+
+    judged_one = run._judge
+
+    def judge_one(server, tests, one, *limits):
+        if "doomed" in one.program:
+            server.kill()
+        return judged_one(server, tests, one, *limits)
+
+    monkeypatch.setattr("subprocess.Popen", popen)
+    monkeypatch.setattr(run, "_judge", judge_one)
+    outcomes = judge([RIGHT, RIGHT + "# doomed\n", RIGHT, RIGHT, "def f(x): return x\n"])
+    assert [outcome.passed for outcome in outcomes] == [True, False, True, True, False]
+    assert outcomes[1].reason == "crashed: 2 times, the sandbox ended with the program"
+    assert all(server.poll() is not None for server in began)
+
+
+def test_without_walls_nothing_runs_unless_the_caller_insists(monkeypatch):
+    start = run.START.replace(
+        "main()", "server = sys.modules[main.__module__]; server.walls.missing = lambda: 'none'; main()"
+    )
+    monkeypatch.setattr(run, "START", start)
+    with pytest.raises(Refused, match=r"cannot be confined here: none\. .*--without-kernel-walls"):
+        run_tests(RIGHT)
+    with run.without_kernel_walls():
+        assert run_tests(RIGHT).passed
+        assert not run_tests("import os\nos.system('true')\n" + RIGHT).passed
+    with pytest.raises(Refused):
+        run_tests(RIGHT)
+
 
 BARE = """
 import os, sys
-sys.path.insert(0, {suites!r})
-import sandbox_worker, socket, threading
-sandbox_worker.kernel_walls().put_up({folder!r})
+sys.path.insert(0, {root!r})
+import socket, threading
+from suites.scoring.sandbox import walls
+walls.Walls({folder!r}).put_up()
 def refused(action):
     try:
         action()
@@ -194,38 +478,38 @@ def refused(action):
     return False
 print(refused(socket.socket), refused(os.fork), refused(lambda: os.kill(os.getppid(), 0)),
       refused(lambda: os.execv("/bin/true", ["true"])), refused(lambda: open({outside!r}, "w")),
-      refused(lambda: os.remove({outside!r})), refused(lambda: open({inside!r}, "w")))
+      refused(lambda: os.remove({outside!r})), refused(lambda: open({outside!r})),
+      refused(lambda: open({inside!r}, "w")))
 thread = threading.Thread(target=print, args=("thread",))
 thread.start()
 thread.join()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux has these walls")
+@pytest.mark.skipif(walls.missing() is not None, reason="this system lacks a wall")
 def test_the_kernel_refuses_what_the_hook_refuses(tmp_path):
     (tmp_path / "in").mkdir()
     outside = tmp_path / "precious"
     outside.write_text("kept")
     script = BARE.format(
-        suites=str(Path(sandbox_worker.__file__).parent),
+        root=str(run.ROOT),
         folder=str(tmp_path / "in"),
         outside=str(outside),
         inside=str(tmp_path / "in" / "mine"),
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    calls, files = _offered()
-    expected = [calls] * 4 + [files] * 2 + [False]
-    assert done.stdout.split() == [*map(str, expected), "thread"], done.stderr
-    assert outside.read_text() == "kept" or not files
+    assert done.stdout.split() == [*["True"] * 7, "False", "thread"], done.stderr
+    assert outside.read_text() == "kept"
 
 
-def _offered() -> tuple[bool, bool]:
-    """Whether this kernel has seccomp filters for this machine, and Landlock."""
-    actions = Path("/proc/sys/kernel/seccomp/actions_avail")
-    listed = Path("/sys/kernel/security/lsm")
-    landlock = listed.is_file() and "landlock" in listed.read_text()
-    if not listed.is_file():
-        import ctypes
+@pytest.mark.parametrize("machine", walls.MACHINES)
+def test_the_filter_of_calls_is_a_program_that_always_ends_in_a_verdict(machine):
+    code = [struct.unpack("<HBBI", row) for row in batched(walls.call_filter(machine), 8)]
+    jumps = [(at, at + 1 + max(row[1], row[2])) for at, row in enumerate(code) if row[0] & 7 == 5]
+    assert all(target < len(code) for _, target in jumps)
+    assert code[-1][0] == 0x06
+    assert walls.call_filter("riscv64") is None
 
-        landlock = ctypes.CDLL(None).syscall(sandbox_worker.LANDLOCK_CREATE, None, 0, 1) >= 1
-    return actions.is_file() and os.uname().machine in sandbox_worker.CALLS, landlock
+
+def batched(data: bytes, size: int) -> list[bytes]:
+    return [data[first : first + size] for first in range(0, len(data), size)]

@@ -1,0 +1,94 @@
+"""Messages between two processes that do not trust each other: plain values as JSON, with their lengths before them.
+
+Plain are None, truth values, numbers, text, bytes and the built-in collections of them. An instance of a subclass
+arrives as the built-in it is made of, an iterator as an iterator over the values it gave, everything else is refused:
+what arrives has no methods but those of the receiver's own interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+LENGTH = struct.Struct(">I")
+MOST_GIVEN = 100_000  # by an iterator
+COLLECTIONS: dict[str, type] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+
+
+def encoded(value: Any) -> Any:
+    """Return a plain value as something that JSON holds exactly. Raise TypeError for another."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return ["int", hex(value)]
+    if isinstance(value, float):
+        return ["float", float.hex(value)]
+    if isinstance(value, complex):
+        return ["complex", float.hex(value.real), float.hex(value.imag)]
+    if isinstance(value, bytes):
+        return ["bytes", value.hex()]
+    if isinstance(value, dict):
+        return ["dict", [[encoded(key), encoded(item)] for key, item in value.items()]]
+    if isinstance(value, range):
+        return ["range", *(hex(number) for number in (value.start, value.stop, value.step))]
+    for name, kind in COLLECTIONS.items():
+        if isinstance(value, kind):
+            return [name, [encoded(item) for item in value]]
+    if isinstance(value, Iterator):
+        return ["iterator", [encoded(item) for item in islice(value, MOST_GIVEN)]]
+    raise TypeError(f"a value of type {type(value).__name__} is not plain")
+
+
+def decoded(code: Any) -> Any:
+    """Return the value that `encoded` made `code` of. Raise ValueError for anything else."""
+    if code is None or isinstance(code, bool | str):
+        return code
+    try:
+        kind, *parts = code
+        if kind == "int":
+            return int(*parts, 16)
+        if kind == "float":
+            return float.fromhex(*parts)
+        if kind == "complex":
+            return complex(*map(float.fromhex, parts))
+        if kind == "bytes":
+            return bytes.fromhex(*parts)
+        if kind == "range":
+            return range(*(int(part, 16) for part in parts))
+        [items] = parts
+        if kind == "dict":
+            return {decoded(key): decoded(item) for key, item in items}
+        values = [decoded(item) for item in items]
+        return iter(values) if kind == "iterator" else COLLECTIONS[kind](values)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ValueError("no plain value was sent") from error
+
+
+def send(pipe: int, message: Any) -> None:
+    """Write one message, anything that JSON holds, to a pipe."""
+    body = json.dumps(message).encode()
+    data = memoryview(LENGTH.pack(len(body)) + body)
+    while data:
+        data = data[os.write(pipe, data) :]
+
+
+def receive(pipe: int, most: int) -> Any:
+    """Return the next message of a pipe. Raise EOFError at its end, ValueError for over `most` bytes or no JSON."""
+    (length,) = LENGTH.unpack(_exactly(pipe, LENGTH.size))
+    if length > most:
+        raise ValueError(f"a message of {length} bytes was sent, and {most} are allowed")
+    return json.loads(_exactly(pipe, length))
+
+
+def _exactly(pipe: int, nbytes: int) -> bytes:
+    found = bytearray()
+    while len(found) < nbytes:
+        part = os.read(pipe, nbytes - len(found))
+        if not part:
+            raise EOFError
+        found += part
+    return bytes(found)
