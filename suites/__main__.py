@@ -18,6 +18,7 @@ from suites.plan.preset import presets, read_preset
 from suites.record import LATEST, VIRTUAL, RunFolder
 from suites.run.executors import cluster, here
 from suites.run.runner import DiskFull, describe, execute, locked
+from suites.scoring.sandbox.run import walls_optional
 from suites.synthetic import plan
 
 
@@ -58,6 +59,11 @@ def parser() -> Parser:
             choices=sorted(LINKS),
             help="of the preset shapes: another link than its own, to try it without a GPU",
         )
+        sub.add_argument(
+            "--without-kernel-walls",
+            action="store_true",
+            help="run what a model wrote also where the kernel lacks Landlock or seccomp, which confine it on Linux",
+        )
         if verb != "plan":
             sub.add_argument(
                 "--run-generated-code",
@@ -93,6 +99,7 @@ def main() -> int:
             return profile.run(options)
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)
         chosen = preset.only(options.only)
+        walls_optional.set(options.without_kernel_walls)
         run = RunFolder((options.out or Path("runs") / preset.name).absolute())
         if options.verb == "plan":
             console.print(answer(chosen), describe(chosen, run), sep="\n")

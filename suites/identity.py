@@ -17,6 +17,8 @@ from suites.tasks.files import FOLDER, locate
 HERE = Path(__file__).parent
 ENGINE = ("torch", "transformers", "numpy")  # packages that every result depends on
 VERSIONED = (*ENGINE, "lm-eval")  # and those that a scored result depends on
+SUMS, SHIPPED = "SHA256SUMS", "shipped-tiny"
+SAMPLES, SAMPLE_NBYTES = 64, 2**14
 
 
 @dataclass(frozen=True)
@@ -80,20 +82,51 @@ def code_hash() -> str:
 
 @cache
 def model_hash(model: Model) -> str:
-    """Return the SHA-256 of the checkpoint's list of hashes. Raise Refused for a file that is missing or differs.
+    """Return the SHA-256 of the checkpoint's list of hashes.
 
-    A real checkpoint has no list: of the hub it is its name and revision, in a folder its files' names and sizes.
+    A real checkpoint has no list: of the hub it is its name and revision, in a folder its files' names, sizes and
+    samples. Raise Refused for a file that is missing or differs, and for a model that is called ours and is not.
     """
     if model.hub is not None:
         return bytes_hash(f"{model.hub}@{model.revision}".encode())
-    sums = model.folder / "SHA256SUMS"
     if model.weights == "real" and (model.folder / "config.json").is_file():
-        return digest([(path.name, path.stat().st_size) for path in sorted(model.folder.iterdir()) if path.is_file()])
+        files = sorted(path for path in model.folder.iterdir() if path.is_file())
+        return digest([(path.name, path.stat().st_size, bytes_hash(_samples(path))) for path in files])
+    sums = model.folder / SUMS
     if not sums.is_file():
-        raise Refused(f"Model {model.name} is not in {model.folder}: SHA256SUMS is missing.")
-    for line in sums.read_text().splitlines():
-        expected, name = line.split(maxsplit=1)
+        raise Refused(f"Model {model.name} is not in {model.folder}: {SUMS} is missing.")
+    if model.weights == SHIPPED and not lists_shipped_files(model.folder):
+        raise Refused(
+            f"{model.folder} holds no model that is shipped here, and {model.name} is to be one (weights = "
+            f'"{SHIPPED}"); leave --model {model.name}=FOLDER out, or name another model in a preset of your own, with '
+            'weights = "real".'
+        )
+    listed = {name: expected for expected, name in map(str.split, sums.read_text(encoding="utf-8").splitlines())}
+    for name, expected in listed.items():
         path = model.folder / name
         if not path.is_file() or bytes_hash(path.read_bytes()) != expected:
-            raise Refused(f"{path} is missing or differs from SHA256SUMS; restore it from the repository.")
+            raise Refused(f"{path} is missing or differs from {SUMS}; restore it from the repository.")
+    if strange := {path.name for path in model.folder.iterdir()} - {*listed, SUMS, "README.md"}:
+        raise Refused(f"{model.folder / min(strange)} is not among the files of {SUMS}; take it out.")
     return bytes_hash(sums.read_bytes())
+
+
+@cache
+def lists_shipped_files(folder: Path) -> bool:
+    """Return whether the folder's list of hashes is that of a model in suites/models. Its files are not looked at."""
+    sums = folder / SUMS
+    ours = {path.read_bytes() for path in (HERE / "models").glob(f"*/{SUMS}")}
+    return sums.is_file() and sums.read_bytes() in ours
+
+
+def _samples(path: Path) -> bytes:
+    """Return pieces of a file, evenly spaced: all of a small one, 1 MiB of a large one, which takes minutes to hash."""
+    nbytes = path.stat().st_size
+    with path.open("rb") as file:
+        if nbytes <= SAMPLES * SAMPLE_NBYTES:
+            return file.read()
+        found = []
+        for number in range(SAMPLES):
+            file.seek(number * (nbytes - SAMPLE_NBYTES) // (SAMPLES - 1))
+            found.append(file.read(SAMPLE_NBYTES))
+        return b"".join(found)

@@ -19,9 +19,10 @@ from mobile.links.registry import needs_gpu
 from mobile.machine.host import host
 from mobile.policies.strategy import resolve
 from suites.budget import SHOWN_SHARE, is_memory, replay_setup
-from suites.identity import Model
+from suites.identity import SHIPPED, Model
 from suites.plan.cells import Cell, Generation
 from suites.plan.preset import Preset
+from suites.scoring.sandbox.run import check_walls
 from suites.synthetic import plan
 from suites.tasks.catalogue import PUBLISHED, TASKS
 from suites.tasks.files import remarks
@@ -122,11 +123,13 @@ def answer(preset: Preset) -> str:
 
 def check(preset: Preset, *, run_generated_code: bool) -> None:
     """Raise Refused, in one sentence, for the first thing that this machine or this command line lacks."""
+    if any(TASKS[cell.task].runs_code for cell in preset.scored):
+        check_walls()
     judged = [cell.generation for cell in preset.scored if _runs_foreign_code(cell.generation)]
     if judged and not run_generated_code:
         raise Refused(
-            f"Task {judged[0].task} runs code that {judged[0].model.name} wrote, in a sandbox that stops accidents and "
-            "not attackers; pass --run-generated-code to allow it, or take the task out of the preset."
+            f"Task {judged[0].task} runs code that {judged[0].model.name} wrote, in a sandbox as strong as this machine's "
+            "kernel; pass --run-generated-code to allow it, or take the task out of the preset."
         )
     if any(needs_gpu(cell.link) for cell in preset.live):
         needed = costs(preset)
@@ -138,7 +141,7 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
 
 def _runs_foreign_code(generation: Generation) -> bool:
     """Return whether code is run that is not written by our own models on our own prompts."""
-    ours = generation.task not in PUBLISHED and generation.model.weights == "shipped-tiny"
+    ours = generation.task not in PUBLISHED and generation.model.weights == SHIPPED
     return TASKS[generation.task].runs_code and not ours
 
 

@@ -19,7 +19,7 @@ from mobile.links.registry import LINKS, in_words, needs_gpu
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
-from suites.identity import HERE, Model, model_hash
+from suites.identity import HERE, SHIPPED, Model, lists_shipped_files, model_hash
 from suites.plan.cells import Cell, Generation
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
@@ -152,11 +152,11 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
 
 
 def _placed(model: Model, folders: Mapping[str, Path]) -> Model:
-    """Return the model with the folder that is given for it, if any; one with our recipe is never called real."""
+    """Return the model with the folder that is given for it, if any; one of ours is never called real."""
     if model.name not in folders:
         return model
     folder = folders[model.name].absolute()
-    weights = "shipped-tiny" if (folder / "recipe.json").is_file() else model.weights
+    weights = SHIPPED if lists_shipped_files(folder) else model.weights
     return replace(model, path=str(folder), hub=None, revision=None, weights=weights)
 
 

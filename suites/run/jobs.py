@@ -17,6 +17,7 @@ from typing import Any, cast
 from suites.record import VIRTUAL, Finished, RunFolder
 from suites.run.work import Work, batches
 from suites.run.worker import LOG_TAIL_CHARACTERS, ending
+from suites.scoring.sandbox.run import walls_optional
 
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -53,7 +54,13 @@ def _job(batch: Sequence[Work], run: RunFolder) -> Job:
     first, labels = batch[0], {piece.id: piece.label for piece in batch}
     fields = [asdict(cast(Any, piece)) for piece in batch]
     return Job(
-        spec={"run": str(run.path), "kind": first.kind, "ids": list(labels), "pieces": fields},
+        spec={
+            "run": str(run.path),
+            "kind": first.kind,
+            "ids": list(labels),
+            "pieces": fields,
+            "walls_optional": walls_optional.get(),
+        },
         labels=labels,
         log=run.log(f"{first.kind}-{first.id}"),
         needs=first.needs(run),

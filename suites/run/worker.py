@@ -24,6 +24,7 @@ from typing import Any
 
 from suites.record import Finished, RunFolder, sound
 from suites.run.work import KINDS, Work
+from suites.scoring.sandbox.run import walls_optional
 
 LOG_TAIL_CHARACTERS = 4000  # of a log, that a failure keeps
 NOT_AS_PLANNED = (
@@ -125,6 +126,7 @@ def main() -> None:
     os.dup2(2, 1)  # from here on, whatever a library prints goes to the log
     run = RunFolder(Path(job["run"]))
     pieces = [KINDS[job["kind"]].read(fields) for fields in job["pieces"]]
+    walls_optional.set(job["walls_optional"])
     measure = measuring(pieces, run)
     for name, piece in zip(job["ids"], pieces, strict=True):
         if piece.id != name:

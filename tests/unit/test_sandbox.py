@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from contextvars import ContextVar
 
 import pytest
 from hypothesis import given, settings
@@ -450,18 +451,16 @@ def test_a_server_that_is_killed_loses_no_other_verdict(monkeypatch):
     assert all(server.poll() is not None for server in began)
 
 
-def test_without_walls_nothing_runs_unless_the_caller_insists(monkeypatch):
+def test_without_walls_nothing_runs_unless_they_are_optional(monkeypatch):
     start = run.START.replace(
         "main()", "server = sys.modules[main.__module__]; server.walls.missing = lambda: 'none'; main()"
     )
     monkeypatch.setattr(run, "START", start)
     with pytest.raises(Refused, match=r"cannot be confined here: none\. .*--without-kernel-walls"):
         run_tests(RIGHT)
-    with run.without_kernel_walls():
-        assert run_tests(RIGHT).passed
-        assert not run_tests("import os\nos.system('true')\n" + RIGHT).passed
-    with pytest.raises(Refused):
-        run_tests(RIGHT)
+    monkeypatch.setattr(run, "walls_optional", ContextVar("walls_optional", default=True))
+    assert run_tests(RIGHT).passed
+    assert not run_tests("import os\nos.system('true')\n" + RIGHT).passed
 
 
 BARE = """

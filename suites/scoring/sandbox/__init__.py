@@ -9,8 +9,8 @@ A program may compute, import the standard library and read its files. It gets a
 folder of its own. It may not read or write elsewhere, open a socket, start or signal a process, change the modes,
 owners or times of files, or use more than its processor time, memory and disk. Its output goes nowhere.
 
-Two guards stand behind each other: the kernel's own Landlock and seccomp (`walls`), without which nothing is run unless
-the caller insists, and an audit hook in the child's interpreter, which a determined program can deceive. What they do
-not prevent: a program learns how many processors, how much memory and which kernel the machine has, and it slows down
-what runs beside it until its processor time is up; and there may be faults in the kernel.
+Two guards stand behind each other: the kernel's own Landlock and seccomp (`walls`), without which nothing is run
+unless the user says that it may, and an audit hook in the child's interpreter, which a determined program can deceive.
+What they do not prevent: a program learns how many processors, how much memory and which kernel the machine has; it
+slows down what runs beside it until its processor time is up; and the kernel may have faults.
 """

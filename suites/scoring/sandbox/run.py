@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mobile.errors import Refused
+from suites.scoring.sandbox import walls
 from suites.scoring.sandbox.tester import PASSED
 from suites.scoring.sandbox.values import send
 
@@ -25,7 +26,8 @@ START = (
 )
 TRIES = 2  # a server that was killed beside a program, as by a system short of memory, gets another try
 
-_bare: ContextVar[bool] = ContextVar("bare", default=False)
+# Whether programs may run where the kernel has no walls: then only Python's own hook and limits hold them.
+walls_optional: ContextVar[bool] = ContextVar("walls_optional", default=False)
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,17 @@ class Outcome:
     reason: str
 
 
-@contextmanager
-def without_kernel_walls() -> Iterator[None]:
-    """Let programs run also where the kernel has no walls for them: then only Python's own hook and limits hold."""
-    token = _bare.set(True)
-    try:
-        yield
-    finally:
-        _bare.reset(token)
+def check_walls() -> None:
+    """Raise Refused if the kernel of this machine lacks a wall, unless `walls_optional` is set."""
+    _refuse_without_walls(None if walls_optional.get() else walls.missing())
+
+
+def _refuse_without_walls(lacks: str | None) -> None:
+    if lacks is not None:
+        raise Refused(
+            f"Written programs cannot be confined here: {lacks}. Leave the code tasks out, or allow them to run "
+            "all the same with --without-kernel-walls, if nothing on this machine needs protection."
+        )
 
 
 def run_tests(submission: Submission, seconds: int = 3, memory_mb: int = 256) -> Outcome:
@@ -70,7 +75,7 @@ def run_all(submissions: Sequence[Submission], seconds: int = 3, memory_mb: int 
     `seconds` are of processor time, for the program and for its tests, so that a busy machine changes no outcome; four
     times as many may pass on the clock. `memory_mb` is address space of each process, the interpreter's 30 MB included.
     Hashes and `random` are seeded: the same program has the same outcome. Raise SyntaxError for tests that do not
-    compile, Refused where there is no fork, or where the kernel lacks a wall (unless within `without_kernel_walls`).
+    compile, Refused where there is no fork, or where the kernel lacks a wall (unless `walls_optional` is set).
     """
     if os.name != "posix":
         raise Refused("Running generated code needs a Unix (it forks and sets limits); leave the code tasks out.")
@@ -114,10 +119,9 @@ def _server() -> Iterator[tuple[subprocess.Popen, int]]:
     """Yield a server that is ready, and the pipe that brings it tests. Raise Refused if the kernel lacks a wall."""
     reads, writes = os.pipe()
     with TemporaryDirectory(prefix="sandbox-") as folder:
-        bare = "yes" if _bare.get() else "no"
-        command = [sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", START, str(ROOT), folder, str(reads), bare]
+        arguments = [str(ROOT), folder, str(reads), "yes" if walls_optional.get() else "no"]
         server = subprocess.Popen(
-            command,
+            [sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", START, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -128,12 +132,7 @@ def _server() -> Iterator[tuple[subprocess.Popen, int]]:
         )
         os.close(reads)
         try:
-            lacks = _answer(server)["lacks"]
-            if lacks is not None:
-                raise Refused(
-                    f"Written programs cannot be confined here: {lacks}. Leave the code tasks out, or allow that they "
-                    "run with --without-kernel-walls, if nothing on this machine is worth protecting."
-                )
+            _refuse_without_walls(_answer(server)["lacks"])
             yield server, writes
         finally:
             os.close(writes)

@@ -210,10 +210,10 @@ def _why(status: int | None, seconds: int) -> str:
 
 
 def main() -> None:
-    """Judge the jobs on standard input. Arguments: a folder, the number of the pipe of tests, "yes" without walls."""
-    folder, tests, bare = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "yes"
+    """Judge the jobs on standard input. Arguments: a folder, the tests' pipe, and "yes" if walls may be missing."""
+    folder, tests, walls_optional = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "yes"
     lacks = walls.missing()
-    if lacks is not None and not bare:
+    if lacks is not None and not walls_optional:
         print(json.dumps({"lacks": lacks}), flush=True)
         return
     around = None if lacks is not None else walls.Walls(folder)
