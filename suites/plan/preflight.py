@@ -128,8 +128,8 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
     judged = [cell.generation for cell in preset.scored if _runs_foreign_code(cell.generation)]
     if judged and not run_generated_code:
         raise Refused(
-            f"Task {judged[0].task} runs code that {judged[0].model.name} wrote, in a sandbox as strong as this machine's "
-            "kernel; pass --run-generated-code to allow it, or take the task out of the preset."
+            f"Task {judged[0].task} runs code that {judged[0].model.name} wrote, in a sandbox as strong as this "
+            "machine's kernel; pass --run-generated-code to allow it, or take the task out of the preset."
         )
     if any(needs_gpu(cell.link) for cell in preset.live):
         needed = costs(preset)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 ALLOWED = frozenset(
     "compile exec import marshal.loads marshal.load marshal.dumps pickle.find_class array.__new__ mmap.__new__ "
@@ -53,8 +54,8 @@ def put_on(folder: str) -> Callable[[], str | None]:
     allowed, confined, hidden, writing, no_folder = ALLOWED, dict(CONFINED), HIDDEN, WRITING, -1
     last: list[str] = []
 
-    def inside(path: object) -> bool:
-        return isinstance(path, int) or (real(text(path)) + os.sep).startswith(prefix)  # type: ignore[call-overload]
+    def inside(path: Any) -> bool:
+        return isinstance(path, int) or (real(text(path)) + os.sep).startswith(prefix)
 
     def allows(event: str, args: tuple) -> bool:
         if event == "open":

@@ -16,7 +16,7 @@ from typing import Any
 
 LENGTH = struct.Struct(">I")
 MOST_GIVEN = 100_000  # by an iterator
-COLLECTIONS: dict[str, type] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+COLLECTIONS: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 
 
 def encoded(value: Any) -> Any:
@@ -50,7 +50,7 @@ def decoded(code: Any) -> Any:
     try:
         kind, *parts = code
         if kind == "int":
-            return int(*parts, 16)
+            return int(parts[0], 16)
         if kind == "float":
             return float.fromhex(*parts)
         if kind == "complex":
@@ -64,7 +64,7 @@ def decoded(code: Any) -> Any:
             return {decoded(key): decoded(item) for key, item in items}
         values = [decoded(item) for item in items]
         return iter(values) if kind == "iterator" else COLLECTIONS[kind](values)
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise ValueError("no plain value was sent") from error
 
 
