@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
@@ -125,7 +125,12 @@ def application(name: str, model: Any, tokenizer: Any, hosts: Any = None) -> Any
             finally:
                 generations.leave(self._request_id)
 
-    app, manager = FastAPI(title="mobile", openapi_url=None), OneModelManager()
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        yield
+        await generations.ended(SECONDS_TO_FINISH)
+
+    app, manager = FastAPI(title="mobile", openapi_url=None, lifespan=lifespan), OneModelManager()
     generations = Generations(reader.positions)
     state = OneModel(generations)
     manager.force_model = name  # given to the constructor, Transformers would load it
@@ -140,13 +145,16 @@ def application(name: str, model: Any, tokenizer: Any, hosts: Any = None) -> Any
             request_id = str(uuid4())
             try:
                 checked = bodies.checked(kind, body, reader.vocabulary, reader.positions)
+                if checked.get("model", name) != name:
+                    raise Refused(f"This server has one model, {name}; name this one, or leave model out.")
                 answered = await _while_connected(request, handler.handle_request(checked, request_id))
             except Refused as refused:
                 raise HTTPException(400, str(refused)) from refused
             except ValueError as error:
-                if body.get("generation_config") is None:
+                given = [field for field in ("generation_config", "stop") if checked.get(field)]
+                if not given:
                     raise
-                raise HTTPException(400, f"This generation_config cannot be used: {one_line(error)}.") from error
+                raise HTTPException(400, f"This {given[0]} cannot be used: {one_line(error)}.") from error
             if answered is None:
                 return Response(status_code=LEFT)
             if isinstance(answered, StreamingResponse):

@@ -1,9 +1,9 @@
 """Requests that are turned away before their body is read, and the reading of the body, which has a limit, too.
 
 A page of another site can make a browser on this machine send requests here: under its own name that it points at
-this machine (DNS rebinding), which the header Host tells, or openly, which Origin tells. It could not read most answers,
-but it would occupy the model. A client that opens connections and never sends a whole header is not kept out; where
-strangers can connect, a proxy in front of the server does that.
+this machine (DNS rebinding), which the header Host tells, or openly, which Origin tells. The second cannot read the
+answers, but it would occupy the model. A client that opens connections and never sends a whole header is not kept out;
+where strangers can connect, a proxy in front of the server does that.
 """
 
 from __future__ import annotations
@@ -84,10 +84,20 @@ class Admission:
         if answer is not None:
             await answer(scope, receive, send)
             return
+        begun = False
+
+        async def sending(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         counts = scope["method"] == "POST"
         self._at_once += counts
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, sending)
+        except asyncio.CancelledError:  # the server ends
+            if not begun:
+                await _detail(503, "The server has ended before the answer was there.")(scope, receive, send)
         finally:
             self._at_once -= counts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from transformers.cli.serving.utils import GenerateManager, GenerationState
@@ -61,6 +62,11 @@ class Generations(GenerateManager):
             client.left = True
             generating.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             raise
+
+    async def ended(self, seconds: float) -> None:
+        """Wait until none is at work, or that many seconds: a thread in torch must not outlive the process."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.async_submit(lambda: None), seconds)
 
     def leave(self, request_id: str) -> None:
         """End the stream of a request, if it is not at its end."""
