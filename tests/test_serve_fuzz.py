@@ -113,7 +113,7 @@ def inner(body: Any, rng: random.Random) -> Any:
 def mutated(body: Any, rng: random.Random) -> Any:
     """Return the body with one to three fields changed, added or dropped."""
     body = json.loads(json.dumps(body))
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         return body | dict(rng.sample(sorted(HARMLESS.items()), 2))
     for _ in range(rng.randint(1, 3)):
         place = inner(body, rng)
@@ -138,7 +138,7 @@ def a_request(rng: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     path, body = rng.choice(SEEDS)
     content = json.dumps(mutated(body, rng)).encode()
     method, headers = "POST", {"Content-Type": "application/json"}
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         content = broken(content, rng)
     if rng.random() < 0.05:
         kind = rng.choice(["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", ""])

@@ -66,7 +66,7 @@ class Generations(GenerateManager):
     async def ended(self, seconds: float) -> None:
         """Wait until none is at work, or that many seconds: a thread in torch must not outlive the process."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.async_submit(lambda: None), seconds)
+            await asyncio.to_thread(self.submit(lambda: None).result, seconds)
 
     def leave(self, request_id: str) -> None:
         """End the stream of a request, if it is not at its end."""
