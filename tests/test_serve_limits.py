@@ -9,11 +9,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import mobile
 from mobile.cli import main
@@ -224,6 +225,28 @@ def test_an_answer_ends_where_the_positions_of_the_model_do(app, limit):
     assert usage["total_tokens"] == POSITIONS + 1  # the last one is read by nobody
 
 
+@pytest.mark.parametrize(
+    "written", ["not json", '{"name": "f"}', "[1]", "5", "null", '{"name": 5, "arguments": {}}', '{"name": "f", "argu']
+)
+def test_a_tool_call_that_the_model_writes_wrong_is_its_text(written):
+    from transformers.cli.serving.utils import parse_assistant_message
+
+    from mobile.cli.serve import _CheckedTokenizer
+    from mobile.cli.terminal.reader import Reader
+
+    folder = MODEL.parent / "qwen3-moe-tiny"
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    ids = tokenizer(f"<tool_call>{written}</tool_call>", return_tensors="pt")["input_ids"]
+    checked = _CheckedTokenizer(Reader("tiny", tokenizer, True, config))
+    prompt = tokenizer("Q: ", return_tensors="pt")["input_ids"]
+    model = SimpleNamespace(config=config)
+    content, reasoning, calls = parse_assistant_message(checked, model, ids[0], prompt)
+    assert (content, reasoning, calls) == (tokenizer.decode(ids[0], skip_special_tokens=True), None, None)
+    right = tokenizer('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', return_tensors="pt")["input_ids"]
+    parsed = parse_assistant_message(checked, model, right[0], prompt)[2]
+    assert [(call.name, call.arguments) for call in parsed] == [("f", '{"a": 1}')]
+
+
 # --- hosts, pages, sizes, numbers -------------------------------------------------------------------
 
 OWN = ["localhost", "LocalHost:8000", "127.0.0.1", "[::1]:8000"]
@@ -290,15 +313,15 @@ def test_an_allowed_host_that_is_no_name_is_refused_before_anything_is_loaded(ca
 def test_a_body_that_is_too_long_is_refused_by_its_length_or_while_it_comes(app):
     sent = 0
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def long() -> AsyncIterator[bytes]:
         nonlocal sent
-        while True:
+        for _ in range(16):
             sent += 2**20
             yield b" " * 2**20
 
     answers = [
         post(app, COMPLETIONS, b" " * (4 * 2**20) + b"{}"),
-        run(app, lambda client: client.post(COMPLETIONS, content=endless(), headers=JSON)),
+        run(app, lambda client: client.post(COMPLETIONS, content=long(), headers=JSON)),
         post(app, COMPLETIONS, PROMPT, **{"content-length": "9" * 30}),
     ]
     assert [answer.status_code for answer in answers] == [413] * 3

@@ -57,6 +57,18 @@ class _CheckedTokenizer:
         self._short_enough(arguments[0])
         return self._reader.checked(lambda: self._reader.tokenizer(*arguments, **options), by="tokenizer")
 
+    def parse_response(self, ids: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Return an answer's parts; all of it as its content where the model wrote a tool call that is none."""
+        whole = {"content": self._reader.tokenizer.decode(ids, skip_special_tokens=True)}
+        try:
+            parts: dict[str, Any] = self._reader.tokenizer.parse_response(ids, *arguments, **options)
+            called = [
+                (call["function"]["name"], call["function"]["arguments"]) for call in parts.get("tool_calls") or ()
+            ]
+        except (ValueError, KeyError, TypeError):
+            return whole
+        return parts if all(isinstance(name, str) for name, _ in called) else whole
+
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
         rendered = self._reader.tokenizer.apply_chat_template
 
@@ -112,19 +124,6 @@ def application(name: str, model: Any, tokenizer: Any, hosts: Any = None) -> Any
         def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
             return model, checked_tokenizer
 
-    class Streamed(Response):
-        """A stream, which ends with its client, even one that leaves before the first event."""
-
-        def __init__(self, events: Any, request_id: str) -> None:
-            super().__init__()
-            self._events, self._request_id = events, request_id
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            try:
-                await self._events(scope, receive, send)
-            finally:
-                generations.leave(self._request_id)
-
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         yield
@@ -142,12 +141,11 @@ def application(name: str, model: Any, tokenizer: Any, hosts: Any = None) -> Any
                 raise HTTPException(400, f"The tokenizer of {name} has no chat template; use /v1/completions.")
             if body.get("stream", kind is bodies.Response) and not hasattr(tokenizer, "_tokenizer"):
                 raise HTTPException(400, f"The tokenizer of {name} cannot write text as it comes; leave stream out.")
-            request_id = str(uuid4())
             try:
                 checked = bodies.checked(kind, body, reader.vocabulary, reader.positions)
                 if checked.get("model", name) != name:
                     raise Refused(f"This server has one model, {name}; name this one, or leave model out.")
-                answered = await _while_connected(request, handler.handle_request(checked, request_id))
+                answered = await _while_connected(request, handler.handle_request(checked, str(uuid4())))
             except Refused as refused:
                 raise HTTPException(400, str(refused)) from refused
             except ValueError as error:
@@ -159,7 +157,6 @@ def application(name: str, model: Any, tokenizer: Any, hosts: Any = None) -> Any
                 return Response(status_code=LEFT)
             if isinstance(answered, StreamingResponse):
                 answered.body_iterator = _ended(answered.body_iterator)
-                return Streamed(answered, request_id)
             return answered
 
         app.add_route(path, route, methods=["POST"])

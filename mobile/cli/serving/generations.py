@@ -35,16 +35,13 @@ class Generations(GenerateManager):
     def __init__(self, positions: int | None) -> None:
         super().__init__()
         self._positions = positions
-        self._streamers: dict[str, Any] = {}
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any
     ) -> Any:
-        """Return the queue of the text that comes, and its streamer, which `leave` cancels."""
+        """Return the queue of the text that comes, and its streamer, which the handler cancels if the client leaves."""
         self._shorten(inputs, gen_config)
-        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, **options)
-        self._streamers[request_id] = streamer
-        return queue, streamer
+        return super().generate_streaming(model, processor, inputs, gen_config, request_id, **options)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any
@@ -67,11 +64,6 @@ class Generations(GenerateManager):
         """Wait until none is at work, or that many seconds: a thread in torch must not outlive the process."""
         with suppress(TimeoutError):
             await asyncio.to_thread(self.submit(lambda: None).result, seconds)
-
-    def leave(self, request_id: str) -> None:
-        """End the stream of a request, if it is not at its end."""
-        if (streamer := self._streamers.pop(request_id, None)) is not None:
-            streamer.cancel()
 
     def _shorten(self, inputs: Any, gen_config: Any) -> None:
         """Lower the number of new tokens to those for which the model has positions; the last one needs none."""
