@@ -23,7 +23,7 @@ MODEL = Path(__file__).parent.parent / "suites/models/olmoe-tiny"
 TEMPLATE = (
     "{% for m in messages %}{{ m.content }}{{ m.tool_calls or '' }}{% endfor %}{{ tools or '' }}{{ extra or '' }}"
 )
-POSITIONS = 40  # so that no answer is long
+POSITIONS = 24  # so that no answer is long
 REQUESTS = 1000
 PLAIN = ("/v1/completions", {"prompt": "Q: not True is\nA:", "max_tokens": 4, "temperature": 0})
 USER = {"role": "user", "content": "Q: not"}

@@ -37,21 +37,21 @@ class Generations(GenerateManager):
         self._positions = positions
 
     def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, *more: Any, **options: Any
     ) -> Any:
         """Return the queue of the text that comes, and its streamer, which the handler cancels if the client leaves."""
         self._shorten(inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, request_id, **options)
+        return super().generate_streaming(model, processor, inputs, gen_config, request_id, *more, **options)
 
     async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, *more: Any, **options: Any
     ) -> Any:
         """Return text, prompt tokens and new ids. Cancelled, end generate() at its next token."""
         self._shorten(inputs, gen_config)
         client = _UntilItLeaves()
         given = {**inputs, "streamer": client}
         generating = asyncio.ensure_future(
-            super().generate_non_streaming(model, processor, given, gen_config, request_id, **options)
+            super().generate_non_streaming(model, processor, given, gen_config, request_id, *more, **options)
         )
         try:
             return await asyncio.shield(generating)  # what generates tells its future how it ended, cancelled or not
