@@ -356,9 +356,9 @@ def test_a_body_that_does_not_come_is_given_up_and_more_requests_than_can_wait_a
 # --- clients that leave -----------------------------------------------------------------------------
 
 
-async def leave(app: Any, body: dict[str, Any], left: asyncio.Event) -> list[Any]:
-    """Send a request whose client leaves when `left` is set; return what the server sent."""
-    received = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+async def leave(app: Any, body: dict[str, Any], left: asyncio.Event, *, whole: bool = True) -> list[Any]:
+    """Send a request, `whole` or not, whose client leaves when `left` is set; return what the server sent."""
+    received = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": not whole}])
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -402,6 +402,12 @@ def test_what_generates_stops_when_the_client_leaves_and_does_not_start_if_it_le
     assert first - before < 60  # one may have begun; eight would be 480
     run(app, left_within)
     assert model.mobile.stats()["tokens"] - first < 60
+
+
+def test_a_client_that_leaves_within_its_body_raises_nothing(app):
+    gone = asyncio.Event()
+    gone.set()
+    assert asyncio.run(leave(app, PROMPT, gone, whole=False))[0]["status"] == 400
 
 
 def test_the_server_ends_after_what_generates(app, monkeypatch):

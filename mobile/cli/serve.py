@@ -62,12 +62,11 @@ class _CheckedTokenizer:
         whole = {"content": self._reader.tokenizer.decode(ids, skip_special_tokens=True)}
         try:
             parts: dict[str, Any] = self._reader.tokenizer.parse_response(ids, *arguments, **options)
-            called = [
-                (call["function"]["name"], call["function"]["arguments"]) for call in parts.get("tool_calls") or ()
-            ]
+            called = [call["function"] for call in parts.get("tool_calls") or ()]
+            right = all(isinstance(call["name"], str) and "arguments" in call for call in called)
         except (ValueError, KeyError, TypeError):
             return whole
-        return parts if all(isinstance(name, str) for name, _ in called) else whole
+        return parts if right else whole
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
         rendered = self._reader.tokenizer.apply_chat_template
@@ -149,7 +148,7 @@ def application(name: str, model: Any, tokenizer: Any, hosts: Any = None) -> Any
             except Refused as refused:
                 raise HTTPException(400, str(refused)) from refused
             except ValueError as error:
-                given = [field for field in ("generation_config", "stop") if checked.get(field)]
+                given = [field for field in ("generation_config", "stop") if body.get(field)]
                 if not given:
                     raise
                 raise HTTPException(400, f"This {given[0]} cannot be used: {one_line(error)}.") from error
@@ -173,9 +172,8 @@ def application(name: str, model: Any, tokenizer: Any, hosts: Any = None) -> Any
     @app.exception_handler(405)
     async def no_route(request: Any, error: Any) -> Any:
         methods = (error.headers or {}).get("Allow")
-        sentence = (
-            f"This path takes {methods}." if methods else f"There is no such path; there are {', '.join(ROUTES)}."
-        )
+        paths = f"There is no such path; there are {', '.join(ROUTES)}."
+        sentence = f"This path takes {methods}." if methods else paths
         return JSONResponse({"detail": sentence}, error.status_code, error.headers)
 
     return admission.Admission(app, hosts)

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from mobile.cli.serving import json_text
 from mobile.errors import Refused, one_line
@@ -130,8 +131,8 @@ def _detail(status: int, sentence: str, again: int | None = None) -> JSONRespons
 async def body_of(request: Request) -> dict[str, Any]:
     """Return the JSON object that a request carries.
 
-    Raise HTTPException with a status from 400 to 415 for another body, for one too long, and for one that is not there
-    after a minute.
+    Raise HTTPException with a status from 400 to 415 for another body, for one too long, for one that is not there
+    after a minute, and for a client that left before its end.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
@@ -141,6 +142,8 @@ async def body_of(request: Request) -> dict[str, Any]:
     try:
         async with asyncio.timeout(SECONDS_FOR_A_BODY):
             content = await _received(request)
+    except ClientDisconnect as error:
+        raise HTTPException(400, "The body ended too early.") from error
     except TimeoutError as error:
         raise HTTPException(
             408, f"The body was not there after {SECONDS_FOR_A_BODY} seconds; send it faster."
