@@ -211,6 +211,31 @@ def test_fields_that_ask_for_nothing_change_no_answer(app, path, body, harmless)
     assert text(post(app, path, {**body, **harmless})) == text(post(app, path, body))
 
 
+def test_openais_own_client_is_answered_with_what_it_sends_unasked(app):
+    import httpx
+    import openai
+
+    async def ask() -> list[str]:
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(app=app))
+        async with openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="x", http_client=http) as client:
+            written = await client.completions.create(model="tiny", **PROMPT)
+            said = await client.chat.completions.create(model="tiny", **TALK)
+            kept = [*USER, said.choices[0].message.model_dump(exclude={"tool_calls"}), *USER]
+            again = await client.chat.completions.create(model="tiny", **{**TALK, "messages": kept})
+            told = await client.responses.create(model="tiny", **{**TOLD, "stream": False})
+            turns = [*USER, *(item.model_dump() for item in told.output), *USER]
+            more = await client.responses.create(model="tiny", **{**TOLD, "input": turns})
+            stream = await client.completions.create(model="tiny", **{**PROMPT, "stream": True})
+            streamed = "".join([chunk.choices[0].text async for chunk in stream])
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.completions.create(model="tiny", **PROMPT, n=2)
+        assert "n: this is not supported" in refused.value.body["detail"]
+        assert again.choices[0].message.content == more.output_text
+        return [written.choices[0].text, said.choices[0].message.content, told.output_text, streamed]
+
+    assert asyncio.run(ask()) == [text(post(app, COMPLETIONS, PROMPT))] * 4
+
+
 def test_the_newer_name_of_the_limit_is_a_limit(app):
     answer = post(app, CHAT, {"messages": USER, "max_completion_tokens": 2, "temperature": 0})
     assert answer.json()["usage"]["completion_tokens"] == 2
