@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from reports.checks import trial_file
 from reports.elements import numbers
 from reports.elements.page import Report, Section, Table
 from reports.stats.intervals import Interval, geometric_mean
 from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, read_json
+from suites.typed_json import Holding, called, typed
 
 MIN_RATIO = 0.95  # of the base's speed
 REGRESSION, PASSED, INCONCLUSIVE = "REGRESSION", "PASSED", "INCONCLUSIVE"
@@ -83,6 +85,12 @@ def read(folder: Path) -> dict[str, Any]:
         )
     if lacking := {"kind", "sides", "processes"} - set(found):
         raise Unjudgeable(f"{folder} holds a trial without {sorted(lacking)[0]}; run it again.")
+    try:
+        typed(found, Annotated[dict[str, Any], Holding(trial_file.Trial)], called(folder / TRIAL))
+    except ValueError as error:
+        raise Unjudgeable(f"{folder} holds no trial ({error}); run it again.") from error
+    if why := trial_file.lacking(found):
+        raise Unjudgeable(f"{folder} holds no trial that can be judged: {why}; run it again.")
     return found
 
 
