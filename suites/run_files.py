@@ -8,10 +8,10 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from suites.record import Record, RunFolder, read_json
-from suites.typed_json import Amount, Count, Name, Sha256, Some, called, parse, typed
+from suites.typed_json import Amount, Count, Holding, Name, Sha256, Some, called, parse, typed
 
 MOST_HEADER_NBYTES = 2**20  # of a trace
 
@@ -82,6 +82,34 @@ class Answers:
     task: str | None = None
 
 
+@dataclass(frozen=True)
+class TraceAbout:
+    """What a trace says of itself, as far as it is set against the other files; null in older runs, or foreign ones."""
+
+    generation: Name | None = None
+    model: str | None = None
+    task: str | None = None
+    docs: tuple[Count, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PlayedTimes:
+    """The times and bytes of a turn that an item repeats."""
+
+    prefill_ns: Count
+    decode_ns: Count
+    decode_bytes: Count
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One repeat of a cell that is timed in turn with others, as far as reports need it."""
+
+    played: Annotated[dict[str, Any], Holding(PlayedTimes)]
+    cell: Name | None = None
+    repeat: Count | None = None
+
+
 def read_plan(path: Path) -> Plan:
     """Read a plan. Raise ValueError (WrongField for a wrong field), OSError."""
     plan: Plan = typed(read_json(path), Plan, called(path))
@@ -107,6 +135,18 @@ def read_answers(folder: RunFolder, generation: str) -> Answers:
     return found
 
 
+def read_turn_times(folder: RunFolder, cell: str, repeat: int) -> tuple[int, int, int]:
+    """Return a turn's nanoseconds of prefill and of decode, and its decode bytes.
+
+    Raise ValueError for a wrong field, or another turn; OSError.
+    """
+    path = folder.turn(cell, repeat)
+    data = typed(read_json(path), Annotated[dict[str, Any], Holding(Turn)], called(path))
+    _held(f"{data.get('cell', cell)}-{data.get('repeat', repeat)}", path.stem, path)
+    played = data["played"]
+    return played["prefill_ns"], played["decode_ns"], played["decode_bytes"]
+
+
 def read_trace_about(folder: RunFolder, generation: str) -> dict[str, Any]:
     """Return what a live run's trace says of itself, without its arrays, nor any check of them.
 
@@ -122,9 +162,8 @@ def read_trace_about(folder: RunFolder, generation: str) -> dict[str, Any]:
     except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{name} is no complete trace") from error
     start = 10 + int.from_bytes(content[8:10], "little")  # numpy's own header: magic, version, length, a dict
-    about: dict[str, Any] = typed(parse(content[start:], name), dict[str, Any], name).get("about")
-    if not isinstance(about, dict):
-        raise ValueError(f"{name} says nothing of itself")
+    header = typed(parse(content[start:], name), dict[str, Any], name)
+    about: dict[str, Any] = typed(header.get("about"), Annotated[dict[str, Any], Holding(TraceAbout)], name)
     _held(about.get("generation"), generation, path)
     return about
 

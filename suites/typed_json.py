@@ -273,12 +273,13 @@ def _one_of(values: tuple[Any, ...]) -> Reader:
 
 def _list_of(read: Reader) -> Reader:
     def check(value: Any) -> tuple:
+        _a(list, value)
         found: list[Any] = []
         try:
-            for each in _a(list, value):
+            for each in value:
                 found.append(read(each))
         except Unlike as unlike:
-            raise unlike.inside(f"[{len(found)}]") if isinstance(value, list) else unlike
+            raise unlike.inside(f"[{len(found)}]") from None
         return tuple(found)
 
     return check
