@@ -62,9 +62,8 @@ def scored_runs_are_timed(evidence: Evidence) -> str:
     results, run = evidence.results, evidence.run
     if wrong := next(recomputed.unlike_answers(results.all_records, run), None):
         raise Missing(wrong)
-    if wrong := next(
-        (f"record {r.id}: {why}" for r in results.synthetic if (why := recomputed.wrong_turns(r, run))), None
-    ):
+    turned = ((r.id, recomputed.wrong_turns(r, run)) for r in results.synthetic)
+    if wrong := next((f"record {name}: {why}" for name, why in turned if why), None):
         raise Missing(wrong)
     live = [name for r in evidence.results.records for name in r.checks if "live ledger equals replay" in name]
     if not live and not evidence.measured:
