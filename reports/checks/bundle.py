@@ -61,9 +61,9 @@ class Manifest:
 
 def seal(run: Path, results: Results) -> str:
     """Write the manifest over the run folder, the code and the installed packages; return its SHA-256."""
-    manifest = Manifest(1, results.preset, file_hashes(run), _said(run, results), code_hashes(), package_hashes())
+    made = Manifest(1, results.preset, file_hashes(run), _said(run, results), code_hashes(), package_hashes())
     path = run / MANIFEST
-    path.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return _hash(path.read_bytes())
 
 
@@ -83,17 +83,23 @@ def verify(run: Path) -> Verified:
 
     Raise NoManifest where there is none that can be read; NoResults as `results.read` does.
     """
-    path = run / MANIFEST
-    try:
-        sealed: Manifest = typed(parse(read_bytes(path), called(path)), Manifest, called(path))
-    except (OSError, ValueError) as error:
-        raise NoManifest(f"{path} cannot be read ({error}); make one with: python -m reports build {run}") from error
+    sealed = manifest(run)
     changed = [*_odd(run), *_differences(sealed.files, file_hashes(run))]
     if not changed:
         changed = list(_contradictions(run, sealed))
     surroundings = [f"code: {line}" for line in _differences(sealed.code, code_hashes())]
     surroundings += [f"package: {line}" for line in _differences(sealed.wheels, package_hashes())]
     return Verified(tuple(changed), tuple(surroundings), len(sealed.files))
+
+
+def manifest(run: Path) -> Manifest:
+    """Read the manifest of a run. Raise NoManifest where there is none that can be read."""
+    path = run / MANIFEST
+    try:
+        sealed: Manifest = typed(parse(read_bytes(path), called(path)), Manifest, called(path))
+    except (OSError, ValueError) as error:
+        raise NoManifest(f"{path} cannot be read ({error}); make one with: python -m reports build {run}") from error
+    return sealed
 
 
 def _contradictions(run: Path, sealed: Manifest) -> Iterator[str]:
