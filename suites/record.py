@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from suites import record_fields
-from suites.typed_json import Amount, Count, Holding, Matching, Name, Rate, called, parse, read_bytes, typed
+from suites.typed_json import Amount, Count, Each, Holding, Matching, Name, Rate, called, parse, read_bytes, typed
 
 SCHEMA = 5
 VIRTUAL = "cpu+virtual"
@@ -131,7 +131,7 @@ class Record:
     config: Annotated[dict[str, Any], Holding(record_fields.Resolved)]
     environment: Annotated[dict[str, Any], Holding(record_fields.Environment)]
     items: tuple[Item, ...] = ()
-    counters: dict[str, Amount | None] = field(default_factory=dict)
+    counters: Annotated[dict[str, Any], Each(Amount | None)] = field(default_factory=dict)
     ceiling_tokens_per_s: Rate | None = None
     checks: dict[str, bool] = field(default_factory=dict)
     timeline: tuple[tuple[What, int, int, str], ...] = ()  # what, start and end in ns, name
@@ -159,7 +159,9 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def sound(path: Path, **named: Any) -> bool:
     """Return whether the file is there, has the bytes that were written, and says of itself what is `named`."""
     try:
-        said = read_json(path) if named else _checked(path) and named
+        if not named:
+            return bool(_checked(path))
+        said = read_json(path)
     except (OSError, ValueError):
         return False
     return all(said.get(name) == value for name, value in named.items())

@@ -53,6 +53,13 @@ class Holding:
     shape: type
 
 
+@dataclass(frozen=True)
+class Each:
+    """What every value of an object must be."""
+
+    kind: Any
+
+
 Count = Annotated[int, AtLeast(0)]
 Some = Annotated[int, AtLeast(1)]
 Amount = Annotated[float, AtLeast(0)]  # of time, bytes or a rate; may be a whole number
@@ -240,6 +247,8 @@ def _narrowed(kind: Any, by: Any) -> Reader:
     if isinstance(by, Holding):
         hold, read = _fields_of(by.shape, whole=False), _reader(kind)
         return lambda value: read(hold(value))
+    if isinstance(by, Each):
+        return _object_of(_reader(by.kind))
     of, noun = _NOUNS[kind]
     if isinstance(by, Matching):
         return _plain(of, by.called, re.compile(by.pattern).fullmatch)

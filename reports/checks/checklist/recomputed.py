@@ -6,7 +6,7 @@ again: `python -m reports gate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reports.data.fingerprint import DISK, VIRTUAL
@@ -20,7 +20,7 @@ PARTS = ("decode_dense_seconds", "decode_expert_seconds", "decode_stall_seconds"
 ANSWERED = ("prompt_sha256", "prompt", "output", "fallback_spans", "answer", "correct")
 
 
-def unlike_answers(records: list[Record], run: Path) -> Iterator[str]:
+def unlike_answers(records: Sequence[Record], run: Path) -> Iterator[str]:
     """Yield a line for each record that holds other answers than the live run it is replayed from, or other checks."""
     kept: dict[str, Answers | str] = {}
     for record in records:
