@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import lexists
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from suites.record import LATEST, Record, RunFolder, load
 from suites.run_files import PlannedCell, read_failure, read_plan
-from suites.typed_json import WrongField
+from suites.typed_json import WrongField, read_bytes
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ def latest_run() -> Path:
     """Return the folder of the run that was started last from here. Raise NoResults if there is none."""
     if not LATEST.is_file():
         raise NoResults("There has been no run here; make one with: python -m suites run")
-    return Path(LATEST.read_text().strip())
+    try:
+        return Path(os.fsdecode(read_bytes(LATEST)).strip())
+    except ValueError as error:
+        raise NoResults(f"{error}; name the folder of a run.") from error
 
 
 def read(run: Path) -> Results:
@@ -155,13 +158,13 @@ class NoRecord(NamedTuple):
 def _record(folder: RunFolder, cell: PlannedCell) -> Record | NoRecord:
     path, failure = folder.record(cell.id), folder.failure(cell.id)
     try:
-        if lexists(path):
+        if os.path.lexists(path):
             record = load(path)
             if field := cell.unlike(record):
                 ours, planned = getattr(record, field), getattr(cell, field)
                 return NoRecord(f"FAILED: record {cell.id} has the {field} {ours!r}, and {planned!r} was planned")
             return record
-        if lexists(failure):
+        if os.path.lexists(failure):
             note = read_failure(folder, cell.id)
             return NoRecord(f"FAILED: {note.error}", note.log_tail)
     except (ValueError, OSError) as error:

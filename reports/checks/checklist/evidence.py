@@ -60,5 +60,5 @@ def gather(run: Path) -> Evidence:
         read(run),
         asdict(read_plan(RunFolder(run).plan)),
         tomllib.loads(PAPER.read_text()),
-        page.read_text(encoding="utf-8") if page.is_file() else "",
+        page.read_text(encoding="utf-8", errors="replace") if page.is_file() else "",
     )

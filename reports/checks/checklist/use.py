@@ -41,7 +41,7 @@ def one_command(evidence: Evidence) -> str:
     page = evidence.run / "report.html"
     if not page.is_file():
         raise Missing(f"there is no page; make it with: python -m reports build {evidence.run}")
-    if "python -m reports build" not in page.read_text(encoding="utf-8"):
+    if "python -m reports build" not in page.read_text(encoding="utf-8", errors="replace"):
         raise Missing("the page does not name the command")
     return "python -m reports build"
 
