@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from baselines.signals import ridge, sensitivity
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import PROFILES, HardwareProfile, profile
@@ -211,3 +212,17 @@ def test_a_profile_that_is_not_strict_json_is_refused(tmp_path, text):
     with pytest.raises(Refused, match=r"card\.json") as refused:
         profile(str(tmp_path / "card.json"))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("load", [ridge.Predictor.load, sensitivity.Measured.load])
+def test_what_strategies_read_is_refused_in_a_sentence(members, tmp_path, load):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "list").write_text("[]")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "array").write_bytes(array([1], np.uint8))
+    header = array(np.frombuffer(b"[]", np.uint8), np.uint8)
+    (tmp_path / "odd").write_bytes(zipped({"header.npy": header}))
+    (tmp_path / "other").write_bytes(zipped(members))
+    for name in ("pipe", "list", "deep", "array", "odd", "other", "absent"):
+        with pytest.raises(Refused, match="is not a complete"):
+            load(tmp_path / name)
