@@ -179,6 +179,8 @@ def is_record(path: Path) -> bool:
 def intact_zip(path: Path) -> bool:
     """Return whether the file is a zip file, every member of which has its checksum."""
     try:
+        if not path.is_file():
+            return False
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except (OSError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error):
@@ -203,11 +205,14 @@ def _checked(path: Path) -> bytes:
 def load(path: Path) -> Record:
     """Read a record. Raise ValueError for a damaged one, one of another schema or cell, or a wrong field; OSError."""
     data, name = read_json(path), called(path)
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has record schema {data.get('schema')}; this version reads {SCHEMA}")
+    schema = data.get("schema")
+    if schema != SCHEMA:
+        schema = schema if isinstance(schema, int | None) else repr(str(schema)[:20])
+        raise ValueError(f"{path} has record schema {schema}; this version reads {SCHEMA}")
     known = {f.name for f in fields(Record)}
     if set(data) != known:
-        raise ValueError(f"{path} is not a record: fields {sorted(set(data) ^ known)} are missing or unknown")
+        few = [field[:60] for field in sorted(set(data) ^ known)[:5]]
+        raise ValueError(f"{path} is not a record: fields {few} are missing or unknown")
     record: Record = typed(data, Record, name)
     if record.id != path.stem:
         raise ValueError(f"{name} is the record of another cell, {record.id}; put the right file in its place")

@@ -102,7 +102,8 @@ class WrongField(ValueError):
 
 def called(path: Path) -> str:
     """Return the file's name with its folder's, as sentences name it."""
-    return f"{path.parent.name}/{path.name}".encode(errors="backslashreplace").decode()
+    name = f"{path.parent.name}/{path.name}"
+    return name if name.isprintable() else json.dumps(name)[1:-1]
 
 
 def read_bytes(path: Path, most: int = MOST_NBYTES) -> bytes:

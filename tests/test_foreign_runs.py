@@ -73,6 +73,8 @@ def test_links_dotfiles_and_what_is_no_file_are_seen(run, tmp_path):
     (run / "records" / "link.json").symlink_to(run / "run.json")
     (run / "figures" / ".hidden").write_text("1")
     (run / ".lock").write_text("not a lock")
+    (run / "more.partial").write_text("1")
+    (run / "records" / f"x.json.{'0' * 32}.partial").write_text("left by a run that was killed")
     os.mkfifo(run / "pipe")
     with socket.socket(socket.AF_UNIX) as made:
         made.bind(os.path.relpath(run / "socket"))
@@ -81,6 +83,7 @@ def test_links_dotfiles_and_what_is_no_file_are_seen(run, tmp_path):
         "records/link.json is a link, and what it leads to is not sealed",
         "figures/.hidden was added",
         ".lock was added",
+        "more.partial was added",
         "pipe is neither a file nor a folder",
         "socket is neither a file nor a folder",
     }
@@ -152,6 +155,10 @@ def test_a_run_that_is_resumed_puts_files_of_others_aside(tmp_path):
     assert len(list(put_damaged_aside([generation], run))) == 1
     absurd.put(first.output(run), {**read_json(first.output(run)), "seed": -0.5})
     assert len(list(put_damaged_aside([first], run))) == 1
+    live_run(live, run)
+    run.trace(generation.id).unlink()
+    os.mkfifo(run.trace(generation.id))
+    assert len(list(put_damaged_aside([generation], run))) == 1
     first.output(run).mkdir()
     assert len(list(put_damaged_aside([first], run))) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,7 +22,7 @@ ROOMS = ("mobile", "baselines", "suites", "reports")
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # of the run, in its folder: empty
 OUTPUTS = ("report.html", "report.md", "tables.tex", "cells.csv", "timeline.json")  # that every build writes
-PARTIAL = ".partial"  # suffix of what a run is writing
+PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")  # what a run is writing: see `suites.record.write_json`
 
 
 class NoManifest(ValueError):
@@ -147,7 +148,7 @@ def file_hashes(run: Path) -> dict[str, str]:
     """
     found = {}
     for path in _files(run):
-        if path.is_file() and not path.is_symlink() and path.suffix != PARTIAL:
+        if path.is_file() and not path.is_symlink() and not PARTIAL.fullmatch(path.name):
             with path.open("rb") as file:
                 found[_name(path, run)] = hashlib.file_digest(file, "sha256").hexdigest()
     return dict(sorted(found.items()))
