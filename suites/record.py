@@ -18,8 +18,11 @@ import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from uuid import uuid4
+
+from suites import record_fields
+from suites.typed_json import Amount, Count, Each, Holding, Matching, Name, Rate, called, parse, read_bytes, typed
 
 SCHEMA = 5
 VIRTUAL = "cpu+virtual"
@@ -29,6 +32,9 @@ LATEST_TRIAL = Path("runs/latest-trial")  # and that of the last comparison of t
 TRIAL = "trial.json"
 TRIAL_FORMAT = 1
 FEWEST_PROCESSES = 3  # a side; an interval of two is none
+
+
+What = Literal["load", "prefetch", "compute", "stall", "cpu"]  # of a timeline: as the ledger's events
 
 
 @dataclass(frozen=True)
@@ -90,47 +96,47 @@ class Item:
     null, and the hash is the script's.
     """
 
-    doc: int
-    prompt_sha256: str
+    doc: Count
+    prompt_sha256: Annotated[str, Matching(r"[0-9a-f]{0,64}", "a SHA-256 or empty")]
     prompt: str | None
     output: str
-    fallback_spans: tuple[tuple[int, int], ...]
+    fallback_spans: tuple[tuple[Count, Count], ...]
     answer: str | None
     correct: bool | None
-    prompt_tokens: int
-    decode_tokens: int
-    fallbacks: int
-    ttft_ns: int
-    decode_ns: int
-    decode_bytes: int
+    prompt_tokens: Count
+    decode_tokens: Count
+    fallbacks: Count
+    ttft_ns: Count
+    decode_ns: Count
+    decode_bytes: Count
 
 
 @dataclass(frozen=True)
 class Record:
     """Everything one cell did, and everything needed to do it again."""
 
-    id: str
+    id: Name
     scope: str  # "cpu+virtual", "cpu+paced", "cpu+disk", "gpu+pcie", "gpu+throttled"
     weights: str  # "shipped-tiny", "synthetic", "real"
     model: str
     geometry: str
     task: str
     strategy: str
-    gamma: float | None
+    gamma: Amount | None
     lossless: bool
     hardware: str
     budget: str
-    slots: int | None
+    slots: Count | None
     seed: int
-    config: dict[str, Any]
-    environment: dict[str, Any]
+    config: Annotated[dict[str, Any], Holding(record_fields.Resolved)]
+    environment: Annotated[dict[str, Any], Holding(record_fields.Environment)]
     items: tuple[Item, ...] = ()
-    counters: dict[str, Any] = field(default_factory=dict)
-    ceiling_tokens_per_s: float | None = None
+    counters: Annotated[dict[str, Any], Each(Amount | None)] = field(default_factory=dict)
+    ceiling_tokens_per_s: Rate | None = None
     checks: dict[str, bool] = field(default_factory=dict)
-    timeline: tuple[tuple[str, int, int, str], ...] = ()  # what, start and end in ns, name
-    guesses: tuple[tuple[int, int, int, int], ...] = ()  # MoE layer; experts foreseen of it, of them right, and needed
-    wall_seconds: float | None = None
+    timeline: tuple[tuple[What, int, int, str], ...] = ()  # what, start and end in ns, name
+    guesses: tuple[tuple[Count, Count, Count, Count], ...] = ()  # MoE layer; experts foreseen, of them right, needed
+    wall_seconds: Amount | None = None
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
@@ -150,10 +156,21 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def sound(path: Path) -> bool:
-    """Return whether the file is there and has the bytes that were written."""
+def sound(path: Path, **named: Any) -> bool:
+    """Return whether the file is there, has the bytes that were written, and says of itself what is `named`."""
     try:
-        _checked(path)
+        if not named:
+            return bool(_checked(path))
+        said = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return all(said.get(name) == value for name, value in named.items())
+
+
+def is_record(path: Path) -> bool:
+    """Return whether the file is there and is the record that its name says."""
+    try:
+        load(path)
     except (OSError, ValueError):
         return False
     return True
@@ -162,6 +179,8 @@ def sound(path: Path) -> bool:
 def intact_zip(path: Path) -> bool:
     """Return whether the file is a zip file, every member of which has its checksum."""
     try:
+        if not path.is_file():
+            return False
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except (OSError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error):
@@ -169,14 +188,14 @@ def intact_zip(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raise ValueError if a byte of it has changed."""
-    data = json.loads(_checked(path))
+    """Read what `write_json` wrote. Raise ValueError if a byte of it has changed, or it is no strict JSON; OSError."""
+    data: dict[str, Any] = parse(_checked(path), called(path))
     del data["sha256"]
     return data
 
 
 def _checked(path: Path) -> bytes:
-    whole = path.read_bytes()
+    whole = read_bytes(path)
     body = whole[len(FIRST) + 62 :]  # 64 digits stand where the template has two characters
     if whole != FIRST % hashlib.sha256(body).hexdigest().encode() + body:
         raise ValueError(f"{path} is damaged: it is not what its checksum says")
@@ -184,16 +203,61 @@ def _checked(path: Path) -> bytes:
 
 
 def load(path: Path) -> Record:
-    """Read a record. Raise ValueError for a damaged one, one of another schema, or missing or unknown fields."""
-    data = read_json(path)
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has record schema {data.get('schema')}; this version reads {SCHEMA}")
+    """Read a record. Raise ValueError for a damaged one, one of another schema or cell, or a wrong field; OSError."""
+    data, name = read_json(path), called(path)
+    schema = data.get("schema")
+    if schema != SCHEMA:
+        schema = schema if isinstance(schema, int | None) else repr(str(schema)[:20])
+        raise ValueError(f"{path} has record schema {schema}; this version reads {SCHEMA}")
     known = {f.name for f in fields(Record)}
     if set(data) != known:
-        raise ValueError(f"{path} is not a record: fields {sorted(set(data) ^ known)} are missing or unknown")
-    for item in data["items"]:
-        item["fallback_spans"] = tuple(tuple(span) for span in item["fallback_spans"])
-    data["items"] = tuple(Item(**item) for item in data["items"])
-    data["timeline"] = tuple(tuple(event) for event in data["timeline"])
-    data["guesses"] = tuple(tuple(layer) for layer in data["guesses"])
-    return Record(**data)
+        few = [field[:60] for field in sorted(set(data) ^ known)[:5]]
+        raise ValueError(f"{path} is not a record: fields {few} are missing or unknown")
+    record: Record = typed(data, Record, name)
+    if record.id != path.stem:
+        raise ValueError(f"{name} is the record of another cell, {record.id}; put the right file in its place")
+    _check_kind(record, name)
+    _check_items(record, name)
+    return record
+
+
+def _check_kind(record: Record, name: str) -> None:
+    """Raise ValueError unless a record has what reports read of its kind: a scored, a synthetic, a reference cell."""
+
+    def hold(what: str, value: dict[str, Any], shape: type) -> None:
+        typed({what: value}, dict[str, Annotated[dict[str, Any], Holding(shape)]], name)
+
+    config, kind, on_disk = record.config, record.config.get("kind"), record.scope == "cpu+disk"
+    if kind == "shape":
+        hold("config", config, record_fields.Shape)
+        if on_disk:
+            hold("config", config, record_fields.OverDisk)
+        if not record.items or record.slots is None:
+            raise ValueError(f"{name}: a synthetic cell has items, and slots")
+        if config.get("link_throttled") is False and config.get("link_native_gb_per_s") is None:
+            raise ValueError(f"{name}: config.link_native_gb_per_s must be a number where link_throttled is false")
+    elif kind == "beside":
+        hold("config", config, record_fields.Beside)
+        if on_disk and record.strategy != "engine against stock":
+            hold("config", config, record_fields.ReadFromDisk)
+    else:
+        hold("config", config, record_fields.Scored)
+        hold("counters", record.counters, record_fields.Counters)
+        if record.counters.get("decode_dense_seconds") is not None:
+            hold("counters", record.counters, record_fields.DecodeParts)
+
+
+def _check_items(record: Record, name: str) -> None:
+    """Raise ValueError where items repeat a number, spans leave their text, or layers hold more than there is."""
+    docs: set[int] = set()
+    for at, item in enumerate(record.items):
+        if item.doc in docs:
+            raise ValueError(f"{name}: items[{at}].doc is {item.doc} again; each item has a number of its own")
+        docs.add(item.doc)
+        ends = [end for span in item.fallback_spans for end in span]
+        if ends != sorted(ends) or (ends and ends[-1] > len(item.output)):
+            raise ValueError(f"{name}: items[{at}].fallback_spans must ascend within the output's {len(item.output)}")
+    if any(end < start for _, start, end, _ in record.timeline):
+        raise ValueError(f"{name}: timeline must not have an event that ends before it starts")
+    if any(right > min(foreseen, needed) for _, foreseen, right, needed in record.guesses):
+        raise ValueError(f"{name}: guesses must not have more experts right than foreseen, or than needed")

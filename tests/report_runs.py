@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from reports.data.results import Results, read
 from suites.record import Item, Record, RunFolder, write_json
@@ -59,7 +62,7 @@ def item(rule: Rule, task: str, strategy: str, doc: int) -> Item:
         fallbacks=2 if strategy == "mobile" else 0,
         ttft_ns=300_000_000,
         decode_ns=round(10 * nanoseconds),
-        decode_bytes=1_000_000,
+        decode_bytes=1_000,
     )
 
 
@@ -85,8 +88,9 @@ def record(
         "decode_seconds": seconds,
         "decode_stall_seconds": 0.9 * seconds,
     }
+    named = hashlib.sha256("-".join(map(str, (model[0], task, strategy, gamma, budget))).encode()).hexdigest()[:16]
     config = {
-        "generation": "g",
+        "generation": named,
         "swept": swept,
         "control": None,
         "family": model[1],
@@ -103,9 +107,8 @@ def record(
         "strategy_source": "a paper",
         "confidence_histogram": [[edge / 20, edge] for edge in range(20)] if strategy == "mobile" else None,
     }
-    named = "-".join(str(part) for part in (model[0], task, strategy, gamma, budget))
     made = Record(
-        id=hashlib.sha256(named.encode()).hexdigest()[:16],
+        id=named,
         scope=rule.scope,
         weights=rule.weights,
         model=model[0],
@@ -147,7 +150,9 @@ def canary(rule: Rule, sound: Record) -> Record:
         replace(i, output=" ?", correct=n < rule.canary_correct, decode_ns=round(i.decode_ns * rule.canary_slowdown))
         for n, i in enumerate(sound.items)
     )
-    return replace(sound, id=f"c{sound.id[1:]}", items=items, config={**sound.config, "control": "canary"}, checks={})
+    named = f"c{sound.id[1:]}"
+    config = {**sound.config, "control": "canary", "generation": named}
+    return replace(sound, id=named, items=items, config=config, checks={})
 
 
 def records(rule: Rule) -> list[Record]:
@@ -173,6 +178,18 @@ def results(rule: Rule) -> Results:
     return Results("tiny", tuple(r for r in made if r not in controls), (), controls)
 
 
+def live_run(record: Record, folder: RunFolder) -> None:
+    """Write the answers that a record is replayed from, and the head of their trace."""
+    named = record.config["generation"]
+    kept = ("doc", "prompt_sha256", "prompt", "output", "fallback_spans", "answer", "correct")
+    about = {"generation": named, "model": record.model, "task": record.task}
+    answers = [{name: getattr(item, name) for name in kept} for item in record.items]
+    said = {"answers": answers, "checks": record.checks, "batch": 1, "wall_seconds": 1.0}
+    write_json(folder.answers(named), {**said, **about})
+    header = json.dumps({"about": {**about, "docs": [item.doc for item in record.items]}}).encode()
+    np.savez(folder.trace(named), header=np.frombuffer(header, dtype=np.uint8))
+
+
 def write(rule: Rule, run: Path) -> Path:
     """Write the records as a run folder and return it."""
     folder = RunFolder(run)
@@ -181,5 +198,6 @@ def write(rule: Rule, run: Path) -> Path:
     write_json(folder.plan, {"preset": "tiny", "minutes": 2, "cells": cells})
     for one in made:
         one.save(folder.record(one.id))
+        live_run(one, folder)
     assert len(read(run).records) + len(read(run).controls) == len(made)
     return run

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from mobile import outputs
 from mobile.errors import Refused
+from mobile.inputs import open_regular
 from mobile.replay import trace
 from mobile.replay.trace import Request
 
@@ -154,14 +156,26 @@ class Predictor:
     def load(cls, path: Path) -> Predictor:
         """Read a file that `save` wrote. Raise Refused for any other file."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
                 header = json.loads(archive["header"].tobytes())
                 stages = [archive[f"stage_{n}"].astype(np.float64) for n in range(len(archive.files) - 1)]
                 if header["format"] != FORMAT:
                     raise ValueError(header["format"])
                 weights = tuple(zip(*stages, strict=True))
                 return cls(header["kind"], header["experts"], weights, header["about"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            RuntimeError,
+            SyntaxError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise Refused(
                 f"{path} is not a complete {FORMAT} file; fit one with: "
                 f"python -m baselines.trained_predictor fit --trace TRACE.npz --out {path}"

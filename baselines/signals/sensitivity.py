@@ -28,11 +28,13 @@ import numpy as np
 from mobile import outputs
 from mobile.cli.terminal import prompts
 from mobile.errors import Refused
+from mobile.inputs import read_json
 from mobile.policies import top_experts
 from mobile.replay.trace import Request
 from mobile.replay.trace import load as load_trace
 
 FORMAT = "mobile-adapmoe-1"
+MOST_NBYTES = 2**20  # of a file of measurements
 LONGEST = 512  # tokens of a text that are used
 SHOWN = 0.005  # the tolerance at which `fit` prints thresholds
 
@@ -61,7 +63,7 @@ class Measured:
     def load(cls, path: Path) -> Measured:
         """Read a file that `save` wrote. Raise Refused for any other file."""
         try:
-            data: dict[str, Any] = json.loads(path.read_text())
+            data: dict[str, Any] = read_json(path, MOST_NBYTES)
             if data.pop("format") != FORMAT:
                 raise ValueError("another format")
             read = cls(**data)
@@ -75,7 +77,7 @@ class Measured:
                 raise ValueError("a sensitivity is not positive")
             if read.accuracy is not None and len(read.accuracy) != len(read.sensitivities):
                 raise ValueError("layers differ")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Refused(
                 f"{path} is not a complete {FORMAT} file; measure one with: "
                 f"python -m baselines.adapmoe fit --model FOLDER --prompts FILE --out {path}"

@@ -12,9 +12,15 @@ from pathlib import Path
 
 from mobile import outputs
 from mobile.errors import Refused
+from mobile.inputs import read_json
 from mobile.suggest import offer
 
 GIB = 2**30
+MOST_NBYTES = 2**63 - 1
+MOST_FILE_NBYTES = 2**20  # of a profile
+# The least and the most of a field, by how its name ends; of a rate, a byte or an operation a second and far too many.
+BOUNDS = {"reserve_nbytes": (0, MOST_NBYTES), "_nbytes": (1, MOST_NBYTES), "_seconds": (0, 1e6)}
+RATE_BOUNDS = (1e-12, 1e12)
 
 
 @dataclass(frozen=True)
@@ -106,13 +112,13 @@ def write_profile(card: HardwareProfile, path: Path) -> None:
 def read_profile(path: Path) -> HardwareProfile:
     """Read the profile in a file. Raise Refused unless it holds all fields of one, no others, and sound numbers."""
     try:
-        return profile_from(json.loads(path.read_text(encoding="utf-8")))
+        return profile_from(read_json(path, MOST_FILE_NBYTES))
+    except Refused as refused:
+        raise Refused(f"{path} is no hardware profile: {refused}") from refused
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
             f"Cannot read the hardware profile {path} ({error}); make one with: mobile doctor --calibrate --out {path}"
         ) from error
-    except Refused as refused:
-        raise Refused(f"{path} is no hardware profile: {refused}") from refused
 
 
 def profile_from(data: object) -> HardwareProfile:
@@ -120,25 +126,31 @@ def profile_from(data: object) -> HardwareProfile:
     named = {field.name: field for field in fields(HardwareProfile)}
     if not isinstance(data, dict) or set(data) != set(named):
         unlike = sorted(set(data) ^ set(named)) if isinstance(data, dict) else ["all of it"]
-        raise Refused(f"{', '.join(map(str, unlike))} missing or unknown; it has exactly: {', '.join(named)}.")
+        few = ", ".join(name if re.fullmatch(r"[\w ]{1,60}", name, re.ASCII) else shown(name) for name in unlike[:3])
+        raise Refused(f"{few} missing or unknown; it has exactly: {', '.join(named)}.")
     for name, value in data.items():
         if name == "name" and isinstance(value, str) and value:
             continue
         if name == "sources" and isinstance(value, list) and all(isinstance(line, str) for line in value):
             continue
-        least = 0 if name.endswith("_seconds") or name == "reserve_nbytes" else math.ulp(0.0)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        number = whole or (isinstance(value, float) and not name.endswith("nbytes") and math.isfinite(value))
-        if name in ("name", "sources") or not number or value < least:
-            raise Refused(f"{name} cannot be {value!r}.")
+        number = whole or (isinstance(value, float) and not name.endswith("nbytes"))
+        least, most = next((bounds for end, bounds in BOUNDS.items() if name.endswith(end)), RATE_BOUNDS)
+        if name in ("name", "sources") or not number or not least <= value <= most:
+            raise Refused(f"{name} cannot be {shown(value)}.")
     return HardwareProfile(**{**data, "sources": tuple(data["sources"])})
+
+
+def shown(value: object) -> str:
+    """Return a wrong value as a refusal shows it, cut where it is long."""
+    text = repr(value if not isinstance(value, int) or abs(value) <= MOST_NBYTES else float("inf"))
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     name: 2 ** (10 * power) for power, letter in enumerate("KMGT", 1) for name in (letter, f"{letter}IB")
 }
 MOST_GIB, FEWEST_NBYTES = 1024, 2**20  # a number without a unit is GiB up to the one, and bytes from the other on
-MOST_NBYTES = 2**63 - 1
 MOST_GB_PER_S = 100  # a rate without a unit is GB/s up to it
 
 

@@ -28,6 +28,7 @@ and refuses every other: routing is cheap to record again, and a wrong replay lo
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 import zlib
 from math import prod
@@ -39,6 +40,7 @@ import numpy as np
 
 from mobile import outputs
 from mobile.errors import Refused
+from mobile.inputs import open_regular, strict_json
 
 FAMILY, NUMBER = "mobile-trace-", 2
 FORMAT = f"{FAMILY}{NUMBER}"
@@ -58,6 +60,9 @@ ARRAYS: dict[str, tuple[type[np.generic], int]] = {  # type and number of axes
 }
 BIG = 3
 MOST_EXPANSION = 1032  # what deflate can make of one byte; a member that claims more is not one
+# What all arrays may come to: routing repeats itself, but of a long trace a byte never stands for so many.
+FREE_NBYTES, MOST_EXPANSION_OF_ALL = 16 * 2**20, 32
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 Arrays = dict[str, np.ndarray]
 
 
@@ -85,10 +90,11 @@ def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:
     Raise Refused for a truncated, foreign or inconsistent file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            header = json.loads(_member(archive, "header", np.uint8, 1).tobytes())
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            _check_claims(archive, os.fstat(file.fileno()).st_size)
+            header = strict_json(_member(archive, "header", np.uint8, 1).tobytes())
             _refuse_other_formats(path, header["format"])
-            if {info.filename for info in archive.infolist()} != {f"{name}.npy" for name in ("header", *ARRAYS)}:
+            if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in ("header", *ARRAYS)):
                 raise Inconsistent("its arrays are not those of the format")
             arrays = {name: _member(archive, name, *of) for name, of in ARRAYS.items()}
         layers, about = header["layers"], header["about"]
@@ -104,6 +110,7 @@ def read(path: Path) -> tuple[Arrays, int, dict[str, Any]]:
         KeyError,
         TypeError,
         EOFError,
+        OverflowError,
         RuntimeError,
         MemoryError,
         RecursionError,
@@ -127,11 +134,22 @@ def _refuse_other_formats(path: Path, found: Any) -> None:
     raise Refused(f"{path} is a trace of format {found} and this version reads {FORMAT}; {what}.")
 
 
+def _check_claims(archive: zipfile.ZipFile, nbytes: int) -> None:
+    """Raise Inconsistent where the arrays of a file of so many bytes claim to be too large for its routing."""
+    most = FREE_NBYTES + MOST_EXPANSION_OF_ALL * nbytes
+    if sum(info.file_size for info in archive.infolist()) > most:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        raise Inconsistent(
+            f"its arrays claim more than the {most:,} bytes that a file of {nbytes:,} bytes may hold, most of them "
+            f"{largest.filename.removesuffix('.npy')[:40]!r} ({largest.file_size:,})"
+        )
+
+
 def _member(archive: zipfile.ZipFile, name: str, dtype: type[np.generic], axes: int) -> np.ndarray:
     """Read one array. Its size is believed only where the header, the directory and the compressed bytes agree."""
     info = archive.getinfo(f"{name}.npy")
-    if info.file_size > MOST_EXPANSION * (info.compress_size + 1):
-        raise Inconsistent(f"the array {name} claims an impossible size")
+    if info.file_size > MOST_EXPANSION * (info.compress_size + 1) or info.compress_type not in COMPRESSIONS:
+        raise Inconsistent(f"the array {name} claims an impossible size, or is not deflated")
     with archive.open(info) as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise Inconsistent(f"the array {name} is of another numpy format")

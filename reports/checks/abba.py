@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from reports.checks import trial_file
 from reports.elements import numbers
 from reports.elements.page import Report, Section, Table
 from reports.stats.intervals import Interval, geometric_mean
 from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, read_json
+from suites.typed_json import Holding, called, read_bytes, typed
 
 MIN_RATIO = 0.95  # of the base's speed
 REGRESSION, PASSED, INCONCLUSIVE = "REGRESSION", "PASSED", "INCONCLUSIVE"
@@ -66,8 +69,8 @@ class Judgement:
 def latest() -> Path:
     """Return the folder of the last trial started from here. Raise Unjudgeable if there is none."""
     try:
-        return Path(LATEST_TRIAL.read_text().strip())
-    except OSError as error:
+        return Path(os.fsdecode(read_bytes(LATEST_TRIAL)).strip())
+    except (OSError, ValueError) as error:
         raise Unjudgeable("No trial was run from here; run: nox -s regression, or nox -s compare -- A B") from error
 
 
@@ -83,6 +86,12 @@ def read(folder: Path) -> dict[str, Any]:
         )
     if lacking := {"kind", "sides", "processes"} - set(found):
         raise Unjudgeable(f"{folder} holds a trial without {sorted(lacking)[0]}; run it again.")
+    try:
+        typed(found, Annotated[dict[str, Any], Holding(trial_file.Trial)], called(folder / TRIAL))
+    except ValueError as error:
+        raise Unjudgeable(f"{folder} holds no trial ({error}); run it again.") from error
+    if why := trial_file.lacking(found):
+        raise Unjudgeable(f"{folder} holds no trial that can be judged: {why}; run it again.")
     return found
 
 

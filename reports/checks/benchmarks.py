@@ -12,6 +12,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from suites.typed_json import read_bytes
+
 SHOWN = "median,iqr,min,rounds"
 AGAIN = "make it again with: nox -s bench"
 
@@ -56,7 +58,7 @@ def same_machine(base: Path, head: Path) -> None:
     infos = []
     for path in (base, head):
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(read_bytes(path))
             infos.append(data["machine_info"])
             _check_results(data["benchmarks"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from reports.data import groups
 from reports.data.compare import speedup, strategy_name
 from reports.data.fingerprint import TIMES, VIRTUAL, fingerprints
 from reports.data.results import Results
+from suites.typed_json import Count, Holding, called, parse, read_bytes, typed
 
 FOLDER = Path(__file__).parents[1] / "expected"
 CELLS = "cells.json"
@@ -28,6 +29,21 @@ class Gate:
     speedups: int
     t0: tuple[str, ...]
     t1: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The facts of a cell that counters belong to; those of `fingerprint` beside them may be any."""
+
+    counters: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An expectation, as far as the gate reads it."""
+
+    cells: dict[str, Annotated[dict[str, Any], Holding(_Facts)]]
+    speedups: dict[str, float]
 
 
 def expectation(results: Results) -> dict[str, Any]:
@@ -83,9 +99,9 @@ def gate(results: Results, against: Path) -> Gate:
     """Compare a run with an expectation, tolerance zero. Raise NoExpectation if there is none at that path."""
     path = against / CELLS if against.is_dir() else against
     try:
-        expected = json.loads(path.read_text(encoding="utf-8"))
-        cells, ratios = dict(expected["cells"]), dict(expected["speedups"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = typed(parse(read_bytes(path), called(path)), Annotated[dict[str, Any], Holding(_Kept)], called(path))
+        cells, ratios = expected["cells"], expected["speedups"]
+    except (OSError, ValueError) as error:
         raise NoExpectation(
             f"{path} holds no expectation ({error}); make one with: python -m reports expect RUN"
         ) from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from suites.record import LATEST, Record, RunFolder, load, read_json
+from suites.record import LATEST, Record, RunFolder, load
+from suites.run_files import PlannedCell, read_failure, read_plan
+from suites.typed_json import WrongField, read_bytes
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ def latest_run() -> Path:
     """Return the folder of the run that was started last from here. Raise NoResults if there is none."""
     if not LATEST.is_file():
         raise NoResults("There has been no run here; make one with: python -m suites run")
-    return Path(LATEST.read_text().strip())
+    try:
+        return Path(os.fsdecode(read_bytes(LATEST)).strip())
+    except ValueError as error:
+        raise NoResults(f"{error}; name the folder of a run.") from error
 
 
 def read(run: Path) -> Results:
@@ -112,17 +118,19 @@ def read(run: Path) -> Results:
     if not folder.plan.is_file():
         raise NoResults(f"{run} is not a run folder (it has no run.json); make one with: python -m suites run")
     try:
-        planned = read_json(folder.plan)
-        preset, cells = planned["preset"], [(cell["id"], cell["label"]) for cell in planned["cells"]]
-    except (ValueError, KeyError, TypeError) as error:
+        plan = read_plan(folder.plan)
+    except WrongField as error:
+        why = f"({error.field!r}): {error}" if error.field else f"({error})"
+        raise NoResults(f"{folder.plan} is no plan {why}; run the suite again, what is done is kept.") from error
+    except ValueError as error:
         raise NoResults(f"{folder.plan} is no plan ({error}); run the suite again, what is done is kept.") from error
     records, absent = [], []
-    for cell, label in cells:
+    for cell in plan.cells:
         found = _record(folder, cell)
         if isinstance(found, Record):
             records.append(found)
         else:
-            absent.append((label, found))
+            absent.append((cell.label, found))
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
@@ -130,7 +138,7 @@ def read(run: Path) -> Results:
     references = tuple(record for record in records if record.config.get("kind") == "beside")
     apart = {record.id for record in (*controls, *synthetic, *references)}
     return Results(
-        preset,
+        plan.preset,
         tuple(record for record in records if record.id not in apart),
         tuple((label, gap.reason) for label, gap in absent),
         controls,
@@ -147,14 +155,18 @@ class NoRecord(NamedTuple):
     log_tail: str | None = None
 
 
-def _record(folder: RunFolder, cell: str) -> Record | NoRecord:
-    path, failure = folder.record(cell), folder.failure(cell)
+def _record(folder: RunFolder, cell: PlannedCell) -> Record | NoRecord:
+    path, failure = folder.record(cell.id), folder.failure(cell.id)
     try:
-        if path.is_file():
-            return load(path)
-        if failure.is_file():
-            note = read_json(failure)
-            return NoRecord(f"FAILED: {note['error']}", note.get("log_tail"))
-    except ValueError as error:
+        if os.path.lexists(path):
+            record = load(path)
+            if field := cell.unlike(record):
+                ours, planned = getattr(record, field), getattr(cell, field)
+                return NoRecord(f"FAILED: record {cell.id} has the {field} {ours!r}, and {planned!r} was planned")
+            return record
+        if os.path.lexists(failure):
+            note = read_failure(folder, cell.id)
+            return NoRecord(f"FAILED: {note.error}", note.log_tail)
+    except (ValueError, OSError) as error:
         return NoRecord(f"FAILED: {error}")
     return NoRecord("MISSING: not run yet")

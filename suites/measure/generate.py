@@ -68,6 +68,8 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
         "strategy": strategy.name,
         "gamma": generation.gamma,
         "docs": generation.docs,
+        "generation": generation.id,
+        "task": generation.task,
     }
     trace.save(path, requests, native.moe_layers, about)
     write_json(
@@ -79,6 +81,9 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
             ],
             "checks": checks,
             "batch": BATCH,
+            "generation": generation.id,
+            "model": generation.model.name,
+            "task": generation.task,
             "wall_seconds": time.monotonic() - begun,
         },
     )
@@ -114,8 +119,8 @@ def spans_of(
     for number in fell:
         start, end = (len(tokenizer.decode(ids[:n], skip_special_tokens=True)) for n in (number, number + 1))
         start, end = min(start, len(output)), min(end, len(output))
-        if spans and spans[-1][1] == start:
-            start = spans.pop()[0]
+        if spans and spans[-1][1] >= start:  # it touches; or the text was shorter once a character was whole
+            start, end = spans[-1][0], max(spans.pop()[1], end)
         if end > start:
             spans.append((start, end))
     return spans

@@ -9,6 +9,7 @@ from typing import Any
 
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import profile
+from mobile.errors import Refused
 from mobile.ledger import Ledger
 from mobile.policies.strategy import Strategy, resolve
 from mobile.replay import trace
@@ -16,7 +17,8 @@ from mobile.replay.replay import replay_requests
 from suites.budget import replay_setup, timeline
 from suites.environment import environment
 from suites.plan.cells import Cell
-from suites.record import Item, Record, RunFolder, read_json
+from suites.record import Item, Record, RunFolder
+from suites.run_files import read_answers
 from suites.tasks.files import items_of, sources
 
 TIMELINE_TOKENS = 3
@@ -25,9 +27,13 @@ Trace = tuple[list[trace.Request], dict[str, Any]]
 
 
 def load(pieces: Sequence[Cell], run: RunFolder) -> Trace:
-    """Read the trace that the cells of one live run are replayed from."""
+    """Read the trace that the cells of one live run are replayed from. Raise Refused, also for that of another one."""
     environment()  # once, for every fork
-    return trace.load(run.trace(pieces[0].generation.id))
+    generation = pieces[0].generation.id
+    requests, about = trace.load(run.trace(generation))
+    if about.get("generation") != generation:
+        raise Refused(f"{run.trace(generation)} is the trace of another live run; delete it, and it is made again.")
+    return requests, about
 
 
 def measure(cell: Cell, recorded: Trace, run: RunFolder) -> None:
@@ -39,10 +45,10 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
     """Return the record of a cell whose live run has been written under `run`."""
     begun = time.monotonic()
     generation = cell.generation
-    live = read_json(run.answers(generation.id))
+    live = read_answers(run, generation.id)
     requests, about = recorded
     chosen = set(cell.docs)
-    answered = [pair for pair in zip(live["answers"], requests, strict=True) if pair[0]["doc"] in chosen]
+    answered = [pair for pair in zip(live.answers, requests, strict=True) if pair[0].doc in chosen]
     requests = [request for _, request in answered]
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
@@ -51,7 +57,7 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
     taken, ledger, training = replay_requests(setup, requests)
     items = tuple(
         Item(
-            **answer,
+            **vars(answer),
             prompt_tokens=counters.prompt_tokens,
             decode_tokens=counters.tokens,
             fallbacks=counters.fallbacks,
@@ -71,14 +77,14 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
             "generation": generation.id,
             "control": "canary" if generation.scrambled else None,
             "timing": "replay of recorded routing",
-            "batch_of_generation": live["batch"],
+            "batch_of_generation": live.batch,
             "confidence_histogram": confidences(requests),
             "dtype": "float32",
             "profile_sources": list(card.sources),
         },
         environment={**environment(), "telemetry": None, "training": training and asdict(training)},
         counters=ledger.stats(),
-        checks=live["checks"],
+        checks=live.checks,
         timeline=drawn if cell.budget == "smallest" else (),
         wall_seconds=time.monotonic() - begun,
     )

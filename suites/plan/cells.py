@@ -10,7 +10,8 @@ from typing import Any
 from mobile.costs.hardware import profile
 from mobile.links.registry import scope_of
 from suites.identity import Model, code_hash, digest, model_hash, task_hash, versions
-from suites.record import VIRTUAL, RunFolder, intact_zip, sound
+from suites.record import VIRTUAL, RunFolder, intact_zip, is_record, sound
+from suites.run_files import read_trace_about
 from suites.tasks.files import items_of, locate
 
 
@@ -60,7 +61,12 @@ class Generation:
         return run.answers(self.id)
 
     def intact(self, run: RunFolder) -> bool:
-        return sound(self.output(run)) and intact_zip(run.trace(self.id))
+        if not sound(self.output(run), generation=self.id) or not intact_zip(run.trace(self.id)):
+            return False
+        try:
+            return read_trace_about(run, self.id).get("generation") == self.id
+        except (OSError, ValueError):
+            return False
 
     @property
     def docs(self) -> list[int]:
@@ -137,7 +143,7 @@ class Cell:
         return run.record(self.id)
 
     def intact(self, run: RunFolder) -> bool:
-        return sound(self.output(run))
+        return is_record(self.output(run))
 
 
 def generation_from(data: dict[str, Any]) -> Generation:

@@ -74,7 +74,11 @@ def put_damaged_aside(pieces: Iterable[Work], run: RunFolder) -> Iterator[Path]:
     for piece in pieces:
         path = piece.output(run)
         if path.exists() and not piece.intact(run):
-            yield path.replace(path.with_suffix(".damaged"))
+            aside, number = path.with_suffix(".damaged"), 1
+            while aside.is_dir() or (path.is_dir() and aside.exists()):  # what a folder cannot replace, nor be replaced
+                number += 1
+                aside = path.with_suffix(f".damaged-{number}")
+            yield path.replace(aside)
 
 
 def do(job: Job) -> list[Finished]:

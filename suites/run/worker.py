@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from suites.record import Finished, RunFolder, sound
+from suites.record import Finished, RunFolder
 from suites.run.work import KINDS, Work
 from suites.scoring.sandbox.run import walls_optional
 
@@ -131,7 +131,7 @@ def main() -> None:
     for name, piece in zip(job["ids"], pieces, strict=True):
         if piece.id != name:
             done = Finished(name, piece.label, 0.0, NOT_AS_PLANNED)
-        elif sound(piece.output(run)):  # by a machine that was lost before it could say so
+        elif piece.intact(run):  # by a machine that was lost before it could say so
             done = Finished(name, piece.label, 0.0)
         else:
             done = measure(piece)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import torch
 
@@ -31,6 +31,27 @@ from suites.record import RunFolder, read_json, sound, write_json
 from suites.synthetic.cells import SyntheticCell
 from suites.synthetic.script import Script, steps_of
 from suites.synthetic.script_player import Played
+from suites.typed_json import Amount, Count, Holding, called, typed
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Measurements as JSON has them; `fit` refuses those that no machine gives."""
+
+    device: str
+    about: str
+    copies: tuple[tuple[Count, Count, Amount], ...]
+    kernels: tuple[tuple[Count, Count, Amount], ...]
+    cpu_kernels: tuple[tuple[Count, Count, Amount], ...]
+    depths: tuple[tuple[Count, Amount], ...]
+    layer: Geometry
+    tflops: Amount
+    cpu_tflops: Amount
+    memory_nbytes: Count
+    taken_nbytes: Count
+    link_about: str
+    taken_about: str
+    notes: tuple[str, ...]
 
 
 def calibrated(cell: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:
@@ -64,14 +85,18 @@ def pace_of(cell: SyntheticCell) -> Pace:
 
 def _kept(run: RunFolder, settings: list[Any], make: Any) -> Measurements:
     """Return what this code measured under these settings on a machine like this, or measure it now."""
-    path = run.calibration(digest(*settings, torch.get_num_threads(), environment()["fingerprint"], code_hash()))
-    if not sound(path):
+    named = digest(*settings, torch.get_num_threads(), environment()["fingerprint"], code_hash())
+    path = run.calibration(named)
+    if not sound(path, settings=named):
         begun = time.monotonic()
         made = make()
         print(f"calibrated in {time.monotonic() - begun:.1f} s: {made.about}", flush=True)
-        write_json(path, asdict(made))
+        write_json(path, {"settings": named, **asdict(made)})
         return made
-    return measurements_from(read_json(path))
+    data = read_json(path)
+    del data["settings"]
+    typed(data, Annotated[dict[str, Any], Holding(_Kept)], called(path))
+    return measurements_from(data)
 
 
 def predicted(

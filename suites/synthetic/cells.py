@@ -15,7 +15,7 @@ from mobile.links.registry import LINKS
 from mobile.policies.strategy import Strategy, resolve
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
-from suites.record import RunFolder, sound
+from suites.record import RunFolder, is_record
 from suites.synthetic.reference_cells import ReferenceCell, reference_cells_of
 
 RECORDED = "recorded"  # routing and fallbacks of the shipped model in the model's folder
@@ -82,7 +82,7 @@ class SyntheticCell:
         return run.record(self.id)
 
     def intact(self, run: RunFolder) -> bool:
-        return sound(self.output(run))
+        return is_record(self.output(run))
 
     @property
     def is_predicted(self) -> bool:

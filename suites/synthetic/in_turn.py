@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from suites.synthetic.link_use import LinkUse, copying_ns
 from suites.synthetic.measurement import Measurement, record_of
 from suites.synthetic.script_player import Played, play
 from suites.synthetic.timing import Loaded, attached, memory_of, scripts_for, use_of
+from suites.typed_json import Count, Rate, Some, called, typed
 
 PROBED_ROWS = 16  # read before each turn, and after it
 
@@ -42,12 +43,12 @@ class Turn:
     """
 
     hardware: str
-    slots: int
+    slots: Some
     played: Played
     counters: Counters
     guesses: dict[int, tuple[int, int, int]]
-    copies_ns: int
-    disk_gb_per_s: float
+    copies_ns: Count
+    disk_gb_per_s: Rate
     use: LinkUse | None
     link: dict[str, Any]
 
@@ -79,7 +80,7 @@ def measure(cell: SyntheticCell, loaded: Together, run: RunFolder) -> None:
     play_in_turn(loaded, run)
     if cell.id in loaded.failed:
         raise loaded.failed[cell.id]
-    turns = [turn_from(read_json(run.turn(cell.id, repeat))) for repeat in range(cell.repeats)]
+    turns = [read_turn(run, cell.id, repeat) for repeat in range(cell.repeats)]
     measured = together(turns, loaded.made.geometry.expert_nbytes, memory_of(cell, loaded.made.device))
     record_of(cell, loaded.made, scripts_for(cell, loaded), measured, loaded.here).save(cell.output(run))
 
@@ -89,11 +90,11 @@ def play_in_turn(loaded: Together, run: RunFolder) -> None:
     for repeat in range(max(cell.repeats for cell in loaded.cells)):
         for cell in loaded.cells if repeat % 2 == 0 else reversed(loaded.cells):
             path = run.turn(cell.id, repeat)
-            if repeat >= cell.repeats or cell.id in loaded.failed or sound(path):
+            if repeat >= cell.repeats or cell.id in loaded.failed or sound(path, cell=cell.id, repeat=repeat):
                 continue
             begun = time.monotonic()
             try:
-                write_json(path, asdict(turn(cell, loaded, repeat)))
+                write_json(path, {"cell": cell.id, "repeat": repeat, **asdict(turn(cell, loaded, repeat))})
             except Exception as error:
                 loaded.failed[cell.id] = error
             print(f"{cell.label}, repeat {repeat}: {time.monotonic() - begun:.1f} s", flush=True)
@@ -164,9 +165,14 @@ def together(turns: Sequence[Turn], row_nbytes: int, memory_nbytes: int | None) 
     )
 
 
-def turn_from(data: dict[str, Any]) -> Turn:
-    """Return the turn of which `asdict` and JSON made `data`."""
-    played = Played(**{**data["played"], "counters": Counters(**data["played"]["counters"])})
-    guesses = {int(layer): tuple(seen) for layer, seen in data["guesses"].items()}
-    use = None if data["use"] is None else LinkUse(**data["use"])
-    return Turn(**{**data, "played": played, "counters": Counters(**data["counters"]), "guesses": guesses, "use": use})
+def read_turn(run: RunFolder, cell: str, repeat: int) -> Turn:
+    """Read one repeat of a cell. Raise ValueError for a wrong field, or another turn; OSError."""
+    path = run.turn(cell, repeat)
+    data = read_json(path)
+    if (data.pop("cell", cell), data.pop("repeat", repeat)) != (cell, repeat):
+        raise ValueError(f"{called(path)} is another turn than its name says; delete it, and it is played again")
+    turn: Any = typed(data, Turn, called(path))  # but for its guesses, whose layers are still text
+    counted = (*turn.counters.as_dict().values(), *turn.played.counters.as_dict().values())
+    if min(counted) < 0 or not all(map(str.isdecimal, turn.guesses)):
+        raise ValueError(f"{called(path)}: a counter is negative, or a guess of no layer")
+    return replace(turn, guesses={int(layer): seen for layer, seen in turn.guesses.items()})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mobile.ledger import Event, Ledger, Mark
+from suites.typed_json import Count
 
 COPIES = ("load", "prefetch")  # events of a ledger
 
@@ -19,9 +20,9 @@ COPIES = ("load", "prefetch")  # events of a ledger
 class LinkUse:
     """Fallbacks that copied something, the nanoseconds they took until the last copy had ended, and bytes copied."""
 
-    passes: int
-    ns: int
-    nbytes: int
+    passes: Count
+    ns: Count
+    nbytes: Count
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -14,7 +14,7 @@ from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.suggest import offer
 from suites.identity import ENGINE, Model, code_hash, digest, model_hash, versions
-from suites.record import RunFolder, sound
+from suites.record import RunFolder, is_record
 
 ENGINE_COST, RESIDENT, DEVICE_MAP = "engine against stock", "stock, everything resident", "stock, device_map offload"
 DISK_OFFLOAD, MEMORY_MAPPED, LLAMA_CPP = "stock, disk offload", "stock, memory-mapped", "llama.cpp, memory-mapped"
@@ -63,7 +63,7 @@ class ReferenceCell:
         return run.record(self.id)
 
     def intact(self, run: RunFolder) -> bool:
-        return sound(self.output(run))
+        return is_record(self.output(run))
 
     @property
     def id(self) -> str:

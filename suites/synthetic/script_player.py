@@ -21,6 +21,7 @@ from mobile.live_model import compat
 from mobile.runtime.engine import Engine
 from suites.synthetic.models import Synthetic
 from suites.synthetic.script import Script
+from suites.typed_json import Count
 
 RANKED = 0.25  # between the logits of one expert and the next; exact in bfloat16
 SURE = 32.0  # the logit of one token, others 0: its probability is above 0.99999 in a vocabulary of 151,936
@@ -34,10 +35,10 @@ class Played:
     `decode_bytes` are those of the copies that ended during the counted steps.
     """
 
-    prompt_tokens: int
-    prefill_ns: int
-    decode_ns: int
-    decode_bytes: int
+    prompt_tokens: Count
+    prefill_ns: Count
+    decode_ns: Count
+    decode_bytes: Count
     counters: Counters
 
     @property

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from reports.checks.checklist import recomputed
 from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 from reports.stats.power import PUBLISHED
 
 
 def answers_are_kept(evidence: Evidence) -> str:
-    """Count the answers. Raise Missing where a record has no item, or the page no paired difference."""
+    """Count the answers. Raise Missing where a record has none, or a wrong score, or the page no paired difference."""
     if empty := [r.id for r in evidence.results.records if not r.items]:
         raise Missing(f"{len(empty)} records hold no item")
     if "McNemar" not in evidence.page or "difference to full K" not in evidence.page:
         raise Missing("the page shows no paired difference")
-    return f"{sum(len(r.items) for r in evidence.results.records):,} answers; differences are paired"
+    made = (*evidence.results.records, *evidence.results.controls)
+    if wrong := next((f"record {r.id}: {why}" for r in made if (why := recomputed.wrong_scores(r))), None):
+        raise Missing(wrong)
+    if others := {r.task for r in made if recomputed.is_of_other_items(r)}:
+        raise NeedsReader(f"{', '.join(sorted(others))}: other items than those shipped here, so no score was repeated")
+    again = sum(len(r.items) for r in evidence.results.records if recomputed.is_of_other_items(r) is False)
+    return (
+        f"{sum(len(r.items) for r in evidence.results.records):,} answers; {again:,} scored again; "
+        "differences are paired"
+    )
 
 
 def margin_is_stated(evidence: Evidence) -> str:

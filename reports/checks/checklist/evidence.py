@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from reports.data.results import Results, read
 from reports.pages.content import PAPER
-from suites.record import Record, RunFolder, read_json
+from suites.record import Record, RunFolder
+from suites.run_files import read_plan
 
 
 class Missing(Exception):
@@ -57,7 +58,7 @@ def gather(run: Path) -> Evidence:
     return Evidence(
         run,
         read(run),
-        read_json(RunFolder(run).plan),
+        asdict(read_plan(RunFolder(run).plan)),
         tomllib.loads(PAPER.read_text()),
-        page.read_text(encoding="utf-8") if page.is_file() else "",
+        page.read_text(encoding="utf-8", errors="replace") if page.is_file() else "",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from reports.checks.checklist import recomputed
 from reports.checks.checklist.evidence import Evidence, Missing
 from reports.data import groups
 from reports.data.compare import paired_items
@@ -54,12 +55,17 @@ def averaging_is_stated(evidence: Evidence) -> str:
 
 
 def phases_are_timed_apart(evidence: Evidence) -> str:
-    """Raise Missing where an item lacks the time of prefill or of decode."""
+    """Raise Missing where an item lacks the time of prefill or of decode, or the counters are not their sums."""
     if bare := [
         r.id for r in evidence.results.records if any(i.ttft_ns is None or i.decode_ns is None for i in r.items)
     ]:
         raise Missing(f"{len(bare)} records lack one of the two times")
-    return "ttft_ns and decode_ns in every item"
+    results = evidence.results
+    faults = [(r, recomputed.wrong_sums(r)) for r in (*results.records, *results.controls)]
+    faults += [(r, recomputed.longer_than_it_took(r)) for r in (*results.synthetic, *results.references)]
+    if wrong := next((f"record {r.id}: {why}" for r, why in faults if why), None):
+        raise Missing(wrong)
+    return "ttft_ns and decode_ns in every item; the counters are the items' sums"
 
 
 def device_is_monitored(evidence: Evidence) -> str:

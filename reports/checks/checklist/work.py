@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reports.checks.checklist import recomputed
 from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
 from suites.record import Record
 
@@ -49,7 +50,7 @@ def _mode(record: Record) -> str:
 
 
 def scored_runs_are_timed(evidence: Evidence) -> str:
-    """Raise Missing unless every item holds score and time, and live runs were compared with their replays."""
+    """Raise Missing unless every item holds the live run's answer and a time, and live runs equal their replays."""
     loose = [
         r.id
         for r in evidence.results.records
@@ -58,6 +59,12 @@ def scored_runs_are_timed(evidence: Evidence) -> str:
     ]
     if loose:
         raise Missing(f"{len(loose)} items have a score and no time, or a time and no prompt")
+    results, run = evidence.results, evidence.run
+    if wrong := next(recomputed.unlike_answers(results.all_records, run), None):
+        raise Missing(wrong)
+    turned = ((r.id, recomputed.wrong_turns(r, run)) for r in results.synthetic)
+    if wrong := next((f"record {name}: {why}" for name, why in turned if why), None):
+        raise Missing(wrong)
     live = [name for r in evidence.results.records for name in r.checks if "live ledger equals replay" in name]
     if not live and not evidence.measured:
         raise Missing("no live run was held against its replay")
