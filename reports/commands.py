@@ -117,7 +117,7 @@ def expect(options: Namespace) -> int:
         console.print(f"not kept: {report.alarm or f'{len(results.absent)} cells have no record'}")
         return 1
     page = write.markdown(report, figures=False)
-    for path in expected.save(results, page, options.out or expected.FOLDER / results.preset):
+    for path in expected.save(results, page, options.out or expected.folder_of(results.preset)):
         console.print(f"{path} ({path.stat().st_size / 1024:,.0f} KiB)")
     if readme.SOURCE.parent.name == results.preset:
         console.print("The READMEs quote this run; bring them up to date with: python -m reports readme")
@@ -137,7 +137,7 @@ def gate(options: Namespace) -> int:
     """Print each fact that differs from the expectation; 1 if any does."""
     console = _console()
     results = read(options.run or latest_run())
-    found = expected.gate(results, options.against or expected.FOLDER / results.preset)
+    found = expected.gate(results, options.against or expected.folder_of(results.preset))
     for name, facts, unlike in (
         ("T0", "tokens and counters", found.t0),
         ("T1", "virtual times and speedups", found.t1),
@@ -161,7 +161,7 @@ def abba(options: Namespace) -> int:
     found = trials.judge(trial)
     report = trials.report(trial, found)
     page = write.markdown(report)
-    (folder / "summary.md").write_text(page, encoding="utf-8")
+    write.write_text(folder / "summary.md", page)
     write_json(folder / "judgement.json", asdict(found))
     if options.summary is not None:
         with options.summary.open("a", encoding="utf-8") as file:
