@@ -16,7 +16,18 @@ from suites.tasks.files import FOLDER, locate
 
 HERE = Path(__file__).parent
 ENGINE = ("torch", "transformers", "numpy")  # packages that every result depends on
+LONGEST_NAME = 100
 VERSIONED = (*ENGINE, "lm-eval")  # and those that a scored result depends on
+
+
+def check_name(whose: str, name: Any) -> None:
+    """Raise Refused unless the name is 1 to 100 printable characters: it stands in labels, tables and pages."""
+    if not (isinstance(name, str) and name.strip() and len(name) <= LONGEST_NAME and name.isprintable()):
+        shown = ascii(name)
+        raise Refused(
+            f"{whose} cannot be called {shown if len(shown) <= LONGEST_NAME else f'{shown[:LONGEST_NAME]}...'}; give a "
+            f"name of 1 to {LONGEST_NAME} printable characters."
+        )
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,12 @@ class Model:
     revision: str | None = None
     family: str | None = None
     training_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise Refused for a name or a family that cannot be printed."""
+        check_name("A model", self.name)
+        if self.family is not None:
+            check_name("A family", self.family)
 
     @property
     def folder(self) -> Path:
@@ -91,7 +108,7 @@ def model_hash(model: Model) -> str:
         return digest([(path.name, path.stat().st_size) for path in sorted(model.folder.iterdir()) if path.is_file()])
     if not sums.is_file():
         raise Refused(f"Model {model.name} is not in {model.folder}: SHA256SUMS is missing.")
-    for line in sums.read_text().splitlines():
+    for line in sums.read_text(encoding="utf-8").splitlines():
         expected, name = line.split(maxsplit=1)
         path = model.folder / name
         if not path.is_file() or bytes_hash(path.read_bytes()) != expected:

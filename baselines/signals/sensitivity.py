@@ -61,7 +61,7 @@ class Measured:
     def load(cls, path: Path) -> Measured:
         """Read a file that `save` wrote. Raise Refused for any other file."""
         try:
-            data: dict[str, Any] = json.loads(path.read_text())
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
                 raise ValueError("another format")
             read = cls(**data)

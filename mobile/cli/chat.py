@@ -90,7 +90,7 @@ def _recorder(tokenizer: Any) -> Any:
     """Return a streamer to stdout that records the ids."""
     from transformers import TextStreamer
 
-    class Recorder(TextStreamer):
+    class Recorder(session.shown_on_terminal(TextStreamer)):  # type: ignore[misc]
         """A streamer to stdout. `written` are the ids, which an interrupted generate() does not return."""
 
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -66,7 +67,7 @@ class Judgement:
 def latest() -> Path:
     """Return the folder of the last trial started from here. Raise Unjudgeable if there is none."""
     try:
-        return Path(LATEST_TRIAL.read_text().strip())
+        return Path(os.fsdecode(LATEST_TRIAL.read_bytes()).removesuffix("\n"))
     except OSError as error:
         raise Unjudgeable("No trial was run from here; run: nox -s regression, or nox -s compare -- A B") from error
 

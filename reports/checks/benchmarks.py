@@ -86,7 +86,9 @@ def compare(base: Path, head: Path) -> int:
         f"--columns={SHOWN}",
         "--sort=fullname",
     )
-    done = subprocess.run([sys.executable, "-m", "pytest_benchmark", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", *words], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise UnlikeMachines(f"pytest-benchmark cannot compare {base} with {head} ({last}); {AGAIN}")

@@ -58,6 +58,6 @@ def gather(run: Path) -> Evidence:
         run,
         read(run),
         read_json(RunFolder(run).plan),
-        tomllib.loads(PAPER.read_text()),
+        tomllib.loads(PAPER.read_text(encoding="utf-8")),
         page.read_text(encoding="utf-8") if page.is_file() else "",
     )
