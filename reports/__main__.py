@@ -18,7 +18,7 @@ from reports.checks.benchmarks import UnlikeMachines
 from reports.checks.bundle import NoManifest
 from reports.data.compare import UnlikePrompts
 from reports.data.results import NoResults
-from reports.elements.console import note, prepare
+from reports.elements.console import error, prepare
 
 EPILOG = "A verb that takes a run takes the one that was started last from here if no folder is named."
 REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, expected.NoExpectation)
@@ -92,7 +92,7 @@ def main() -> int:
         sys.stdout.flush()
         return code
     except (*REFUSALS, Refused, OSError) as refused:  # the last: a folder that cannot be written, a disk that is full
-        note(f"error: {refused}")
+        error(refused)
         return 2
 
 

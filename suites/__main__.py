@@ -111,14 +111,14 @@ def main() -> int:
             LATEST.write_bytes(os.fsencode(run.path) + b"\n")
             return 1 if execute(preset, run, console, workers, chosen) else 0
     except Refused as refused:
-        show.note(f"error: {refused}")
+        show.error(refused)
         return 2
     except DiskFull as error:
-        show.note(f"error: {error}")
+        show.error(error)
         return 2
     except OSError as error:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        show.note(f"error: {DiskFull(run) if no_room else error}")
+        show.error(DiskFull(run) if no_room else error)
         return 2
     except KeyboardInterrupt:
         show.note("stopped; run the same command again to go on where it was")

@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
             show.note("\n(/exit or the end of the input ends the conversation)")
             continue
         if isinstance(turn, Refused):
-            show.note(f"error: {turn}")
+            show.error(turn)
         elif turn.strip() == "/exit":
             return 0
         elif turn.strip().startswith("/"):
@@ -170,6 +170,6 @@ def _answer(prompt: str, conversation: Conversation) -> None:
     try:
         conversation.answer(prompt)
     except Refused as refused:
-        show.note(f"error: {refused}")
+        show.error(refused)
         return
     show.note(session.line(model, before))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.segment import Segment
 
-from reports.elements.escapes import visible
+from reports.elements.escapes import on_one_line, visible
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,6 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def note(text: str) -> None:
-    """Print a line on stderr."""
-    print(visible(text), file=sys.stderr)
+def error(refused: object) -> None:
+    """Print why something was refused, as one line on stderr."""
+    print(f"error: {on_one_line(str(refused))}", file=sys.stderr)

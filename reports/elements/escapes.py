@@ -57,7 +57,7 @@ def markdown(text: str) -> str:
 
 def markdown_paragraph(text: str) -> str:
     """Return text that begins a line of Markdown."""
-    line = markdown(text.lstrip())
+    line = markdown(text).lstrip()
     begins = BLOCK.match(line)
     return line if begins is None else f"{line[: begins.end() - 1]}\\{line[begins.end() - 1 :]}"
 

@@ -249,7 +249,7 @@ def main() -> int:
         with _store(options):
             found = trial(both, options.pairs, passed_on(options), console)
     except Refused as refused:
-        show.note(f"error: {refused}")
+        show.error(refused)
         return 2
     except KeyboardInterrupt:
         show.note("stopped; nothing was written")

@@ -125,6 +125,9 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     import torch
     from torch.profiler import ProfilerActivity
 
+    from mobile.live_model.compat import check_docstrings
+
+    check_docstrings()  # before the classes are imported
     from mobile.policies.strategy import BigLittle, resolve
     from suites.synthetic import models
     from suites.synthetic.script import ScriptLength, drawn, with_rate

@@ -156,7 +156,6 @@ def make(
     With `folder` the experts lie in a file there, which has no name and goes with the process; then `layers` None makes
     all of them. Raise Refused for an unknown geometry, too many layers, or too little host memory or disk.
     """
-    compat.check_docstrings()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if folder is None:

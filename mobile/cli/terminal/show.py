@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from mobile.errors import Refused
-from mobile.visible import visible
+from mobile.visible import on_one_line, visible
 
 GIB, MIB, GB = 2**30, 2**20, 10**9
 
@@ -89,6 +89,11 @@ def note(text: str) -> None:
         print(visible(text), file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
+
+
+def error(refused: object) -> None:
+    """Print why something was refused, as one line on stderr."""
+    note(f"error: {on_one_line(str(refused))}")
 
 
 def waiting(text: str) -> None:
