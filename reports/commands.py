@@ -158,7 +158,7 @@ def abba(options: Namespace) -> int:
     found = trials.judge(trial)
     report = trials.report(trial, found)
     page = write.markdown(report)
-    write.write_text(folder / "summary.md", page)
+    write.write_anew(folder / "summary.md", page)
     write_json(folder / "judgement.json", asdict(found))
     if options.summary is not None:
         with options.summary.open("a", encoding="utf-8") as file:

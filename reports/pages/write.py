@@ -36,11 +36,11 @@ def write(report: Report, results: Results, folder: Path) -> list[Path]:
     for stale in (folder / "figures").iterdir():
         stale.unlink()
     for name, text in texts.items():
-        write_text(folder / name, text)
+        write_anew(folder / name, text)
     return [folder / name for name in texts]
 
 
-def write_text(path: Path, text: str) -> None:
+def write_anew(path: Path, text: str) -> None:
     """Write a file anew: a link of that name in a folder that was passed around would lead to another file."""
     if path.is_symlink():
         path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -17,6 +18,9 @@ from matplotlib.transforms import Bbox
 from reports.elements.escapes import on_one_line
 from reports.elements.page import Figure, Table
 from reports.elements.slug import slug
+
+# A picture keeps its text, which whoever shows it draws in a font of theirs.
+warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",

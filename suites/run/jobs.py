@@ -20,7 +20,8 @@ from suites.run.worker import LOG_TAIL_CHARACTERS, ending
 
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-WHOLE = {"PYTHONOPTIMIZE": ""}  # Transformers reads docstrings, and `python -OO` has none
+# Whatever the surroundings: Transformers reads docstrings, which -OO drops; lm-eval reads files as the locale says.
+ALIKE = {"PYTHONOPTIMIZE": "", "PYTHONUTF8": "1"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Job:
     @property
     def settings(self) -> dict[str, str]:
         """Return the environment variables of its process; the one that is alone may use all cores."""
-        return {**WHOLE, **({} if self.alone else QUIET), **({} if self.online else OFFLINE)}
+        return {**ALIKE, **({} if self.alone else QUIET), **({} if self.online else OFFLINE)}
 
 
 def jobs(pieces: Sequence[Work], run: RunFolder) -> list[Job]:
