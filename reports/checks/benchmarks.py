@@ -12,6 +12,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from reports.elements.escapes import visible
+
 SHOWN = "median,iqr,min,rounds"
 AGAIN = "make it again with: nox -s bench"
 
@@ -92,5 +94,5 @@ def compare(base: Path, head: Path) -> int:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise UnlikeMachines(f"pytest-benchmark cannot compare {base} with {head} ({last}); {AGAIN}")
-    print(done.stdout, end="")
+    print(visible(done.stdout), end="")
     return 0

@@ -79,11 +79,13 @@ class Preset:
         return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
 
     def only(self, pattern: str | None) -> Preset:
-        """Return the preset with the cells whose label holds the pattern (with * and ? as in file names).
+        """Return the preset with the cells whose label holds the pattern (as it is, or with * and ? as in file names).
 
         Raise Refused where none does.
         """
-        chosen = self.cells if pattern is None else tuple(c for c in self.cells if fnmatch(c.label, f"*{pattern}*"))
+        chosen = tuple(
+            c for c in self.cells if pattern is None or pattern in c.label or fnmatch(c.label, f"*{pattern}*")
+        )
         if not chosen:
             raise Refused(f"No cell of {self.name} is called {pattern!r}; one is called {self.cells[0].label!r}.")
         return replace(self, cells=chosen)

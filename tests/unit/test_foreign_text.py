@@ -467,4 +467,6 @@ def test_an_odd_name_is_a_name(tmp_path: Path, name):
     from tiny_run import PRESET
 
     (tmp_path / "odd.toml").write_text(PRESET.replace('name = "olmoe-tiny"', f"name = '{name}'"), encoding="utf-8")
-    assert read_preset(str(tmp_path / "odd.toml")).cells[0].model.name == name
+    preset = read_preset(str(tmp_path / "odd.toml"))
+    assert preset.cells[0].model.name == name
+    assert preset.only(name) == preset

@@ -126,7 +126,7 @@ def shown_on_terminal(streamer: type) -> Any:
     A model may write what a terminal would obey. Into a file or a pipe its text goes as it is.
     """
 
-    class Shown(streamer):  # type: ignore[misc]
+    class Shown(streamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             """Print the text."""
             super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
