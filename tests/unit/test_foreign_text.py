@@ -154,6 +154,22 @@ def test_markdown_leaves_what_it_would_not_obey(text):
     assert escapes.markdown(text) == text
 
 
+@pytest.mark.parametrize(
+    ("escape", "text", "made"),
+    [
+        (escapes.markdown, "$x$ `a` *b* _c_ ~d~ \\w", r"\$x\$ \`a\` \*b\* \_c\_ \~d\~ \\w"),
+        (escapes.markdown, "[a](b) <i> &lt;", r"[a\](b) \<i> \&lt;"),
+        (escapes.markdown_paragraph, "12. a\n# b", r"12\. a # b"),
+        (escapes.markdown_cell, "a|b\\|c", r"a\|b\\\|c"),
+        (escapes.latex, "\\input{x} [1] 5% a_b $", r"\textbackslash{}input\{x\} {[}1{]} 5\% a\_b \$"),
+        (escapes.csv_cell, "=cmd()", "'=cmd()"),
+        (escapes.csv_cell, " @x", "' @x"),
+    ],
+)
+def test_an_escape_is_what_its_format_says(escape, text, made):
+    assert escape(text) == made
+
+
 def test_markdown_shows_every_text_and_obeys_none():
     for text in hostile():
         page = (
