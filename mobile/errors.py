@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mobile.visible import visible
+
 
 class Refused(ValueError):
     """Bad input. Its text is one sentence with what to change; nothing was written and no model is half-attached."""
@@ -10,9 +12,9 @@ class Refused(ValueError):
 def one_line(error: BaseException) -> str:
     """Return another library's error in one line, to be a part of a refusal: its first paragraph, or the error's type.
 
-    An OSError gives the system's message alone, without the number and the file. Characters that are no text (half of a
-    surrogate pair) are escaped, so that the line can be printed anywhere.
+    An OSError gives the system's message alone, without the number and the file. What a terminal would obey and what is
+    no text (half of a surrogate pair) is escaped, so that the line can be printed anywhere.
     """
     message = str(getattr(error, "strerror", None) or error).strip()
     line = " ".join(message.split("\n\n")[0].split()) or type(error).__name__
-    return line.encode(errors="backslashreplace").decode().rstrip(".:")
+    return visible(line).rstrip(".:")

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from mobile.errors import Refused, one_line
+from mobile.visible import on_one_line
 
 
 def check_file(path: Path) -> None:
@@ -92,5 +93,5 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def printable(path: Path) -> str:
-    """Return the path as text to be printed, with bytes that are no text escaped."""
-    return str(path).encode(errors="backslashreplace").decode()
+    """Return the path as text to be printed on one line, with bytes that are no text escaped."""
+    return on_one_line(str(path))

@@ -1,6 +1,6 @@
 """From a run's records to a report, and what guards it: `python -m reports build | check | verify | diff | ...`.
 
-Parse the command line here; `commands` does the work. The part before the colon is the description of --help.
+Parse the command line here; `commands` does the work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from reports.checks.benchmarks import UnlikeMachines
 from reports.checks.bundle import NoManifest
 from reports.data.compare import UnlikePrompts
 from reports.data.results import NoResults
+from reports.elements.console import error, prepare
 
 EPILOG = "A verb that takes a run takes the one that was started last from here if no folder is named."
 REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, expected.NoExpectation)
@@ -37,7 +38,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; the parsed options hold the verb's function as `command`."""
-    top = Parser(prog="python -m reports", description=__doc__.split(":")[0], epilog=EPILOG)
+    top = Parser(
+        prog="python -m reports", description="From a run's records to a report, and what guards it", epilog=EPILOG
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, command: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the verb of the command line and return its exit code; 2 for a refusal, printed as one line on stderr."""
+    prepare()
     try:
         options = parser().parse_args()
         if sys.stderr.isatty():
@@ -88,7 +92,7 @@ def main() -> int:
         sys.stdout.flush()
         return code
     except (*REFUSALS, Refused, OSError) as refused:  # the last: a folder that cannot be written, a disk that is full
-        print(f"error: {refused}", file=sys.stderr)
+        error(refused)
         return 2
 
 

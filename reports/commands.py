@@ -5,7 +5,6 @@ Exit codes: 0 all well, 1 something to heed, 2 (by __main__) nothing to work on.
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -22,15 +21,13 @@ from reports.checks import bundle, expected, readme
 from reports.checks.checklist import evidence, lines
 from reports.checks.difference import difference
 from reports.data.results import latest_run, read
+from reports.elements.console import console as new_console
+from reports.elements.escapes import on_one_line, visible
 from reports.elements.page import Table
 from reports.pages import content, write
 from suites.record import write_json
 
 SHOWN = 40  # lines of a long list on the screen
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
 
 
 def _say(console: Console, word: str, style: str, rest: str) -> None:
@@ -47,7 +44,7 @@ def _print(console: Console, table: Table) -> None:
 
 def build(options: Namespace) -> int:
     """Write every output, seal the folder, print the overview and the page's path; 1 on an alarm or a missing cell."""
-    console, begun = _console(), time.monotonic()
+    console, begun = new_console(), time.monotonic()
     run: Path = options.run or latest_run()
     results = read(run)
     report = content.build(results)
@@ -60,7 +57,7 @@ def build(options: Namespace) -> int:
     for table in (table for section in report.sections[:2] for table in section.tables):
         _print(console, table)
     for cell, why in results.absent[:SHOWN]:
-        _say(console, "no record", "red", f" {cell}: {why}")
+        _say(console, "no record", "red", f" {on_one_line(cell)}: {why}")
     if len(results.absent) > SHOWN:
         console.print(f"and {len(results.absent) - SHOWN} more cells without a record, all on the page")
     console.print(
@@ -72,7 +69,7 @@ def build(options: Namespace) -> int:
 
 def check(options: Namespace) -> int:
     """Print the checklist; 1 if a line is missing."""
-    console = _console()
+    console = new_console()
     table = lines.table(evidence.gather(options.run or latest_run()))
     _print(console, table)
     counted = Counter(row[2] for row in table.rows)
@@ -82,7 +79,7 @@ def check(options: Namespace) -> int:
 
 def verify(options: Namespace) -> int:
     """Print what differs from the manifest; 1 if a file of the bundle does."""
-    console = _console()
+    console = new_console()
     run = options.run or latest_run()
     found = bundle.verify(run)
     for line in found.changed:
@@ -98,7 +95,7 @@ def verify(options: Namespace) -> int:
 
 def diff(options: Namespace) -> int:
     """Print what changed between two runs; 1 if something of it matters."""
-    console = _console()
+    console = new_console()
     found = difference(read(options.first), read(options.second))
     for table in (found.surroundings, found.cells):
         if table.rows:
@@ -110,14 +107,14 @@ def diff(options: Namespace) -> int:
 
 def expect(options: Namespace) -> int:
     """Save a run as what later runs must give; 1, and nothing saved, if a control is broken or a cell is missing."""
-    console = _console()
+    console = new_console()
     results = read(options.run or latest_run())
     report = content.build(results)
     if report.alarm or results.absent:
         console.print(f"not kept: {report.alarm or f'{len(results.absent)} cells have no record'}")
         return 1
     page = write.markdown(report, figures=False)
-    for path in expected.save(results, page, options.out or expected.FOLDER / results.preset):
+    for path in expected.save(results, page, options.out or expected.folder_of(results.preset)):
         console.print(f"{path} ({path.stat().st_size / 1024:,.0f} KiB)")
     if readme.SOURCE.parent.name == results.preset:
         console.print("The READMEs quote this run; bring them up to date with: python -m reports readme")
@@ -128,16 +125,16 @@ def write_readme(options: Namespace) -> int:
     """Rewrite the tables of the READMEs and their figure; with --check, print which are stale, 1 if any is."""
     paths = readme.stale() if options.check else readme.write()
     for path in paths:
-        print(f"{path}: {'not as the report says' if options.check else 'written'}")
+        print(f"{visible(str(path))}: {'not as the report says' if options.check else 'written'}")
     print(f"{len(paths)} of {len(readme.texts())} files {'are stale' if options.check else 'changed'}")
     return 1 if options.check and paths else 0
 
 
 def gate(options: Namespace) -> int:
     """Print each fact that differs from the expectation; 1 if any does."""
-    console = _console()
+    console = new_console()
     results = read(options.run or latest_run())
-    found = expected.gate(results, options.against or expected.FOLDER / results.preset)
+    found = expected.gate(results, options.against or expected.folder_of(results.preset))
     for name, facts, unlike in (
         ("T0", "tokens and counters", found.t0),
         ("T1", "virtual times and speedups", found.t1),
@@ -155,13 +152,13 @@ def gate(options: Namespace) -> int:
 
 def abba(options: Namespace) -> int:
     """Print the judgement of a trial, and write it into the trial's folder; 1 if it is a regression."""
-    console = _console()
+    console = new_console()
     folder = options.trial or trials.latest()
     trial = trials.read(folder)
     found = trials.judge(trial)
     report = trials.report(trial, found)
     page = write.markdown(report)
-    (folder / "summary.md").write_text(page, encoding="utf-8")
+    write.write_anew(folder / "summary.md", page)
     write_json(folder / "judgement.json", asdict(found))
     if options.summary is not None:
         with options.summary.open("a", encoding="utf-8") as file:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from mobile import outputs
+from mobile.cli.terminal import show
 from mobile.cli.terminal.parsing import Parser
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
@@ -92,8 +92,9 @@ def folders(given: list[str]) -> dict[str, Path]:
 
 
 def main() -> int:
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
+        show.prepare()
+        console = show.console(soft_wrap=True)
         options = parser().read()
         if options.verb == "profile":
             return profile.run(options)
@@ -114,20 +115,20 @@ def main() -> int:
         alone = any(cell.scope != VIRTUAL for cell in chosen.cells)
         with locked(run), here() if options.dask is None else cluster(options.dask, run.path, alone) as workers:
             LATEST.parent.mkdir(exist_ok=True)
-            LATEST.write_text(f"{run.path}\n")
+            LATEST.write_bytes(os.fsencode(run.path) + b"\n")
             return 1 if execute(preset, run, console, workers, chosen) else 0
     except Refused as refused:
-        print(f"error: {refused}", file=sys.stderr)
+        show.error(refused)
         return 2
     except DiskFull as error:
-        print(f"error: {error}", file=sys.stderr)
+        show.error(error)
         return 2
     except OSError as error:
         no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        print(f"error: {DiskFull(run) if no_room else error}", file=sys.stderr)
+        show.error(DiskFull(run) if no_room else error)
         return 2
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on where it was", file=sys.stderr)
+        show.note("stopped; run the same command again to go on where it was")
         return 130
 
 

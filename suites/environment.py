@@ -22,7 +22,15 @@ def _git(*arguments: str) -> str | None:
     """Ask git about this tree. It takes no lock: one that a killed run left would keep the user from committing."""
     words = ["git", "--no-optional-locks", *arguments]
     try:
-        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(
+            words,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=20,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

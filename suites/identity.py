@@ -16,9 +16,20 @@ from suites.tasks.files import FOLDER, locate
 
 HERE = Path(__file__).parent
 ENGINE = ("torch", "transformers", "numpy")  # packages that every result depends on
+LONGEST_NAME = 100
 VERSIONED = (*ENGINE, "lm-eval")  # and those that a scored result depends on
 SUMS, SHIPPED = "SHA256SUMS", "shipped-tiny"
 SAMPLES, SAMPLE_NBYTES = 64, 2**14
+
+
+def check_name(whose: str, name: Any) -> None:
+    """Raise Refused unless the name is 1 to 100 printable characters: it stands in labels, tables and pages."""
+    if not (isinstance(name, str) and name.strip() and len(name) <= LONGEST_NAME and name.isprintable()):
+        shown = ascii(name)
+        raise Refused(
+            f"{whose} cannot be called {shown if len(shown) <= LONGEST_NAME else f'{shown[:LONGEST_NAME]}...'}; give a "
+            f"name of 1 to {LONGEST_NAME} printable characters."
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,12 @@ class Model:
     revision: str | None = None
     family: str | None = None
     training_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise Refused for a name or a family that cannot be printed."""
+        check_name("A model", self.name)
+        if self.family is not None:
+            check_name("A family", self.family)
 
     @property
     def folder(self) -> Path:

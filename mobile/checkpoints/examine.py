@@ -57,6 +57,7 @@ def find(
 
     Raise Refused for anything else, and for a checkpoint with an adapter that Transformers would apply.
     """
+    compat.check_docstrings()
     checkpoint = locate(source, revision, [*patterns, *(["*.py"] if trust_remote_code else [])])
     name, adapter = checkpoint.name, checkpoint.has(ADAPTER)
     if not checkpoint.holds("config.json"):

@@ -166,7 +166,7 @@ def cached_whole(name: str, revision: str | None) -> bool:
         return True
     index = _cached(name, INDEX, revision)
     try:
-        files = set() if index is None else set(json.loads(index.read_text())["weight_map"].values())
+        files = set() if index is None else set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(files) and all(_cached(name, file, revision) is not None for file in files)

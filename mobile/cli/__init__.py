@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except Refused as refused:
-        show.note(f"error: {refused}")
+        show.error(refused)
         return 2
     except KeyboardInterrupt:
         show.note("interrupted")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show.silence(sys.stdout)
         return 1
     except OSError as error:
-        show.note(f"error: {_about(error)}.")
+        show.error(f"{_about(error)}.")
         return 2
 
 

@@ -13,6 +13,7 @@ from mobile import outputs
 from mobile.cli.terminal import show
 from mobile.costs.hardware import HardwareProfile, write_profile
 from mobile.errors import Refused
+from mobile.visible import on_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def calibrate(
     screen = show.console(stderr=True)
     with Progress(
         SpinnerColumn(),
-        TextColumn("measuring {task.description}"),
+        TextColumn("measuring {task.description}", markup=False),
         TimeElapsedColumn(),
         console=screen,
         transient=True,
@@ -56,7 +57,7 @@ def calibrate(
         task = progress.add_task("this machine", total=None)
 
         def say(part: str) -> None:
-            progress.update(task, description=part)
+            progress.update(task, description=on_one_line(part))
             if not screen.is_terminal:
                 show.note(f"measuring {part}")
 

@@ -90,7 +90,7 @@ def _recorder(tokenizer: Any) -> Any:
     """Return a streamer to stdout that records the ids."""
     from transformers import TextStreamer
 
-    class Recorder(TextStreamer):
+    class Recorder(session.shown_on_terminal(TextStreamer)):  # type: ignore[misc]
         """A streamer to stdout. `written` are the ids, which an interrupted generate() does not return."""
 
         def __init__(self) -> None:
@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
             show.note("\n(/exit or the end of the input ends the conversation)")
             continue
         if isinstance(turn, Refused):
-            show.note(f"error: {turn}")
+            show.error(turn)
         elif turn.strip() == "/exit":
             return 0
         elif turn.strip().startswith("/"):
@@ -170,6 +170,6 @@ def _answer(prompt: str, conversation: Conversation) -> None:
     try:
         conversation.answer(prompt)
     except Refused as refused:
-        show.note(f"error: {refused}")
+        show.error(refused)
         return
     show.note(session.line(model, before))

@@ -10,6 +10,7 @@ from pathlib import Path
 from mobile import outputs
 from mobile.errors import Refused
 from mobile.replay.replay import Outcome
+from mobile.visible import on_one_line
 
 # Okabe and Ito's colours (2008), told apart with any colour vision; yellow is left out, being faint on white.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -37,7 +38,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
     for outcome in sorted(outcomes, key=lambda outcome: outcome.memory_nbytes):
         if outcome.hit_rate is not None:
             curves.setdefault(outcome.strategy, []).append((outcome.memory_nbytes / 2**30, outcome.hit_rate))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mobile"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mobile", "text.parse_math": False}):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
         heights = _label_heights({name: points[-1][1] for name, points in curves.items()})
@@ -45,7 +46,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
         for (name, points), (colour, marker, line) in zip(curves.items(), styles, strict=False):
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=6, linewidth=1.6)
             axes.annotate(
-                name,
+                on_one_line(name),
                 xy=points[-1],
                 xytext=(1.03, heights[name]),
                 textcoords=axes.get_yaxis_transform(),
@@ -54,7 +55,9 @@ def draw(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
                 fontsize=9,
                 arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
             )
-        axes.set(xlabel="device memory (GiB)", ylabel="hit rate of decode", title=title, ylim=(-0.03, 1.03))
+        axes.set(
+            xlabel="device memory (GiB)", ylabel="hit rate of decode", title=on_one_line(title), ylim=(-0.03, 1.03)
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         kind = path.suffix.lower().removeprefix(".")

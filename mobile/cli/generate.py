@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     model = opened.model
-    streamer = None if arguments.json else TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    shown = session.shown_on_terminal(TextStreamer)
+    streamer = None if arguments.json else shown(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
     before = model.mobile.stats()
     output = opened.generate(ids, streamer=streamer)
     if arguments.json:

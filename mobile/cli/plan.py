@@ -18,6 +18,7 @@ from mobile.costs.hardware import HardwareProfile, parse_gb_per_s, parse_nbytes,
 from mobile.errors import Refused
 from mobile.machine.host import host
 from mobile.residency.residency import PREFILL_BUFFERS
+from mobile.visible import visible
 
 if TYPE_CHECKING:
     from mobile.checkpoints.source import Source
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
         elif model is not None:
-            print(f"does not run here: {arguments.model}, because: {refused}")
+            print(visible(f"does not run here: {arguments.model}, because: {refused}"))
         raise
     if arguments.json:
         show.as_json(asdict(divided) | {"geometry": divided.geometry.as_record()})

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         for strategy in chosen
         for slots in sizes(arguments, strategy, charged, card)
     ]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
     with progress:
         outcomes = [outcome(setup, trace.requests) for setup in progress.track(setups, description="replays")]

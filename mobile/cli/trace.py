@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     opened = session.start(arguments, reader, sampled)
     engine = opened.model.mobile
     before = engine.stats()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=show.console(stderr=True), disable=not sys.stderr.isatty())
     with engine.recording(ahead=True) as requests, progress:
         for ids in progress.track(encoded, description="prompts"):
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             {"path": str(out), "requests": len(requests), "steps": steps, "nbytes": nbytes, "stats": engine.stats()}
         )
     else:
-        print(f"{out}: {len(requests)} requests, {steps:,} forward passes, {nbytes:,} bytes")
+        print(f"{outputs.printable(out)}: {len(requests)} requests, {steps:,} forward passes, {nbytes:,} bytes")
     show.note(session.line(opened.model, before))
     return 0
 

@@ -6,6 +6,7 @@ It is in one place so that a new release is checked against one file.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,14 @@ NORM = "post_expert_norm"  # the norm of what an expert gives, which all experts
 CACHES = ("cache", "past_key_values", "cache_params")
 PLAIN = {nn.Parameter, torch.Tensor}  # of what classes a weight and its data are, unless something quantised them
 TOP_K_NAMES = ("top_k", "top_k_experts", "num_experts_per_tok")  # where a router, its block or its config keeps K
+
+
+def check_docstrings() -> None:
+    """Raise Refused where Python runs without docstrings, from which Transformers builds its model classes."""
+    if sys.flags.optimize > 1:
+        raise Refused(
+            "Transformers makes no model under python -OO, which drops docstrings; leave -OO (PYTHONOPTIMIZE=2) out."
+        )
 
 
 @dataclass(frozen=True)

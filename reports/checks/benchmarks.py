@@ -12,6 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from reports.elements.escapes import visible
 from suites.typed_json import read_bytes
 
 SHOWN = "median,iqr,min,rounds"
@@ -88,9 +89,11 @@ def compare(base: Path, head: Path) -> int:
         f"--columns={SHOWN}",
         "--sort=fullname",
     )
-    done = subprocess.run([sys.executable, "-m", "pytest_benchmark", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", *words], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise UnlikeMachines(f"pytest-benchmark cannot compare {base} with {head} ({last}); {AGAIN}")
-    print(done.stdout, end="")
+    print(visible(done.stdout), end="")
     return 0

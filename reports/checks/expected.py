@@ -11,10 +11,16 @@ from reports.data import groups
 from reports.data.compare import speedup, strategy_name
 from reports.data.fingerprint import TIMES, VIRTUAL, fingerprints
 from reports.data.results import Results
+from reports.elements.slug import slug
 from suites.typed_json import Count, Holding, called, parse, read_bytes, typed
 
 FOLDER = Path(__file__).parents[1] / "expected"
 CELLS = "cells.json"
+
+
+def folder_of(preset: str) -> Path:
+    """Return where the expectation of a preset is kept: always inside `FOLDER`, whatever the preset is called."""
+    return FOLDER / slug(preset)
 
 
 class NoExpectation(ValueError):

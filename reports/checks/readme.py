@@ -134,7 +134,7 @@ def _figure(tables: Tables) -> Figure:
             speedup = interval(over)
             if speedup and _bare(name) in ("lru", *lost):
                 lines.append(Line(geometry, _bare(name), speedup, lost.get(_bare(name))))
-    return speed_and_accuracy(lines, tomllib.loads(PAPER.read_text()), CAPTION)
+    return speed_and_accuracy(lines, tomllib.loads(PAPER.read_text(encoding="utf-8")), CAPTION)
 
 
 def _standalone(figure: Figure, ink: str) -> str:

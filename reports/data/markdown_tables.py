@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from reports.elements.escapes import of_markdown
 from reports.elements.page import Table
 from reports.stats.intervals import Interval
 
@@ -28,14 +29,14 @@ def read_tables(page: str) -> dict[tuple[str, str], Table]:
             found[heading, caption] = Table(caption, head, tuple(rows))
             lines = []
         if line.startswith("#"):
-            heading = line.lstrip("#").strip()
+            heading = of_markdown(line.lstrip("#").strip())
         elif line.startswith("**") and line.endswith("**"):
-            caption = line.strip("*")
+            caption = of_markdown(line[2:-2])
     return found
 
 
 def _cells(line: str) -> tuple[str, ...]:
-    return tuple(cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+    return tuple(of_markdown(cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1])
 
 
 def columns(table: Table, *names: str) -> list[tuple[str, ...]]:

@@ -7,6 +7,8 @@ import io
 from dataclasses import dataclass
 from urllib.parse import quote
 
+from reports.elements.escapes import csv_cell
+
 
 @dataclass(frozen=True)
 class Table:
@@ -31,13 +33,13 @@ class Table:
     def csv(self) -> str:
         """Return the table as comma-separated values, heads first."""
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows((self.head, *self.rows))
+        csv.writer(out, lineterminator="\n").writerows(map(csv_cell, row) for row in (self.head, *self.rows))
         return out.getvalue()
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG picture and the numbers it was drawn from."""
+    """An SVG picture and the numbers it was drawn from. `name` is a file's, as `slug` makes it."""
 
     name: str
     caption: str
@@ -90,7 +92,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Return the heading as an HTML id."""
+        """Return the heading as an HTML id; `Report.anchored` tells equal ones apart."""
         return "-".join("".join(c if c.isalnum() else " " for c in self.heading.lower()).split())
 
 
@@ -108,3 +110,14 @@ class Report:
     def figures(self) -> tuple[Figure, ...]:
         """Return the figures of all sections."""
         return tuple(figure for section in self.sections for figure in section.figures)
+
+    @property
+    def anchored(self) -> tuple[tuple[str, Section], ...]:
+        """Return every section with an HTML id that no other has."""
+        found: dict[str, Section] = {}
+        for section in self.sections:
+            anchor, number = section.anchor, 2
+            while not anchor or anchor == "repeat" or anchor in found:  # "repeat" is the page's own
+                anchor, number = f"{section.anchor}-{number}", number + 1
+            found[anchor] = section
+        return tuple(found.items())

@@ -20,7 +20,7 @@ PAPER = Path(__file__).parents[1] / "paper.toml"
 
 def build(results: Results) -> Report:
     """Build the report of a run."""
-    paper = tomllib.loads(PAPER.read_text())
+    paper = tomllib.loads(PAPER.read_text(encoding="utf-8"))
     broken = controls.broken(results)
     sections = [
         *(_overview(results, paper, trusted=not broken) if results.records else ()),

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 from reports.data import groups
 from reports.data.compare import accuracy, count, share, speedup, strategy_name, total
 from reports.data.groups import Group
 from reports.data.results import Results
+from reports.elements.escapes import latex as escape
+from reports.elements.escapes import on_one_line
 from reports.verdict import stamp_of
-
-SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "≥": r"$\geq$",
-    "×": r"$\times$",
-} | {c: f"\\{c}" for c in "&%$#_{}"}
-
-
-def escape(text: str) -> str:
-    """Return text that LaTeX prints as it stands."""
-    return re.sub("|".join(map(re.escape, SPECIAL)), lambda found: SPECIAL[found.group()], text)
 
 
 def tables(results: Results, alarm: str | None) -> str:
     """Return the tables of accuracy by task and speed by model as LaTeX, for the input command."""
-    warning = f"% {alarm}\n" if alarm else ""
+    warning = f"% {on_one_line(alarm)}\n" if alarm else ""
     return (
         f"{warning}% Made by python -m reports build. Needs: \\usepackage{{booktabs,graphicx}}\n"
         f"{_accuracy(results)}\n{_speed(results)}"

@@ -11,7 +11,7 @@ from reports.data.compare import speedup
 from reports.data.groups import BASELINES
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
-from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above
+from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above, named
 from reports.stats.intervals import Interval
 
 MARKS = dict(zip(BASELINES, (("o", BLUE), ("s", ORANGE), ("^", GREEN)), strict=True))
@@ -42,7 +42,7 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
             axes.errorbar(
                 measured.value, row, xerr=bars, fmt=mark, color=colour, markersize=6, capsize=2.5, elinewidth=1
             )
-        axes.set_yticks(range(len(places)), [f"{model}, {budget}" for model, budget in places])
+        axes.set_yticks(range(len(places)), [named(f"{model}, {budget}") for model, budget in places])
         axes.set_ylim(len(places) - 0.5, -0.5)
         axes.set_xscale("log", base=2)  # twice as fast lies as far from 1 as half as fast
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -14,7 +15,12 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.transforms import Bbox
 
+from reports.elements.escapes import on_one_line
 from reports.elements.page import Figure, Table
+from reports.elements.slug import slug
+
+# A picture keeps its text, which whoever shows it draws in a font of theirs.
+warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -33,6 +39,7 @@ STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # a "$" in a name is text
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -43,17 +50,33 @@ STYLE: Any = {
 }
 COLOURS, DASHES, MARKS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, INK, GREY), ("-", "--", "-.", ":") * 2, "osD^vPXd"
 LINES = tuple(zip(COLOURS, DASHES, MARKS, strict=True))
+LONGEST = 80  # characters of a name in a picture, which is as wide as its longest text
+TAG = re.compile(r"<[^>]+>")
+ID = re.compile(r'\bid="|url\(#|href="#')
+
+
+def named(text: str) -> str:
+    """Return a name of a record as a figure shows it: on one line, and cut where it is very long."""
+    line = on_one_line(text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 
 def figure(name: str, caption: str, drawn: Any, data: Table) -> Figure:
-    """Close a matplotlib figure and return its SVG, in the page's text colour, each id prefixed by `name`."""
+    """Close a matplotlib figure and return its SVG, in the page's text colour, each id prefixed by the slug of `name`.
+
+    Only tags are changed: what is between them is text, whatever it says.
+    """
+    prefix = slug(name)
+
+    def ours(tag: re.Match[str]) -> str:
+        return ID.sub(lambda found: f"{found[0]}{prefix}-", tag[0].replace(INK, "currentColor"))
+
     out = io.StringIO()
     drawn.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
     plt.close(drawn)
     text = out.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    return Figure(name, caption, text, data)
+    text = TAG.sub(ours, text[text.index("<svg") :])
+    return Figure(prefix, caption, text, data)
 
 
 def legend_above(axes: Any, columns: int) -> None:
@@ -72,7 +95,7 @@ def label_points(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
     for text, x, y in labels:
         for away, (right, up) in product((0, 14, 28), ((6, 5), (6, -13), (-6, 5), (-6, -13))):
             spot = {"xytext": (right, up + (away if up > 0 else -away)), "ha": "left" if right > 0 else "right"}
-            drawn = axes.annotate(text, (x, y), textcoords="offset points", color=INK, **spot)
+            drawn = axes.annotate(named(text), (x, y), textcoords="offset points", color=INK, **spot)
             box = drawn.get_window_extent()
             if away == 28 or not any(box.overlaps(other) for other in taken):
                 break
@@ -98,7 +121,12 @@ def curves(
             last = max(end, last + gap)
             # annotation_clip: a label pushed above the axes must still be drawn
             axes.annotate(
-                label, (right, last), textcoords="offset points", xytext=(8, -3), color=colour, annotation_clip=False
+                named(label),
+                (right, last),
+                textcoords="offset points",
+                xytext=(8, -3),
+                color=colour,
+                annotation_clip=False,
             )
         axes.set_xlabel(x)
         axes.set_ylabel(y)

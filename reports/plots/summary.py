@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from reports.elements.page import Figure, Table
-from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure
+from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, named
 from reports.stats.intervals import Interval
 
 MARKS = {"lru": ("^", GREEN), "static-half": ("s", ORANGE), "mobile": ("o", BLUE)}
@@ -49,7 +49,7 @@ def speed_and_accuracy(lines: Sequence[Line], paper: Mapping[str, Any], caption:
                     axes.errorbar(
                         shown.value, row, xerr=bars, fmt=mark, color=colour, markersize=6, capsize=2.5, elinewidth=1
                     )
-        speed.set_yticks(range(len(families)), families)
+        speed.set_yticks(range(len(families)), [named(family) for family in families])
         speed.set_ylim(len(families) - 0.5, -0.5)
         speed.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
         speed.set_xlabel("decode speed over on-demand-overlap")

@@ -8,7 +8,7 @@ from reports.data import groups
 from reports.data.compare import strategy_name
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
-from reports.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, figure
+from reports.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, figure, named
 from suites.record import Record
 
 CAPTION = (
@@ -50,7 +50,7 @@ def token_timeline(results: Results, model: str) -> Figure | None:
                 rows += [(strategy_name(record), kind, f"{start:.6f}", f"{width:.6f}") for start, width in spans]
             axes.set_yticks([0.5, 1.5], ["GPU", "link"])
             axes.set_xlim(0, end)
-            axes.set_title(strategy_name(record), loc="left", fontsize=10)
+            axes.set_title(named(strategy_name(record)), loc="left", fontsize=10)
         panels[-1, 0].set_xlabel("milliseconds")
         used = {row[1] for row in rows}
         handles = [

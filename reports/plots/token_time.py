@@ -9,7 +9,7 @@ from reports.data.compare import strategy_name, total
 from reports.data.groups import Group
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
-from reports.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, figure, legend_above
+from reports.plots.style import BLUE, GREEN, ORANGE, PURPLE, SKY, STYLE, figure, legend_above, named
 
 PARTS = (
     ("waiting for the link", ORANGE, "//"),
@@ -52,7 +52,7 @@ def stacked_parts(results: Results, model: str) -> Figure | None:
                 label=label,
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+        axes.set_yticks(range(len(bars)), [named(label) for label, _ in bars])
         axes.invert_yaxis()
         axes.set_xlabel("milliseconds a token")
         legend_above(axes, 2)

@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mobile import outputs
+from mobile.cli.terminal import show
 from mobile.cli.terminal.parsing import Parser
 from mobile.errors import Refused
 from mobile.links.registry import scope_of
+from mobile.visible import on_one_line
 from suites.abba import variants
 from suites.environment import environment
 from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, write_json
@@ -43,7 +45,10 @@ START_SECONDS, LAYER_SECONDS, DISK_NBYTES_PER_S = 8, 6, 1.2e9
 
 
 def parser() -> Parser:
-    top = Parser(prog="python -m suites.abba", description=__doc__.split("\n\n")[0])
+    top = Parser(
+        prog="python -m suites.abba",
+        description="Time two variants in turn, a process each, in the order A B, B A, A B, ...",
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     regression = verbs.add_parser(
         "regression",
@@ -159,20 +164,21 @@ def process(variant: variants.Variant, tree: Sequence[Path], words: list[str], o
     path = os.pathsep.join([*map(str, tree), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-P", WORKLOAD, *strategies, *words, "--out", out],  # -P: suites/ itself is no place to import
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONOPTIMIZE": ""},  # Transformers reads docstrings
         cwd=out.parent,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode == NO_LINK:
         raise Refused(f"{variant.name} has {done.stdout.strip().splitlines()[-1]}; compare commits that have it.")
     if done.returncode:
-        print(done.stdout, file=sys.stderr)
+        show.note(done.stdout)
         last = done.stdout.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise Refused(f"{variant.name} cannot do this work ({last[0]}); its whole output is above.")
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     if Path(result["tree"]) != tree[-1].resolve():
         raise Refused(f"{variant.name} imported mobile from {result['tree']}, not from {tree[-1]}; unset PYTHONPATH.")
     return result
@@ -183,7 +189,7 @@ def trial(
 ) -> dict[str, Any]:
     """Run every process of both variants, in order, and return the trial. Checked out trees are gone afterwards."""
     turns, results = order(pairs), ([], [])  # type: tuple[list[int], tuple[list[Any], list[Any]]]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory() as scratch,
         variants.trees(both) as found,
@@ -191,7 +197,7 @@ def trial(
     ):
         task = shown.add_task("", total=len(turns))
         for number, turn in enumerate(turns, 1):
-            shown.update(task, description=both[turn].name)
+            shown.update(task, description=on_one_line(both[turn].name))
             begun = time.monotonic()
             result = process(both[turn], found[turn], words, Path(scratch) / f"{number}.json")
             results[turn].append(result)
@@ -226,9 +232,10 @@ def _store(options: argparse.Namespace) -> Iterator[None]:
 
 
 def main() -> int:
-    console = Console(soft_wrap=True, stderr=True, highlight=False, markup=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ended job, too, takes its worktree away
     try:
+        show.prepare()
+        console = show.console(stderr=True, soft_wrap=True)
         options = parser().read()
         outputs.check_folder(options.out)
         complete(options)
@@ -242,14 +249,14 @@ def main() -> int:
         with _store(options):
             found = trial(both, options.pairs, passed_on(options), console)
     except Refused as refused:
-        print(f"error: {refused}", file=sys.stderr)
+        show.error(refused)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        show.note("stopped; nothing was written")
         return 130
     path = options.out.absolute() / TRIAL
     write_json(path, {"kind": options.verb, **found})
     LATEST_TRIAL.parent.mkdir(exist_ok=True)
-    LATEST_TRIAL.write_text(f"{path.parent}\n")
-    print(path)
+    LATEST_TRIAL.write_bytes(os.fsencode(path.parent) + b"\n")
+    print(outputs.printable(path))
     return 0

@@ -32,7 +32,9 @@ class Variant:
 
 def _git(*arguments: str) -> str | None:
     """Return what git answers, None where it fails."""
-    done = subprocess.run(["git", "-C", REPOSITORY, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", REPOSITORY, *arguments], capture_output=True, encoding="utf-8", errors="replace"
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -111,7 +113,8 @@ def _check_out(commit: str, tree: Path) -> None:
     done = subprocess.run(
         ["git", "-C", REPOSITORY, "worktree", "add", "--quiet", "--detach", tree, commit],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         raise Refused(f"Git cannot check out {commit[:12]}: {done.stderr.strip()}")
@@ -125,7 +128,9 @@ def _entry_points(tree: Path, folder: Path) -> Path:
     project = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n", encoding="utf-8"
+    )
     lines = [f"{name} = {value}" for name, value in project["entry-points"][GROUP].items()]
-    (info / "entry_points.txt").write_text("\n".join((f"[{GROUP}]", *lines, "")))
+    (info / "entry_points.txt").write_text("\n".join((f"[{GROUP}]", *lines, "")), encoding="utf-8")
     return folder

@@ -38,7 +38,10 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m suites.abba.workload", description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(
+        prog="python -m suites.abba.workload",
+        description="One timed process: the same decode steps of one model under given strategies, to one JSON file.",
+    )
     top.add_argument("--strategy", action="append", help="may be given again (default: mobile)")
     top.add_argument("--model", type=Path, default=SHIPPED, help=f"a checkpoint's folder (default: {SHIPPED.name})")
     top.add_argument(
@@ -82,7 +85,7 @@ def gpu() -> dict[str, str | None] | None:
 def cpu() -> str | None:
     """Return the name that Linux has for the processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
@@ -103,7 +106,7 @@ def disk(folder: Path) -> dict[str, str | None]:
     block = Path(f"/sys/dev/block/{device}").resolve()
     for place in (block, block.parent):  # of a partition the model is one folder up
         if (place / "device/model").is_file():
-            found["model"] = (place / "device/model").read_text().strip() or None
+            found["model"] = (place / "device/model").read_text(encoding="utf-8").strip() or None
     return found
 
 
@@ -111,7 +114,7 @@ def git(*arguments: str) -> str | None:
     """Ask git about the tree that `mobile` was imported from; as in `suites.environment`, it takes no lock."""
     words = ["git", "--no-optional-locks", "-C", str(Path(mobile.__file__).parent), *arguments]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -285,7 +288,7 @@ def main() -> None:
         "strategies": list(timed(options, device, link, store)),
     }
     partial = options.out.with_name(f"{options.out.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(result, indent=1))
+    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
     partial.replace(options.out)
 
 

@@ -125,6 +125,9 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
     import torch
     from torch.profiler import ProfilerActivity
 
+    from mobile.live_model.compat import check_docstrings
+
+    check_docstrings()  # before the classes are imported
     from mobile.policies.strategy import BigLittle, resolve
     from suites.synthetic import models
     from suites.synthetic.script import ScriptLength, drawn, with_rate
@@ -160,7 +163,7 @@ def profile(options: argparse.Namespace) -> tuple[Breakdown, Path]:
         with named_parts(engine) as begun, torch.profiler.profile(activities=activities) as watched:
             play(made, script)
         watched.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
         spans = spans_of(events)
         if device == "cpu":  # another thread copied, and the ledger knows when
             first = min(e["ts"] for e in events if _scoped(e) and e["name"].endswith(" pass"))
@@ -220,7 +223,7 @@ def declare(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Profile, write the breakdown and print it; return the exit code."""
     found, trace = profile(options)
-    (options.out / "breakdown.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    (options.out / "breakdown.json").write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     out = show.console()
     table = show.table(f"{options.geometry}, {options.strategy}: decode", "time", "ms/token", "of the wall")
     rows = {**found.kinds_ms, "neither: the host alone": found.alone_ms, "wall": found.wall_ms}

@@ -86,11 +86,13 @@ def _shown(record: Record, model: str, task: str, strategy: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Write a shipped checkpoint's model card: how it was trained, how its routers spread, its scores."
+    )
     parser.add_argument("folder", type=Path, help="a checkpoint that suites.models.train wrote")
     parser.add_argument("--run", type=Path, help="a finished run whose scores to write down")
     options = parser.parse_args()
-    recipe = json.loads((options.folder / "recipe.json").read_text())
+    recipe = json.loads((options.folder / "recipe.json").read_text(encoding="utf-8"))
     family = FAMILIES[recipe["family"]]
     template = Environment(
         loader=PackageLoader("suites", "models"),
@@ -112,7 +114,7 @@ def main() -> None:
         use=expert_use(options.folder),
         scores=list(scores(options.run, options.folder.name)) if options.run else [],
     )
-    (options.folder / "README.md").write_text(text)
+    (options.folder / "README.md").write_text(text, encoding="utf-8")
     print(text)
 
 

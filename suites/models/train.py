@@ -173,8 +173,13 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: di
         if type(module).__name__.lower().endswith("topkrouter"):
             module.register_forward_hook(lambda _m, _a, out: captured.append(out[0]))
     started, step, means = time.time(), 0, {"loss": 0.0, "balance": 0.0}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns) as bar, log.open("w") as lines:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar, log.open("w", encoding="utf-8") as lines:
         task = bar.add_task("training", total=seen.goal, note="")
         source = batches(tokenizer, Random(recipe["seed"] + 1), recipe, seen)
         while seen.count < seen.goal:
@@ -207,11 +212,13 @@ def write_hashes(folder: Path) -> None:
     """Write the SHA-256 of every file of the checkpoint but its card, in the format that `sha256sum -c` reads."""
     names = sorted({path.name for path in folder.iterdir()} - {"SHA256SUMS", "README.md"})
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (folder / "SHA256SUMS").write_text("".join(lines))
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Train one shipped checkpoint from nothing: tokenizer, stock Transformers model, log, card, hashes."
+    )
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=RECIPE["seed"], help="of weights and order; not of the tokenizer")
@@ -233,7 +240,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     written = {"family": options.family, **recipe, **took, "torch": torch.__version__}
-    (options.out / "recipe.json").write_text(json.dumps(written, indent=2) + "\n")
+    (options.out / "recipe.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     write_hashes(options.out)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import parse_nbytes, profile
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
 from mobile.links.registry import LINKS, in_words, needs_gpu
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
-from suites.identity import HERE, SHIPPED, Model, lists_shipped_files, model_hash
+from suites.identity import HERE, SHIPPED, Model, check_name, lists_shipped_files, model_hash
 from suites.plan.cells import Cell, Generation
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
@@ -79,11 +79,13 @@ class Preset:
         return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
 
     def only(self, pattern: str | None) -> Preset:
-        """Return the preset with the cells whose label holds the pattern (with * and ? as in file names).
+        """Return the preset with the cells whose label holds the pattern (as it is, or with * and ? as in file names).
 
         Raise Refused where none does.
         """
-        chosen = self.cells if pattern is None else tuple(c for c in self.cells if fnmatch(c.label, f"*{pattern}*"))
+        chosen = tuple(
+            c for c in self.cells if pattern is None or pattern in c.label or fnmatch(c.label, f"*{pattern}*")
+        )
         if not chosen:
             raise Refused(f"No cell of {self.name} is called {pattern!r}; one is called {self.cells[0].label!r}.")
         return replace(self, cells=chosen)
@@ -105,8 +107,11 @@ def read_preset(
     path = Path(name) if name.endswith(".toml") else HERE / "presets" / f"{name}.toml"
     if not path.is_file():
         raise Refused(f"Unknown preset {name!r}; {offer(name, presets())}, or give a .toml file.")
+    check_name("A preset", path.stem)
+    if path.stem.startswith("."):  # "...toml" would be run in the folder above
+        raise Refused(f"A preset cannot be called {path.stem}; give its file a name that begins with no dot.")
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
         if "runs" in data and not folders:
             return Preset(path.stem, data["minutes"], tuple(synthetic_cells_of(data, link)))
         if "runs" in data:
@@ -118,7 +123,7 @@ def read_preset(
     except Refused:
         raise
     except (ValueError, TypeError, AttributeError) as error:  # no TOML, no text, or a value of another kind
-        raise Refused(f"Preset {path} cannot be read: {error}.") from error
+        raise Refused(f"Preset {path} cannot be read: {one_line(error)}.") from error
     except KeyError as error:
         raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
 

@@ -21,6 +21,8 @@ from suites.scoring.sandbox.run import walls_optional
 
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# Whatever the surroundings: Transformers reads docstrings, which -OO drops; lm-eval reads files as the locale says.
+ALIKE = {"PYTHONOPTIMIZE": "", "PYTHONUTF8": "1"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Job:
     @property
     def settings(self) -> dict[str, str]:
         """Return the environment variables of its process; the one that is alone may use all cores."""
-        return {**({} if self.alone else QUIET), **({} if self.online else OFFLINE)}
+        return {**ALIKE, **({} if self.alone else QUIET), **({} if self.online else OFFLINE)}
 
 
 def jobs(pieces: Sequence[Work], run: RunFolder) -> list[Job]:
@@ -111,7 +113,7 @@ def do(job: Job) -> list[Finished]:
             worker.stdin.flush()
             answered = worker.stdout.read()
         why, seconds = ending(worker.returncode), time.monotonic() - begun
-        log_tail = job.log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:] or None
+        log_tail = job.log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL_CHARACTERS:] or None
     # 3. Take its whole lines; a piece without one failed as the worker did.
     done = [Finished(**json.loads(line)) for line in answered.splitlines(keepends=True) if line.endswith(b"\n")]
     undone = job.labels.keys() - {one.id for one in done}

@@ -26,6 +26,8 @@ from rich.progress import (
 from rich.text import Text
 
 from mobile.errors import Refused
+from mobile.outputs import printable
+from mobile.visible import on_one_line
 from suites.plan import preflight
 from suites.plan.preset import Preset
 from suites.record import Finished, RunFolder, sound, write_json
@@ -45,7 +47,7 @@ class DiskFull(RuntimeError):
 
     def __init__(self, run: RunFolder) -> None:
         super().__init__(
-            f"The disk that holds {run.path} is full; free some space and run the same command again: "
+            f"The disk that holds {printable(run.path)} is full; free some space and run the same command again: "
             "what is finished is kept."
         )
 
@@ -88,7 +90,7 @@ def describe(preset: Preset, run: RunFolder) -> str:
             f"{len(preset.references)} of the cells are plain Transformers, and what the engine costs a layer: "
             f"about {plan.reference_seconds(left) / 60:.0f} minutes more"
         )
-    return "\n".join([*lines, f"folder: {run.path}"])
+    return "\n".join([*lines, f"folder: {printable(run.path)}"])
 
 
 @contextmanager
@@ -100,7 +102,8 @@ def locked(run: RunFolder) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise Refused(
-            f"Another run is at work in {run.path}; wait until it has ended, or give another folder with --out."
+            f"Another run is at work in {printable(run.path)}; wait until it has ended, or give another folder with "
+            "--out."
         ) from error
     try:
         yield
@@ -119,13 +122,13 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     pieces: list[Work] = [*preset.cells, *preset.generations]
     _tidy(pieces, run)
     for aside in put_damaged_aside(pieces, run):
-        _say(console, "damaged", "yellow", f" put aside as {aside}; it is done again")
+        _say(console, "damaged", "yellow", f" put aside as {printable(aside)}; it is done again")
     # 2. Do what is missing: live runs, whose traces cells replay; then cells; then those that want a machine each.
     preset = chosen or preset
     before = _recorded(preset, run)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         PerMinute(),
@@ -213,12 +216,12 @@ def _outcomes(future: Future, job: Job) -> list[Finished]:
 
 def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
     """Print what became of a piece; a failure leaves a note that the report prints. Raise DiskFull."""
-    failure = run.failure(done.id)
+    failure, label = run.failure(done.id), on_one_line(done.label)
     if done.error is None:
         failure.unlink(missing_ok=True)
-        _say(console, "done", "green", f"   {done.seconds:5.1f} s  {done.label}")
+        _say(console, "done", "green", f"   {done.seconds:5.1f} s  {label}")
         return
-    _say(console, "failed", "red", f" {done.seconds:5.1f} s  {done.label}: {done.error} (log: {job.log})")
+    _say(console, "failed", "red", f" {done.seconds:5.1f} s  {label}: {done.error} (log: {printable(job.log)})")
     if shutil.disk_usage(run.path).free < FULL_NBYTES:
         raise DiskFull(run)
     note = {"id": done.id, "label": done.label, "error": done.error, "log": str(job.log), "log_tail": done.log_tail}

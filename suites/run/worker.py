@@ -122,7 +122,7 @@ def main() -> None:
     """Do the pieces of the job on standard input, in order, and answer for each."""
     job = read_job()
     end_after(partial(os.read, 0, 1))
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # from here on, whatever a library prints goes to the log
     run = RunFolder(Path(job["run"]))
     pieces = [KINDS[job["kind"]].read(fields) for fields in job["pieces"]]

@@ -126,7 +126,7 @@ def check_room(folder: Path, nbytes: int) -> None:
 def file_system_of(folder: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
     """Return the file system and the device that a folder lies on, like "ext4 on /dev/sda1"; None if unknown."""
     try:
-        lines = [line.split() for line in mounts.read_text().splitlines()]
+        lines = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return None
     place = folder.resolve()

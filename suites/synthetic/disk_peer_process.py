@@ -35,7 +35,7 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     Thread(target=_end_with_standard_input, daemon=True).start()
     if job["members"]:
-        Path(job["members"]).write_text(str(os.getpid()))
+        Path(job["members"]).write_text(str(os.getpid()), encoding="utf-8")
     begun, read = time.perf_counter(), read_nbytes()
     player = PLAYERS[job["program"]](job)
     found: dict[str, Any] = {
@@ -45,7 +45,7 @@ def main() -> None:
         "repeats": [timed(player, job["prompt_tokens"], job["decode_tokens"], n) for n in range(job["repeats"])],
         "allocated_nbytes": allocated_nbytes(),
     }
-    Path(job["answer"]).write_text(json.dumps(found))
+    Path(job["answer"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 def _end_with_standard_input() -> None:
@@ -97,7 +97,7 @@ def allocated_nbytes() -> int | None:
 
 def _field(path: Path, name: str) -> int | None:
     with suppress(OSError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith(name):
                 return int(line.split()[1])
     return None

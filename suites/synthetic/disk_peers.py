@@ -118,14 +118,14 @@ def _run(cell: ReferenceCell, program: str, file: Path, cap: MemoryCap) -> dict[
         "threads": threads,
     }
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "suites.synthetic.disk_peer_process"],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONOPTIMIZE": ""},
         )
         assert child.stdin is not None
         with child:
@@ -141,13 +141,13 @@ def _run(cell: ReferenceCell, program: str, file: Path, cap: MemoryCap) -> dict[
                 child.kill()
     if code or not answer.is_file():
         raise Refused(_ending(cell, code, cap, log))
-    return {**json.loads(answer.read_text()), "threads": threads}
+    return {**json.loads(answer.read_text(encoding="utf-8")), "threads": threads}
 
 
 def _ending(cell: ReferenceCell, code: int, cap: MemoryCap, log: Path) -> str:
     """Return why the process left no answer, in a sentence."""
     if cap.kills():
         return f"{cell.what} was killed: it needs more than {cell.memory} of memory ({cap.how})."
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = lines[-1] if code > 0 and lines else f"exit code {code}"
     return f"{cell.what} ended without an answer, {cap.how}: {last}."

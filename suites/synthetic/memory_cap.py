@@ -50,7 +50,7 @@ class MemoryCap:
             return None
         for name in ("memory.events", "memory.oom_control"):
             with suppress(OSError):
-                for line in (self.group / name).read_text().splitlines():
+                for line in (self.group / name).read_text(encoding="utf-8").splitlines():
                     if line.startswith("oom_kill "):
                         return int(line.split()[1])
         return None
@@ -58,7 +58,7 @@ class MemoryCap:
     def _number(self, *names: str) -> int | None:
         for name in names if self.group else ():
             with suppress(OSError, ValueError):
-                return int((self.group / name).read_text())  # type: ignore[operator]
+                return int((self.group / name).read_text(encoding="utf-8"))  # type: ignore[operator]
         return None
 
 
@@ -89,19 +89,19 @@ def capped(nbytes: int, name: str, root: Path = ROOT) -> Iterator[MemoryCap]:
 
 def _parent(root: Path) -> tuple[Path, int]:
     """Return the group to make ours in, and the version of cgroups. Raise OSError where there is none."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, inside = line.split(":", 2)
         if "memory" in controllers.split(","):
             top = root / "sys/fs/cgroup/memory"
             own = top / inside.strip("/")
             return (own if own.is_dir() else top), 1  # a container may not see its own
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         if line.startswith("0::"):
             top = root / "sys/fs/cgroup"
             own = top / line[3:].strip("/")
             for folder in (own, *own.parents):
                 control = folder / "cgroup.subtree_control"
-                if control.is_file() and "memory" in control.read_text().split():
+                if control.is_file() and "memory" in control.read_text(encoding="utf-8").split():
                     return folder, 2
                 if folder == top:
                     break
@@ -111,13 +111,13 @@ def _parent(root: Path) -> tuple[Path, int]:
 def _limit(group: Path, version: int, nbytes: int) -> None:
     """Set the limit, and where the system counts swap let no more than that lie in both. Raise OSError."""
     if version == 1:
-        (group / "memory.limit_in_bytes").write_text(str(nbytes))
+        (group / "memory.limit_in_bytes").write_text(str(nbytes), encoding="utf-8")
         swap, most = group / "memory.memsw.limit_in_bytes", nbytes
     else:
-        (group / "memory.max").write_text(str(nbytes))
+        (group / "memory.max").write_text(str(nbytes), encoding="utf-8")
         swap, most = group / "memory.swap.max", 0
     if swap.is_file():
-        swap.write_text(str(most))
+        swap.write_text(str(most), encoding="utf-8")
 
 
 def _remove(group: Path) -> None:

@@ -50,7 +50,7 @@ def scripts_of(
 
 def _shuffled(seed: int) -> Iterator[str]:
     """Yield the prompts of every shipped test item, again and again, each time in another order."""
-    lines = [line for path in sorted(DATA.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    lines = [line for path in sorted(DATA.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     prompts, random = [json.loads(line)["prompt"] for line in lines], Random(seed)
     while True:
         random.shuffle(prompts)

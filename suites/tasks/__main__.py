@@ -38,7 +38,7 @@ def main() -> None:
             json.dumps({"prompt": item.prompt, "worked": item.worked, "answer": item.answer, "key": item.key}) + "\n"
             for item in items.values()
         ]
-        (out / f"{name}.jsonl").write_text("".join(lines))
+        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(lines)} items")
 
 

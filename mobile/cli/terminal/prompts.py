@@ -45,6 +45,8 @@ def decode(data: bytes, source: str, line: int = 1) -> str:
 def of_command_line(given: str | None) -> str:
     """Return the prompt `given`, or for `-` or None all of stdin without its last line break. Raise Refused."""
     if given is not None and given != "-":
+        with suppress(UnicodeError):  # a prompt is UTF-8, also where the locale says that words are ASCII
+            given = given.encode(sys.getfilesystemencoding(), "surrogateescape").decode()
         return sound(given, "The prompt")
     if given is None and sys.stdin.isatty():
         raise Refused("Give a prompt, or - to read it from standard input.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from mobile.cli.terminal.reader import Reader, open_reader
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import BigLittle
+from mobile.visible import visible
 
 MIN_TEMPERATURE = 1e-4  # a lower one divides logits beyond the range of a float, or rounds as 0 does
 WIDE = 1024  # features of a token from which on several threads are faster than one
@@ -116,6 +118,20 @@ def _choose_threads(config: Any, *, reads: bool = False) -> None:
         torch.set_num_threads(1)
     elif reads:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+
+
+def shown_on_terminal(streamer: type) -> Any:
+    """Return the streamer's class with the control characters of its text made visible on a terminal.
+
+    A model may write what a terminal would obey. Into a file or a pipe its text goes as it is.
+    """
+
+    class Shown(streamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            """Print the text."""
+            super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
+
+    return Shown
 
 
 # --- statistics -------------------------------------------------------------------------------------

@@ -8,21 +8,55 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.segment import Segment
 from rich.table import Table
 
 from mobile.errors import Refused
+from mobile.visible import on_one_line, visible
 
 GIB, MIB, GB = 2**30, 2**20, 10**9
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr; lines are wrapped on a terminal only, and brackets are text, not markup."""
+@dataclass(frozen=True)
+class Visible:
+    """Something to print, with the control characters in its text made visible; the console's own codes stay."""
+
+    inner: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+        for segment in console.render(self.inner, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+class ForeignText(RenderHook):
+    """A hook that makes all that a console prints visible: names and errors come from anyone."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [Visible(each) for each in renderables]
+
+
+def console(*, stderr: bool = False, soft_wrap: bool | None = None) -> Console:
+    """Return a console on stdout or stderr, for foreign text: it reads neither markup nor emoji codes nor escapes.
+
+    Lines are wrapped on a terminal only (`soft_wrap` None), nowhere (True), or everywhere (False).
+    """
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
-    return Console(file=stream, highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else 160)
+    made = Console(
+        file=stream,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=not terminal if soft_wrap is None else soft_wrap,
+        width=None if terminal else 160,
+    )
+    made.push_render_hook(ForeignText())
+    return made
 
 
 def prepare() -> None:
@@ -34,11 +68,12 @@ def prepare() -> None:
     closed = sys.stdout is None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it is open as long as the process)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (it is open as long as the process)
     if closed:
         raise Refused("Standard output is closed; send it to a file, or to /dev/null.")
-    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) != "backslashreplace" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def silence(stream: Any) -> None:
@@ -49,11 +84,16 @@ def silence(stream: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Print one line on stderr; bytes that are no text are escaped."""
+    """Print a line on stderr; control characters and bytes that are no text are escaped."""
     try:
-        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
+
+
+def error(refused: object) -> None:
+    """Print why something was refused, as one line on stderr."""
+    note(f"error: {on_one_line(str(refused))}")
 
 
 def waiting(text: str) -> None:

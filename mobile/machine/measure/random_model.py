@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
+from mobile.live_model import compat
+
 
 def random_model(
     device: torch.device, dtype: torch.dtype, layers: int, hidden: int, width: int, experts: int, top_k: int
 ) -> Any:
-    """Return the model on the device, in eval mode; its experts are `hidden` by `width`."""
+    """Return the model on the device, in eval mode; its experts are `hidden` by `width`. Raise Refused under -OO."""
+    compat.check_docstrings()
     config = OlmoeConfig(
         vocab_size=1024,
         hidden_size=hidden,

@@ -59,6 +59,6 @@ def gather(run: Path) -> Evidence:
         run,
         read(run),
         asdict(read_plan(RunFolder(run).plan)),
-        tomllib.loads(PAPER.read_text()),
+        tomllib.loads(PAPER.read_text(encoding="utf-8")),
         page.read_text(encoding="utf-8", errors="replace") if page.is_file() else "",
     )
