@@ -9,7 +9,7 @@ from typing import Any
 
 from mobile.cli.terminal import options, show
 from mobile.cli.terminal.reader import Reader, open_reader
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import BigLittle
 
@@ -27,7 +27,11 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         raise Refused(f"--temperature is 0 (greedy) or more, {MIN_TEMPERATURE} at least, and {temperature} is not.")
     if top_p is not None and not 0 < top_p <= 1:
         raise Refused(f"--top-p is a probability above 0, and {top_p} is not.")
-    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "top_k": None}
+    options: dict[str, Any] = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "top_k": None,
+        "return_dict_in_generate": False,  # whatever the checkpoint's generation_config.json says
+    }
     if temperature == 0 or (temperature is None and top_p is None):
         return {**options, "do_sample": False, "temperature": None, "top_p": None}
     return {
@@ -62,10 +66,23 @@ class Session:
         return self.reader.encode(messages).to(self.model.device)
 
     def generate(self, ids: Any, **options: Any) -> Any:
-        """Call the model's generate() on ids (1, length) with the command line's options, which `options` override."""
-        ids = ids.to(self.model.device)
+        """Call the model's generate() on ids (1, length) with the command line's options, which `options` override.
+
+        Raise Refused if it fails before the model has run: then the checkpoint's own settings are at fault.
+        """
+        ids, before = ids.to(self.model.device), self.model.mobile.stats()["prompt_tokens"]
         mask = ids.new_ones(ids.shape)
-        return self.model.generate(input_ids=ids, attention_mask=mask, **{**self.options, **options})
+        try:
+            return self.model.generate(input_ids=ids, attention_mask=mask, **{**self.options, **options})
+        except Refused:
+            raise
+        except Exception as error:  # each setting has its own
+            if self.model.mobile.stats()["prompt_tokens"] != before:
+                raise
+            raise Refused(
+                f"generate() cannot begin with the settings of {self.reader.name}, which lie in its "
+                f"generation_config.json ({one_line(error)}); mend them there."
+            ) from error
 
     def decode(self, ids: Any) -> str:
         """Return the text of token ids (length,), without special tokens."""

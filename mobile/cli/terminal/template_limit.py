@@ -1,0 +1,52 @@
+"""A bound on a chat template, which is a program of the checkpoint: on the steps it runs and the text it writes.
+
+Jinja's sandbox keeps it from files and from Python's inside, but nested loops would run for years. A single step, such
+as the repetition of a text, can still take as much memory as there is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MOST_STEPS = 3_000_000  # lines of a template's Python, about 2 seconds of them; a long conversation takes thousands
+MOST_CHARACTERS = 30_000_000  # written by it in all
+
+
+class TemplateRunsOn(Exception):
+    """A template that runs or writes without an end in sight."""
+
+
+def bounded(render: Callable[[], T]) -> T:
+    """Return `render()`. Raise TemplateRunsOn once Jinja's code in it has run too many lines, or written too much.
+
+    Only this thread's code is counted, by Python's own trace function, which debuggers use, too: it is put back.
+    """
+    steps = characters = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps, characters
+        if event == "call":
+            return trace if _is_jinja(frame) else None
+        steps += event == "line"
+        characters += len(argument) if event == "return" and isinstance(argument, str) else 0
+        if steps > MOST_STEPS or characters > MOST_CHARACTERS:
+            raise TemplateRunsOn("it does not come to an end")
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        return render()
+    finally:
+        sys.settrace(before)
+
+
+def _is_jinja(frame: FrameType) -> bool:
+    """Return whether it runs a template, or Jinja's own code, such as a filter."""
+    module = frame.f_globals.get("__name__", "")
+    return frame.f_code.co_filename == "<template>" or (isinstance(module, str) and module.startswith("jinja2."))
