@@ -34,7 +34,9 @@ def config_of(source: Source, *, trust_remote_code: bool = False) -> Any:
     content = json_object(path, "copy it again")
     for name in content:
         if name in OF_THE_CLASS or name.startswith("__") or callable(getattr(PreTrainedConfig, name, None)):
-            raise Refused(f"{path} sets {shortened(name)}, which is no setting but a part of Transformers; take it out.")
+            raise Refused(
+                f"{path} sets {shortened(name)}, which is no setting but a part of Transformers; take it out."
+            )
     try:
         _check_counts(path, content)
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
@@ -53,7 +55,9 @@ def _check_counts(path: Path, settings: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _check_counts(path, value)
         elif most is not None and isinstance(value, int | float) and value > most:
-            raise Refused(f"{path} says that {shortened(name)} is {value:,g}, which no model has; copy it again.")
+            raise Refused(
+                f"{path} says that {shortened(name)} is {shortened(f'{value:,}')}, which no model has; copy it again."
+            )
 
 
 def needs_trust(source: Source) -> str:

@@ -159,4 +159,6 @@ def _in_natural_order(keys: Iterable[str]) -> list[str]:
     try:
         return sorted(keys, key=dot_natural_key)
     except ValueError as error:  # digits that are no number
-        raise Refused(f"A weight of the checkpoint has a name that is none ({one_line(error)}); copy it again.") from error
+        raise Refused(
+            f"A weight of the checkpoint has a name that is none ({one_line(error)}); copy it again."
+        ) from error

@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path

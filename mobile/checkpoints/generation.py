@@ -27,10 +27,10 @@ COUNTS = (
     "max_matching_ngram_size",
     "num_assistant_tokens",
     "prefill_chunk_size",
-    "assistant_early_exit",
 )
 FEW = ("num_beams", "num_return_sequences", "num_beam_groups")  # each multiplies the rows of a batch
 MOST_ROWS = 1000
+LAST = 2**31 - 1
 NUMBERS = (
     "temperature",
     "top_p",
@@ -63,15 +63,16 @@ def check_generation(source: Source, config: Any) -> None:
         settings = _settings(path)
     else:
         path, settings = source.folder / "config.json", config.to_dict()
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    text = config.get_text_config()
+    vocabulary, layers = (getattr(text, name, None) for name in ("vocab_size", "num_hidden_layers"))
     for name, value in settings.items():
-        wanted = None if value is None else _wanted(name, value, vocabulary)
+        wanted = None if value is None else _wanted(name, value, vocabulary, layers)
         if wanted is not None:
             raise Refused(f"{path} says that {name} is {shortened(repr(value))}, and it is {wanted}; mend it there.")
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Return the settings in the file; Transformers leaves one out that is no JSON. Raise Refused for another object."""
+    """Return the settings in the file, none where it is no JSON, as Transformers has it. Raise Refused."""
     check_size(path, "copy it again", SETTINGS_NBYTES)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -84,22 +85,23 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _wanted(name: str, value: Any, vocabulary: Any) -> str | None:
-    """Return what the setting should be, or None if it is that."""
-    if name in COUNTS and not _whole(value, 0, 2**31 - 1):
-        return "a whole number from 0 on"
-    if name in FEW and not _whole(value, 1, MOST_ROWS):
-        return f"a whole number from 1 to {MOST_ROWS}"
-    if name in NUMBERS and not (isinstance(value, int | float) and abs(value) < inf):
-        return "a number"
-    if name in TOKENS and not _tokens(value, -1, 2**31 - 1):
-        return "a token's id, or a list of such"
-    last = vocabulary - 1 if isinstance(vocabulary, int) else 2**31 - 1
-    if name in CHOSEN_TOKENS and not (value == [] or _tokens(value, 0, last)):
-        return f"a token's id from 0 to {last}, or a list of such"
-    if name in OUTPUTS and value not in (True, False):
-        return "true or false"
-    return None
+def _wanted(name: str, value: Any, vocabulary: Any, layers: Any) -> str | None:
+    """Return what the setting should be, or None if it is that, for a model of so many tokens and layers."""
+    last = vocabulary - 1 if isinstance(vocabulary, int) else LAST
+    most_layers = layers if isinstance(layers, int) else LAST
+    wanted = {
+        **dict.fromkeys(COUNTS, ("a whole number from 0 on", _whole(value, 0, LAST))),
+        **dict.fromkeys(FEW, (f"a whole number from 1 to {MOST_ROWS}", _whole(value, 1, MOST_ROWS))),
+        **dict.fromkeys(NUMBERS, ("a number", isinstance(value, int | float) and abs(value) < inf)),
+        **dict.fromkeys(TOKENS, ("a token's id, or a list of such", _tokens(value, -1, LAST))),
+        **dict.fromkeys(CHOSEN_TOKENS, (f"a list of tokens' ids up to {last}", value == [] or _tokens(value, 0, last))),
+        **dict.fromkeys(OUTPUTS, ("true or false", value in (True, False))),
+        "assistant_early_exit": (f"a layer from 1 to {most_layers}", _whole(value, 1, most_layers)),
+        "stop_strings": ("a text, or a list of such", _texts(value)),
+        "bad_words_ids": ("a list of lists of tokens' ids", _lists_of_tokens(value)),
+        "sequence_bias": ("a list of pairs of tokens' ids and a number", _biases(value)),
+    }
+    return None if name not in wanted or wanted[name][1] else wanted[name][0]
 
 
 def _whole(value: Any, first: int, last: int) -> bool:
@@ -109,3 +111,17 @@ def _whole(value: Any, first: int, last: int) -> bool:
 def _tokens(value: Any, first: int, last: int) -> bool:
     ids = value if isinstance(value, list) else [value]
     return bool(ids) and all(_whole(each, first, last) for each in ids)
+
+
+def _lists_of_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(e, list) and _tokens(e, 0, LAST) for e in value)
+
+
+def _biases(value: Any) -> bool:
+    pairs = value if isinstance(value, list) and all(isinstance(e, list) and len(e) == 2 for e in value) else []
+    return _lists_of_tokens([ids for ids, _ in pairs]) and all(type(bias) is float for _, bias in pairs)
+
+
+def _texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) and text != "" for text in texts)

@@ -148,7 +148,9 @@ def _checked(path: Path, entries: Any, start: int, nbytes: int) -> dict[str, Sto
 
 def _entry(path: Path, key: str, entry: Any, start: int) -> Stored:
     """Return one tensor of a header. Raise ValueError if its dtype, shape and place do not agree."""
-    dtype, shape, place = (entry.get(name) if isinstance(entry, dict) else None for name in ("dtype", "shape", "data_offsets"))
+    dtype, shape, place = (
+        entry.get(name) if isinstance(entry, dict) else None for name in ("dtype", "shape", "data_offsets")
+    )
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if len(key) > LONGEST_KEY:
         raise ValueError(f"its header has a name of {len(key):,} characters")

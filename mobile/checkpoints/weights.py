@@ -81,8 +81,8 @@ def _named_by_config(source: Source, name: object) -> Weights:
     if isinstance(name, str) and name.endswith(".safetensors.index.json"):
         return _listed_in_index(source, _inside(source, name, "transformers_weights in config.json"))
     raise Refused(
-        f"transformers_weights in {source.name}'s config.json is {shortened(repr(name))}, which is no .safetensors file or index "
-        "of such; take it out."
+        f"transformers_weights in {source.name}'s config.json is {shortened(repr(name))}, which is no .safetensors "
+        "file or index of such; take it out."
     )
 
 
@@ -133,7 +133,8 @@ def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
     if weights.dtype is not None:
         dtype = getattr(torch, weights.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise Refused(f"The index of {source.name} says that its dtype is {shortened(repr(weights.dtype))}; give another dtype.")
+            named = shortened(repr(weights.dtype))
+            raise Refused(f"The index of {source.name} says that its dtype is {named}; give another dtype.")
         return dtype
     types = [str_to_torch_dtype.get(word) for _, word in sorted(_header(source, weights.files[0]).items())]
     if not types:

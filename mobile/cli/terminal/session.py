@@ -71,17 +71,19 @@ class Session:
         Raise Refused if it fails before the model has run: then the checkpoint's own settings are at fault.
         """
         ids, before = ids.to(self.model.device), self.model.mobile.stats()["prompt_tokens"]
-        mask = ids.new_ones(ids.shape)
+        named = {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape), **self.options, **options}
+        if getattr(self.model.generation_config, "stop_strings", None) is not None:
+            named["tokenizer"] = self.tokenizer
         try:
-            return self.model.generate(input_ids=ids, attention_mask=mask, **{**self.options, **options})
+            return self.model.generate(**named)
         except Refused:
             raise
         except Exception as error:  # each setting has its own
             if self.model.mobile.stats()["prompt_tokens"] != before:
                 raise
             raise Refused(
-                f"generate() cannot begin with the settings of {self.reader.name}, which lie in its "
-                f"generation_config.json ({one_line(error)}); mend them there."
+                f"generate() cannot begin with the settings of {self.reader.name} "
+                f"({one_line(error)}); mend its generation_config.json, or its config.json."
             ) from error
 
     def decode(self, ids: Any) -> str:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MOST_STEPS = 3_000_000  # lines of a template's Python, about 2 seconds of them; a long conversation takes thousands
-MOST_CHARACTERS = 30_000_000  # written by it in all
+MOST_STEPS = 2_000_000  # lines and calls of Python, some seconds of them; a long conversation takes thousands
+MOST_CHARACTERS = 10_000_000  # written by it in all
 
 
 class TemplateRunsOn(Exception):
@@ -22,7 +22,7 @@ class TemplateRunsOn(Exception):
 
 
 def bounded(render: Callable[[], T]) -> T:
-    """Return `render()`. Raise TemplateRunsOn once Jinja's code in it has run too many lines, or written too much.
+    """Return `render()`. Raise TemplateRunsOn once Jinja's code in it has run too many steps, or written too much.
 
     Only this thread's code is counted, by Python's own trace function, which debuggers use, too: it is put back.
     """
@@ -30,13 +30,11 @@ def bounded(render: Callable[[], T]) -> T:
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal steps, characters
-        if event == "call":
-            return trace if _is_jinja(frame) else None
-        steps += event == "line"
+        steps += event in ("line", "call")
         characters += len(argument) if event == "return" and isinstance(argument, str) else 0
         if steps > MOST_STEPS or characters > MOST_CHARACTERS:
             raise TemplateRunsOn("it does not come to an end")
-        return trace
+        return trace if event != "call" or _is_of_jinja(frame) else None
 
     before = sys.gettrace()
     try:
@@ -46,7 +44,8 @@ def bounded(render: Callable[[], T]) -> T:
         sys.settrace(before)
 
 
-def _is_jinja(frame: FrameType) -> bool:
-    """Return whether it runs a template, or Jinja's own code, such as a filter."""
-    module = frame.f_globals.get("__name__", "")
-    return frame.f_code.co_filename == "<template>" or (isinstance(module, str) and module.startswith("jinja2."))
+def _is_of_jinja(frame: FrameType) -> bool:
+    """Return whether it runs a template, Jinja's own code, such as a filter, or what that calls, which is traced."""
+    module, caller = frame.f_globals.get("__name__"), frame.f_back
+    jinja = isinstance(module, str) and module.startswith("jinja2.")
+    return jinja or frame.f_code.co_filename == "<template>" or (caller is not None and caller.f_trace is not None)
