@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     model = opened.model
-    streamer = None if arguments.json else TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if arguments.json else TextStreamer(opened.decoder, skip_prompt=True, skip_special_tokens=True)
     before = model.mobile.stats()
     output = opened.generate(ids, streamer=streamer)
     if arguments.json:

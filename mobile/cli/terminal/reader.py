@@ -42,6 +42,19 @@ class Reader:
         text = "".join(message["content"] + ends[message["role"]] for message in messages)
         return self.checked(lambda: self.tokenizer(text, return_tensors="pt"), by="tokenizer")["input_ids"]
 
+    def decode(self, ids: Any, **options: Any) -> str:
+        """Return the text of token ids (length,), with `options` of the tokenizer's decode. Raise Refused if it fails.
+
+        A streamer of Transformers takes a reader for a tokenizer, since this is all that it calls.
+        """
+        try:
+            return _without_panics(lambda: str(self.tokenizer.decode(ids, **options)))
+        except Exception as error:
+            raise Refused(
+                f"The tokenizer of {self.name} has no text for tokens of the model ({one_line(error)}); it is another "
+                "model's, so copy the right one."
+            ) from error
+
     def checked(self, read: Callable[[], Any], *, by: str) -> Any:
         """Return the result of `read`, a mapping with `input_ids` (1, length).
 

@@ -57,6 +57,11 @@ class Session:
         return self.reader.tokenizer
 
     @property
+    def decoder(self) -> Any:
+        """The reader, which a streamer of Transformers takes for a tokenizer, and whose errors are refusals."""
+        return self.reader
+
+    @property
     def template(self) -> bool:
         """Whether prompts go through the chat template."""
         return self.reader.template
@@ -87,9 +92,8 @@ class Session:
             ) from error
 
     def decode(self, ids: Any) -> str:
-        """Return the text of token ids (length,), without special tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        """Return the text of token ids (length,), without special tokens. Raise Refused as `Reader` does."""
+        return self.reader.decode(ids, skip_special_tokens=True)
 
 
 def opening(arguments: argparse.Namespace) -> tuple[Reader, dict[str, Any]]:

@@ -21,6 +21,10 @@ class TemplateRunsOn(Exception):
     """A template that runs or writes without an end in sight."""
 
 
+class _Stop(BaseException):
+    """Its cause, on the way out: Jinja tries constant expressions when it compiles, and passes over an Exception."""
+
+
 def bounded(render: Callable[[], T]) -> T:
     """Return `render()`. Raise TemplateRunsOn once Jinja's code in it has run too many steps, or written too much.
 
@@ -33,13 +37,15 @@ def bounded(render: Callable[[], T]) -> T:
         steps += event in ("line", "call")
         characters += len(argument) if event == "return" and isinstance(argument, str) else 0
         if steps > MOST_STEPS or characters > MOST_CHARACTERS:
-            raise TemplateRunsOn("it does not come to an end")
+            raise _Stop
         return trace if event != "call" or _is_of_jinja(frame) else None
 
     before = sys.gettrace()
     try:
         sys.settrace(trace)
         return render()
+    except _Stop:
+        raise TemplateRunsOn("it does not come to an end") from None
     finally:
         sys.settrace(before)
 
