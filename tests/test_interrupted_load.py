@@ -27,7 +27,18 @@ T = TypeVar("T")
 
 PACKAGE = Path(mobile.__file__).parent
 FILES = {str(PACKAGE / "live_model/cleanup.py")} | {
-    str(PACKAGE / f"checkpoints/{name}.py") for name in ("examine", "loading", "reading", "direct", "source", "weights")
+    str(PACKAGE / f"checkpoints/{name}.py")
+    for name in (
+        "examine",
+        "configuration",
+        "generation",
+        "headers",
+        "loading",
+        "reading",
+        "direct",
+        "source",
+        "weights",
+    )
 }
 STORE_FILES = {str(PACKAGE / f"store/{name}.py") for name in ("disk", "rows_file")}
 SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"

@@ -24,8 +24,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from mobile.checkpoints.weights import opened
-from mobile.errors import Refused
+from mobile.checkpoints.headers import Stored, read_header
+from mobile.errors import Refused, one_line
 from mobile.live_model import compat
 
 
@@ -36,8 +36,7 @@ class Reading:
     It is `weight` of all experts of a layer, stacked; or, where `expert` is given, that expert's rows from `start` on.
     """
 
-    file: Path
-    key: str
+    stored: Stored
     layer: int
     weight: str
     expert: int | None = None
@@ -112,22 +111,21 @@ def plan_readings(empty: nn.Module, layers: Sequence[compat.MoeLayer], files: Se
     readings: list[Reading] = []
     stacked: dict[tuple[str, str], int] = defaultdict(int)  # experts so far, by weight and converter pattern
     numels: dict[str, int] = defaultdict(int)  # elements so far, by weight
-    shapes = shapes_in(files)
-    # In natural order (expert 2 before 10), since Transformers stacks the experts of a layer in that order.
-    for key in sorted(shapes, key=dot_natural_key):
+    stored = stored_in(files)
+    for key in _in_natural_order(stored):
         # 1. Take the keys that become a part of some experts weight; the others are Transformers' to load.
         target, pattern = renaming.target(key)
         if target not in places:
             continue
         layer, weight = places[target]
-        file, shape = shapes[key]
+        tensor, shape = stored[key], list(stored[key].shape)
         target_shape = list(renaming.state[target].shape)  # (experts, rows, columns)
         numels[target] += torch.Size(shape).numel()
         # 2. A key that is only renamed holds all experts of the layer, stacked.
         if pattern is None:
             if shape != target_shape:
                 return None
-            readings.append(Reading(file, key, layer, weight))
+            readings.append(Reading(tensor, layer, weight))
             continue
         # 3. Any other is one expert's matrix (rows / parts, columns): the converter stacks such matrices, and where it
         #    has several source patterns (gate, up) it joins theirs along the rows, in the order of the patterns.
@@ -137,7 +135,7 @@ def plan_readings(empty: nn.Module, layers: Sequence[compat.MoeLayer], files: Se
         if operations != stacking or not shape or [len(parts) * shape[0], *shape[1:]] != target_shape[1:]:
             return None
         start = parts.index(pattern) * shape[0]
-        readings.append(Reading(file, key, layer, weight, stacked[target, pattern], start))
+        readings.append(Reading(tensor, layer, weight, stacked[target, pattern], start))
         stacked[target, pattern] += 1
     # 4. Every element of every experts weight must come from exactly one tensor.
     for target in places if readings else ():
@@ -148,10 +146,19 @@ def plan_readings(empty: nn.Module, layers: Sequence[compat.MoeLayer], files: Se
     return readings or None
 
 
-def shapes_in(files: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
-    """Return, by key, the file that it is taken from, which is the last that holds it, and its shape there."""
-    shapes: dict[str, tuple[Path, list[int]]] = {}
+def stored_in(files: Sequence[Path]) -> dict[str, Stored]:
+    """Return all tensors by key, from the last file that holds each. Raise Refused for a file that is damaged."""
+    stored: dict[str, Stored] = {}
     for path in files:
-        with opened(path) as file:
-            shapes |= {key: (path, list(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
-    return shapes
+        stored |= read_header(path)
+    return stored
+
+
+def _in_natural_order(keys: Iterable[str]) -> list[str]:
+    """Return the keys with expert 2 before 10, in which order Transformers stacks a layer's. Raise Refused."""
+    try:
+        return sorted(keys, key=dot_natural_key)
+    except ValueError as error:  # digits that are no number
+        raise Refused(
+            f"A weight of the checkpoint has a name that is none ({one_line(error)}); copy it again."
+        ) from error

@@ -10,40 +10,41 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.auto_factory import _get_model_class
-from transformers.quantizers.auto import AutoHfQuantizer
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AutoModelForCausalLM
 from transformers.utils import is_peft_available
-from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from mobile.checkpoints.direct import check_names, check_untied
-from mobile.checkpoints.source import Source, cache_folder, disk_shortage, locate
-from mobile.checkpoints.weights import (
-    Weights,
-    holds_weights,
-    json_object,
-    opened,
-    stored_dtype,
-    stored_keys,
-    weights_of,
+from mobile.checkpoints.configuration import (
+    choose_model_class,
+    config_of,
+    dequantising_options,
+    dtype_of,
+    needs_trust,
+    text_config,
 )
-from mobile.errors import Refused, one_line
+from mobile.checkpoints.direct import check_names, check_untied
+from mobile.checkpoints.generation import check_generation
+from mobile.checkpoints.headers import read_header
+from mobile.checkpoints.small_files import CONFIGURATION, CONFIGURATION_AND_TOKENIZER, json_object
+from mobile.checkpoints.source import Source, cache_folder, disk_shortage, locate
+from mobile.checkpoints.weights import Weights, holds_weights, stored_dtype, stored_keys, weights_of
+from mobile.errors import Refused, one_line, shortened
 from mobile.live_model import caller_modes, compat
+from mobile.live_model.cleanup import Cleanup, with_cleanup
 from mobile.store import ExpertLayout
 
-CONFIGURATION = ("config.json", "config.*.json", "*.index.json", "generation_config.json", "adapter_config.json")
-CONFIGURATION_AND_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 ADAPTER = "adapter_config.json"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_MODULES = 50_000  # of a model: the largest published ones have a few thousand
 
 
 def find(
@@ -78,97 +79,16 @@ def _base_of_adapter(source: Source) -> str:
     if source.holds(ADAPTER):
         name = json_object(source.folder / ADAPTER, "copy it again").get("base_model_name_or_path")
         if name:
-            return f" of {name}"
+            return f" of {shortened(str(name))}"
     return ""
 
 
 def download(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """Return the checkpoint's folder, with all files that are read in it fetched. Raise Refused."""
     checkpoint = find(source, revision=revision)
-    config = _text_config(config_of(checkpoint))
+    config = text_config(config_of(checkpoint))
     checkpoint.fetch(weights_of(checkpoint, getattr(config, "transformers_weights", None)).files)
     return checkpoint.folder
-
-
-def config_of(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """Return a checkpoint's configuration, a PretrainedConfig. Raise Refused if it cannot be read."""
-    json_object(source.folder / "config.json", "copy it again")
-    try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # any exception of Transformers, or of code in the checkpoint
-        if "trust_remote_code" in str(error):
-            raise Refused(_needs_trust(source)) from error
-        raise Refused(f"Cannot read the configuration of {source.name}: {one_line(error)}") from error
-
-
-def _needs_trust(source: Source) -> str:
-    """Return the refusal of a checkpoint with Python code in it."""
-    return f"{source.name} runs code of its own; read it, then pass trust_remote_code=True."
-
-
-def choose_model_class(source: Source, config: Any, *, trust_remote_code: bool = False) -> Any:
-    """Return the class that loads this configuration: AutoModelForCausalLM, or the one that the checkpoint names.
-
-    Raise Refused if none of them generates text, or if it is code of the checkpoint that is not trusted.
-    """
-    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) in AutoModelForCausalLM._model_mapping or (has_code and trust_remote_code):
-        return AutoModelForCausalLM
-    for name in config.architectures or ():
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
-            return named
-    if has_code:
-        raise Refused(_needs_trust(source))
-    raise Refused(f"{type(config).__name__} names no model class that generates text.")
-
-
-def _text_config(config: Any) -> Any:
-    """Return the part of the configuration that the class for text generation takes, by AutoModel's own rule."""
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        config_class = getattr(_get_model_class(config, AutoModelForCausalLM._model_mapping), "config_class", None)
-        if config_class is not None and config_class == config.sub_configs.get("text_config"):
-            return config.get_text_config()
-    return config
-
-
-def dtype_of(config: Any, dtype: torch.dtype | str | None, stored: Callable[[], torch.dtype]) -> torch.dtype:
-    """Return the dtype to load in: the one given, or for "auto" the configuration's, or without that the `stored` one.
-
-    Raise Refused for an unknown name, and for a dtype that no model computes in.
-    """
-    auto = dtype in (None, "auto")
-    named: object = getattr(config, "dtype", None) if auto else dtype
-    if auto and named is None:
-        named = stored()
-    chosen = getattr(torch, named, None) if isinstance(named, str) else named
-    if not isinstance(chosen, torch.dtype) or chosen not in DTYPES:
-        problem = f"The checkpoint's weights are {named}" if auto else f"Unknown dtype {named!r}"
-        raise Refused(f"{problem}; give bfloat16, float16 or float32.")
-    return chosen
-
-
-def dequantising_options(config: Any) -> dict[str, Any]:
-    """Return the options of `from_pretrained` that dequantise a checkpoint while it is read.
-
-    They are empty if it is not quantised. Raise Refused for a method of quantisation that is not supported.
-    """
-    quantised = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if not quantised:
-        return {}
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-    options = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
-    if method not in options:
-        named = "a method that its configuration does not name" if method is None else method
-        raise Refused(f"The checkpoint is quantised with {named}, which cannot be offloaded; use one in bf16 or fp32.")
-    chosen = options[method](dequantize=True)
-    try:
-        AutoHfQuantizer.from_config(chosen, pre_quantized=True).validate_environment(device_map=None, weights_only=True)
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise Refused(f"The checkpoint is quantised with {method}, and Transformers says: {one_line(error)}") from error
-    return {"quantization_config": chosen}
 
 
 # --- everything before the weights ----------------------------------------------------------------
@@ -235,13 +155,15 @@ def examine(
     #    takes only a part of the configuration of a model that sees or hears as well.
     whole_config = config_of(source, trust_remote_code=trust_remote_code)
     model_class = choose_model_class(source, whole_config, trust_remote_code=trust_remote_code)
-    config, options = _text_config(whole_config), dequantising_options(whole_config)
+    config, options = text_config(whole_config), dequantising_options(whole_config)
     # 2. The files of the weights, without their contents: those that are here must be readable.
     weights = None
     if not bare or holds_weights(source) or getattr(config, "transformers_weights", None) is not None:
         _check_not_distributed(source)
         weights = weights_of(source, getattr(config, "transformers_weights", None))
         check_headers(source, weights)
+        _check_layers(source, weights, config)
+    check_generation(source, config)
 
     def stored() -> torch.dtype:
         return torch.float32 if weights is None else stored_dtype(source, weights)
@@ -252,6 +174,9 @@ def examine(
     empty = _build_empty(source, whole_config, model_class, options["dtype"], trust_remote_code)
     layers = compat.moe_layers(empty)
     layout = compat.common_layout(layers)
+    _check_sizes(source, empty, layers, layout)
+    if weights is not None:
+        _check_held(source, weights, empty)
     check_untied(empty, layers)
     # 5. The names of the weights, as far as an index lists them. A quantised checkpoint has others.
     if weights is not None and "quantization_config" not in options:
@@ -286,28 +211,85 @@ def _build_empty(
 ) -> nn.Module:
     """Return the model on the meta device. Raise Refused if it cannot be built, or does not generate text."""
 
-    def build() -> Any:
+    def build(cleanup: Cleanup) -> Any:
+        _limit_modules(cleanup)
         if model_class is AutoModelForCausalLM:
             return model_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return model_class._from_config(config, dtype=dtype)
 
     try:
-        model = caller_modes.on_meta(build)()
+        model = with_cleanup(caller_modes.on_meta(build))
     except Exception as error:  # any exception of the model, or of code in the checkpoint
         if "trust_remote_code" in str(error):
-            raise Refused(_needs_trust(source)) from error
+            raise Refused(needs_trust(source)) from error
         raise Refused(f"The configuration of {source.name} makes no model: {one_line(error)}") from error
     if not model.can_generate():
         raise Refused(f"{type(model).__name__} does not generate text, and only what does is offloaded.")
     return model
 
 
+def _limit_modules(cleanup: Cleanup) -> None:
+    """Raise Refused, in a model's constructor, once it has more modules than any model: a count in its configuration.
+
+    It is PyTorch's own hook on the registration of modules. The models of other threads are left alone.
+    """
+    thread, active, modules = threading.get_ident(), [True], count()
+
+    def register(*_: Any) -> None:
+        if active and threading.get_ident() == thread and next(modules) > MOST_MODULES:
+            raise Refused(f"it has more than {MOST_MODULES:,} modules, which no model has; copy its config.json again.")
+
+    cleanup.append(active.clear)
+    cleanup.append(register_module_module_registration_hook(register).remove)
+
+
+# --- the configuration against the files --------------------------------------------------------------
+
+
 def check_headers(source: Source, weights: Weights) -> None:
     """Raise Refused if a file of the weights, of those that are here, is damaged or cut short."""
     for file in weights.files:
         if source.holds(file):
-            with opened(source.folder / file):
-                pass
+            read_header(source.folder / file)
+
+
+def _check_layers(source: Source, weights: Weights, config: Any) -> None:
+    """Raise Refused if the configuration has more layers than the files have weights, before a model is built of it."""
+    if not all(map(source.holds, weights.files)):
+        return
+    layers, keys = getattr(config.get_text_config(), "num_hidden_layers", None), stored_keys(source, weights)
+    if isinstance(layers, int) and layers > len(keys):
+        raise Refused(
+            f"The configuration of {source.name} has {layers:,} layers, and its files hold {len(keys):,} weights; copy "
+            "it again."
+        )
+
+
+def _check_sizes(source: Source, empty: nn.Module, layers: Sequence[compat.MoeLayer], layout: ExpertLayout) -> None:
+    """Raise Refused for experts without weights, and for a token that runs none of them or more than there are."""
+    for layer in layers:
+        if not 1 <= layer.top_k <= layer.count:
+            raise Refused(
+                f"The configuration of {source.name} has {layer.count} experts in {layer.name}, of which a token runs "
+                f"{layer.top_k}; copy it again."
+            )
+    if layout.nbytes == 0 or any(not weight.numel() for weight in empty.parameters()):
+        raise Refused(f"The configuration of {source.name} has weights of size 0; copy it again.")
+
+
+def _check_held(source: Source, weights: Weights, empty: nn.Module) -> None:
+    """Raise Refused if the model has more weights than the files can hold, at 4 bits each, before memory is taken.
+
+    Buffers are computed, and may take a gigabyte besides.
+    """
+    sizes = source.sizes or {}
+    stored = sum(sizes[file] if file in sizes else (source.folder / file).stat().st_size for file in weights.files)
+    wanted, computed = (sum(tensor.numel() for tensor in of) for of in (empty.parameters(), empty.buffers()))
+    if wanted > 2 * stored or computed > 2 * stored + 2**30:
+        raise Refused(
+            f"The configuration of {source.name} makes a model of {wanted + computed:,} numbers, and its files hold "
+            f"{stored:,} bytes; copy it again."
+        )
 
 
 def _check_not_distributed(source: Source) -> None:

@@ -211,8 +211,8 @@ def _read(checkpoint: Examined, plan: AttachPlan, shown: bool, cleanup: Cleanup)
     """Return the model without its experts, and the store with them. Raise Refused."""
     _take_lock(cleanup)
     _silence_transformers(cleanup)
-    store = _store(checkpoint, plan)
     readings = None if checkpoint.quantised else plan_readings(checkpoint.empty, checkpoint.layers, checkpoint.files)
+    store = _store(checkpoint, plan)  # only now: the files hold what it is for
     bar = _start_bar(shown, cleanup)
     nbytes = sum(file.stat().st_size for file in checkpoint.files)
     name, task = checkpoint.source.name, bar.add_task("", total=nbytes)
@@ -225,8 +225,6 @@ def _read(checkpoint: Examined, plan: AttachPlan, shown: bool, cleanup: Cleanup)
     except Refused:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        if "above report" in str(error):  # Transformers' list of them, which is not shown
-            raise Refused(f"The weights of {name} do not fit its configuration; copy it again.") from error
         raise Refused(f"Cannot load {name}: {one_line(error)}") from error
     store.finish()
     bar.update(task, completed=nbytes)

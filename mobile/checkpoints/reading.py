@@ -10,22 +10,23 @@ import os
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mobile.checkpoints.direct import Reading, Renaming, store_places
+from mobile.checkpoints.direct import Reading, Renaming, store_places, stored_in
 from mobile.checkpoints.examine import Examined
-from mobile.errors import Refused
+from mobile.checkpoints.headers import Unread
+from mobile.errors import Refused, one_line
 from mobile.live_model import compat
 from mobile.live_model.cleanup import Cleanup
 from mobile.store import Store
@@ -42,18 +43,20 @@ def read_directly(
     """
     # 1. Open every file. The step that closes them comes before the first is opened, so that an interrupt between two
     #    of them leaves none open.
-    handles: dict[Any, Any] = {}
-    cleanup.append(lambda: list(map(_close, handles.values())))
-    for file in checkpoint.files:
-        handles[file] = safe_open(file, framework="pt")
+    files: dict[Path, BinaryIO] = {}
+    cleanup.append(lambda: [file.close() for file in files.values()])
+    for path in checkpoint.files:
+        files[path] = path.open("rb", buffering=0)
 
     def read(reading: Reading) -> int:
-        tensor = handles[reading.file].get_tensor(reading.key)
-        row = store.weights(reading.layer, reading.weight)
+        stored, row = reading.stored, store.weights(reading.layer, reading.weight)
         if reading.expert is not None:
-            row = row[reading.expert, reading.start : reading.start + tensor.shape[0]]
-        row.copy_(tensor)
-        return tensor.nbytes
+            assert reading.start is not None
+            row = row[reading.expert, reading.start : reading.start + stored.shape[0]]
+        tensor = stored.read(files[stored.path], row)
+        if tensor is not row:
+            row.copy_(tensor)
+        return stored.nbytes
 
     # 2. Copy the experts into their rows, on several threads: a layer at a time, so that a store on disk has no more
     #    than one of them in memory.
@@ -64,59 +67,53 @@ def read_directly(
             for nbytes in threads.map(read, group):
                 advance(nbytes)
             store.complete(layer)
-    # 3. Let Transformers load the rest from lazy slices of the same files. It allocates the experts that it was not
-    #    given, and the hook replaces each of them by an empty placeholder.
-    slices = {key: handle.get_slice(key) for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
-    expert_keys = {reading.key for reading in readings}
+    # 3. Let Transformers load the rest from the same files, each tensor when it is its turn. It allocates the experts
+    #    that it was not given, and the hook replaces each of them by an empty placeholder.
+    stored = stored_in(checkpoint.files)
+    expert_keys = {reading.stored.key for reading in readings}
     _keep_experts_out(lambda module, name, weight: None, cleanup)
     model_class: Any = type(checkpoint.empty)
-    model, info = model_class.from_pretrained(
-        None,
-        config=checkpoint.config,
-        output_loading_info=True,
-        dtype=checkpoint.options["dtype"],
-        state_dict={key: tensor for key, tensor in slices.items() if key not in expert_keys},
-    )
+    others = {key: Unread(tensor, files[tensor.path]) for key, tensor in stored.items() if key not in expert_keys}
+    with _refusals_of(checkpoint):
+        model, info = model_class.from_pretrained(
+            None,
+            config=checkpoint.config,
+            output_loading_info=True,
+            dtype=checkpoint.options["dtype"],
+            state_dict=others,
+        )
     # 4. Only experts may be missing from what Transformers loaded.
     in_store = store_places(compat.moe_layers(model))
     _check_complete([key for key in info["missing_keys"] if key not in in_store])
     # 5. Complete what `from_pretrained` does for a model from a folder, which this one is not to Transformers: the
     #    conversions by which it is saved again (Transformers has seen only the dense weights), and generation_config.
     renaming = Renaming(model)
-    for key in slices:
+    for key in stored:
         renaming.target(key)
     model._weight_conversions = renaming.used_conversions()
     if hasattr(model, "adjust_generation_fn"):
-        model.adjust_generation_fn(
-            None,
-            False,
-            None,
-            str(checkpoint.source.folder),
-            cache_dir=None,
-            force_download=False,
-            proxies=None,
-            local_files_only=True,
-            token=None,
-            revision="main",
-            subfolder="",
-            trust_remote_code=checkpoint.options["trust_remote_code"],
-        )
+        with _refusals_of(checkpoint):
+            model.adjust_generation_fn(
+                None,
+                False,
+                None,
+                str(checkpoint.source.folder),
+                cache_dir=None,
+                force_download=False,
+                proxies=None,
+                local_files_only=True,
+                token=None,
+                revision="main",
+                subfolder="",
+                trust_remote_code=checkpoint.options["trust_remote_code"],
+            )
     return model
-
-
-def _close(file: Any) -> None:
-    """Close a safetensors file.
-
-    It raises RuntimeError while a thread still reads in it: one that an interrupt kept `shutdown` from waiting for. The
-    file is closed when that thread has let go of it.
-    """
-    with suppress(RuntimeError):
-        file.__exit__(None, None, None)
 
 
 def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup: Cleanup) -> Any:
     """Return the model as Transformers reads and converts it; each experts weight goes into the store once complete.
 
+    Transformers maps the files into memory: one that another program cuts short meanwhile ends this process (SIGBUS).
     `advance` is called with the bytes of each. Raise Refused if a weight is missing.
     """
     # Layers may come in any order: a module gets the next free layer of the store, and `reorder` sorts them at the end.
@@ -137,13 +134,29 @@ def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup
     # Transformers reads ahead with several threads, and would hold many converted layers at once; this switches it off.
     _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)
     _keep_experts_out(take, cleanup)
-    model, info = checkpoint.model_class.from_pretrained(
-        checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
-    )
+    with _refusals_of(checkpoint):
+        model, info = checkpoint.model_class.from_pretrained(
+            checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
+        )
     _check_complete(info["missing_keys"])
     if not store.is_complete:
         store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
     return model
+
+
+@contextmanager
+def _refusals_of(checkpoint: Examined) -> Iterator[None]:
+    """Have whatever Transformers raises over a checkpoint's files come as Refused, with the checkpoint's name."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:  # each model's constructor and each conversion has its own
+        if "above report" in str(error):  # Transformers' list of weights, which is not shown
+            raise Refused(
+                f"The weights of {checkpoint.source.name} do not fit its configuration; copy it again."
+            ) from error
+        raise Refused(f"Cannot load {checkpoint.source.name}: {one_line(error)}") from error
 
 
 def _keep_experts_out(take: Callable[[nn.Module, str, torch.Tensor], None], cleanup: Cleanup) -> None:

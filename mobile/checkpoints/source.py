@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
-from mobile.errors import Refused, one_line
+from mobile.errors import Refused, one_line, shortened
 from mobile.machine.host import nearest_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,8 +48,11 @@ class Source:
         return self.holds(file) if self.sizes is None else file in self.sizes
 
     def holds(self, file: str) -> bool:
-        """Return whether the file is in the folder."""
-        return (self.folder / file).is_file()
+        """Return whether the file is in the folder, a regular one or a link to one."""
+        try:
+            return (self.folder / file).is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            return False
 
     def files(self) -> list[str]:
         """Return the names of all files of the top level, sorted."""
@@ -77,6 +80,7 @@ class Source:
 
     def missing_file(self, file: str) -> str:
         """Return the refusal of a checkpoint that lacks this file."""
+        file = shortened(file)
         if self.commit is None:
             return f"{self.folder} lacks {file}; copy it again."
         if self.sizes is None:

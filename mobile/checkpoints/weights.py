@@ -6,24 +6,20 @@ else model.safetensors, else the files of the index. Only safetensors are read h
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import str_to_torch_dtype
 
+from mobile.checkpoints.headers import read_header
+from mobile.checkpoints.small_files import LARGEST_NBYTES, json_object
 from mobile.checkpoints.source import INDEX, SINGLE, Source
-from mobile.errors import Refused, one_line
+from mobile.errors import Refused, one_line, shortened
 
-LFS_POINTER = b"version https://git-lfs"
 FOREIGN = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 
@@ -85,8 +81,8 @@ def _named_by_config(source: Source, name: object) -> Weights:
     if isinstance(name, str) and name.endswith(".safetensors.index.json"):
         return _listed_in_index(source, _inside(source, name, "transformers_weights in config.json"))
     raise Refused(
-        f"transformers_weights in {source.name}'s config.json is {name!r}, which is no .safetensors file or index "
-        "of such; take it out."
+        f"transformers_weights in {source.name}'s config.json is {shortened(repr(name))}, which is no .safetensors "
+        "file or index of such; take it out."
     )
 
 
@@ -95,7 +91,8 @@ def _listed_in_index(source: Source, name: str) -> Weights:
     if not source.holds(name):
         raise Refused(source.missing_file(name))
     path = source.folder / name
-    index = json_object(path, "copy it again, or delete it where model.safetensors is whole")
+    remedy = "copy it again, or delete it where model.safetensors is whole"
+    index = json_object(path, remedy, largest_nbytes=LARGEST_NBYTES)
     places, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise Refused(f'{path} is no index of weights, which has a "weight_map" from weights to files; copy it again.')
@@ -104,50 +101,26 @@ def _listed_in_index(source: Source, name: str) -> Weights:
     files = sorted(set(places.values()))
     for file in files:
         if not file.endswith(".safetensors"):
-            raise Refused(f"{path} names {file!r}, which is no .safetensors file; only such are read.")
+            raise Refused(f"{path} names {shortened(repr(file))}, which is no .safetensors file; only such are read.")
         _inside(source, file, name)
     dtype = metadata.get("dtype")
     return Weights(tuple(files), frozenset(places), None if dtype is None else str(dtype))
 
 
 def _inside(source: Source, file: str, named_by: str) -> str:
-    """Return the file's name. Raise Refused if it lies outside of the checkpoint's folder."""
+    """Return the file's name. Raise Refused if it lies outside of the checkpoint's folder, or is no name of a file.
+
+    Links are followed: the files of the hub's cache are links to its blobs.
+    """
+    shown = shortened(repr(file))
     if os.path.isabs(file) or Path(os.path.normpath(file)).parts[0] == "..":
-        raise Refused(f"{file!r}, named by {named_by}, lies outside of {source.name}; only files inside are read.")
+        raise Refused(f"{shown}, named by {named_by}, lies outside of {source.name}; only files inside are read.")
+    if not file.isprintable():
+        raise Refused(f"{shown}, named by {named_by}, is no name of a file; copy that again.")
     return file
 
 
-def json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file. Raise Refused, with the remedy, if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} is no valid JSON ({error}); {remedy}.") from error
-    if not isinstance(content, dict):
-        raise Refused(f"{path} holds {type(content).__name__} where a JSON object should be; {remedy}.")
-    return content
-
-
 # --- headers ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Yield a safetensors file, whose header has been read. Raise Refused if it is damaged."""
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        if _is_pointer(path):
-            raise Refused(f"{path} is a Git LFS pointer in place of the weights; run: git lfs pull") from error
-        raise Refused(f"{path} is damaged or cut short ({error}); copy it again.") from error
-    with file:
-        yield file
-
-
-def _is_pointer(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
-    return False
 
 
 def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
@@ -160,7 +133,8 @@ def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
     if weights.dtype is not None:
         dtype = getattr(torch, weights.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise Refused(f"The index of {source.name} says that its dtype is {weights.dtype!r}; give another dtype.")
+            named = shortened(repr(weights.dtype))
+            raise Refused(f"The index of {source.name} says that its dtype is {named}; give another dtype.")
         return dtype
     types = [str_to_torch_dtype.get(word) for _, word in sorted(_header(source, weights.files[0]).items())]
     if not types:
@@ -177,8 +151,7 @@ def stored_keys(source: Source, weights: Weights) -> set[str]:
 def _header(source: Source, file: str) -> dict[str, str]:
     """Return, by key, its dtype as the file's header spells it ("BF16"). Raise Refused if it cannot be read."""
     if source.holds(file):
-        with opened(source.folder / file) as tensors:
-            return {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+        return {key: tensor.dtype for key, tensor in read_header(source.folder / file).items()}
     try:
         header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit)
     except Exception as error:  # the HTTP client's and the hub's own

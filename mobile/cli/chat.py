@@ -49,7 +49,7 @@ class Conversation:
         """Write the answer to stdout. Ctrl-C ends it early; the part that was written stays in the conversation."""
         from mobile.live_model import compat
 
-        opened, streamer = self.opened, _recorder(self.opened.tokenizer)
+        opened, streamer = self.opened, _recorder(self.opened.decoder)
         turn = {"role": "user", "content": prompt}
         try:
             ids = opened.encode([*self.messages, turn])

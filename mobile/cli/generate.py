@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     model = opened.model
     shown = session.shown_on_terminal(TextStreamer)
-    streamer = None if arguments.json else shown(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if arguments.json else shown(opened.decoder, skip_prompt=True, skip_special_tokens=True)
     before = model.mobile.stats()
     output = opened.generate(ids, streamer=streamer)
     if arguments.json:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mobile.cli.terminal import options, show
 from mobile.cli.terminal.reader import Reader, open_reader
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import BigLittle
 from mobile.visible import visible
@@ -29,7 +29,11 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         raise Refused(f"--temperature is 0 (greedy) or more, {MIN_TEMPERATURE} at least, and {temperature} is not.")
     if top_p is not None and not 0 < top_p <= 1:
         raise Refused(f"--top-p is a probability above 0, and {top_p} is not.")
-    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "top_k": None}
+    options: dict[str, Any] = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "top_k": None,
+        "return_dict_in_generate": False,  # whatever the checkpoint's generation_config.json says
+    }
     if temperature == 0 or (temperature is None and top_p is None):
         return {**options, "do_sample": False, "temperature": None, "top_p": None}
     return {
@@ -55,6 +59,11 @@ class Session:
         return self.reader.tokenizer
 
     @property
+    def decoder(self) -> Any:
+        """The reader, which a streamer of Transformers takes for a tokenizer, and whose errors are refusals."""
+        return self.reader
+
+    @property
     def template(self) -> bool:
         """Whether prompts go through the chat template."""
         return self.reader.template
@@ -64,15 +73,29 @@ class Session:
         return self.reader.encode(messages).to(self.model.device)
 
     def generate(self, ids: Any, **options: Any) -> Any:
-        """Call the model's generate() on ids (1, length) with the command line's options, which `options` override."""
-        ids = ids.to(self.model.device)
-        mask = ids.new_ones(ids.shape)
-        return self.model.generate(input_ids=ids, attention_mask=mask, **{**self.options, **options})
+        """Call the model's generate() on ids (1, length) with the command line's options, which `options` override.
+
+        Raise Refused if it fails before the model has run: then the checkpoint's own settings are at fault.
+        """
+        ids, before = ids.to(self.model.device), self.model.mobile.stats()["prompt_tokens"]
+        named = {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape), **self.options, **options}
+        if getattr(self.model.generation_config, "stop_strings", None) is not None:
+            named["tokenizer"] = self.tokenizer
+        try:
+            return self.model.generate(**named)
+        except Refused:
+            raise
+        except Exception as error:  # each setting has its own
+            if self.model.mobile.stats()["prompt_tokens"] != before:
+                raise
+            raise Refused(
+                f"generate() cannot begin with the settings of {self.reader.name} "
+                f"({one_line(error)}); mend its generation_config.json, or its config.json."
+            ) from error
 
     def decode(self, ids: Any) -> str:
-        """Return the text of token ids (length,), without special tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        """Return the text of token ids (length,), without special tokens. Raise Refused as `Reader` does."""
+        return self.reader.decode(ids, skip_special_tokens=True)
 
 
 def opening(arguments: argparse.Namespace) -> tuple[Reader, dict[str, Any]]:
