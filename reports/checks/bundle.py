@@ -116,6 +116,10 @@ def _contradictions(run: Path, sealed: Manifest) -> Iterator[str]:
     for name in OUTPUTS:
         if not (run / name).is_file():
             yield f"{name} is neither sealed nor there"
+    seen: dict[str, str] = {}
+    for name, digest in sealed.files.items():
+        if name.startswith(("records/", "generations/")) and (first := seen.setdefault(digest, name)) != name:
+            yield f"{name} is a copy of {first}"
     by_generation: dict[str, list[Record]] = {}
     for record in results.all_records:
         if generation := record.config.get("generation"):
