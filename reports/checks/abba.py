@@ -67,7 +67,7 @@ class Judgement:
 def latest() -> Path:
     """Return the folder of the last trial started from here. Raise Unjudgeable if there is none."""
     try:
-        return Path(os.fsdecode(LATEST_TRIAL.read_bytes()).removesuffix("\n"))
+        return Path(os.fsdecode(LATEST_TRIAL.read_bytes()).rstrip("\r\n"))
     except OSError as error:
         raise Unjudgeable("No trial was run from here; run: nox -s regression, or nox -s compare -- A B") from error
 

@@ -104,7 +104,7 @@ def latest_run() -> Path:
     """Return the folder of the run that was started last from here. Raise NoResults if there is none."""
     if not LATEST.is_file():
         raise NoResults("There has been no run here; make one with: python -m suites run")
-    return Path(os.fsdecode(LATEST.read_bytes()).removesuffix("\n"))
+    return Path(os.fsdecode(LATEST.read_bytes()).rstrip("\r\n"))
 
 
 def read(run: Path) -> Results:
