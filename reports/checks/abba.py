@@ -69,7 +69,7 @@ class Judgement:
 def latest() -> Path:
     """Return the folder of the last trial started from here. Raise Unjudgeable if there is none."""
     try:
-        return Path(os.fsdecode(read_bytes(LATEST_TRIAL)).removesuffix("\n"))
+        return Path(os.fsdecode(read_bytes(LATEST_TRIAL)).rstrip("\r\n"))
     except (OSError, ValueError) as error:
         raise Unjudgeable("No trial was run from here; run: nox -s regression, or nox -s compare -- A B") from error
 

@@ -107,7 +107,7 @@ def latest_run() -> Path:
     if not LATEST.is_file():
         raise NoResults("There has been no run here; make one with: python -m suites run")
     try:
-        return Path(os.fsdecode(read_bytes(LATEST)).removesuffix("\n"))
+        return Path(os.fsdecode(read_bytes(LATEST)).rstrip("\r\n"))
     except ValueError as error:
         raise NoResults(f"{error}; name the folder of a run.") from error
 
