@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from math import inf, nan
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from conftest import tiny
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from test_checkpoints import INDEX
-from test_foreign_checkpoints import folder, opened, packed, refused, shipped  # noqa: F401
+from test_foreign_checkpoints import SHIPPED, opened, refused
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from mobile.checkpoints import examine, generation, weights
@@ -24,6 +28,19 @@ ABSURD: list[Any] = [
     *(None, True, 0, -1, 1, 2, 7, 10**6, 10**9, 10**30, 3.7, nan, inf, "", "many", "../../x", "[/x]", "x" * 5000),
     *([], {}, [1], [[[[]]]], {"a": {"b": {}}}, ["x"] * 999, "\ud800", "a\0b"),
 ]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A checkpoint of several files."""
+    tiny("qwen3_moe").save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    return tmp_path / "model"
+
+
+def packed(header: object, tensors: bytes) -> bytes:
+    """A safetensors file of this header."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + tensors
 
 
 def test_a_header_is_read_as_the_library_reads_it_or_refused(tmp_path):
@@ -148,8 +165,9 @@ def test_a_configuration_makes_a_model_or_is_refused(tmp_path, monkeypatch):
     assert max(layers) < 2 * (tmp_path / "model.safetensors").stat().st_size * 4
 
 
-def test_a_tokenizer_reads_a_prompt_or_is_refused(shipped):
+def test_a_tokenizer_reads_a_prompt_or_is_refused(tmp_path):
     dice = random.Random(21)
+    shipped = Path(shutil.copytree(SHIPPED, tmp_path / "shipped"))
     files = {name: json.loads((shipped / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
     files["tokenizer.json"]["model"] = {
         "type": "WordLevel",

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shutil
-import struct
 import sys
 from collections.abc import Callable
 from math import nan
@@ -52,18 +51,6 @@ def refused(call: Callable[[], object]) -> str:
     assert "\n" not in sentence
     assert len(sentence) < 1500
     return sentence
-
-
-def rewritten(path: Path, change: Callable[[dict, bytes], bytes]) -> None:
-    """Write a safetensors file again as `change(header, tensors)` has it."""
-    content = path.read_bytes()
-    [length] = struct.unpack("<Q", content[:8])
-    path.write_bytes(change(json.loads(content[8 : 8 + length]), content[8 + length :]))
-
-
-def packed(header: object, tensors: bytes, length: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + tensors
 
 
 # --- the configuration ------------------------------------------------------------------------------

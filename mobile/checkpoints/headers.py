@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from transformers.modeling_utils import str_to_torch_dtype
 
@@ -94,29 +94,32 @@ class Unread:
 def read_header(path: Path) -> dict[str, Stored]:
     """Return a file's tensors by key. Raise Refused if the file is damaged: its tensors must fill it without a gap."""
     try:
-        with path.open("rb", buffering=0) as file:
-            nbytes = os.fstat(file.fileno()).st_size
-            content, start = _header_text(file, nbytes)
-        entries = json.loads(content, object_pairs_hook=_once)
-        return _checked(path, entries, start, nbytes)
+        nbytes = path.stat().st_size
+        content, start = _header_text(path, nbytes)
+        return _checked(path, json.loads(content, object_pairs_hook=_once), start, nbytes)
     except (OSError, ValueError, RecursionError) as error:
         if _is_pointer(path):
             raise Refused(f"{path} is a Git LFS pointer in place of the weights; run: git lfs pull") from error
         raise Refused(f"{path} is damaged or cut short ({one_line(error)}); copy it again.") from error
 
 
-def _header_text(file: BinaryIO, nbytes: int) -> tuple[str, int]:
+def _header_text(path: Path, nbytes: int) -> tuple[str, int]:
     """Return the header's text, and where the tensors begin. Raise ValueError if the file cannot hold it."""
-    first = file.read(LENGTH.size)
+    first = _bytes_of(path, 0, LENGTH.size)
     if len(first) < LENGTH.size:
         raise ValueError("it is too small for a header")
     [length] = LENGTH.unpack(first)
     if length > min(LARGEST_NBYTES, nbytes - LENGTH.size):
         raise ValueError(f"its header would take {length:,} bytes")
-    content = file.read(length)
+    content = _bytes_of(path, LENGTH.size, length)
     if len(content) < length:
         raise ValueError("it ends inside of its header")
     return content.decode(), LENGTH.size + length
+
+
+def _bytes_of(path: Path, start: int, nbytes: int) -> bytes:
+    """Return a part of a file, which NumPy opens and closes in one call: Ctrl-C at no line here leaves it open."""
+    return np.fromfile(path, np.uint8, nbytes, offset=start).tobytes()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,6 +171,7 @@ def _sizes(sizes: Any) -> bool:
 
 
 def _is_pointer(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
-    return False
+    try:
+        return _bytes_of(path, 0, len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
