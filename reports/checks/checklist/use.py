@@ -55,6 +55,7 @@ def limits_are_stated(evidence: Evidence) -> str:
 
 def expected_is_kept(evidence: Evidence) -> str:
     """Raise Missing unless the preset's expected results are committed."""
-    if not (expected.FOLDER / evidence.results.preset / expected.CELLS).is_file():
+    folder = expected.folder_of(evidence.results.preset)
+    if not (folder / expected.CELLS).is_file():
         raise Missing(f"nothing is expected of preset {evidence.results.preset} yet; python -m reports expect makes it")
-    return f"reports/expected/{evidence.results.preset}"
+    return f"reports/expected/{folder.name}"
