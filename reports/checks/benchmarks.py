@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from suites.typed_json import read_bytes
+from suites.strict_json import read_bytes
 
 SHOWN = "median,iqr,min,rounds"
 AGAIN = "make it again with: nox -s bench"

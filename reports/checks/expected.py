@@ -11,7 +11,8 @@ from reports.data import groups
 from reports.data.compare import speedup, strategy_name
 from reports.data.fingerprint import TIMES, VIRTUAL, fingerprints
 from reports.data.results import Results
-from suites.typed_json import Count, Holding, called, parse, read_bytes, typed
+from suites.strict_json import called, parse, read_bytes
+from suites.typed_json import Count, Holding, typed
 
 FOLDER = Path(__file__).parents[1] / "expected"
 CELLS = "cells.json"
