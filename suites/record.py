@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from suites import record_fields
-from suites.typed_json import Amount, Count, Each, Holding, Matching, Name, Rate, called, parse, read_bytes, typed
+from suites.strict_json import called, parse, read_bytes
+from suites.typed_json import Amount, Count, Each, Holding, Matching, Name, Rate, typed
 
 SCHEMA = 5
 VIRTUAL = "cpu+virtual"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from suites.record import Record, RunFolder, read_json
-from suites.typed_json import Amount, Count, Holding, Name, Sha256, Some, called, parse, typed
+from suites.strict_json import called, parse
+from suites.typed_json import Amount, Count, Holding, Name, Sha256, Some, typed
 
 MOST_HEADER_NBYTES = 2**20  # of a trace
 

@@ -1,26 +1,22 @@
 """JSON that people pass around, read into dataclasses: their annotations say what each field must be.
 
-Nothing of a file is trusted: not that it is a regular file, nor its size, encoding, depth, or the type of any value.
-Whatever is wrong is a ValueError that names the file, the field, and what it must be. Standard library only.
+No type in a file is trusted, nor a sign or a depth. Whatever is wrong is a ValueError that names the file, the field,
+and what it must be. `strict_json` reads the text. Standard library only.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from pathlib import Path
-from stat import S_ISREG
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-MOST_NBYTES = 64 * 2**20  # of a file of JSON; the largest record of the paper's tasks has a few
+from suites.strict_json import shown
+
 MOST_LEVELS = 16  # of lists and objects in a value that may be any
-LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 1e30
-SHOWN = 40  # characters of a wrong value
 Reader = Callable[[Any], Any]
 
 
@@ -97,83 +93,6 @@ class WrongField(ValueError):
         self.field = field
 
 
-# --- bytes and JSON ---------------------------------------------------------------------------------
-
-
-def called(path: Path) -> str:
-    """Return the file's name with its folder's, as sentences name it."""
-    name = f"{path.parent.name}/{path.name}"
-    return name if name.isprintable() else json.dumps(name)[1:-1]
-
-
-def read_bytes(path: Path, most: int = MOST_NBYTES) -> bytes:
-    """Return the content of a regular file. Raise ValueError for anything else, or more bytes; OSError."""
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        status = os.fstat(file.fileno())
-        if not S_ISREG(status.st_mode):
-            raise ValueError(f"{called(path)} is no regular file")
-        if status.st_size > most:
-            raise ValueError(f"{called(path)} has {status.st_size:,} bytes; more than {most:,} are not read")
-        return file.read(most + 1)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file; of a pipe without a writer, too, which would otherwise be waited for."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def parse(content: bytes, name: str) -> Any:
-    """Return the value of strict JSON in UTF-8. Raise ValueError that begins with `name` for anything else.
-
-    Also refused: an object with one name twice, numbers that are none or beyond any measurement, half of a surrogate
-    pair, and what is too deep to be read.
-    """
-    try:
-        text = content.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_whole, parse_float=_fraction, parse_constant=_fraction
-        )
-        if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no text") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 from byte {error.start} on") from error
-    except RecursionError as error:
-        raise ValueError(f"{name} is nested too deep to be read") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{name} holds {error}") from error
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"an object with {_shown(twice)} twice")
-    return found
-
-
-def _whole(digits: str) -> int:
-    value = int(digits) if len(digits) <= 20 else LARGEST_INT + 1
-    if abs(value) > LARGEST_INT:
-        raise ValueError(f"the number {digits[:SHOWN]}, which is beyond 64 bits")
-    return value
-
-
-def _fraction(digits: str) -> float:
-    value = float(digits)
-    if not abs(value) <= LARGEST_FLOAT:
-        raise ValueError(f"the number {digits[:SHOWN]}, which no measurement gives")
-    return value
-
-
-# --- types ------------------------------------------------------------------------------------------
-
-
 def typed(value: Any, kind: Any, name: str) -> Any:
     """Return parsed JSON as `kind`: a dataclass, or any annotation made of what `_reader` knows.
 
@@ -228,7 +147,7 @@ def _anything(value: Any) -> Any:
 def _plain(kind: Any, what: str, holds: Callable[[Any], Any] = lambda value: True) -> Reader:
     def read(value: Any) -> Any:
         if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool) or not holds(value):
-            raise Unlike(f"must be {what}, not {_shown(value)}")
+            raise Unlike(f"must be {what}, not {shown(value)}")
         return value
 
     return read
@@ -275,7 +194,7 @@ def _or_null(read: Reader) -> Reader:
 def _one_of(values: tuple[Any, ...]) -> Reader:
     def check(value: Any) -> Any:
         if not any(value == each and type(value) is type(each) for each in values):
-            raise Unlike(f"must be {' or '.join(map(json.dumps, values))}, not {_shown(value)}")
+            raise Unlike(f"must be {' or '.join(map(json.dumps, values))}, not {shown(value)}")
         return value
 
     return check
@@ -350,18 +269,10 @@ def _fields_of(kind: Any, whole: bool) -> Reader:
 
 def _a(kind: type, value: Any) -> Any:
     if type(value) is not kind:
-        raise Unlike(f"must be {'a list' if kind is list else 'an object'}, not {_shown(value)}")
+        raise Unlike(f"must be {'a list' if kind is list else 'an object'}, not {shown(value)}")
     return value
-
-
-def _shown(value: Any) -> str:
-    """Return a value as sentences show it: of a list or an object its kind, of a long text the beginning."""
-    if isinstance(value, dict | list):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = json.dumps(value[:SHOWN] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _short(name: str) -> str:
     """Return a field's name; a foreign one that is no plain word as sentences show a value."""
-    return name if re.fullmatch(r"[\w .:%()/-]{1,60}", name, re.ASCII) else _shown(name)
+    return name if re.fullmatch(r"[\w .:%()/-]{1,60}", name, re.ASCII) else shown(name)

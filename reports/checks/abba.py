@@ -14,7 +14,8 @@ from reports.elements import numbers
 from reports.elements.page import Report, Section, Table
 from reports.stats.intervals import Interval, geometric_mean
 from suites.record import FEWEST_PROCESSES, LATEST_TRIAL, TRIAL, TRIAL_FORMAT, read_json
-from suites.typed_json import Holding, called, read_bytes, typed
+from suites.strict_json import called, read_bytes
+from suites.typed_json import Holding, typed
 
 MIN_RATIO = 0.95  # of the base's speed
 REGRESSION, PASSED, INCONCLUSIVE = "REGRESSION", "PASSED", "INCONCLUSIVE"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reports.elements.escapes import visible
-from suites.typed_json import read_bytes
+from suites.strict_json import read_bytes
 
 SHOWN = "median,iqr,min,rounds"
 AGAIN = "make it again with: nox -s bench"

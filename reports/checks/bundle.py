@@ -16,7 +16,8 @@ from typing import Any
 from reports.data.results import Results, read
 from suites.record import Record, RunFolder
 from suites.run_files import read_answers, read_plan, read_trace_about
-from suites.typed_json import Name, called, parse, read_bytes, typed
+from suites.strict_json import called, parse, read_bytes
+from suites.typed_json import Name, typed
 
 ROOMS = ("mobile", "baselines", "suites", "reports")
 MANIFEST = "manifest.json"

@@ -12,7 +12,8 @@ from reports.data.compare import speedup, strategy_name
 from reports.data.fingerprint import TIMES, VIRTUAL, fingerprints
 from reports.data.results import Results
 from reports.elements.slug import slug
-from suites.typed_json import Count, Holding, called, parse, read_bytes, typed
+from suites.strict_json import called, parse, read_bytes
+from suites.typed_json import Count, Holding, typed
 
 FOLDER = Path(__file__).parents[1] / "expected"
 CELLS = "cells.json"

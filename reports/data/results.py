@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from suites.record import LATEST, Record, RunFolder, load
 from suites.run_files import PlannedCell, read_failure, read_plan
-from suites.typed_json import WrongField, read_bytes
+from suites.strict_json import read_bytes
+from suites.typed_json import WrongField
 
 
 @dataclass(frozen=True)

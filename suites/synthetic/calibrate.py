@@ -28,10 +28,11 @@ from mobile.replay.trace import Request, run_step
 from suites.environment import environment
 from suites.identity import code_hash, digest
 from suites.record import RunFolder, read_json, sound, write_json
+from suites.strict_json import called
 from suites.synthetic.cells import SyntheticCell
 from suites.synthetic.script import Script, steps_of
 from suites.synthetic.script_player import Played
-from suites.typed_json import Amount, Count, Holding, called, typed
+from suites.typed_json import Amount, Count, Holding, typed
 
 
 @dataclass(frozen=True)

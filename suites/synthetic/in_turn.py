@@ -22,6 +22,7 @@ from mobile.policies.strategy import resolve
 from mobile.runtime.engine import Engine
 from mobile.store import DiskStore
 from suites.record import RunFolder, read_json, sound, write_json
+from suites.strict_json import called
 from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated
 from suites.synthetic.cells import SyntheticCell
@@ -29,7 +30,7 @@ from suites.synthetic.link_use import LinkUse, copying_ns
 from suites.synthetic.measurement import Measurement, record_of
 from suites.synthetic.script_player import Played, play
 from suites.synthetic.timing import Loaded, attached, memory_of, scripts_for, use_of
-from suites.typed_json import Count, Rate, Some, called, typed
+from suites.typed_json import Count, Rate, Some, typed
 
 PROBED_ROWS = 16  # read before each turn, and after it
 

@@ -13,7 +13,7 @@ import pytest
 from reports.data.results import NoResults, read
 from suites.record import RunFolder, load, read_json, sound, write_json
 from suites.run_files import read_answers, read_failure, read_plan, read_turn_times
-from suites.typed_json import MOST_NBYTES, parse
+from suites.strict_json import MOST_NBYTES, parse
 from tests import absurd
 from tests.report_runs import Rule, live_run, record
 
