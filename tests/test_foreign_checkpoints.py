@@ -73,6 +73,7 @@ def refused(call: Callable[[], object]) -> str:
         ({"num_experts_per_tok": -1}, "of which a token runs -1"),
         ({"num_experts_per_tok": 9}, "has 8 experts in .*, of which a token runs 9"),
         ({"hidden_act": "x" * 5000}, r"makes no model: .* \.\.\. x+"),
+        ({"is_encoder_decoder": True}, "has is_encoder_decoder, and its model has no encoder"),
         ({"sub_configs": 1}, "sets sub_configs, which is no setting but a part of Transformers"),
         ({"get_text_config": 1}, "sets get_text_config, which is no setting"),
         ({"__class__": "x"}, "sets __class__, which is no setting"),

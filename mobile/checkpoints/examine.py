@@ -174,6 +174,10 @@ def examine(
     empty = _build_empty(source, whole_config, model_class, options["dtype"], trust_remote_code)
     layers = compat.moe_layers(empty)
     layout = compat.common_layout(layers)
+    if model_class is AutoModelForCausalLM and getattr(config, "is_encoder_decoder", False):
+        raise Refused(
+            f"The configuration of {source.name} has is_encoder_decoder, and its model has no encoder; mend it."
+        )
     _check_sizes(source, empty, layers, layout)
     if weights is not None:
         _check_held(source, weights, empty)

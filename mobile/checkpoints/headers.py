@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 import torch
@@ -63,7 +63,8 @@ class Stored:
         in_place = row is not None and row.dtype == dtype and row.shape == self.shape and row.is_contiguous()
         tensor = row if row is not None and in_place else torch.empty(self.shape, dtype=dtype)
         if self.nbytes:
-            into, at = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
+            data: Any = tensor.view(-1).view(torch.uint8).numpy()
+            into, at = memoryview(data), 0
             while at < self.nbytes:
                 got = os.preadv(file.fileno(), [into[at:]], self.start + at)
                 if got == 0:
@@ -151,13 +152,12 @@ def _checked(path: Path, entries: Any, start: int, nbytes: int) -> dict[str, Sto
 
 def _entry(path: Path, key: str, entry: Any, start: int) -> Stored:
     """Return one tensor of a header. Raise ValueError if its dtype, shape and place do not agree."""
-    dtype, shape, place = (
-        entry.get(name) if isinstance(entry, dict) else None for name in ("dtype", "shape", "data_offsets")
-    )
+    named: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, place = named.get("dtype"), named.get("shape"), named.get("data_offsets")
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if len(key) > LONGEST_KEY:
         raise ValueError(f"its header has a name of {len(key):,} characters")
-    if bits is None or not _sizes(shape) or not _sizes(place) or len(place) != 2:
+    if dtype is None or bits is None or not _sizes(shape) or not _sizes(place) or len(place) != 2:
         raise ValueError(f"its header has no dtype, shape and place of {shortened(key)!r}")
     first, last = place
     if (last - first) * 8 != prod(shape) * bits:
@@ -165,7 +165,7 @@ def _entry(path: Path, key: str, entry: Any, start: int) -> Stored:
     return Stored(path, key, dtype, tuple(shape), start + first, last - first)
 
 
-def _sizes(sizes: Any) -> bool:
+def _sizes(sizes: Any) -> TypeGuard[list[int]]:
     """Return whether it is a list of at most 64 whole numbers, each of 63 bits, as PyTorch takes for a shape."""
     return isinstance(sizes, list) and len(sizes) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
 
