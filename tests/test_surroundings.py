@@ -112,7 +112,7 @@ def unnamed(source: str) -> list[int]:
             continue
         function, words = ast.unparse(call.func), {word.arg for word in call.keywords}
         name, texts = function.rpartition(".")[2], [a.value for a in call.args if isinstance(a, ast.Constant)]
-        modes = [text for text in texts if isinstance(text, str)]
+        modes = [text for text in texts if isinstance(text, str) and set(text) <= set("rwxabt+")]
         opens = name == "fdopen" or function == "open" or (name == "open" and function != "os.open" and bool(modes))
         binary = any("b" in mode for mode in modes)
         reads = name == "read_text" and not call.args and function != "package.read_text"

@@ -300,12 +300,12 @@ TOLD_APART = ("id", "strategy", "scope", "budget", "counters", "control", "timel
 
 @pytest.mark.parametrize("kept", [TOLD_APART, ("id", "counters", "control", "timeline", "prompt_sha256")])
 def test_a_run_with_foreign_text_in_every_field_gives_a_page_that_obeys_none_of_it(tmp_path, kept):
-    made = [spoilt(record, EVERYWHERE, kept) for record in report_runs.records(Rule(tasks=("one",)))]
     run = tmp_path / "outer" / "run"
     report_runs.write(Rule(tasks=("one",)), run)
-    for record in made:
-        record.save(RunFolder(run).record(record.id))
-    found = replace(read(run), preset=EVERYWHERE, absent=((EVERYWHERE, EVERYWHERE),), logs=((EVERYWHERE, EVERYWHERE),))
+    found = read(run)
+    for room in ("records", "controls", "synthetic", "references"):
+        found = replace(found, **{room: tuple(spoilt(record, EVERYWHERE, kept) for record in getattr(found, room))})
+    found = replace(found, preset=EVERYWHERE, absent=((EVERYWHERE, EVERYWHERE),), logs=((EVERYWHERE, EVERYWHERE),))
     report = content.build(found)
     paths = write.write(report, found, run)
     assert all(path.resolve().is_relative_to(run) for path in paths)
