@@ -84,6 +84,7 @@ def parser() -> Parser:
     again = "replay the traces of a run folder again, and hold its records to them; exit code 1 where one differs"
     sub = verbs.add_parser("replay", help=again, description=again)
     sub.add_argument("run", type=Path, help="run folder")
+    sub.add_argument("--only", metavar="WORDS", default="", help="the cells whose label holds this")
     sub.add_argument("--hardware", metavar="FILE", help="the profile of cells that were timed on one of your own")
     profile.declare(verbs)
     return top
@@ -94,7 +95,7 @@ def replay(options: Namespace) -> int:
     card = None if options.hardware is None else hardware.profile(options.hardware)
     replayed, wrong, others = 0, 0, 0
     try:
-        for cell in repeat(RunFolder(options.run), card):
+        for cell in repeat(RunFolder(options.run), card, options.only):
             replayed += cell.replayed
             others += not cell.replayed
             if cell.wrong is not None:

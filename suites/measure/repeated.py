@@ -40,14 +40,14 @@ class Held(NamedTuple):
     wrong: str | None = None
 
 
-def repeat(run: RunFolder, card: HardwareProfile | None = None) -> Iterator[Held]:
-    """Replay each record of a run folder again, a trace at a time. Raise ValueError, OSError for a plan that is none.
+def repeat(run: RunFolder, card: HardwareProfile | None = None, only: str = "") -> Iterator[Held]:
+    """Replay each record again whose label holds `only`, a trace at a time. Raise ValueError, OSError for no plan.
 
     Records on a profile that is no longer known by its name are replayed on `card`, if it is called so.
     """
     found: dict[str, list[tuple[str, Record]]] = {}
     for cell in read_plan(run.plan).cells:
-        if not run.record(cell.id).exists():
+        if only not in cell.label or not run.record(cell.id).exists():
             continue
         try:
             record = load(run.record(cell.id))

@@ -252,9 +252,7 @@ def test_the_items_that_shots_are_drawn_from_are_held_too(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "How?", "answer": "#### 1"}\n')
     (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "How?"}\n')
-    with pytest.raises(
-        Refused, match=r"train.jsonl is not a task's file \(ValueError: item 1 has no text called answer"
-    ):
+    with pytest.raises(Refused, match=r"train.jsonl is not a task's file \(item 1 has no text called answer"):
         items_of("gsm8k", tmp_path)
 
 
