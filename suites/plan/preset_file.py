@@ -16,7 +16,8 @@ from suites.typed_json import Amount, Matching, Rate, Some, typed
 MOST_NBYTES = 2**20
 Word = Annotated[str, Matching(r"[^\x00-\x1f\x7f]{1,200}", "a text of 1 to 200 characters")]
 Place = Annotated[str, Matching(r"[^\x00-\x1f\x7f]{1,4000}", "a path")]
-Words, Places = tuple[Word, ...], tuple[Place, ...]
+Words = tuple[Word, ...]
+Places = tuple[Place, ...]
 
 
 @dataclass(frozen=True)
