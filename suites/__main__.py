@@ -1,18 +1,21 @@
-"""Run the suites: `python -m suites plan|run|resume|profile [--preset NAME] [--out FOLDER] [--dask ADDRESS]`."""
+"""Run the suites: `python -m suites plan|run|resume|replay|profile [--preset NAME] [--out FOLDER] [--dask ADDRESS]`."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from mobile import outputs
 from mobile.cli.terminal import show
 from mobile.cli.terminal.parsing import Parser
+from mobile.costs import hardware
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from suites.measure import profile
+from suites.measure.repeated import repeat
 from suites.plan.preflight import answer, check
 from suites.plan.preset import presets, read_preset
 from suites.record import LATEST, VIRTUAL, RunFolder
@@ -78,8 +81,33 @@ def parser() -> Parser:
                 "models. A cell timed on the wall clock has its machine to itself: it goes to workers started with "
                 "--resources GPU=1, of which there should be one on each machine",
             )
+    again = "replay the traces of a run folder again, and hold its records to them; exit code 1 where one differs"
+    sub = verbs.add_parser("replay", help=again, description=again)
+    sub.add_argument("run", type=Path, help="run folder")
+    sub.add_argument("--only", metavar="WORDS", default="", help="the cells whose label holds this")
+    sub.add_argument("--hardware", metavar="FILE", help="the profile of cells that were timed on one of your own")
     profile.declare(verbs)
     return top
+
+
+def replay(options: Namespace) -> int:
+    """Print each record that is not what its trace gives, and return 1 if there is one. Raise Refused, OSError."""
+    card = None if options.hardware is None else hardware.profile(options.hardware)
+    replayed, wrong, others = 0, 0, 0
+    try:
+        for cell in repeat(RunFolder(options.run), card, options.only):
+            replayed += cell.replayed
+            others += not cell.replayed
+            if cell.wrong is not None:
+                wrong += 1
+                show.note(f"{cell.label}: {cell.wrong}")
+    except ValueError as error:
+        raise Refused(f"{options.run} is no run folder ({error}); name one that python -m suites run made.") from error
+    show.note(
+        f"{replayed - wrong} of {replayed} replayed records are what their traces give; {others} are not replays, and "
+        "only a run of the suite makes them again"
+    )
+    return 1 if wrong or not replayed else 0
 
 
 def folders(given: list[str]) -> dict[str, Path]:
@@ -98,6 +126,8 @@ def main() -> int:
         options = parser().read()
         if options.verb == "profile":
             return profile.run(options)
+        if options.verb == "replay":
+            return replay(options)
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)
         chosen = preset.only(options.only)
         walls_optional.set(options.without_kernel_walls)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
+from mobile.errors import Refused
 from mobile.ledger import Event
 from mobile.policies.strategy import Strategy
 from mobile.replay.replay import ReplaySetup
@@ -16,6 +19,14 @@ SHOWN_SHARE = 0.95  # a card sold with 16 GB shows 15.6 GiB or more; what it kee
 def is_memory(budget: str) -> bool:
     """Return whether a budget is a memory size, and not a number of slots by another name."""
     return budget not in ("all", "smallest") and not budget.endswith("%")
+
+
+def percent_of(budget: str) -> float:
+    """Return 25.0 of "25%". Raise Refused for what is no share of all experts."""
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", budget, re.ASCII)
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise Refused(f"Cannot read the share {budget!r} of all experts; write it like 25%.")
+    return float(match[1])
 
 
 def memory_on(budget: str, total_nbytes: int) -> int:
@@ -38,7 +49,7 @@ def replay_setup(
     if is_memory(budget):
         slots = slots_for(charged, parse_nbytes(budget), hardware.reserve_nbytes, PREFILL_BUFFERS)
     elif budget.endswith("%"):
-        slots = max(charged.top_k, round(charged.total_experts * float(budget[:-1]) / 100))
+        slots = max(charged.top_k, round(charged.total_experts * percent_of(budget) / 100))
     else:
         slots = strategy.min_slots(charged)
     return ReplaySetup(strategy, charged, layer_map, hardware, slots)

@@ -286,6 +286,9 @@ def test_a_shipped_tasks_scores_are_given_again(run):
     assert edited(run, lambda r: of_the_task(r, True)) & {9, 18} == set()
     assert edited(run, lambda r: of_the_task(r, False)) & {9, 18} == {18}
     [record] = [load(two(run)[0])]
+    for data in ({}, {"data": {"test": "another"}}):  # to say otherwise of the items does not help: the prompts tell
+        config = {name: value for name, value in record.config.items() if name != "data"} | data
+        assert "item 0 answers" in recomputed.wrong_scores(replace(record, config=config))
     assert "item 0 answers" in recomputed.wrong_scores(record)
     asked = replace(record, items=tuple(replace(i, prompt_sha256="0" * 64) for i in record.items))
     assert "was not asked what the task asks" in recomputed.wrong_scores(asked)

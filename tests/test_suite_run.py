@@ -16,6 +16,7 @@ from reports.data.results import read
 from reports.pages.content import build
 from reports.plots import token_time
 from reports.tables import speed
+from suites.measure.repeated import Held, repeat
 from suites.plan.preset import read_preset
 from suites.record import RunFolder, load, read_json, write_json
 
@@ -69,6 +70,67 @@ def test_every_check_the_run_made_of_itself_held(finished):
     assert held
     assert all(held)
     assert build(results).alarm is None
+
+
+# --- the records of a run, held to its traces -------------------------------------------------------
+
+
+def scaled(record, by):
+    """Return a record whose times are all scaled, its sums kept."""
+    items = tuple(replace(i, ttft_ns=round(i.ttft_ns * by), decode_ns=round(i.decode_ns * by)) for i in record.items)
+    return replace(record, items=items)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: scaled(r, 1.5), "items[0].ttft_ns is"),
+        (lambda r: replace(r, items=tuple(replace(i, fallbacks=9) for i in r.items)), "items[0].fallbacks is 9"),
+        (lambda r: replace(r, counters={**r.counters, "hits": 10**6}), "counters.hits is 1000000"),
+        (lambda r: replace(r, budget="16GiB"), "slots is"),
+        (lambda r: replace(r, budget="abc%"), "cannot be replayed: Cannot read the share 'abc%'"),
+        (lambda r: replace(r, strategy="static-half", gamma=None), "strategy is 'static-half', and of its trace"),
+        (lambda r: replace(r, strategy="no-such"), "cannot be replayed: Unknown strategy 'no-such'"),
+        (lambda r: replace(r, hardware="mine"), "cannot be replayed: its hardware 'mine' is known by no name"),
+        (lambda r: replace(r, hardware="/dev/zero.json"), "cannot be replayed: its hardware"),
+        (lambda r: replace(r, geometry="qwen3-30b-a3b"), "cannot be replayed: Geometry qwen3-30b-a3b has"),
+        (lambda r: replace(r, model="another"), "model is 'another', and its trace is of 'olmoe-tiny'"),
+        (lambda r: replace(r, scope="gpu+pcie"), "scope is gpu+pcie"),
+        (lambda r: replace(r, lossless=True), "lossless is True"),
+        (lambda r: replace(r, config={**r.config, "expert_nbytes": 1}), "config.expert_nbytes is 1"),
+        (lambda r: replace(r, config={**r.config, "generation": None}), "its config names no live run"),
+        (lambda r: replace(r, config={**r.config, "generation": "0"}), "generations/0.npz is not there"),
+    ],
+)
+def test_a_record_that_its_trace_does_not_give_is_named(finished, preset, tmp_path, change, says):
+    folder = RunFolder(shutil.copytree(finished, tmp_path / "run"))
+    cell = next(c for c in read_preset(str(preset)).cells if (c.strategy, c.budget) == ("mobile", "smallest"))
+    plan = read_json(folder.plan)
+    cells = [{"id": one["id"], "label": one["label"]} for one in plan["cells"] if one["id"] == cell.id]
+    write_json(folder.plan, {**plan, "cells": cells})
+    assert list(repeat(folder)) == [Held(cell.label, replayed=True, wrong=None)]
+    change(load(folder.record(cell.id))).save(folder.record(cell.id))
+    [held] = repeat(folder)
+    assert held.wrong.startswith(says)
+    assert "\n" not in held.wrong
+
+
+def test_a_finished_run_is_what_its_traces_give_and_an_edited_one_is_not(finished, tmp_path):
+    def replayed(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(suites("replay", *arguments), cwd=ROOT, capture_output=True, text=True)
+
+    done = replayed(str(finished))
+    assert done.returncode == 0
+    assert "12 of 12 replayed records are what their traces give" in done.stdout + done.stderr
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = sorted((folder / "records").iterdir())[0]
+    scaled(load(path), 0.5).save(path)
+    done = replayed(str(folder))
+    assert done.returncode == 1
+    assert "11 of 12" in done.stdout + done.stderr
+    done = replayed(str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
 
 
 def test_running_again_does_nothing(finished, preset):

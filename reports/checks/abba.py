@@ -82,9 +82,8 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise Unjudgeable(f"{folder} holds no trial ({error}); run: nox -s regression") from error
     if found.get("format") != TRIAL_FORMAT:
-        raise Unjudgeable(
-            f"{folder} holds a trial of format {found.get('format')}, and {TRIAL_FORMAT} is read; run it again."
-        )
+        said = str(found.get("format"))[:20]
+        raise Unjudgeable(f"{folder} holds a trial of format {said}, and {TRIAL_FORMAT} is read; run it again.")
     if lacking := {"kind", "sides", "processes"} - set(found):
         raise Unjudgeable(f"{folder} holds a trial without {sorted(lacking)[0]}; run it again.")
     try:
@@ -106,9 +105,8 @@ def judge(trial: dict[str, Any]) -> Judgement:
     for fact, fact_name in SAME_FACTS.items():
         seen = {str(process.get(fact)) for process in (*first, *second)}
         if len(seen) > 1:
-            raise Unjudgeable(
-                f"Not one {fact_name} in all processes ({' and '.join(seen)}), so their times are not compared."
-            )
+            both = " and ".join(one[:80] for one in sorted(seen)[:2])
+            raise Unjudgeable(f"Not one {fact_name} in all processes ({both}), so their times are not compared.")
     for side, processes in zip(trial["sides"], (first, second), strict=True):
         if len({(process["git_commit"], process["git_dirty"]) for process in processes}) > 1:
             raise Unjudgeable(f"The code of {side['name']} changed while it was timed; leave it alone, and run again.")

@@ -51,7 +51,7 @@ def same(base: Any, head: Any) -> None:
 
 
 def _in_words(identity: dict[str, Any]) -> str:
-    return ", ".join(f"{what} {value}" for what, value in identity.items())
+    return ", ".join(f"{what} {str(value)[:80]}" for what, value in identity.items())
 
 
 def same_machine(base: Path, head: Path) -> None:
@@ -62,7 +62,7 @@ def same_machine(base: Path, head: Path) -> None:
             data = json.loads(read_bytes(path))
             infos.append(data["machine_info"])
             _check_results(data["benchmarks"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UnlikeMachines(
                 f"{path} is no result of pytest-benchmark ({error}); make one: nox -s bench"
             ) from error

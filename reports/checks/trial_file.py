@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -84,11 +85,17 @@ class Trial:
 def lacking(trial: dict[str, Any]) -> str | None:
     """Return what keeps the typed parts of a trial from being set against each other; None if nothing does."""
     processes = [process for side in trial["processes"] for process in side]
-    if len({len(process["strategies"]) for process in processes} - {0}) != 1:
+    if not _one_length(process["strategies"] for process in processes):
         return "its processes must have timed as many strategies each, one at least"
     timed = [one for process in processes for one in process["strategies"]]
-    if len({len(one["repeats"]) for one in timed} - {0}) != 1:
+    if not _one_length(one["repeats"] for one in timed):
         return "its strategies must have as many repeats each, one at least"
     if len({len(one["written"]) for one in timed}) > 1:
         return "its strategies must have written as many tokens each"
     return None
+
+
+def _one_length(lists: Iterable[Sequence[Any]]) -> bool:
+    """Return whether there are lists, as long as each other, and none is empty."""
+    lengths = {len(one) for one in lists}
+    return len(lengths) == 1 and 0 not in lengths

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
-from itertools import product
+from itertools import chain, islice, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,15 +18,18 @@ from mobile.links.registry import LINKS, in_words, needs_gpu
 from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.suggest import offer
+from suites.budget import percent_of
 from suites.identity import HERE, SHIPPED, Model, check_name, lists_shipped_files, model_hash
+from suites.plan import preset_file
 from suites.plan.cells import Cell, Generation
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
-from suites.tasks.catalogue import PUBLISHED, TASKS, expand
+from suites.tasks.catalogue import GROUPS, PUBLISHED, TASKS, expand
 from suites.tasks.files import items_of
 
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
+MOST_CELLS = 20_000
 OVERRIDABLE = (  # keys of a preset that a model may set for itself
     "strategies",
     "budgets",
@@ -111,15 +113,15 @@ def read_preset(
     if path.stem.startswith("."):  # "...toml" would be run in the folder above
         raise Refused(f"A preset cannot be called {path.stem}; give its file a name that begins with no dot.")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = preset_file.read(path)
         if "runs" in data and not folders:
-            return Preset(path.stem, data["minutes"], tuple(synthetic_cells_of(data, link)))
+            return _preset(path.stem, data, synthetic_cells_of(data, link))
         if "runs" in data:
             raise Refused(f"Preset {path.stem} makes its models itself; leave --model out.")
         if link is not None:
             raise Refused(f"Preset {path.stem} says itself how it is timed; leave --link out.")
         measured = read_preset(data["measured"]).cells if "measured" in data else ()
-        return Preset(path.stem, data["minutes"], (*_cells(data, folder, folders), *measured))
+        return _preset(path.stem, data, chain(_cells(data, folder, folders), measured))
     except Refused:
         raise
     except (ValueError, TypeError, AttributeError) as error:  # no TOML, no text, or a value of another kind
@@ -128,8 +130,27 @@ def read_preset(
         raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
 
 
-def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> list[Cell]:
-    """Return the cells of a preset whose answers are scored. Raise Refused, KeyError, TypeError."""
+def _preset(name: str, data: dict[str, Any], asked: Iterable[Cell | SyntheticCell | ReferenceCell]) -> Preset:
+    """Return the preset of these cells. Raise Refused where there are none, too many, or one twice; KeyError."""
+    cells = tuple(islice(asked, MOST_CELLS + 1))
+    if not cells:
+        raise Refused(
+            "The preset asks for no cell; give it a model, task, strategy, hardware, budget and seed at least."
+        )
+    if len(cells) > MOST_CELLS:
+        raise Refused(f"The preset asks for more than {MOST_CELLS:,} cells; make two of it.")
+    seen: set[str] = set()
+    for cell in cells:
+        if cell.id in seen:
+            raise Refused(
+                f"The preset asks twice for the cell {cell.label!r}; take what is there twice out of its lists."
+            )
+        seen.add(cell.id)
+    return Preset(name, data["minutes"], cells)
+
+
+def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> Iterator[Cell]:
+    """Yield the cells of a preset whose answers are scored. Raise Refused, KeyError."""
     tasks = expand(data["tasks"])
     available = {task: items_of(task, folder) for task in tasks}
     most = max(available.values(), default=max(task.items for task in TASKS.values()))
@@ -144,16 +165,8 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
         raise Refused(f"Link {link!r} is not available; choose {in_words(tuple(LINKS))}, or leave it out to replay.")
     at_most = {task: min(data.get("task_items", {}).get(asked, most), available[task]) for task, asked in tasks.items()}
     task_folders = {task: str(folder.absolute()) for task in tasks if folder is not None and task in PUBLISHED}
-    cells = [
-        cell
-        for model in data["models"]
-        for cell in _cells_of(models[model["name"]], {**data, **model}, link, at_most, task_folders)
-    ]
-    if not cells:
-        raise Refused(
-            "The preset asks for no cell; give it a model, task, strategy, hardware, budget and seed at least."
-        )
-    return cells
+    for model in data["models"]:
+        yield from _cells_of(models[model["name"]], {**data, **model}, link, at_most, task_folders)
 
 
 def _placed(model: Model, folders: Mapping[str, Path]) -> Model:
@@ -191,6 +204,11 @@ def _cells_of(
     fewer = data.get("fewer_items", {})
     if unknown := set(fewer) - {strategy.name for strategy in chosen}:
         raise Refused(f"fewer_items names {sorted(unknown)[0]!r}, which is not among the strategies of {model.name}.")
+    named = {*data.get("canaries", []), *data.get("task_items", {})}
+    if unknown := named - set(TASKS) - set(GROUPS):  # a task may be known and not asked: a preset with fewer tasks
+        raise Refused(f"{sorted(unknown)[0]!r} has a canary or a number of items, and is not a task; take it out.")
+    for share in data.get("shares", []):
+        percent_of(share)
     if min((items, *fewer.values())) < 1:
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
     # 2. List (strategy, budget, swept, items): the strategies at every budget, then the sweeps of gamma and of caches.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES
-from mobile.costs.hardware import parse_nbytes, profile
+from mobile.costs.hardware import parse_nbytes, profile, shown
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import Strategy, resolve
@@ -143,6 +143,8 @@ def _cells_of_run(
 ) -> Iterator[SyntheticCell]:
     """Yield the cells of one [[runs]] table for one model; `shared` are fields that all of them have alike."""
     rates = run.get("rates", [None])
+    if above := [rate for rate in rates if rate is not None and rate > 1]:
+        raise Refused(f"A rate of fallbacks is a share of the decode steps, and cannot be {above[0]:g}.")
     for rate_of_link, name in product(run["links"], run["strategies"]):
         strategy = resolve(name)
         falls_back = strategy.gamma is not None
@@ -158,10 +160,19 @@ def _cells_of_run(
                 strategy=name,
                 gamma=strategy.gamma,
                 budget=budget,
-                link_gb_per_s=None if rate_of_link == "native" else float(rate_of_link),
+                link_gb_per_s=_gb_per_s(rate_of_link),
                 swept="rates" in run and run["routing"] == RECORDED,
                 **shared,
             )
+
+
+def _gb_per_s(link: Any) -> float | None:
+    """Return the rate of a link, None for "native". Raise Refused for anything else."""
+    if link == "native":
+        return None
+    if isinstance(link, bool) or not isinstance(link, int | float) or not link > 0:
+        raise Refused(f'A link cannot be {shown(link)}; write "native", or a rate in GB/s like 25.')
+    return float(link)
 
 
 def _budgets(strategy: Strategy, budgets: list[str]) -> list[str]:

@@ -101,7 +101,7 @@ def reference_cells_of(data: dict[str, Any], models: dict[str, Model], link: str
     if unknown := set(asked) - set(MEASUREMENTS):
         first = sorted(unknown)[0]
         raise Refused(f"Nothing beside shapes is called {first!r}; {offer(first, MEASUREMENTS)}.")
-    if not LINKS[link].real_time:
+    if not LINKS[link].real_time or not data["seeds"]:
         return
     if LINKS[link].store != "disk" and (apart := [name for name in asked if MEASUREMENTS[name] in DISK_PEERS]):
         raise Refused(f'{apart[0]!r} reads from disk, which the link {link} does not; give link = "disk".')

@@ -13,15 +13,23 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
+import zlib
 from functools import cache
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
+from suites.strict_json import MOST_NBYTES, parse, read_bytes
 from suites.tasks.catalogue import PUBLISHED, SHIPPED
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER / "data"
+FIELDS = {  # of an item, by the folder that the public files lie in; what prompts and scores are made of
+    "gsm8k": ("question", "answer"),
+    "humaneval": ("prompt", "entry_point", "test"),
+    "bbh": ("input", "target"),
+}
 
 
 def locate(task: str, folder: Path | None) -> dict[str, Path]:
@@ -50,8 +58,8 @@ def items_of(task: str, folder: Path | None) -> int:
     """Return how many test items a task has: counted where the file is here, else as published."""
     if task in SHIPPED:
         return SHIPPED[task].items
-    files = locate(task, folder)
-    return len(read(files["test"])) if files else PUBLISHED[task].items
+    counts = {split: len(read(path)) for split, path in locate(task, folder).items()}
+    return counts["test"] if counts else PUBLISHED[task].items
 
 
 def shipped(task: str) -> list[dict]:
@@ -63,13 +71,42 @@ def shipped(task: str) -> list[dict]:
 def read(path: Path) -> list[dict]:
     """Return the items of a .json (under "examples"), .jsonl or .jsonl.gz file. Raise Refused for other content."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        content = read_bytes(path)
+        if path.suffix == ".gz":
+            content = _unpacked(content)
         if path.suffix == ".json":
-            return list(json.loads(text)["examples"])
-        return [json.loads(line) for line in text.splitlines() if line]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{path} is not a task's file ({type(error).__name__}: {error}); copy it again.") from error
+            items = parse(content, "it")["examples"]
+        else:
+            lines = enumerate(content.split(b"\n"), 1)
+            items = [parse(line, f"line {number}") for number, line in lines if line.strip()]
+        _hold(items, FIELDS.get(path.parent.name, ()))
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        why = (
+            one_line(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {one_line(error)}"
+        )
+        raise Refused(f"{path} is not a task's file ({why}); copy it again.") from error
+    return list(items)
+
+
+def _unpacked(content: bytes) -> bytes:
+    """Return what a gzip file holds. Raise ValueError where that is too large for items, OSError, EOFError."""
+    with gzip.open(BytesIO(content)) as file:
+        found = file.read(MOST_NBYTES + 1)
+    if len(found) > MOST_NBYTES:
+        raise ValueError(f"it unpacks to more than {MOST_NBYTES:,} bytes")
+    return found
+
+
+def _hold(items: Any, names: tuple[str, ...]) -> None:
+    """Raise ValueError unless there is a list of items, and each has these fields, which are text."""
+    if not isinstance(items, list) or not items:
+        raise ValueError("it holds no list of items")
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            raise ValueError(f"item {number} is no object")
+        for name in names:
+            if not isinstance(item.get(name), str):
+                raise ValueError(f"item {number} has no text called {name}")
 
 
 def sources(task: str, folder: Path | None) -> dict[str, str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
+from reports.checks import abba
 from reports.checks.benchmarks import UnlikeMachines, identity, same
+from reports.pages import write
 from suites.record import write_json
+from tests import absurd
 
 pytest.importorskip("pytest_benchmark")
 GPU = {"name": "H100", "uuid": "GPU-1"}
@@ -136,6 +140,18 @@ ODD = {
 }
 
 
+def test_a_number_beyond_any_and_a_long_name_are_refused_in_a_short_sentence(compared):
+    [bench] = result()["benchmarks"]
+    for head in (
+        result(benchmarks=[{**bench, "stats": {**STATS, "iqr": 10**400}}]),
+        result(machine_info={"gpu": None, "cpu": {**PROCESSOR, "brand_raw": "x" * 5000}}),
+    ):
+        code, shown, refused = compared(result(), head)
+        assert (code, shown) == (2, "")
+        assert refused.count("\n") == 1
+        assert len(refused) < 500
+
+
 @pytest.mark.parametrize("head", ODD.values(), ids=ODD)
 def test_a_file_that_is_broken_or_odd_is_refused_in_a_sentence(compared, head):
     code, shown, refused = compared(result(), head)
@@ -165,3 +181,24 @@ def test_files_of_runs_trials_and_expectations_that_lack_something_are_refused(t
     assert "File name too long" in refusal("check", "x" * 256)
     assert "invalid choice: 'buid'" in refusal("buid")
     assert "see python -m reports --help" in refusal("build", "--frobnicate")
+
+
+def test_absurd_trials_are_refused_or_judged(tmp_path):
+    timed = {"strategy": "lru", "written": [1, 2], "ids_sha256": "f" * 64}
+    timed["repeats"] = [{"wall_ns": 1000, "counters": {"loads": 3}}, {"wall_ns": 1100, "counters": {"loads": 3}}]
+    one = {"steps": 2, "repeats": 2, "layers": 1, "model": None, "link": "disk", "cpu": "c", "torch": "2", "gpu": None}
+    one |= {"git_commit": "a", "git_dirty": False, "transformers": "5", "python": "3", "strategies": [timed]}
+    one |= {"disk": {"model": "d", "source": "s", "file_system": "f"}}
+    sides, processes = [{"name": "base"}, {"name": "head"}], [[one] * 3, [one] * 3]
+    sound = {"format": 1, "kind": "regression", "scope": "cpu+disk", "sides": sides, "processes": processes}
+    random, judged, told = Random(9), 0, []
+    for number in range(1000):
+        absurd.put(tmp_path / "trial.json", absurd.changed(json.loads(json.dumps(sound)), random) if number else sound)
+        try:
+            trial = abba.read(tmp_path)
+            write.markdown(abba.report(trial, abba.judge(trial)))
+            judged += 1
+        except abba.Unjudgeable as refused:
+            told.append(str(refused))
+    assert min(judged, len(told)) > 50
+    assert all("\n" not in one and len(one) < 500 for one in told)

@@ -212,6 +212,59 @@ def test_a_cut_gzip_file_is_refused(tmp_path):
         items_of("humaneval", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[]", "item 1 is no object"),
+        ("1", "item 1 is no object"),
+        ('{"prompt": "def f", "entry_point": "f"}', "item 1 has no text called test"),
+        ('{"prompt": "def f", "entry_point": ["f"], "test": ""}', "item 1 has no text called entry_point"),
+        ('{"prompt": 1, "entry_point": "f", "test": ""}', "item 1 has no text called prompt"),
+        ("[" * 100_000, "line 1 is nested too deep"),
+        ('{"prompt": NaN}', "line 1 holds the number NaN"),
+        ('{"prompt": "\\ud800"}', "line 1 holds half of a surrogate pair"),
+        ("", "it holds no list of items"),
+    ],
+)
+def test_an_item_that_is_none_is_refused(line, says, tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval/HumanEval.jsonl").write_text(f"{line}\n")
+    with pytest.raises(Refused) as refused:
+        items_of("humaneval", tmp_path)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_or_unpacks_to_too_much_is_refused_before_it_takes_the_memory(tmp_path):
+    for folder in ("humaneval", "gsm8k"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "humaneval/HumanEval.jsonl.gz").write_bytes(gzip.compress(b" " * (2**26 + 1), compresslevel=1))
+    with pytest.raises(Refused, match="it unpacks to more than"):
+        items_of("humaneval", tmp_path)
+    (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "How?", "answer": "#### 1"}\n')
+    with (tmp_path / "gsm8k/test.jsonl").open("wb") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(Refused, match=r"test.jsonl has .* bytes; more than"):
+        items_of("gsm8k", tmp_path)
+
+
+def test_the_items_that_shots_are_drawn_from_are_held_too(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "How?", "answer": "#### 1"}\n')
+    (tmp_path / "gsm8k/train.jsonl").write_text('{"question": "How?"}\n')
+    with pytest.raises(Refused, match=r"train.jsonl is not a task's file \(item 1 has no text called answer"):
+        items_of("gsm8k", tmp_path)
+
+
+def test_a_line_ends_where_json_lines_do(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("test", "train"):
+        (tmp_path / f"gsm8k/{name}.jsonl").write_text(
+            '{"question": "How\u2028 many\x85?", "answer": "1"}\r\n\r\n', encoding="utf-8", newline=""
+        )
+    assert items_of("gsm8k", tmp_path) == 1
+
+
 def test_what_a_result_depends_on_is_what_is_in_the_files_and_not_where_they_lie(bbh, tmp_path_factory):
     model = Model(name="olmoe-tiny", path="models/olmoe-tiny", geometry="olmoe-1b-7b", weights="shipped-tiny")
     copied = tmp_path_factory.mktemp("elsewhere")

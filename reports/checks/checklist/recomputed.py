@@ -91,13 +91,13 @@ def longer_than_it_took(record: Record) -> str | None:
 def wrong_scores(record: Record) -> str | None:
     """Return the first item of a shipped task that is not asked or scored as the task's own files say; None if all are.
 
-    A record of another version of the task's items is not judged: see `is_of_other_items`.
+    A record of another version of the task's items is not judged, unless its prompts are those of this one.
     """
     if record.task in scores.RUN:
         other = (item.doc for item in record.items if (item.answer == scores.PASSED) is not item.correct)
         return next((f"item {doc} is scored otherwise than its verdict" for doc in other), None)
     key = scores.key(record.task)
-    if key is None or is_of_other_items(record) is not False:
+    if key is None or (is_of_other_items(record) is not False and not _asked_as_shipped(record, key)):
         return None
     for item in record.items:
         if item.doc >= len(key.answers) or item.prompt_sha256 != key.prompts[item.doc]:
@@ -107,6 +107,11 @@ def wrong_scores(record: Record) -> str | None:
             right = "right" if found == key.answers[item.doc] else "wrong"
             return f"item {item.doc} answers {found!r}, which is {right}, and the record says otherwise"
     return None
+
+
+def _asked_as_shipped(record: Record, key: scores.Key) -> bool:
+    """Return whether the prompts are those of the items shipped here, whatever the record says of their source."""
+    return all(item.doc < len(key.prompts) and item.prompt_sha256 == key.prompts[item.doc] for item in record.items)
 
 
 def is_of_other_items(record: Record) -> bool | None:
