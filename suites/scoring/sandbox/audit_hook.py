@@ -68,9 +68,11 @@ def put_on(folder: str) -> Callable[[], str | None]:
         return event in allowed
 
     def hook(event: str, args: tuple) -> None:
-        if event == "import" and args[0].partition(".")[0] in hidden:
-            last[:] = [f"import of {args[0].partition('.')[0]}"]
-            raise PermissionError("the sandbox refuses this import")
+        if event == "import":
+            for part in args[0].split("."):  # any of them: a module is made from the last, whatever is before it
+                if part in hidden:
+                    last[:] = [f"import of {part}"]
+                    raise PermissionError("the sandbox refuses this import")
         if not allows(event, args):
             last[:] = [event]
             raise PermissionError("the sandbox refuses this")

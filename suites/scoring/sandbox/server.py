@@ -138,6 +138,8 @@ def judge(job: Job, folder: str, tests: int, *, walled: bool) -> tuple[str, int 
     gone = said[1:] == [[tester.GONE, None]]
     program_ended = _ended(runs, deadline if gone else 0.0)
     tester_ended = _ended(judges, 0.0)
+    if beyond is None and holds_too_much(folder):
+        beyond = TOO_MUCH
     with suppress(OSError):
         remove(folder)
     if said[:1] != [BEGUN]:

@@ -61,8 +61,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 def call_filter(machine: str) -> bytes | None:
     """Return a classic BPF program for seccomp (struct sock_filter[]), or None for a machine we have no numbers of.
 
-    It allows the calls above, `clone` for threads and some commands of `fcntl` and `ioctl`, and lets no file that is opened to be
-    read be emptied by that. All else fails.
+    It allows the calls above, `clone` for threads and some commands of `fcntl` and `ioctl`, and lets no file be emptied
+    that is not opened to be written. All else fails.
     """
     if machine not in MACHINES:
         return None
