@@ -82,6 +82,10 @@ WRONG = {
     "asks for a web page": ("import urllib.request as u\nu.urlopen('http://127.0.0.1:9')\n", "program failed"),
     "signals its parent": ("import os\nos.kill(os.getppid(), 9)\n", "refuses os.kill"),
     "reaches for C": ("import ctypes\n", "refuses import of ctypes"),
+    "reaches for C by another name": (
+        "import sys\nsys.audit('import', 'x._ctypes', None, None, None, None)\n",
+        "refuses import of _ctypes",
+    ),
     "lifts its limits": (
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n",
         "refuses resource.setrlimit",
@@ -123,6 +127,11 @@ RIGHT_IN_ITS_WAY = {
     ),
     "catches everything": "def f(x):\n    try:\n        1 / 0\n    except BaseException:\n        return x + 1\n",
     "has no secrets around it": "import os\nassert not os.environ\nassert os.listdir() == []\n" + RIGHT,
+    "deletes a folder with all in it": (
+        "import shutil, os, tempfile\ndef f(x):\n    os.makedirs('a/b')\n    open('a/b/c', 'w').close()\n"
+        "    shutil.rmtree('a')\n    with tempfile.TemporaryDirectory() as folder:\n"
+        "        open(folder + '/d', 'w').close()\n    return x + 1\n"
+    ),
     "keeps things in temporary files": (
         "import tempfile\ndef f(x):\n    with tempfile.TemporaryFile('w+') as file:\n"
         "        print(x + 1, file=file)\n        file.seek(0)\n        return int(file.read())\n"
@@ -422,6 +431,22 @@ def test_results_that_are_nearly_built_in_arrive_as_what_they_are_made_of():
     )
     tests = "assert f(0) == {'a': 2, 'b': 1}\nassert list(f(1)) == ['1', '2']\nassert tuple(f(2)) == (3,)"
     assert run_tests(program, tests).reason == "passed"
+
+
+def test_views_of_a_dict_and_exact_numbers_arrive():
+    program = "from decimal import Decimal\nfrom fractions import Fraction\nd = {2: 'b', 1: 'a'}\n"
+    program += (
+        "def f(x): return [d.keys(), d.values(), d.items(), Fraction(1, 2), Decimal('0.5'), bytearray(b'a')][x]\n"
+    )
+    tests = "assert f(0) == {1, 2} and list(f(0)) == [2, 1]\nassert list(f(1)) == ['b', 'a']\n"
+    tests += "assert f(2) == {(1, 'a'), (2, 'b')}\nassert f(3) == f(4) == 0.5\nassert f(5) == b'a'"
+    assert run_tests(program, tests).reason == "passed"
+
+
+@pytest.mark.parametrize("code", [["Fraction", "0x1", "0x0"], ["Decimal", "x"], ["dict_items", [["list", []]]]])
+def test_exact_numbers_and_views_that_cannot_be_are_refused(code):
+    with pytest.raises(ValueError, match="no plain value"):
+        values.decoded(code)
 
 
 def test_an_exception_of_the_program_is_caught_by_tests_that_expect_it():
