@@ -105,6 +105,10 @@ def model_hash(model: Model) -> str:
     samples. Raise Refused for a file that is missing or differs, and for a model that is called ours and is not.
     """
     if model.hub is not None:
+        if model.weights == SHIPPED:
+            raise Refused(
+                f'Model {model.name} lies on the hub and is none that is shipped here; say weights = "real" of it.'
+            )
         return bytes_hash(f"{model.hub}@{model.revision}".encode())
     if model.weights == "real" and (model.folder / "config.json").is_file():
         files = sorted(path for path in model.folder.iterdir() if path.is_file())
@@ -117,6 +121,11 @@ def model_hash(model: Model) -> str:
             f"{model.folder} holds no model that is shipped here, and {model.name} is to be one (weights = "
             f'"{SHIPPED}"); leave --model {model.name}=FOLDER out, or name another model in a preset of your own, with '
             'weights = "real".'
+        )
+    if model.weights == SHIPPED and _shipped_lists().get(model.name, sums.read_bytes()) != sums.read_bytes():
+        raise Refused(
+            f"{model.folder} holds another of the models that are shipped here, and not {model.name}; call it by its "
+            "own name, or give the folder of that one."
         )
     listed = {name: expected for expected, name in map(str.split, sums.read_text(encoding="utf-8").splitlines())}
     for name, expected in listed.items():
@@ -132,8 +141,13 @@ def model_hash(model: Model) -> str:
 def lists_shipped_files(folder: Path) -> bool:
     """Return whether the folder's list of hashes is that of a model in suites/models. Its files are not looked at."""
     sums = folder / SUMS
-    ours = {path.read_bytes() for path in (HERE / "models").glob(f"*/{SUMS}")}
-    return sums.is_file() and sums.read_bytes() in ours
+    return sums.is_file() and sums.read_bytes() in _shipped_lists().values()
+
+
+@cache
+def _shipped_lists() -> dict[str, bytes]:
+    """Return the list of hashes of each model in suites/models, by its name."""
+    return {path.parent.name: path.read_bytes() for path in (HERE / "models").glob(f"*/{SUMS}")}
 
 
 def _samples(path: Path) -> bytes:

@@ -171,11 +171,10 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
 
 def _placed(model: Model, folders: Mapping[str, Path]) -> Model:
     """Return the model with the folder that is given for it, if any; one of ours is never called real."""
-    if model.name not in folders:
-        return model
-    folder = folders[model.name].absolute()
-    weights = SHIPPED if lists_shipped_files(folder) else model.weights
-    return replace(model, path=str(folder), hub=None, revision=None, weights=weights)
+    if model.name in folders:
+        model = replace(model, path=str(folders[model.name].absolute()), hub=None, revision=None)
+    ours = model.hub is None and model.path is not None and lists_shipped_files(model.folder)
+    return replace(model, weights=SHIPPED) if ours else model
 
 
 def _model_fields(model: dict[str, Any]) -> dict[str, Any]:

@@ -82,3 +82,19 @@ def test_a_copy_of_a_shipped_model_is_ours_until_a_file_is_added(tmp_path):
     model_hash.cache_clear()
     with pytest.raises(Refused, match=r"chat_template.jinja is not among the files"):
         read_preset("smoke", folders={"olmoe-tiny": copy})
+
+
+def test_neither_a_model_of_the_hub_nor_one_of_ours_under_the_name_of_another_is_called_ours(tmp_path):
+    hub = preset(tmp_path, ('path = "models/olmoe-tiny"', 'hub = "someone/foreign"\nrevision = "main"'))
+    with pytest.raises(Refused, match=r"olmoe-tiny lies on the hub and is none that is shipped here"):
+        read_preset(hub)
+    other = HERE / "models/qwen2-moe-tiny"
+    with pytest.raises(Refused, match=r"holds another of the models that are shipped here, and not olmoe-tiny"):
+        read_preset("smoke", folders={"olmoe-tiny": other})
+    with pytest.raises(Refused, match=r"and not olmoe-tiny"):
+        read_preset(preset(tmp_path, ("models/olmoe-tiny", "models/qwen2-moe-tiny")))
+
+
+def test_a_model_of_ours_is_not_called_real(tmp_path):
+    named = read_preset(preset(tmp_path, ('"shipped-tiny"', '"real"')))
+    assert {cell.model.weights for cell in named.scored} == {"shipped-tiny"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -81,6 +82,10 @@ WRONG = {
     "asks for a web page": ("import urllib.request as u\nu.urlopen('http://127.0.0.1:9')\n", "program failed"),
     "signals its parent": ("import os\nos.kill(os.getppid(), 9)\n", "refuses os.kill"),
     "reaches for C": ("import ctypes\n", "refuses import of ctypes"),
+    "reaches for C by another name": (
+        "import sys\nsys.audit('import', 'x._ctypes', None, None, None, None)\n",
+        "refuses import of _ctypes",
+    ),
     "lifts its limits": (
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n",
         "refuses resource.setrlimit",
@@ -122,6 +127,23 @@ RIGHT_IN_ITS_WAY = {
     ),
     "catches everything": "def f(x):\n    try:\n        1 / 0\n    except BaseException:\n        return x + 1\n",
     "has no secrets around it": "import os\nassert not os.environ\nassert os.listdir() == []\n" + RIGHT,
+    "deletes a folder with all in it": (
+        "import shutil, os, tempfile\ndef f(x):\n    os.makedirs('a/b')\n    open('a/b/c', 'w').close()\n"
+        "    shutil.rmtree('a')\n    with tempfile.TemporaryDirectory() as folder:\n"
+        "        open(folder + '/d', 'w').close()\n    return x + 1\n"
+    ),
+    "keeps things in temporary files": (
+        "import tempfile\ndef f(x):\n    with tempfile.TemporaryFile('w+') as file:\n"
+        "        print(x + 1, file=file)\n        file.seek(0)\n        return int(file.read())\n"
+    ),
+    "has a class with notes for its fields": (
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\n"
+        "def f(x): return A(x + 1).x\n"
+    ),
+    "copies an object": (
+        "import pickle\nclass A: pass\ndef f(x):\n    a = A()\n    a.x = x\n"
+        "    return pickle.loads(pickle.dumps(a)).x + 1\n"
+    ),
     "has seeded chances": "import random\nassert random.random() == 0.8444218515250481\n" + RIGHT,
     "has seeded hashes": f"assert hash('a') == {{}}\n{RIGHT}",
 }
@@ -170,6 +192,37 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     judge(["open('left', 'w').write('x')", "import os\nos.mkdir('a', 0)"])
     assert list(tmp_path.iterdir()) == []
+
+
+# The hook asks the standard library where a path leads, and a program can change that.
+DECEIVED = "import os, posixpath\nhere = os.getcwd()\nposixpath._joinrealpath = lambda *a: (here, True)\n"
+TOO_LONG = DECEIVED + "for _ in range(40): os.mkdir('a' * 250); os.chdir('a' * 250)\n"
+LEAVING = {
+    "a deep folder": "import os\nfor _ in range(3000): os.mkdir('a'); os.chdir('a')\n",
+    "a path that is too long": TOO_LONG,
+    "folders without rights": (
+        "import os\nos.mkdir('c'); os.mkdir('c/d'); os.umask(0o777); os.mkdir('a', 0o777); os.mkdir('b', 0o300)\n"
+        "open('c/d/e', 'w').close()\n"
+    ),
+    "names that are no text": "import os\nos.mkdir(b'\\xff\\n'); open(b'\\xff\\n/\\xfe *', 'w').close()\n",
+    "links": "import os\nopen('a', 'w').close(); os.link('a', 'b'); os.symlink('a', os.getcwd() + '/c')\n",
+}
+
+
+def test_whatever_a_program_leaves_is_removed_and_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    outcomes = judge(code + RIGHT for code in [*LEAVING.values(), ""])
+    reasons = dict(zip(LEAVING, (outcome.reason for outcome in outcomes), strict=False))
+    assert reasons.pop("a deep folder").startswith("disk limit: ")
+    assert set(reasons.values()) == {"passed"}
+    assert outcomes[-1].passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_hidden_deep_in_a_folder_is_counted():
+    deep = TOO_LONG + "for i in range(40): open(str(i), 'wb').write(b'x' * 2**20)\n"
+    assert judge([deep + RIGHT])[0].reason.startswith("disk limit: ")
 
 
 def test_two_hundred_programs_in_seconds():
@@ -295,6 +348,40 @@ def test_no_verdict_is_forged_by(forged, name):
     assert "sandbox-" not in asserts.reason
 
 
+def test_the_verdict_of_one_program_tells_the_next_nothing(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    thief = "import sys\nframe, seen = sys._getframe(), []\nwhile frame:\n"
+    thief += "    seen += map(repr, [*frame.f_locals.items(), *frame.f_globals.items()])\n    frame = frame.f_back\n"
+    thief += (
+        "def f(x): return int(next(text for text in seen if 'assert f' in text).split('== ')[1].split(chr(39))[0])\n"
+    )
+    tests = "assert f(1) == 2"
+    outcomes = run_all([Submission(program, "f", tests) for program in ("def f(x): return 7\n", thief)])
+    assert outcomes[0].reason == "tests failed: AssertionError at 'assert f(1) == 2'"
+    assert not outcomes[1].passed
+
+
+DESCRIPTORS = """
+import os, resource
+from suites.scoring.sandbox.run import Submission, run_all
+resource.setrlimit(resource.RLIMIT_NOFILE, (999, 999))
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(500)]
+program = "import os\\ndef f(x): return [n for n in range(3, 999) if there(n)]\\n"
+program += "def there(n):\\n    try: return bool(os.fstat(n))\\n    except OSError: return False\\n"
+print(run_all([Submission(program, "f", "assert len(f(1)) == 2")])[0].reason)
+"""
+
+
+def test_a_program_holds_two_pipes_and_no_more_even_where_many_files_are_open():
+    done = subprocess.run([sys.executable, "-c", DESCRIPTORS], capture_output=True, text=True, cwd=run.ROOT)
+    assert done.stdout == "passed\n", done.stderr
+
+
+def test_the_line_is_named_however_lines_end():
+    tests = "x = 1\r\r\nassert f(1) == x\r\n"
+    assert run_tests(RIGHT, tests).reason == "tests failed: AssertionError at 'assert f(1) == x'"
+
+
 def test_a_program_that_names_things_like_builtins_is_judged_by_the_real_ones():
     program = "def abs(x): return 0\ndef all(x): return True\ndef len(x): return 3\ndef f(x): return x + {}\n"
     tests = "assert all([f(1) == 2, f(2) == 3])\nassert abs(f(1) - 2) < 1e-6\nassert len([f(1)]) == 1"
@@ -344,6 +431,22 @@ def test_results_that_are_nearly_built_in_arrive_as_what_they_are_made_of():
     )
     tests = "assert f(0) == {'a': 2, 'b': 1}\nassert list(f(1)) == ['1', '2']\nassert tuple(f(2)) == (3,)"
     assert run_tests(program, tests).reason == "passed"
+
+
+def test_views_of_a_dict_and_exact_numbers_arrive():
+    program = "from decimal import Decimal\nfrom fractions import Fraction\nd = {2: 'b', 1: 'a'}\n"
+    program += (
+        "def f(x): return [d.keys(), d.values(), d.items(), Fraction(1, 2), Decimal('0.5'), bytearray(b'a')][x]\n"
+    )
+    tests = "assert f(0) == {1, 2} and list(f(0)) == [2, 1]\nassert list(f(1)) == ['b', 'a']\n"
+    tests += "assert f(2) == {(1, 'a'), (2, 'b')}\nassert f(3) == f(4) == 0.5\nassert f(5) == b'a'"
+    assert run_tests(program, tests).reason == "passed"
+
+
+@pytest.mark.parametrize("code", [["Fraction", "0x1", "0x0"], ["Decimal", "x"], ["dict_items", [["list", []]]]])
+def test_exact_numbers_and_views_that_cannot_be_are_refused(code):
+    with pytest.raises(ValueError, match="no plain value"):
+        values.decoded(code)
 
 
 def test_an_exception_of_the_program_is_caught_by_tests_that_expect_it():
@@ -414,6 +517,52 @@ def test_nothing_outside_changes_even_if_the_hook_is_deceived(what, tmp_path):
     assert outcome.reason.startswith(("program failed: PermissionError", "program failed: OSError")), outcome.reason
     after = precious.stat()
     assert (after.st_mode, after.st_uid, after.st_mtime) == (before.st_mode, before.st_uid, before.st_mtime)
+
+
+BESIDE = {
+    "make the next program's folder": "for i in range(1, 9): os.mkdir(f'../{i}')",
+    "leave a note": "open('../note', 'w')",
+    "remove its own": "os.rmdir(os.getcwd())",
+    "rename its own": "os.rename(os.getcwd(), '../mine')",
+}
+
+
+@pytest.mark.skipif(walls.missing() is not None, reason="this system lacks a wall")
+@pytest.mark.parametrize("what", BESIDE)
+def test_a_program_changes_nothing_beside_its_folder_even_if_the_hook_is_deceived(what, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    outcomes = judge([DECEIVED + BESIDE[what] + "\n" + RIGHT, RIGHT, RIGHT])
+    assert outcomes[0].reason.startswith(("program failed: PermissionError", "program failed: OSError"))
+    assert [outcome.passed for outcome in outcomes] == [False, True, True]
+
+
+def test_threads_are_limited():
+    many = "import threading, time\nthreading.stack_size(2**15)\n"
+    many += "for _ in range(500): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\ntime.sleep(9)\n"
+    assert judge([many])[0].reason == "thread limit: more than 100 threads were started"
+
+
+ORPHAN = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from suites.scoring.sandbox import walls
+around = walls.Walls({folder!r})
+if os.fork() == 0:
+    around.put_up()
+    os.write(1, b"up")
+    while True: signal.pause()
+else:
+    os.read(0, 1)
+"""
+
+
+@pytest.mark.skipif(walls.missing() is not None, reason="this system lacks a wall")
+def test_a_process_within_walls_ends_with_its_parent(tmp_path):
+    script = ORPHAN.format(root=str(run.ROOT), folder=str(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdout.read(2) == b"up"
+    parent.kill()
+    assert parent.stdout.read() == b"", "this pipe ends with the last process that holds it"
 
 
 FILLS = {
@@ -508,6 +657,38 @@ def test_the_filter_of_calls_is_a_program_that_always_ends_in_a_verdict(machine)
     assert all(target < len(code) for _, target in jumps)
     assert code[-1][0] == 0x06
     assert walls.call_filter("riscv64") is None
+
+
+@pytest.mark.parametrize("machine", walls.MACHINES)
+def test_a_file_is_emptied_by_those_who_may_write_it_only(machine):
+    call, at = (257, 2) if machine == "x86_64" else (56, 2)
+    ways = [os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_ACCMODE]
+    given = [[0] * at + [way | emptied] for emptied in (0, os.O_TRUNC) for way in ways]
+    assert [filtered(machine, call, arguments) for arguments in given] == [
+        *[walls.RET_ALLOW] * 4,
+        walls.RET_ERRNO | walls.EPERM,
+        *[walls.RET_ALLOW] * 2,
+        walls.RET_ERRNO | walls.EPERM,
+    ]
+
+
+def filtered(machine: str, call: int, arguments: list[int]) -> int:
+    """Return what the filter says of a call: its program is run as the kernel would."""
+    padded = [*arguments, *[0] * (6 - len(arguments))]
+    data = struct.pack("<IIQ6Q", call, walls.AUDIT_ARCH[machine], 0, *padded)
+    value = at = 0
+    while True:
+        opcode, yes, no, operand = struct.unpack("<HBBI", batched(walls.call_filter(machine), 8)[at])
+        at += 1
+        if opcode == 0x06:
+            return operand
+        if opcode == 0x20:
+            (value,) = struct.unpack_from("<I", data, operand)
+        elif opcode == 0x54:
+            value &= operand
+        else:
+            holds = {0x15: value == operand, 0x35: value >= operand, 0x45: bool(value & operand)}[opcode]
+            at += yes if holds else no
 
 
 def batched(data: bytes, size: int) -> list[bytes]:

@@ -11,6 +11,8 @@ owners or times of files, or use more than its processor time, memory and disk. 
 
 Two guards stand behind each other: the kernel's own Landlock and seccomp (`walls`), without which nothing is run
 unless the user says that it may, and an audit hook in the child's interpreter, which a determined program can deceive.
-What they do not prevent: a program learns how many processors, how much memory and which kernel the machine has; it
-slows down what runs beside it until its processor time is up; and the kernel may have faults.
+What they do not prevent: a program learns how many processors, how much memory and which kernel the machine has, and
+which files are where, of which size and age, though not what is in them; it slows down what runs beside it until its
+processor time is up; and the kernel may have faults. Without the kernel's walls a program that deceives the hook can
+read and change whatever its user can, the other process's memory and so its own verdict included.
 """

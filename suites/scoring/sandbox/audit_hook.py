@@ -22,7 +22,7 @@ ALLOWED = frozenset(
     "shutil.move shutil.rmtree time.sleep signal.alarm signal.setitimer".split()
 )
 # Allowed inside the folder: events whose first arguments are paths, and how many descriptors of folders follow at the
-# end. A path that is relative to such a descriptor could be anywhere, so none may be given (-1).
+# end (-1: none is given). A path is relative to the descriptor in its place, which must be of a folder inside, too.
 CONFINED = {
     "os.link": (2, 2),
     "os.mkdir": (1, 1),
@@ -51,11 +51,14 @@ def put_on(folder: str) -> Callable[[], str | None]:
     Return a function that returns the last refused event since it was called before, or None.
     """
     real, text, prefix = os.path.realpath, os.fsdecode, os.path.realpath(folder) + os.sep
-    allowed, confined, hidden, writing, no_folder = ALLOWED, dict(CONFINED), HIDDEN, WRITING, -1
+    allowed, confined, hidden, writing, no_folder, join = ALLOWED, dict(CONFINED), HIDDEN, WRITING, -1, os.path.join
     last: list[str] = []
 
     def inside(path: Any) -> bool:
         return isinstance(path, int) or (real(text(path)) + os.sep).startswith(prefix)
+
+    def beneath(descriptor: int, path: Any) -> str:
+        return text(path) if descriptor == no_folder else join(real(f"/proc/self/fd/{descriptor}"), text(path))
 
     def allows(event: str, args: tuple) -> bool:
         if event == "open":
@@ -63,14 +66,18 @@ def put_on(folder: str) -> Callable[[], str | None]:
             return not (flags or 0) & writing or inside(path)
         if event in confined:
             paths, folders = confined[event]
-            near = all(value == no_folder for value in args[len(args) - folders :])
-            return near and all(inside(path) for path in args[:paths])
+            given = args[len(args) - folders :]
+            if all(value == no_folder for value in given):
+                return all(inside(path) for path in args[:paths])
+            return paths == folders and all(map(inside, map(beneath, given, args[:paths])))
         return event in allowed
 
     def hook(event: str, args: tuple) -> None:
-        if event == "import" and args[0].partition(".")[0] in hidden:
-            last[:] = [f"import of {args[0].partition('.')[0]}"]
-            raise PermissionError("the sandbox refuses this import")
+        if event == "import":
+            for part in args[0].split("."):  # any of them: a module is made from the last, whatever is before it
+                if part in hidden:
+                    last[:] = [f"import of {part}"]
+                    raise PermissionError("the sandbox refuses this import")
         if not allows(event, args):
             last[:] = [event]
             raise PermissionError("the sandbox refuses this")

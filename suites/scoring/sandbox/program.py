@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from suites.scoring.sandbox.values import decoded, encoded, receive, send
@@ -17,7 +19,8 @@ def serve(source: str, function: str, asked: int, answers: int, refused: Callabl
     An answer is {"value": ...}, or {"error": the name of a built-in exception, "refused": what `refused` returns}: no
     text of an exception, which may hold anything that the program has read.
     """
-    names: dict[str, Any] = {"__name__": "program"}
+    module = sys.modules["program"] = ModuleType("program")  # dataclasses and pickle look a class's module up
+    names = vars(module)
 
     def answer(action: Callable[[], Any]) -> None:
         try:

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from mobile.errors import Refused
 from suites.scoring.sandbox import walls
+from suites.scoring.sandbox.folder import remove
+from suites.scoring.sandbox.server import MOST_REASON
 from suites.scoring.sandbox.tester import PASSED
 from suites.scoring.sandbox.values import send
 
@@ -118,8 +120,9 @@ def _check_compiles(text: str) -> None:
 def _server() -> Iterator[tuple[subprocess.Popen, int]]:
     """Yield a server that is ready, and the pipe that brings it tests. Raise Refused if the kernel lacks a wall."""
     reads, writes = os.pipe()
-    with TemporaryDirectory(prefix="sandbox-") as folder:
-        arguments = [str(ROOT), folder, str(reads), "yes" if walls_optional.get() else "no"]
+    folder = mkdtemp(prefix="sandbox-")
+    arguments = [str(ROOT), folder, str(reads), "yes" if walls_optional.get() else "no"]
+    try:
         server = subprocess.Popen(
             [sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", START, *arguments],
             stdin=subprocess.PIPE,
@@ -138,13 +141,19 @@ def _server() -> Iterator[tuple[subprocess.Popen, int]]:
             os.close(writes)
             with server:
                 pass
+    finally:
+        remove(folder)
 
 
 def _judge(server: subprocess.Popen, tests: int, one: Submission, seconds: int, memory_mb: int) -> Outcome:
     assert server.stdin is not None
     print(json.dumps([one.program, one.function, seconds, memory_mb]), file=server.stdin, flush=True)
     send(tests, [one.tests, one.given])
-    reason = _answer(server)["reason"]
+    answer = _answer(server)
+    reason, line = answer["reason"], answer["line"]
+    if line is not None:
+        lines = one.tests.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        reason = f"{reason} at {lines[line - 1].strip()!r}"[:MOST_REASON]
     return Outcome(reason == PASSED, reason)
 
 

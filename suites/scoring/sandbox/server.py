@@ -1,9 +1,9 @@
 """The server: it forks two children for each program, one that runs it and one that tests it, and ends them both.
 
 Standard library only, so that it starts fast and its children have nothing of ours to reach. It reads a JSON list a
-line, a `Job`, and answers each with a reason; its first line says that it is ready, or which walls are missing. The
-tests come on another pipe, which only the child that runs them reads: whatever is in the memory of this process,
-programs can look for.
+line, a `Job`, and answers each with a reason and the number of the line of the tests where it ended, or null; its first
+line says that it is ready, or which walls are missing. The tests come on another pipe, which only the child that runs
+them reads, and no text of them comes back: whatever is in the memory of this process, programs can look for.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import os
 import random
 import resource
 import select
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from suites.scoring.sandbox import audit_hook, program, tester, walls
+from suites.scoring.sandbox.folder import TOO_MUCH, holds_too_much, remove
 from suites.scoring.sandbox.values import receive, send
 
 PRELOADED = (
@@ -30,11 +30,12 @@ PRELOADED = (
     "string typing"
 )
 FILE_NBYTES, DESCRIPTORS = 2**20, 32
-FOLDER_NBYTES, FOLDER_ENTRIES = 2**25, 1000
-LOOK_SECONDS = 0.02  # between two looks at what a program has written
+THREADS = 100
+LOOK_SECONDS = 0.02  # between two looks at what a program has made
 WALL_SECONDS_PER_CPU_SECOND = 4  # a busy machine must not turn a right answer into a wrong one
 MOST_TESTS, MOST_REASON, MOST_VERDICT = 2**26, 500, 4096  # bytes, characters, bytes
 TOO_LONG = f"time limit: still there after {WALL_SECONDS_PER_CPU_SECOND} times its seconds"
+TOO_MANY = f"thread limit: more than {THREADS} threads were started"
 BEGUN = "begun"  # the first message of a child
 
 
@@ -102,43 +103,53 @@ def _limit(job: Job, *, threads: bool) -> None:
 # --- one program ---------------------------------------------------------------------------------------
 
 
-def judge(job: Job, folder: str, around: walls.Walls | None, tests: int) -> str:
-    """Run one program in a child and its tests, which the pipe `tests` brings, in another; return the reason.
+def judge(job: Job, folder: str, tests: int, *, walled: bool) -> tuple[str, int | None]:
+    """Run one program in a child and its tests, which the pipe `tests` brings, in another.
 
-    Raise RuntimeError if a child could not be set up.
+    Return the reason, and the number of the line of the tests where they ended. The program begins when its tests have
+    been read: it cannot end them earlier, which would leave them to the next. Raise RuntimeError if a child could not
+    be set up.
     """
     os.mkdir(folder)
+    around = walls.Walls(folder) if walled else None
     calls, answers, verdicts = Pipe(*os.pipe()), Pipe(*os.pipe()), Pipe(*os.pipe())
 
     def run_program(refused: Callable[[], str | None]) -> None:
         send(answers.writes, BEGUN)
+        receive(calls.reads, MOST_VERDICT)
         program.serve(job.source, job.function, calls.reads, answers.writes, refused)
 
     def run_tests(_: Callable[[], str | None]) -> None:
         text, given = receive(tests, MOST_TESTS)
         if receive(answers.reads, MOST_VERDICT) == BEGUN:
             os.write(verdicts.writes, _line(BEGUN))
-            reason = tester.verdict(text, given, job.function, calls.writes, answers.reads)
-            os.write(verdicts.writes, _line(reason[:MOST_REASON]))
+            send(calls.writes, BEGUN)
+            reason, line = tester.verdict(text, given, job.function, calls.writes, answers.reads)
+            os.write(verdicts.writes, _line([reason[:MOST_REASON], line]))
 
     tester_keeps = [tests, calls.writes, answers.reads, verdicts.writes]
     runs = _fork(lambda: _child(job, folder, around, [calls.reads, answers.writes], run_program))
     judges = _fork(lambda: _child(job, folder, around, tester_keeps, run_tests))
-    for number in (*calls, *answers, verdicts.writes):
+    for number in (*calls, *answers, verdicts.writes, *(() if around is None else (around.rules,))):
         os.close(number)
     deadline = time.monotonic() + WALL_SECONDS_PER_CPU_SECOND * job.seconds
-    said, beyond = _read(verdicts.reads, folder, deadline)
+    said, beyond = _read(verdicts.reads, folder, runs, deadline)
     os.close(verdicts.reads)
-    program_ended = _ended(runs, deadline if said[1:] == [tester.GONE] else 0.0)
+    gone = said[1:] == [[tester.GONE, None]]
+    program_ended = _ended(runs, deadline if gone else 0.0)
     tester_ended = _ended(judges, 0.0)
-    shutil.rmtree(folder, ignore_errors=True)
+    if beyond is None and holds_too_much(folder):
+        beyond = TOO_MUCH
+    with suppress(OSError):
+        remove(folder)
     if said[:1] != [BEGUN]:
         raise RuntimeError("the sandbox could not set itself up")
     if beyond is not None:
-        return beyond
-    if said[1:] and said[1] != tester.GONE:
-        return said[1]
-    return _why(program_ended if said[1:] else tester_ended, job.seconds)
+        return beyond, None
+    if said[1:] and not gone:
+        reason, line = said[1]
+        return reason, line
+    return _why(program_ended if gone else tester_ended, job.seconds), None
 
 
 def _fork(work: Callable[[], NoReturn]) -> int:
@@ -148,12 +159,12 @@ def _fork(work: Callable[[], NoReturn]) -> int:
     return pid
 
 
-def _line(text: str) -> bytes:
-    return json.dumps(text).encode() + b"\n"
+def _line(message: Any) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
-def _read(pipe: int, folder: str, deadline: float) -> tuple[list[str], str | None]:
-    """Return the lines that come on the pipe, and which limit was passed before the pipe's end, if any."""
+def _read(pipe: int, folder: str, pid: int, deadline: float) -> tuple[list[Any], str | None]:
+    """Return what comes on the pipe, a line each, and which limit the program `pid` passed before its end, if any."""
     data, beyond = b"", None
     while beyond is None and len(data) <= MOST_VERDICT:
         if select.select([pipe], [], [], LOOK_SECONDS)[0]:
@@ -163,23 +174,20 @@ def _read(pipe: int, folder: str, deadline: float) -> tuple[list[str], str | Non
             data += part
         elif time.monotonic() >= deadline:
             beyond = TOO_LONG
-        elif _too_much(folder):
-            beyond = f"disk limit: more than {FOLDER_NBYTES >> 20} MiB or {FOLDER_ENTRIES} files were written"
+        elif holds_too_much(folder):
+            beyond = TOO_MUCH
+        elif _threads(pid) > THREADS:
+            beyond = TOO_MANY
     with suppress(ValueError):
-        return [str(json.loads(line)) for line in data.split(b"\n")[:-1]], beyond
+        return [json.loads(line) for line in data.split(b"\n")[:-1]], beyond
     return [], beyond
 
 
-def _too_much(folder: str) -> bool:
-    """Return whether the files in the folder, however deep, are too many or too large."""
-    nbytes = entries = 0
-    for place, folders, files in os.walk(folder):
-        entries += len(folders) + len(files)
-        with suppress(OSError):
-            nbytes += sum(os.lstat(os.path.join(place, name)).st_blocks * 512 for name in files)
-        if entries > FOLDER_ENTRIES or nbytes > FOLDER_NBYTES:
-            return True
-    return False
+def _threads(pid: int) -> int:
+    """Return how many threads a process has; 0 where that is not to be seen."""
+    with suppress(OSError):
+        return os.stat(f"/proc/{pid}/task").st_nlink - 2  # a folder each, and two of its own
+    return 0
 
 
 def _ended(pid: int, deadline: float) -> int | None:
@@ -211,15 +219,17 @@ def _why(status: int | None, seconds: int) -> str:
 
 def main() -> None:
     """Judge the jobs on standard input. Arguments: a folder, the tests' pipe, and "yes" if walls may be missing."""
-    folder, tests, walls_optional = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "yes"
+    folder, given, walls_optional = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "yes"
+    tests = os.dup(given)  # at the lowest free number: children close all of the low ones that they do not keep
+    os.close(given)
     lacks = walls.missing()
     if lacks is not None and not walls_optional:
         print(json.dumps({"lacks": lacks}), flush=True)
         return
-    around = None if lacks is not None else walls.Walls(folder)
     for name in PRELOADED.split():
         import_module(name)
     print(json.dumps({"lacks": None}), flush=True)
     for number, line in enumerate(sys.stdin):
-        reason = judge(Job(*json.loads(line)), os.path.join(folder, str(number)), around, tests)
-        print(json.dumps({"reason": reason}), flush=True)
+        job, place = Job(*json.loads(line)), os.path.join(folder, str(number))
+        reason, where = judge(job, place, tests, walled=lacks is None)
+        print(json.dumps({"reason": reason, "line": where}), flush=True)

@@ -23,7 +23,7 @@ class _Function:
 
     def __init__(self, asks: int, answers: int) -> None:
         self._asks, self._answers = asks, answers
-        self.refused: str | None = None
+        self.refused: Any = None
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         try:
@@ -46,16 +46,16 @@ class _Function:
         kind = getattr(builtins, name, None) if isinstance(name, str) else None
         if not isinstance(kind, type) or not issubclass(kind, BaseException):
             raise ProgramFailed("Exception")
-        if issubclass(kind, Exception) and not issubclass(kind, STOPS):
+        if issubclass(kind, Exception) and not issubclass(kind, (*STOPS, BaseExceptionGroup)):
             raise kind.__new__(kind)
         raise ProgramFailed(kind.__name__)
 
 
-def verdict(tests: str, given: str, function: str, asks: int, answers: int) -> str:
-    """Run the tests against the program's process; return `PASSED`, or what failed, or `GONE`.
+def verdict(tests: str, given: str, function: str, asks: int, answers: int) -> tuple[str, int | None]:
+    """Run the tests against the program's process; return `PASSED`, or what failed and in which line, or `GONE`.
 
     `given` is run before the tests, and they may use its names. The name `function` is the program's. The verdict names
-    types of exceptions and lines of the tests, nothing that the program wrote.
+    types of exceptions, nothing that the program wrote.
     """
     call = _Function(asks, answers)
     names: dict[str, Any] = {"__name__": "tests"}
@@ -68,21 +68,21 @@ def verdict(tests: str, given: str, function: str, asks: int, answers: int) -> s
         exec(compile(tests, "<tests>", "exec", dont_inherit=True, optimize=0), names)
     except BaseException as error:
         if error.args == (GONE,) and isinstance(error, ProgramFailed):
-            return GONE
-        return f"{stage}: {_described(error, call.refused)}{_line(error, tests)}"
-    return PASSED
+            return GONE, None
+        return f"{stage}: {_described(error, call.refused)}", _line(error)
+    return PASSED, None
 
 
-def _described(error: BaseException, refused: str | None) -> str:
+def _described(error: BaseException, refused: Any) -> str:
     name = str(error.args[0]) if isinstance(error, ProgramFailed) else type(error).__name__
-    return f"{name} (the sandbox refuses {refused})" if refused in NAMED else name
+    return f"{name} (the sandbox refuses {refused})" if isinstance(refused, str) and refused in NAMED else name
 
 
-def _line(error: BaseException, tests: str) -> str:
-    """Return the line of the tests where the error was raised, or nothing."""
+def _line(error: BaseException) -> int | None:
+    """Return the number of the line of the tests where the error was raised, if it was in one."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<tests>":
             line = trace.tb_lineno
         trace = trace.tb_next
-    return "" if line is None else f" at {tests.split(chr(10))[line - 1].strip()!r}"
+    return line

@@ -1,8 +1,8 @@
 """Messages between two processes that do not trust each other: plain values as JSON, with their lengths before them.
 
-Plain are None, truth values, numbers, text, bytes and the built-in collections of them. An instance of a subclass
-arrives as the built-in it is made of, an iterator as an iterator over the values it gave, everything else is refused:
-what arrives has no methods but those of the receiver's own interpreter.
+Plain are None, truth values, numbers (of `fractions` and `decimal`, too), text, bytes, the built-in collections of them
+and the views of a dict. An instance of a subclass arrives as what it is made of, an iterator as an iterator over the
+values it gave, everything else is refused: what arrives has no methods but those of the receiver's own interpreter.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
 from itertools import islice
 from typing import Any
 
 LENGTH = struct.Struct(">I")
 MOST_GIVEN = 100_000  # by an iterator
 COLLECTIONS: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+VIEWS: dict[str, Any] = {type(view).__name__: type(view) for view in ({}.keys(), {}.values(), {}.items())}
 
 
 def encoded(value: Any) -> Any:
@@ -29,13 +32,17 @@ def encoded(value: Any) -> Any:
         return ["float", float.hex(value)]
     if isinstance(value, complex):
         return ["complex", float.hex(value.real), float.hex(value.imag)]
-    if isinstance(value, bytes):
-        return ["bytes", value.hex()]
+    if isinstance(value, Fraction):
+        return ["Fraction", hex(value.numerator), hex(value.denominator)]
+    if isinstance(value, Decimal):
+        return ["Decimal", Decimal.__str__(value)]
+    if isinstance(value, bytes | bytearray):
+        return ["bytes" if isinstance(value, bytes) else "bytearray", value.hex()]
     if isinstance(value, dict):
         return ["dict", [[encoded(key), encoded(item)] for key, item in value.items()]]
     if isinstance(value, range):
         return ["range", *(hex(number) for number in (value.start, value.stop, value.step))]
-    for name, kind in COLLECTIONS.items():
+    for name, kind in {**COLLECTIONS, **VIEWS}.items():
         if isinstance(value, kind):
             return [name, [encoded(item) for item in value]]
     if isinstance(value, Iterator):
@@ -55,16 +62,26 @@ def decoded(code: Any) -> Any:
             return float.fromhex(*parts)
         if kind == "complex":
             return complex(*map(float.fromhex, parts))
-        if kind == "bytes":
-            return bytes.fromhex(*parts)
+        if kind == "Fraction":
+            return Fraction(int(parts[0], 16), int(parts[1], 16))
+        if kind == "Decimal":
+            return Decimal(str(parts[0]))
+        if kind in ("bytes", "bytearray"):
+            return (bytes if kind == "bytes" else bytearray).fromhex(*parts)
         if kind == "range":
             return range(*(int(part, 16) for part in parts))
         [items] = parts
         if kind == "dict":
             return {decoded(key): decoded(item) for key, item in items}
         values = [decoded(item) for item in items]
+        if kind == "dict_keys":
+            return dict.fromkeys(values).keys()
+        if kind == "dict_values":
+            return dict(enumerate(values)).values()
+        if kind == "dict_items":
+            return dict(values).items()
         return iter(values) if kind == "iterator" else COLLECTIONS[kind](values)
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as error:
         raise ValueError("no plain value was sent") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 import struct
 import sys
 import sysconfig
@@ -37,19 +38,17 @@ exit_group 231 94
 """
 MACHINES = ("x86_64", "aarch64")
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-CLONE, FCNTL = {"x86_64": 56, "aarch64": 220}, {"x86_64": 72, "aarch64": 25}
-FCNTL_COMMANDS = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    1030,
-)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: none that signals
+CLONE = {"x86_64": 56, "aarch64": 220}
+# Calls of which some commands are allowed, by the second argument: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL and
+# F_DUPFD_CLOEXEC, none that signals; FIONCLEX and FIOCLEX, with which Python lets no child inherit a descriptor.
+COMMANDS = (
+    ({"x86_64": 72, "aarch64": 25}, (0, 1, 2, 3, 4, 1030)),  # fcntl
+    ({"x86_64": 16, "aarch64": 29}, (0x5450, 0x5451)),  # ioctl
+)
 CLONE_THREAD, NEWER, X32 = 0x10000, 424, 0x40000000  # the C library does without calls from 424 on if they are unknown
 ENOSYS, EPERM = 38, 1
 RET_ALLOW, RET_ERRNO, RET_KILL = 0x7FFF0000, 0x00050000, 0x80000000
-PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 READ_FILE, READ_FOLDER, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
@@ -62,8 +61,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 def call_filter(machine: str) -> bytes | None:
     """Return a classic BPF program for seccomp (struct sock_filter[]), or None for a machine we have no numbers of.
 
-    It allows the calls above, `clone` for threads and `fcntl` for descriptors, and lets no file that is opened to be
-    read be emptied by that. All else fails.
+    It allows the calls above, `clone` for threads and some commands of `fcntl` and `ioctl`, and lets no file be emptied
+    that is not opened to be written. All else fails.
     """
     if machine not in MACHINES:
         return None
@@ -79,14 +78,16 @@ def call_filter(machine: str) -> bytes | None:
         if name in numbers:
             test = [
                 (load, 0, 0, argument[at]),
-                (mask, 0, 0, os.O_TRUNC | os.O_WRONLY | os.O_RDWR),
-                (equal, 0, 1, os.O_TRUNC),
+                (mask, 0, 0, os.O_TRUNC | os.O_ACCMODE),
+                (equal, 1, 0, os.O_TRUNC),
+                (equal, 0, 1, os.O_TRUNC | os.O_ACCMODE),  # the fourth way to open, neither to read nor to write
             ]
             code += [(equal, 0, len(test) + 2, numbers.pop(name)), *test, deny, (ret, 0, 0, RET_ALLOW)]
     threads = [(load, 0, 0, argument[0]), (any_bit, 0, 1, CLONE_THREAD), (ret, 0, 0, RET_ALLOW), deny]
-    commands = [row for one in FCNTL_COMMANDS for row in ((equal, 0, 1, one), (ret, 0, 0, RET_ALLOW))]
-    commands = [(load, 0, 0, argument[1]), *commands, deny]
-    code += [(equal, 0, len(threads), CLONE[machine]), *threads, (equal, 0, len(commands), FCNTL[machine]), *commands]
+    code += [(equal, 0, len(threads), CLONE[machine]), *threads]
+    for call, commands in COMMANDS:
+        allow = [row for one in commands for row in ((equal, 0, 1, one), (ret, 0, 0, RET_ALLOW))]
+        code += [(equal, 0, len(allow) + 2, call[machine]), (load, 0, 0, argument[1]), *allow, deny]
     for allowed in numbers.values():
         code += [(equal, 0, 1, allowed), (ret, 0, 0, RET_ALLOW)]
     code += [(at_least, 0, 1, NEWER), (ret, 0, 0, RET_ERRNO | ENOSYS), deny]
@@ -127,7 +128,8 @@ class Walls:
         self._allow(sysconfig.get_path("stdlib"), READ_FOLDER)  # to look for modules
 
     def put_up(self) -> None:
-        """Confine this process, for good. Raise OSError where the kernel refuses to."""
+        """Confine this process, for good, and end it when its parent ends. Raise OSError where the kernel refuses."""
+        self._call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         self._call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         self._call("syscall", LANDLOCK_RESTRICT, self.rules, 0)
         os.close(self.rules)
