@@ -455,3 +455,35 @@ def test_slots_that_no_memory_can_hold_are_refused(tmp_path, monkeypatch):
     with pytest.raises(mobile.Refused, match="for 8 slots could not be taken on cpu; give fewer slots or less memory"):
         mobile.attach(model, "lru", slots=8, store=tmp_path)
     assert torch.equal(greedy(model, prompt())[0], expected)
+
+
+# --- what lies where the file goes ------------------------------------------------------------------
+
+
+def test_a_pipe_where_the_file_goes_is_no_wait(tmp_path, stock):
+    load(tmp_path)
+    path = rows_in(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    assert torch.equal(written(load(tmp_path)), stock)
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_no_file_outside_is_written_through_a_link_in_the_folder(tmp_path, link):
+    """The name of the file that is being made can be known beforehand, and a folder may be open to others."""
+    folder, outside = tmp_path / "rows", tmp_path / "outside"
+    load(folder)
+    path = rows_in(folder)
+    path.unlink()
+    outside.write_text("precious")
+    link(outside, path.with_name(f"{path.name}.partial"))
+    with pytest.raises(mobile.Refused, match=r"cannot be made \(.*link.*\); name a folder"):
+        load(folder)
+    assert outside.read_text() == "precious"
+
+
+@pytest.mark.parametrize("store", ["\0", "\ud800", "x" * 300, 5, b"x", "/proc/x", __file__, f"{__file__}/x"])
+def test_a_store_that_is_no_folder_is_one_sentence(store):
+    with pytest.raises(mobile.Refused, match=r"is no folder|cannot be made|are free under"):
+        load(store)

@@ -12,10 +12,11 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from conftest import tiny
-from test_checkpoints import INDEX, edit, first_file, load
+from test_checkpoints import INDEX, change_weights, edit, first_file, load
 
 import mobile
 from mobile.checkpoints import examine, reading
@@ -129,6 +130,40 @@ def test_a_file_of_settings_has_a_largest_size(folder):
         file.truncate(2**33)  # a hole on most disks
     with pytest.raises(mobile.Refused, match=r"has 8,589,934,592 bytes, and such a file has [\d,]+ at most"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "says"),
+    [
+        (
+            "embed_tokens",
+            lambda weight: weight.T.contiguous(),
+            r"embed_tokens.weight of shape \(32, 64\), and its .*64, 32",
+        ),
+        ("embed_tokens", lambda weight: weight.to(torch.int8), "embed_tokens.weight in torch.int8 and nothing to deq"),
+        ("q_norm", lambda weight: weight[:1].clone(), r"q_norm.weight of shape \(1,\), and its configuration \(8,\)"),
+        ("down_proj", lambda weight: weight[:1].clone(), r"down_proj of shape \(8, 1, 16\), and its .*\(8, 32, 16\)"),
+        ("down_proj", lambda weight: weight.to(torch.float8_e4m3fn), "down_proj in torch.float8_e4m3fn and nothing"),
+    ],
+)
+def test_a_quantised_checkpoint_has_the_weights_of_its_configuration(folder, key, change, says):
+    """Transformers checks them in other checkpoints only; a copy of one of size 1 would be repeated in silence."""
+    pytest.importorskip("accelerate")
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert load(folder).mobile.slots == 8
+    change_weights(folder, lambda name, weight: change(weight) if key in name else weight)
+    with pytest.raises(mobile.Refused, match=says):
+        load(folder)
+
+
+def test_a_part_of_a_configuration_that_transformers_has_no_names_for_is_one_sentence(tmp_path):
+    families.tiny("qwen3_vl_moe").save_pretrained(tmp_path)
+    assert load(tmp_path).mobile.slots == 8
+    whole = json.loads((tmp_path / "config.json").read_text())
+    whole["vision_config"]["model_type"] = ["x"]
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(mobile.Refused, match=r"is not sound: .*'list'"):
+        load(tmp_path)
 
 
 # --- files that are cut -----------------------------------------------------------------------------

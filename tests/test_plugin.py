@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mobile
+from mobile.cli import main
 from mobile.policies import strategy
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +109,28 @@ def test_a_plug_in_stands_beside_the_strategies_of_a_checkout(installed, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     installed(("strangers-fifo", "first_out:FIFO", "first-out"))
     assert set(mobile.strategies()) == OWN | {"strangers-fifo"}
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("import nothing_of_that_name", "cannot be imported .ModuleNotFoundError: No module named"),
+        ("S =", "cannot be imported .SyntaxError"),
+        ("import sys; sys.exit(3)", "cannot be imported .SystemExit: 3"),
+        ("raise OSError('a\\n\\nb')", "cannot be imported .OSError: a.; uninstall it or mend it"),
+        ("", "cannot be imported .AttributeError"),
+        ("S = 5", "is not a mobile Strategy"),
+        ("from mobile.policies import Strategy; S = Strategy(5, '', '', True)", "is not a mobile Strategy"),
+    ],
+)
+def test_a_plug_in_that_fails_is_one_sentence(installed, monkeypatch, tmp_path, capsys, program, says):
+    """Every command asks which strategies there are."""
+    (tmp_path / "failing_plug_in.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "failing_plug_in", raising=False)
+    installed(("S", "failing_plug_in:S", "failing"))
+    assert main(["strategies"]) == 2
+    assert re.search(f"^error: The plug-in failing_plug_in:S {says}.*\n$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("beside", [None, '[project]\nname = "another"\n', "no toml ["])

@@ -44,10 +44,16 @@ class Reading:
 
 
 class Renaming:
-    """Transformers' own renaming of a checkpoint's keys to the weights of a model (meta is enough)."""
+    """Transformers' own renaming of a checkpoint's keys to the weights of a model (meta is enough).
+
+    Raise Refused if it has none for the model's configuration.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._conversions: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        try:
+            self._conversions: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        except Exception as error:  # such as a part of the configuration whose model_type is no text
+            raise Refused(f"The configuration of {type(model).__name__} is not sound: {one_line(error)}") from error
         self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         self._converters = converters

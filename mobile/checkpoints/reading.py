@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from mobile.checkpoints.configuration import DTYPES
 from mobile.checkpoints.direct import Reading, Renaming, store_places, stored_in
 from mobile.checkpoints.examine import Examined
 from mobile.checkpoints.headers import Unread
@@ -124,6 +125,7 @@ def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup
         if store.is_complete:
             return
         layer = order.setdefault(module, len(order))
+        _check_weight(f"{type(module).__name__}.{name}", weight, store.weights(layer, name))
         store.weights(layer, name).copy_(weight)
         taken[module].add(name)
         if len(taken[module]) == len(store.layout.fields):
@@ -139,6 +141,7 @@ def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup
             checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
         )
     _check_complete(info["missing_keys"])
+    _check_weights(checkpoint, model)
     if not store.is_complete:
         store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
     return model
@@ -198,6 +201,26 @@ def _check_complete(missing: Sequence[str]) -> None:
     """Raise Refused if any weight is missing."""
     if missing:
         raise Refused(f"The checkpoint lacks {len(missing)} weights, {sorted(missing)[0]} among them; copy it again.")
+
+
+def _check_weights(checkpoint: Examined, model: nn.Module) -> None:
+    """Raise Refused where a weight outside of the experts is none that `_check_weight` passes."""
+    wanted, in_store = checkpoint.empty.state_dict(), store_places(compat.moe_layers(model))
+    for name, weight in model.state_dict().items():
+        if name in wanted and name not in in_store:
+            _check_weight(name, weight, wanted[name])
+
+
+def _check_weight(name: str, weight: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Raise Refused for a weight of another shape than `wanted`, or one that was not dequantised.
+
+    Transformers checks neither in a quantised checkpoint, and a copy would repeat a weight of size 1.
+    """
+    if weight.shape != wanted.shape:
+        shape, right = tuple(weight.shape), tuple(wanted.shape)
+        raise Refused(f"The checkpoint has {name} of shape {shape}, and its configuration {right}; copy it again.")
+    if wanted.is_floating_point() and weight.dtype not in DTYPES:
+        raise Refused(f"The checkpoint has {name} in {weight.dtype} and nothing to dequantise it with; copy it again.")
 
 
 def _set_environment(name: str, value: str, cleanup: Cleanup) -> None:

@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 
 from mobile import outputs
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
 from mobile.inputs import read_json
 from mobile.suggest import offer
 
@@ -117,7 +117,8 @@ def read_profile(path: Path) -> HardwareProfile:
         raise Refused(f"{path} is no hardware profile: {refused}") from refused
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
-            f"Cannot read the hardware profile {path} ({error}); make one with: mobile doctor --calibrate --out {path}"
+            f"Cannot read the hardware profile {path} ({one_line(error)}); make one with: mobile doctor --calibrate "
+            f"--out {path}"
         ) from error
 
 
@@ -162,14 +163,16 @@ def parse_nbytes(memory: int | str) -> int:
     """
     if isinstance(memory, str):
         nbytes = _written(memory)
-    elif isinstance(memory, Real) and not isinstance(memory, bool) and math.isfinite(memory):
+    elif (
+        isinstance(memory, Real) and not isinstance(memory, bool) and (isinstance(memory, int) or math.isfinite(memory))
+    ):
         nbytes = int(memory)
     else:
         nbytes = None
     if nbytes is None:
         raise Refused(f"Cannot read the memory size {memory!r}; write it like 8GiB or 8589934592.")
     if not 0 < nbytes <= MOST_NBYTES:
-        raise Refused(f"No memory is of the size {memory!r}; write it like 8GiB or 8589934592.")
+        raise Refused(f"No memory is of the size {shown(memory)}; write it like 8GiB or 8589934592.")
     return nbytes
 
 

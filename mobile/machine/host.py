@@ -118,7 +118,7 @@ def process_nbytes(root: Path = ROOT) -> int | None:
 def nearest_folder(folder: Path) -> Path:
     """Return the folder, absolute, or its nearest parent that is there."""
     whole = folder.absolute()
-    return next(place for place in (whole, *whole.parents) if place.is_dir())
+    return next(place for place in (whole, *whole.parents) if os.path.isdir(place))
 
 
 def free_disk_nbytes(folder: Path) -> int:

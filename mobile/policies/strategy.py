@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
 from mobile.policies.protocols import Eviction, LeastRecentlyUsed, Lookahead, Placement, PolicyContext
 from mobile.suggest import offer
 
@@ -122,12 +122,19 @@ def strategies() -> Mapping[str, Strategy]:
     """Return every strategy by name: those of this package, and of each installed plug-in.
 
     A plug-in is an entry point in the group "mobile.strategies" that is a Strategy. In a checkout, which need not be
-    installed, this package's own are those of its pyproject.toml. Raise Refused if two share a name.
+    installed, this package's own are those of its pyproject.toml. Raise Refused for one that fails while it is
+    imported or is no Strategy, and if two share a name.
     """
     found: dict[str, Strategy] = {}
     for point in _entry_points():
-        strategy = point.load()
-        if not isinstance(strategy, Strategy):
+        try:
+            strategy = point.load()
+        except (Exception, SystemExit) as error:  # a plug-in is anyone's program
+            raise Refused(
+                f"The plug-in {point.value} cannot be imported ({type(error).__name__}: {one_line(error)}); uninstall "
+                "it or mend it."
+            ) from error
+        if not isinstance(strategy, Strategy) or not isinstance(strategy.name, str):
             raise Refused(f"The plug-in {point.value} is not a mobile Strategy; uninstall it or fix its entry point.")
         if strategy.name in found:
             raise Refused(f"Two installed packages name a strategy {strategy.name!r}; uninstall one of them.")

@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HOME
 
 from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
-from mobile.errors import Refused
+from mobile.errors import Refused, shortened
 from mobile.kernels import Kernel, kernel_named, loop
 from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
@@ -130,7 +130,13 @@ def folder_of(options: AttachOptions) -> Path | None:
         raise Refused(
             f"Link {link} copies experts from memory, and store is {os.fspath(store)!r}; leave one of them out."
         )
-    return Path(HF_HOME) / "mobile" if store == "disk" else Path(store).absolute()
+    try:
+        folder = Path(HF_HOME) / "mobile" if store == "disk" else Path(store).absolute()
+        if b"\0" in os.fsencode(folder):
+            raise ValueError("a name without a null character")
+    except (TypeError, ValueError) as error:
+        raise Refused(f"The store {shortened(ascii(store))} is no folder; name one, or leave store out.") from error
+    return folder
 
 
 def _slots_and_budget(

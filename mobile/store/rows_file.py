@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from mobile.errors import Refused, one_line
+from mobile.inputs import open_regular
 from mobile.store.layout import PAGE, ExpertLayout
 
 FORMAT = "mobile-rows-1"
@@ -97,7 +98,9 @@ class RowsFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if keep:
-                file = self._writing = _opened(self._partial, os.O_RDWR | os.O_CREAT)
+                file = self._writing = _opened(self._partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
+                if os.fstat(file.fileno()).st_nlink > 1:  # another file's name, too: that would be overwritten
+                    raise OSError(f"{self._partial.name} is a link")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
                 file = self._writing = TemporaryFile(dir=self.path.parent, buffering=0)  # noqa: SIM115
@@ -169,7 +172,7 @@ class RowsFile:
         """Open a complete file made from `source`; return False if there is none, or one of other rows."""
         before = self.sums, self.places, self._header_nbytes
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 length = file.read(8)
                 nbytes = int.from_bytes(length, "little")
                 header = length + (file.read(nbytes) if nbytes <= LONGEST_HEADER else b"")

@@ -117,6 +117,7 @@ def test_a_number_that_could_be_either_is_refused_with_both_ways_to_say_it(text)
         "0GiB",
         [],
         2**63,
+        10**400,
     ],
 )
 def test_other_memory_sizes_are_refused(text):
