@@ -19,8 +19,8 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from mobile.cli.serving import json_text
 from mobile.errors import Refused, one_line
+from mobile.inputs import shallow_json
 
 LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 EVERYWHERE = {"", "0.0.0.0", "[::]"}  # addresses on which a server hears every network
@@ -149,7 +149,7 @@ async def body_of(request: Request) -> dict[str, Any]:
             408, f"The body was not there after {SECONDS_FOR_A_BODY} seconds; send it faster."
         ) from error
     try:
-        body = json_text.loads(content)
+        body = shallow_json(content)
     except json.JSONDecodeError as error:
         raise HTTPException(400, NO_OBJECT) from error
     except ValueError as error:  # no UTF-8, a number of thousands of digits, a field given twice

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from mobile.cli.serving import json_text
 from mobile.cli.terminal.session import MIN_TEMPERATURE
 from mobile.errors import one_line
+from mobile.inputs import shallow_json
 
 # Types of a message's parts: a tokenizer alone reads no pictures and no sound.
 PARTS = ("text", "input_text", "output_text")
@@ -79,7 +79,7 @@ def _stop(stop: Any) -> Any:
 def object_or_text(text: str | dict[str, Any]) -> str | dict[str, Any]:
     """Check that it is the JSON of an object, or an object."""
     try:
-        content = json_text.loads(text) if isinstance(text, str) else text
+        content = shallow_json(text) if isinstance(text, str) else text
     except ValueError as error:
         raise invalid(f"must be the JSON of an object ({one_line(error)})") from error
     if not isinstance(content, dict):
