@@ -146,7 +146,7 @@ def judge(job: Job, folder: str, tests: int, *, walled: bool) -> tuple[str, int 
         raise RuntimeError("the sandbox could not set itself up")
     if beyond is not None:
         return beyond, None
-    if said[1:] and not gone:
+    if len(said) == 2 and isinstance(said[1], list) and not gone:
         reason, line = said[1]
         return reason, line
     return _why(program_ended if gone else tester_ended, job.seconds), None

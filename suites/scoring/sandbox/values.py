@@ -19,7 +19,8 @@ from typing import Any
 LENGTH = struct.Struct(">I")
 MOST_GIVEN = 100_000  # by an iterator
 COLLECTIONS: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
-VIEWS: dict[str, Any] = {type(view).__name__: type(view) for view in ({}.keys(), {}.values(), {}.items())}
+NOTHING: dict[Any, Any] = {}
+VIEWS: dict[str, Any] = {type(v).__name__: type(v) for v in (NOTHING.keys(), NOTHING.values(), NOTHING.items())}
 
 
 def encoded(value: Any) -> Any:
