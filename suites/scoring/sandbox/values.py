@@ -19,7 +19,10 @@ from typing import Any
 LENGTH = struct.Struct(">I")
 MOST_GIVEN = 100_000  # by an iterator
 COLLECTIONS: dict[str, Any] = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
-VIEWS: dict[str, Any] = {type(view).__name__: type(view) for view in ({}.keys(), {}.values(), {}.items())}
+NO_ITEMS: dict[Any, Any] = {}
+VIEWS: dict[str, Any] = {
+    type(view).__name__: type(view) for view in (NO_ITEMS.keys(), NO_ITEMS.values(), NO_ITEMS.items())
+}
 
 
 def encoded(value: Any) -> Any:
