@@ -116,6 +116,15 @@ def test_a_file_that_is_no_file_is_passed_over_or_refused(folder):
     assert load(folder).mobile.slots == 8
 
 
+def test_a_folder_that_may_not_be_listed_is_one_sentence(folder, monkeypatch):
+    def denied(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(mobile.Refused, match=r"cannot be read \(Permission denied\)"):
+        examine.skeleton(folder)
+
+
 def test_links_are_followed_as_in_the_hubs_cache(folder):
     blobs = folder.parent / "blobs"
     folder.rename(blobs)

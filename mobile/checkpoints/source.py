@@ -55,9 +55,13 @@ class Source:
             return False
 
     def files(self) -> list[str]:
-        """Return the names of all files of the top level, sorted."""
-        names = os.listdir(self.folder) if self.sizes is None else [name for name in self.sizes if "/" not in name]
-        return sorted(names)
+        """Return the names of all files of the top level, sorted. Raise Refused for a folder that may not be read."""
+        if self.sizes is not None:
+            return sorted(name for name in self.sizes if "/" not in name)
+        try:
+            return sorted(os.listdir(self.folder))
+        except OSError as error:
+            raise Refused(f"{self.folder} cannot be read ({one_line(error)}); give yourself the right to.") from error
 
     def missing_nbytes(self, files: Iterable[str]) -> int:
         """Return the bytes of these files that are not in the cache yet."""
