@@ -351,10 +351,9 @@ def test_no_verdict_is_forged_by(forged, name):
 def test_the_verdict_of_one_program_tells_the_next_nothing(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     thief = "import sys\nframe, seen = sys._getframe(), []\nwhile frame:\n"
-    thief += "    seen += map(repr, [*frame.f_locals.items(), *frame.f_globals.items()])\n    frame = frame.f_back\n"
-    thief += (
-        "def f(x): return int(next(text for text in seen if 'assert f' in text).split('== ')[1].split(chr(39))[0])\n"
-    )
+    thief += "    seen += [*frame.f_locals.values(), *frame.f_globals.values()]\n    frame = frame.f_back\n"
+    thief += "found = [text for text in seen if isinstance(text, str) and 'as' 'sert f' in text]\n"
+    thief += "def f(x): return int(found[0].split('== ')[1].strip(chr(39)))\n"
     tests = "assert f(1) == 2"
     outcomes = run_all([Submission(program, "f", tests) for program in ("def f(x): return 7\n", thief)])
     assert outcomes[0].reason == "tests failed: AssertionError at 'assert f(1) == 2'"
