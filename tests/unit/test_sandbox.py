@@ -212,12 +212,16 @@ LEAVING = {
 def test_whatever_a_program_leaves_is_removed_and_ends_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    outcomes = judge(code + RIGHT for code in [*LEAVING.values(), ""])
+    try:
+        outcomes = judge(code + RIGHT for code in [*LEAVING.values(), ""])
+        left = list(tmp_path.iterdir())
+    finally:  # pytest's own cleaning up cannot delete a folder so deep, in this run or a later one
+        subprocess.run(["rm", "-rf", *tmp_path.glob("sandbox-*")], check=True)
     reasons = dict(zip(LEAVING, (outcome.reason for outcome in outcomes), strict=False))
     assert reasons.pop("a deep folder").startswith("disk limit: ")
     assert set(reasons.values()) == {"passed"}
     assert outcomes[-1].passed
-    assert list(tmp_path.iterdir()) == []
+    assert left == []
 
 
 def test_what_is_hidden_deep_in_a_folder_is_counted():
@@ -351,10 +355,9 @@ def test_no_verdict_is_forged_by(forged, name):
 def test_the_verdict_of_one_program_tells_the_next_nothing(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     thief = "import sys\nframe, seen = sys._getframe(), []\nwhile frame:\n"
-    thief += "    seen += map(repr, [*frame.f_locals.items(), *frame.f_globals.items()])\n    frame = frame.f_back\n"
-    thief += (
-        "def f(x): return int(next(text for text in seen if 'assert f' in text).split('== ')[1].split(chr(39))[0])\n"
-    )
+    thief += "    seen += [*frame.f_locals.values(), *frame.f_globals.values()]\n    frame = frame.f_back\n"
+    thief += "found = [text for text in seen if isinstance(text, str) and 'as' 'sert f' in text]\n"
+    thief += "def f(x): return int(found[0].split('== ')[1].strip(chr(39)))\n"
     tests = "assert f(1) == 2"
     outcomes = run_all([Submission(program, "f", tests) for program in ("def f(x): return 7\n", thief)])
     assert outcomes[0].reason == "tests failed: AssertionError at 'assert f(1) == 2'"
