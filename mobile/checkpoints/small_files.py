@@ -10,9 +10,7 @@ from mobile.errors import Refused, one_line
 
 CONFIGURATION = ("config.json", "config.*.json", "*.index.json", "generation_config.json", "adapter_config.json")
 CONFIGURATION_AND_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-LARGEST_NBYTES = (
-    100_000_000  # of a file beside the weights, as of a header in safetensors; the largest known take 40 MB
-)
+LARGEST_NBYTES = 100_000_000  # of a file beside the weights, and of a header; known ones take up to 40 MB
 SETTINGS_NBYTES = 10_000_000  # of a file of settings: as Python's objects it takes up to thirty times as much
 
 

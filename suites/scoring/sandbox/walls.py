@@ -9,8 +9,8 @@ import signal
 import struct
 import sys
 import sysconfig
-from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 
 # Calls that may be made: name, number on x86_64, number on aarch64. They compute, and reach files, which Landlock
 # confines; none changes a file's mode, owner or times, or another process, or a setting that outlives this one.
@@ -58,6 +58,7 @@ SETTINGS = ("/etc/group", "/etc/hosts", "/etc/localtime", "/etc/passwd", "/usr/s
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
+@cache
 def call_filter(machine: str) -> bytes | None:
     """Return a classic BPF program for seccomp (struct sock_filter[]), or None for a machine we have no numbers of.
 
@@ -155,17 +156,18 @@ class Walls:
         return result
 
 
-def readable() -> Iterator[str]:
-    """Yield what a program may read: the standard library, shared libraries, and settings of the system.
+@cache  # the server makes walls for every program
+def readable() -> tuple[str, ...]:
+    """Return what a program may read: the standard library, shared libraries, and settings of the system.
 
     Not among it are installed packages, which may hold the answers of the tasks.
     """
-    yield from SETTINGS
-    library = sysconfig.get_path("stdlib")
-    yield from (path for path in _within(library) if os.path.basename(path) not in ("site-packages", "dist-packages"))
+    packages = ("site-packages", "dist-packages")
+    found = [path for path in _within(sysconfig.get_path("stdlib")) if os.path.basename(path) not in packages]
     homes = {sys.base_prefix, sys.base_exec_prefix, "/", "/usr", "/usr/local"}
     for place in (os.path.join(home, name) for home in sorted(homes) for name in ("lib", "lib64")):
-        yield from (path for path in _within(place) if not os.path.basename(path).startswith("python"))
+        found += [path for path in _within(place) if not os.path.basename(path).startswith("python")]
+    return (*SETTINGS, *found)
 
 
 def _within(folder: str) -> list[str]:
