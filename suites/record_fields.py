@@ -106,6 +106,9 @@ class Resolved:
     timing: str | None = None
     dtype: str | None = None
     strategy_source: str | None = None
+    rows: str | None = None
+    answers_of: str | None = None
+    needs_future: bool | None = None
     items: Count | None = None
     timed_items: Count | None = None
     task_items: Count | None = None

@@ -14,14 +14,17 @@ from suites.run_files import PlannedCell, read_failure, read_plan
 from suites.strict_json import read_bytes
 from suites.typed_json import WrongField
 
+AS_IS = "as-is"  # rows of the weights' own numbers
+
 
 @dataclass(frozen=True)
 class Results:
     """The records of a run in the order of the plan, by the tables that may hold them.
 
     `records` are scored cells, `controls` cells that must fail (a scrambled router), `synthetic` cells that played a
-    script on synthetic weights, `references` plain Transformers on the same sizes. `absent` are planned cells without
-    a record as (label, reason), `logs` the ends of failed cells' logs as (label, text).
+    script on synthetic weights, `references` plain Transformers on the same sizes. `packed` and `packed_synthetic` are
+    the cells of the first and the third kind whose rows are packed. `absent` are planned cells without a record as
+    (label, reason), `logs` the ends of failed cells' logs as (label, text).
     """
 
     preset: str
@@ -31,11 +34,14 @@ class Results:
     logs: tuple[tuple[str, str], ...] = ()
     synthetic: tuple[Record, ...] = ()
     references: tuple[Record, ...] = ()
+    packed: tuple[Record, ...] = ()
+    packed_synthetic: tuple[Record, ...] = ()
 
     @property
     def all_records(self) -> tuple[Record, ...]:
         """Return every record of the run."""
-        return (*self.records, *self.controls, *self.synthetic, *self.references)
+        scored, synthetic = (*self.records, *self.packed), (*self.synthetic, *self.packed_synthetic)
+        return (*scored, *self.controls, *synthetic, *self.references)
 
     def select(self, **wanted: Any) -> list[Record]:
         """Return the records whose fields equal `wanted`, in order."""
@@ -99,6 +105,11 @@ def family(record: Record) -> str:
     return record.config.get("family") or re.sub(r"-seed-?\d+$", "", record.model)
 
 
+def rows_of(record: Record) -> str:
+    """Return the row format of a record's experts."""
+    return record.config.get("rows") or AS_IS
+
+
 class NoResults(ValueError):
     """The folder holds no run that can be reported on; the message says what to do."""
 
@@ -135,17 +146,20 @@ def read(run: Path) -> Results:
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
-    synthetic = tuple(record for record in records if record.config.get("kind") == "shape")
+    synthetic = [record for record in records if record.config.get("kind") == "shape"]
     references = tuple(record for record in records if record.config.get("kind") == "beside")
     apart = {record.id for record in (*controls, *synthetic, *references)}
+    scored = [record for record in records if record.id not in apart]
     return Results(
         plan.preset,
-        tuple(record for record in records if record.id not in apart),
+        tuple(record for record in scored if rows_of(record) == AS_IS),
         tuple((label, gap.reason) for label, gap in absent),
         controls,
         tuple((label, gap.log_tail) for label, gap in absent if gap.log_tail),
-        synthetic,
+        tuple(record for record in synthetic if rows_of(record) == AS_IS),
         references,
+        tuple(record for record in scored if rows_of(record) != AS_IS),
+        tuple(record for record in synthetic if rows_of(record) != AS_IS),
     )
 
 

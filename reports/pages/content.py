@@ -9,7 +9,7 @@ from typing import Any
 from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
 from reports.plots import forest
-from reports.sections import clock, controls, references, sentences, synthetic
+from reports.sections import clock, controls, past_paper, references, sentences, synthetic
 from reports.sections.family_sections import family_sections
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, machine_identity
@@ -25,6 +25,7 @@ def build(results: Results) -> Report:
     sections = [
         *(_overview(results, paper, trusted=not broken) if results.records else ()),
         *(section for model in results.models for section in family_sections(results, model, paper)),
+        *past_paper.sections(results, paper["accuracy"]["margin_points"]),
         *synthetic.sections(results, paper, trusted=not broken),
         *clock.sections(results),
         *references.sections(results),

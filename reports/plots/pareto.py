@@ -43,7 +43,7 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         first, speed_up = group[0], speedup(group, base)
         if first.strategy == "resident" or speed_up is None:
             continue
-        kind = "mobile" if first.gamma is not None else "lossless" if first.lossless else "lossy"
+        kind = "mobile" if first.strategy == "mobile" else "lossless" if first.lossless else "lossy"
         loss = Interval(0, 0, 0) if first.lossless else accuracy(group, reference).difference
         points.append((strategy_name(first), kind, speed_up, loss))
     if not points:

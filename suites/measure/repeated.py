@@ -16,6 +16,7 @@ from mobile.replay.replay import replay_requests, why_not_replayable
 from mobile.replay.trace import Request
 from suites.budget import replay_setup
 from suites.measure.replayed import confidences
+from suites.plan.cells import AS_IS
 from suites.record import VIRTUAL, Record, RunFolder, load
 from suites.run_files import read_plan, read_trace_about
 
@@ -100,9 +101,9 @@ def _wrong(
     if on is None:
         raise Refused(f"its hardware {record.hardware!r} is known by no name; give its profile with --hardware FILE")
     native = recorded.geometry
-    setup = replay_setup(
-        strategy, native, None if record.geometry == native.name else record.geometry, on, record.budget
-    )
+    dressed = None if record.geometry == native.name else record.geometry
+    rows = record.config.get("rows") or AS_IS
+    setup = replay_setup(strategy, native, dressed, on, record.budget, rows=rows)
     taken, ledger, _ = replay_requests(setup, requests)
     size = setup.geometry
     made: dict[str, Any] = {

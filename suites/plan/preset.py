@@ -21,7 +21,7 @@ from mobile.suggest import offer
 from suites.budget import percent_of
 from suites.identity import HERE, SHIPPED, Model, check_name, lists_shipped_files, model_hash
 from suites.plan import preset_file
-from suites.plan.cells import Cell, Generation
+from suites.plan.cells import AS_IS, Cell, Generation
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.catalogue import GROUPS, PUBLISHED, TASKS, expand
@@ -34,6 +34,8 @@ OVERRIDABLE = (  # keys of a preset that a model may set for itself
     "strategies",
     "budgets",
     "gammas",
+    "swept",
+    "rows",
     "caches",
     "shares",
     "canaries",
@@ -199,7 +201,7 @@ def _cells_of(
     model_hash(model)
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
-    gammas = [strategy.gamma for strategy in chosen]
+    own_gammas = [strategy.gamma for strategy in chosen]
     fewer = data.get("fewer_items", {})
     if unknown := set(fewer) - {strategy.name for strategy in chosen}:
         raise Refused(f"fewer_items names {sorted(unknown)[0]!r}, which is not among the strategies of {model.name}.")
@@ -211,28 +213,42 @@ def _cells_of(
     if min((items, *fewer.values())) < 1:
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
     # 2. List (strategy, budget, swept, items): the strategies at every budget, then the sweeps of gamma and of caches.
+    first, gammas = data["budgets"][0], data["gammas"]
     runs = [
         (strategy, budget, False, min(items, fewer.get(strategy.name, items)))
         for strategy in chosen
         for budget in _budgets(strategy, data["budgets"])
     ]
-    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in gammas]
+    for sweeping in map(resolve, data.get("swept", ["mobile"])):
+        runs += [(resolve(sweeping, gamma), first, True, few) for gamma in gammas if gamma not in own_gammas]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
-    # 3. For each seed, task and card: a cell for each of them, then the canary's.
-    for seed, task, card in product(data["seeds"], at_most, cards):
-        generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card)
+    # 3. For each seed, task, card and row format: a cell for each of them, then the canary's.
+    for seed, task, card, rows in product(data["seeds"], at_most, cards, _formats(data)):
+        generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card, rows=rows)
         for strategy, budget, swept, count in runs:
             # Every item is timed once for each way to answer. A part of them is timed otherwise, and where a lossless
             # strategy repeats full K's answers; one that needs a live run for that is asked no more than that part.
-            name = ORACLE if strategy.routes_as_full_k else strategy.name
-            whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
+            name = ORACLE if strategy.routes_as_full_k else strategy.routed_by
+            answers = strategy.name == name and (swept or budget == first)
+            whole = strategy.name == ORACLE if strategy.lossless else answers
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
             live = generation(name, strategy.gamma, min(asked, at_most[task]))
-            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
-        if task in data.get("canaries", []):
+            if strategy.knows_cache:  # no trace says what it would have chosen: it answers in each cell itself
+                yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None, link or "virtual")
+            else:
+                yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
+        if task in data.get("canaries", []) and rows == AS_IS:
             scrambled = generation(ORACLE, None, min(data["canary_items"], at_most[task]), scrambled=True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
+
+
+def _formats(data: dict[str, Any]) -> list[str]:
+    """Return the row formats of a preset. Raise Refused for one that is unknown."""
+    formats: list[str] = data.get("rows", [AS_IS])
+    for rows in formats:
+        check_rows(rows)
+    return formats
 
 
 def _card(name: str, link: str | None) -> str:

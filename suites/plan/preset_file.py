@@ -35,6 +35,8 @@ class ModelRow:
     strategies: Words = ()
     budgets: Words = ()
     gammas: tuple[Amount, ...] = ()
+    swept: Words = ()
+    rows: Words = ()
     caches: Words = ()
     shares: Words = ()
     canaries: Words = ()
@@ -54,6 +56,8 @@ class ScoredPreset:
     budgets: Words = ()
     strategies: Words = ()
     gammas: tuple[Amount, ...] = ()
+    swept: Words = ()
+    rows: Words = ()
     models: tuple[ModelRow, ...] = ()
     measured: Word = ""
     timed_items: int = 0
@@ -92,6 +96,7 @@ class RunRow:
     strategies: Words = ()
     rates: tuple[Amount, ...] = ()
     budgets: Words = ()
+    rows: Words = ()
 
 
 @dataclass(frozen=True)

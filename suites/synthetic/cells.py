@@ -48,6 +48,7 @@ class SyntheticCell:
     layers: int | None = None
     shrink: int = 1
     swept: bool = False  # a point of a sweep over fallback rates
+    rows: str = AS_IS
 
     @property
     def id(self) -> str:
@@ -73,7 +74,7 @@ class SyntheticCell:
     @property
     def shared(self) -> tuple:
         """Return which model is made."""
-        return self.model.name, self.layers or 0, self.shrink, self.link
+        return self.model.name, self.layers or 0, self.shrink, self.link, self.rows
 
     def needs(self, run: RunFolder) -> None:
         return None

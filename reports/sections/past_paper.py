@@ -1,0 +1,108 @@
+"""The chapter past the paper: what composed strategies, packed rows and choices that know the cache add to MoBiLE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reports.data.compare import strategy_name
+from reports.data.results import AS_IS, Results, rows_of
+from reports.data.settings import Setting, answered_itself, at_memory, memory_budgets
+from reports.elements.page import Section
+from reports.plots import past_paper as plots
+from reports.sections.sentences import bare_ratio
+from reports.tables import past_paper as tables
+from reports.tables import synthetic
+from suites.record import Record
+
+Found = Sequence[tuple[str, str, Sequence[Setting]]]  # (model, memory budget, settings)
+
+METHOD = (
+    "On a busy link prediction cannot pay; only fewer bytes can: fewer experts (MoBiLE), bytes that never move (a "
+    "better cache, experts computed on the CPU, choices among what is there), fewer bits a weight (packed rows). "
+    'They multiply. Names joined by "+" are one strategy made of the parts of several. Everything in a table has the '
+    "same bytes of memory, so packed rows are also more slots. Rows of int8 or int4 are other weights: also with all "
+    "experts their answers are held against those of the stock model. Speed is projected where it stands beside "
+    "accuracy, and measured where the heading says so."
+)
+OWN_ANSWERS = (
+    "Strategies that choose by what is in the slots answer by themselves in every cell, one prompt at a time: what "
+    "they write depends on the memory and on what was asked before."
+)
+MEASURED = (
+    "The same scripts of recorded routing over this machine's disk, in real time, in turn, with as much memory for "
+    "every row of a table as the heading says. A script fixes where MoBiLE falls back: on packed rows the model's own "
+    "rate may be another, which the tables above show."
+)
+
+
+def sections(results: Results, margin_points: float) -> list[Section]:
+    """Return the chapter; nothing for a run that does not go past the paper."""
+    if not goes_past(results):
+        return []
+    found = [
+        (model, budget, settings)
+        for model in results.models
+        for budget in memory_budgets(results, model)
+        if len(settings := at_memory(results, model, budget)) > 1
+    ]
+    own = (OWN_ANSWERS,) if any(map(answered_itself, results.records)) else ()
+    opening = (METHOD, *own, *((verdict(found, margin_points),) if found else ()))
+    summary = (tables.champions(found, margin_points),) if found else ()
+    parts = [
+        Section(
+            f"{model} past the paper, {budget}",
+            (),
+            (tables.by_setting(settings, model, budget, margin_points),),
+            tuple(drawn for drawn in (plots.accuracy_against_speed(settings, model, budget),) if drawn),
+            level=3,
+            folded=True,
+        )
+        for model, budget, settings in found
+    ]
+    return [Section("Past the paper", opening, summary), *parts, *_measured(results)]
+
+
+def goes_past(results: Results) -> bool:
+    """Return whether a run has composed strategies, packed rows, or choices that know the cache."""
+    composed = any("+" in record.strategy for record in (*results.records, *results.synthetic))
+    return composed or bool(results.packed or results.packed_synthetic)
+
+
+def verdict(found: Found, margin_points: float) -> str:
+    """Return in how many cases the aim was reached, and by what."""
+    reached, missed = [], []
+    for model, budget, settings in found:
+        best = tables.fastest(settings, margin_points)
+        if best is not None and best.over_base.value >= tables.WANTED:
+            reached.append(f"{model} with {budget} ({best.over_base.value:.2f}x, {best.name})")
+        else:
+            missed.append(f"{model} with {budget}")
+    aim = f"at least {tables.WANTED:g} times on-demand-overlap at the same memory for at most {margin_points:g} point"
+    if not reached:
+        return f"Projected, {aim} was reached nowhere."
+    return f"Projected, {aim} was reached by {'; '.join(reached)}" + (
+        f". It was not reached by {'; '.join(missed)}." if missed else ", in every case."
+    )
+
+
+def _measured(results: Results) -> list[Section]:
+    """Return the measured part: each geometry over the disk, rows and strategies side by side."""
+    records = [r for r in (*results.synthetic, *results.packed_synthetic) if r.scope == "cpu+disk"]
+    models = dict.fromkeys(r.model for r in records if rows_of(r) != AS_IS or "+" in r.strategy)
+    by_model = {model: [record for record in records if record.model == model] for model in models}
+    found = tuple(table for cells in by_model.values() if (table := synthetic.by_rows(cells)).rows)
+    said = tuple(sentence for cells in by_model.values() if (sentence := _fastest_measured(cells)))
+    return [Section("Past the paper, measured over the disk", (MEASURED, *said), found, level=3)] if found else []
+
+
+def _fastest_measured(records: list[Record]) -> str:
+    """Return a sentence on the fastest cell of a geometry; empty where none has a baseline."""
+    speeds = [(faster, record) for record in records if (faster := synthetic.over_plain(records, record))]
+    if not speeds:
+        return ""
+    faster, record = max(speeds, key=lambda pair: pair[0].value)
+    rows = "" if rows_of(record) == AS_IS else f" with {rows_of(record)} rows"
+    return (
+        f"Measured: with experts of the size of {record.model}, {strategy_name(record)}{rows} ran {bare_ratio(faster)} "
+        "times as fast as overlapped plain offloading with rows as they are."
+    )
