@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reports.data.compare import strategy_name
 from suites.record import LATEST, Record, RunFolder, load
 from suites.run_files import PlannedCell, read_failure, read_plan
 from suites.strict_json import read_bytes
@@ -40,8 +41,17 @@ class Results:
     @property
     def all_records(self) -> tuple[Record, ...]:
         """Return every record of the run."""
-        scored, synthetic = (*self.records, *self.packed), (*self.synthetic, *self.packed_synthetic)
-        return (*scored, *self.controls, *synthetic, *self.references)
+        return (*self.scored, *self.controls, *self.scripted, *self.references)
+
+    @property
+    def scored(self) -> tuple[Record, ...]:
+        """Return all scored cells, whatever their rows."""
+        return (*self.records, *self.packed)
+
+    @property
+    def scripted(self) -> tuple[Record, ...]:
+        """Return all cells that played a script, whatever their rows."""
+        return (*self.synthetic, *self.packed_synthetic)
 
     def select(self, **wanted: Any) -> list[Record]:
         """Return the records whose fields equal `wanted`, in order."""
@@ -108,6 +118,11 @@ def family(record: Record) -> str:
 def rows_of(record: Record) -> str:
     """Return the row format of a record's experts."""
     return record.config.get("rows") or AS_IS
+
+
+def strategy_and_rows(record: Record) -> str:
+    """Return a record's strategy as tables write it, and its rows where they are packed."""
+    return strategy_name(record) if rows_of(record) == AS_IS else f"{strategy_name(record)}, {rows_of(record)}"
 
 
 class NoResults(ValueError):

@@ -86,7 +86,7 @@ def memory_budgets(results: Results, model: str) -> list[str]:
 
 def at_memory(results: Results, model: str, budget: str) -> list[Setting]:
     """Return every setting of a model under a budget, in the plan's order; none where the baseline is missing."""
-    cells = [r for r in (*results.records, *results.packed) if r.model == model]
+    cells = [r for r in results.scored if r.model == model]
     tasks = results.tasks(model)
     by_setting: dict[tuple[str, float | None, str, str], Group] = {}
     for record in cells:

@@ -152,7 +152,7 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     """Return the (name, value) facts that a reader needs to repeat the run; none changes when it is repeated."""
     record = results.all_records[0]
     packages = record.environment["packages"]
-    made = (*results.records, *results.synthetic, *results.references)
+    made = (*results.scored, *results.scripted, *results.references)
     machines = {machine_identity(r) for r in made}
     dirty = any(r.environment["git_dirty"] for r in made)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)

@@ -87,7 +87,7 @@ def verdict(found: Found, margin_points: float) -> str:
 
 def _measured(results: Results) -> list[Section]:
     """Return the measured part: each geometry over the disk, rows and strategies side by side."""
-    records = [r for r in (*results.synthetic, *results.packed_synthetic) if r.scope == "cpu+disk"]
+    records = [r for r in results.scripted if r.scope == "cpu+disk"]
     models = dict.fromkeys(r.model for r in records if rows_of(r) != AS_IS or "+" in r.strategy)
     by_model = {model: [record for record in records if record.model == model] for model in models}
     found = tuple(table for cells in by_model.values() if (table := synthetic.by_rows(cells)).rows)
