@@ -14,12 +14,13 @@ import mobile
 from mobile.checkpoints.examine import skeleton
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import profile
+from mobile.costs.rows import AS_IS
 from mobile.live_model.compat import MoeLayer, common_layout, geometry_of, moe_layers
 from mobile.policies.strategy import Strategy, resolve, strategies
 from mobile.replay import trace
 from mobile.replay.replay import time_requests
 from suites.budget import replay_setup
-from suites.plan.cells import AS_IS, Generation
+from suites.plan.cells import Generation
 from suites.record import RunFolder, write_json
 from suites.scoring.lm_eval import EngineLM, evaluate, first_tokens, generate, task_config
 from suites.tasks.catalogue import PUBLISHED

@@ -210,7 +210,7 @@ def record(cell: Cell, loaded: Loaded) -> Record:
             "warmup": {"tokens": len(lm.warm_up.times), "ns": lm.warm_up.times[-1] - lm.warm_up.begun},
             "link_measured_gb_per_s": loaded.link_gb_per_s if needs_gpu(cell.link) else None,
             "link_page_locked": getattr(getattr(engine.link, "channel", None), "page_locked", None),
-            "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
+            "dtype": str(engine.store.layout.weight_dtype).removeprefix("torch."),
             "profile_sources": [] if needs_gpu(cell.link) else list(engine.hardware.sources),
             "hub": generation.model.hub,
             "revision": loaded.source if generation.model.hub is not None else None,

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from mobile.cli.replay import Trace, open_trace
 from mobile.costs.hardware import PROFILES, HardwareProfile
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 from mobile.policies.strategy import resolve
 from mobile.replay.replay import replay_requests, why_not_replayable
 from mobile.replay.trace import Request
 from suites.budget import replay_setup
 from suites.measure.replayed import confidences
-from suites.plan.cells import AS_IS
 from suites.record import VIRTUAL, Record, RunFolder, load
 from suites.run_files import read_plan, read_trace_about
 

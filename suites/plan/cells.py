@@ -8,13 +8,12 @@ from random import Random
 from typing import Any
 
 from mobile.costs.hardware import profile
+from mobile.costs.rows import AS_IS
 from mobile.links.registry import scope_of
 from suites.identity import Model, code_hash, digest, model_hash, task_hash, versions
 from suites.record import VIRTUAL, RunFolder, intact_zip, is_record, sound
 from suites.run_files import read_trace_about
 from suites.tasks.files import items_of, locate
-
-AS_IS = "as-is"  # rows of the weights' own numbers
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import parse_nbytes, profile
+from mobile.costs.rows import AS_IS, check_rows
 from mobile.errors import Refused, one_line
 from mobile.links.registry import LINKS, in_words, needs_gpu
 from mobile.policies.strategy import Strategy, resolve
@@ -21,7 +22,7 @@ from mobile.suggest import offer
 from suites.budget import percent_of
 from suites.identity import HERE, SHIPPED, Model, check_name, lists_shipped_files, model_hash
 from suites.plan import preset_file
-from suites.plan.cells import AS_IS, Cell, Generation
+from suites.plan.cells import Cell, Generation
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.catalogue import GROUPS, PUBLISHED, TASKS, expand

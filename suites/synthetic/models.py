@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mobile.costs.geometry import GEOMETRIES, Geometry
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 from mobile.links.page_lock import page_lock
 from mobile.live_model import compat
@@ -29,7 +30,8 @@ from mobile.residency.prefill import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
 from mobile.runtime.attachment import install
 from mobile.runtime.engine import Engine
-from mobile.store import DiskStore, ExpertLayout, HostStore, Store
+from mobile.store import DiskStore, ExpertLayout, HostStore, Store, Weights
+from mobile.store.layout import Field
 from mobile.suggest import offer
 from suites.families import BY_GEOMETRY
 
@@ -72,12 +74,12 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
     return family.config_class(**{**fields, **narrow, **small, **ends, "num_hidden_layers": dense + layers})
 
 
-def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16, rows: str = AS_IS) -> int:
     """Return the largest number of MoE layers whose experts fit the host memory that is free now.
 
     Raise Refused where not one does.
     """
-    *_, layout = _empty(config_of(geometry, 1, shrink), dtype)
+    *_, layout = _empty(config_of(geometry, 1, shrink), dtype, rows)
     real = GEOMETRIES[geometry]
     usable = host().usable_nbytes
     if usable is None:
@@ -150,22 +152,24 @@ def make(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     folder: Path | None = None,
+    rows: str = AS_IS,
 ) -> Synthetic:
     """Make the model; `layers` None makes as many MoE layers as host memory holds.
 
-    With `folder` the experts lie in a file there, which has no name and goes with the process; then `layers` None makes
-    all of them. Raise Refused for an unknown geometry, too many layers, or too little host memory or disk.
+    Experts lie in the row format `rows`. With `folder` they lie in a file there, which has no name and goes with the
+    process; then `layers` None makes all of them. Raise Refused for an unknown geometry, too many layers, or too little
+    host memory or disk.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if folder is None:
-        fit = layers_that_fit(geometry, shrink, dtype)
+        fit = layers_that_fit(geometry, shrink, dtype, rows)
         if layers is not None and layers > fit:
             config_of(geometry, layers)
             raise Refused(f"The free host memory holds {fit} layers of {geometry} and not {layers}; ask for less.")
         layers = layers or fit
     config = config_of(geometry, layers, shrink)
-    empty, described, layout = _empty(config, dtype)
+    empty, described, layout = _empty(config, dtype, rows)
     torch.manual_seed(seed)
     model = _dense(config, dtype, torch.device(device))
     made = compat.moe_layers(model)
@@ -183,12 +187,12 @@ def make(
     return Synthetic(model, empty, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
 
 
-def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
+def _empty(config: Any, dtype: torch.dtype, rows: str = AS_IS) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
     """Return the model on the meta device, its MoE layers, and the layout of their experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = compat.moe_layers(model)
-    return model, layers, compat.common_layout(layers)
+    return model, layers, compat.packed_layout(compat.common_layout(layers), layers, rows)
 
 
 def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -211,17 +215,29 @@ def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def _fill(store: Store, layers: int, experts: int) -> None:
-    """Fill the store with one random row, rotated for each expert by a number of elements of its own."""
-    layout = store.layout
-    base = torch.empty(layout.numel, dtype=layout.dtype).normal_(0, 0.02)
+    """Fill the store with one random row, whose weights are rotated for each expert by a number of its own."""
+    base = {field.name: _random_parts(store.layout, field) for field in store.layout.fields}
     for layer in range(layers):
-        weights = {field.name: store.weights(layer, field.name) for field in layout.fields}
-        for expert in range(experts):
-            row = base.roll(-(layer * experts + expert) * 64)
-            for name, view in layout.views(row[None]).items():
-                weights[name][expert].copy_(view[0])
+        for name, parts in base.items():
+            weights = store.weights(layer, name)
+            for expert in range(experts):
+                for kept, part in zip(_parts(weights), parts, strict=True):
+                    kept[expert].view(-1).copy_(part.roll(-(layer * experts + expert) * 64))
         store.complete(layer)
     store.finish()
+
+
+def _random_parts(layout: ExpertLayout, field: Field) -> list[torch.Tensor]:
+    """Return one random weight as the tensors that a row has of it, flat."""
+    weight = torch.empty(field.shape, dtype=layout.weight_dtype).normal_(0, 0.02)
+    held = layout.views(torch.zeros(1, layout.numel, dtype=layout.dtype))[field.name]
+    held.copy_(weight[None])
+    return [part[0].reshape(-1).clone() for part in _parts(held)]
+
+
+def _parts(weights: Weights) -> list[torch.Tensor]:
+    """Return the tensors (experts, ...) that weights are kept in: themselves, or the parts of packed ones."""
+    return [weights] if isinstance(weights, torch.Tensor) else list(weights.parts.values())
 
 
 def _let_go(device: torch.device) -> None:
