@@ -225,7 +225,7 @@ def _cells_of(
         for strategy, budget, swept, count in runs:
             # Every item is timed once for each way to answer. A part of them is timed otherwise, and where a lossless
             # strategy repeats full K's answers; one that needs a live run for that is asked no more than that part.
-            name = ORACLE if strategy.routes_as_full_k else strategy.name
+            name = ORACLE if strategy.routes_as_full_k else strategy.routed_by
             whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
             live = generation(name, strategy.gamma, min(asked, at_most[task]))
