@@ -85,7 +85,9 @@ def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequenc
         return _why_not_predictable(strategy, recorder, requests)
     if isinstance(recorder.gating, BigLittle) and isinstance(strategy.gating, BigLittle):
         wrong = _count_changed_fallbacks(strategy.gating.gamma, requests)
-        return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise" if wrong else None
+        if wrong:
+            return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise"
+        return _why_not_predictable(strategy, recorder, requests)
     if (strategy.gating, strategy.lossless) == (recorder.gating, recorder.lossless):
         return _why_not_predictable(strategy, recorder, requests)
     return f"it would choose other experts than {recorder.name} did, so its tokens would differ"
@@ -95,7 +97,8 @@ def _why_not_predictable(strategy: Strategy, recorder: Strategy, requests: Seque
     """Return why the trace lacks what the lookahead of `strategy` predicts from; None if it has it, or has none."""
     if strategy.lookahead is not None and strategy.quasi is not recorder.quasi:
         return f"the router logits that {recorder.name} recorded are of another foresight"
-    decoded = [step for request in requests for step in request if step.kind != "prefill" and len(step.experts) > 1]
+    kinds = ("full", "little") if strategy.prefetch_on_fallback else ("full", "little", "big")
+    decoded = [step for request in requests for step in request if step.kind in kinds and len(step.experts) > 1]
     if strategy.lookahead is not None and decoded and all(step.ahead is None for step in decoded):
         return "the trace lacks the router logits that lookaheads guess from"
     return None

@@ -166,6 +166,11 @@ class Residency:
         if self._idle_prefetcher is not None:
             self._prefetches.prefetch_if_idle()
 
+    @property
+    def asks_lookahead(self) -> bool:
+        """Whether the running pass asks the lookahead at every layer that runs from the pool."""
+        return self.lookahead is not None and not self._prefetches.holds_fallback
+
     # --- one layer ----------------------------------------------------------------------------------
 
     def layer(
@@ -267,8 +272,11 @@ class Residency:
         return late + missing if late else missing, on_cpu
 
     def _prefetch_ahead(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> None:
-        """Ask the lookahead, if there is one, what comes next, and prefetch that."""
-        if self.lookahead is not None:
+        """Ask the lookahead, if there is one, what comes next, and prefetch that.
+
+        It is not asked in a big pass whose experts the little pass's routers have named, which it could only push out.
+        """
+        if self.lookahead is not None and not self._prefetches.holds_fallback:
             self._prefetches.replace(self.lookahead.routed(layer, experts, ahead))
 
     def _wait_until_ready(self, key: Key) -> None:

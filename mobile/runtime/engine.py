@@ -335,14 +335,10 @@ class Engine:
         """Make the experts ready in slots, wave by wave, and compute them."""
         groups = group(index, self.experts)
         running, lookup = self.running, self.next_layer
-        if self.asks_ahead and running is not None and running.kind != "prefill":
-            lookup.ask(
-                layer,
-                running,
-                (index, weights),
-                self.findings.quasi,
-                keep_logits=self.recorder.keeps_next_layer_logits,
-            )
+        keep_logits = self.recorder.keeps_next_layer_logits
+        asks_ahead = keep_logits or lookup.needs_selections or self.residency.asks_lookahead
+        if asks_ahead and running is not None and running.kind != "prefill":
+            lookup.ask(layer, running, (index, weights), self.findings.quasi, keep_logits=keep_logits)
         # Of the charged layers that this one stands for, all but the last cost time and bytes and compute nothing.
         *others, last = self.layer_map[layer]
         for other in others:
