@@ -55,9 +55,10 @@ KERNELS = ("auto", "loop", "grouped", "triton", "packed")
 
 
 def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str = AS_IS) -> Kernel:
-    """Return the kernel of that name for weights of that dtype: "loop", "grouped", "triton" or "packed"; "auto" is the loop.
+    """Return the kernel of that name for weights of that dtype: "loop" or "auto", "grouped", "triton", or "packed".
 
-    `rows` is the format of their rows, which "loop" decodes and "packed" computes with as they are. Raise Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
+    `rows` is the format of their rows, which "loop" decodes and "packed" computes with as they are. Raise Refused for
+    one that is unknown, cannot run on this device, or would not be a true kernel there.
     """
     if name in ("auto", "loop"):
         return loop

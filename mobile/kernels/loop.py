@@ -81,9 +81,9 @@ def loop(
 ) -> torch.Tensor:
     """Compute one product at a time, and sum in ascending expert order: the reference. For arguments see `Kernel`.
 
-    Packed weights are decoded, one matrix at a time. Experts whose slot is HOST are computed on the CPU from `host`: the
-    same product where the device is the CPU too, equal up to rounding elsewhere. The CPU works on the calling thread,
-    while a GPU runs what was launched before (not tested on one yet).
+    Packed weights are decoded, one matrix at a time. Experts whose slot is HOST are computed on the CPU from `host`:
+    the same product where the device is the CPU too, equal up to rounding elsewhere. The CPU works on the calling
+    thread, while a GPU runs what was launched before (not tested on one yet).
     """
     return one_by_one(module, hidden, weights, groups, waves, (views, host), multiplied)
 

@@ -223,7 +223,7 @@ def _fill(store: Store, layers: int, experts: int) -> None:
             parts, target = _parts(one), _parts(store.weights(layer, name))
             for part, values in parts.items():
                 for expert in range(experts):
-                    turned = values[0].flatten().roll(-(layer * experts + expert) * 64)
+                    turned = values[0].flatten().roll(-(layer * experts + expert) * 65)
                     target[part][expert].copy_(turned.view(values.shape[1:]))
         store.complete(layer)
     store.finish()
