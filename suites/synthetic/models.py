@@ -9,7 +9,7 @@ given; both compute what a trained one computes, in the same time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mobile.costs.geometry import GEOMETRIES, Geometry
-from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 from mobile.links.page_lock import page_lock
 from mobile.live_model import compat
@@ -31,7 +30,6 @@ from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
 from mobile.runtime.attachment import install
 from mobile.runtime.engine import Engine
 from mobile.store import DiskStore, ExpertLayout, HostStore, Store, Weights
-from mobile.store.layout import Field
 from mobile.suggest import offer
 from suites.families import BY_GEOMETRY
 
@@ -74,7 +72,7 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
     return family.config_class(**{**fields, **narrow, **small, **ends, "num_hidden_layers": dense + layers})
 
 
-def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16, rows: str = AS_IS) -> int:
+def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16, rows: str = "as-is") -> int:
     """Return the largest number of MoE layers whose experts fit the host memory that is free now.
 
     Raise Refused where not one does.
@@ -152,13 +150,12 @@ def make(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     folder: Path | None = None,
-    rows: str = AS_IS,
+    rows: str = "as-is",
 ) -> Synthetic:
-    """Make the model; `layers` None makes as many MoE layers as host memory holds.
+    """Make the model; `layers` None makes as many MoE layers as host memory holds. `rows` is the experts' row format.
 
-    Experts lie in the row format `rows`. With `folder` they lie in a file there, which has no name and goes with the
-    process; then `layers` None makes all of them. Raise Refused for an unknown geometry, too many layers, or too little
-    host memory or disk.
+    With `folder` the experts lie in a file there, which has no name and goes with the process; then `layers` None makes
+    all of them. Raise Refused for an unknown geometry, too many layers, or too little host memory or disk.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,7 +184,7 @@ def make(
     return Synthetic(model, empty, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
 
 
-def _empty(config: Any, dtype: torch.dtype, rows: str = AS_IS) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
+def _empty(config: Any, dtype: torch.dtype, rows: str = "as-is") -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
     """Return the model on the meta device, its MoE layers, and the layout of their experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -215,29 +212,26 @@ def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def _fill(store: Store, layers: int, experts: int) -> None:
-    """Fill the store with one random row, whose weights are rotated for each expert by a number of its own."""
-    base = {field.name: _random_parts(store.layout, field) for field in store.layout.fields}
+    """Fill the store with one random expert, whose parts are rotated for each other one by a number of its own."""
+    layout = store.layout
+    like = {field.name: torch.empty(1, *field.shape).normal_(0, 0.02) for field in layout.fields}
+    base = layout.views(torch.zeros(1, layout.numel, dtype=layout.dtype))
+    for name, weights in base.items():
+        weights.copy_(like[name])
     for layer in range(layers):
-        for name, parts in base.items():
-            weights = store.weights(layer, name)
-            for expert in range(experts):
-                for kept, part in zip(_parts(weights), parts, strict=True):
-                    kept[expert].view(-1).copy_(part.roll(-(layer * experts + expert) * 64))
+        for name, one in base.items():
+            parts, target = _parts(one), _parts(store.weights(layer, name))
+            for part, values in parts.items():
+                for expert in range(experts):
+                    turned = values[0].flatten().roll(-(layer * experts + expert) * 65)
+                    target[part][expert].copy_(turned.view(values.shape[1:]))
         store.complete(layer)
     store.finish()
 
 
-def _random_parts(layout: ExpertLayout, field: Field) -> list[torch.Tensor]:
-    """Return one random weight as the tensors that a row has of it, flat."""
-    weight = torch.empty(field.shape, dtype=layout.weight_dtype).normal_(0, 0.02)
-    held = layout.views(torch.zeros(1, layout.numel, dtype=layout.dtype))[field.name]
-    held.copy_(weight[None])
-    return [part[0].reshape(-1).clone() for part in _parts(held)]
-
-
-def _parts(weights: Weights) -> list[torch.Tensor]:
-    """Return the tensors (experts, ...) that weights are kept in: themselves, or the parts of packed ones."""
-    return [weights] if isinstance(weights, torch.Tensor) else list(weights.parts.values())
+def _parts(weights: Weights) -> Mapping[str, torch.Tensor]:
+    """Return the tensors that weights consist of in their rows."""
+    return {"": weights} if isinstance(weights, torch.Tensor) else weights.parts
 
 
 def _let_go(device: torch.device) -> None:
