@@ -1,7 +1,8 @@
 """Row formats by name, and the bytes that an expert's weights take in each. Arithmetic only, no torch.
 
 `as-is` keeps weights as the model has them. `int8` has a code a weight and a scale an output row, `int4` half a byte a
-weight and a scale for each group of GROUP inputs. Biases and the like stay as they are.
+weight and a scale for each group of GROUP inputs; `int4-cpu` is the same in the order that a processor multiplies in
+place. Biases and the like stay as they are.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ ROW_COSTS: Mapping[str, RowCost] = {
     AS_IS: RowCost(scratch_passes=0, launches=0),
     "int8": RowCost(scratch_passes=4, launches=4),
     "int4": RowCost(scratch_passes=4, launches=8),
+    "int4-cpu": RowCost(scratch_passes=0, launches=0),
 }
 
 
 def check_rows(rows: str) -> str:
     """Return the name of a row format. Raise Refused for an unknown one."""
     if rows not in ROW_COSTS:
-        raise Refused(f"Unknown row format {rows!r}; {offer(rows, list(ROW_COSTS), 'choose as-is, int8 or int4')}.")
+        raise Refused(
+            f"Unknown row format {rows!r}; {offer(rows, list(ROW_COSTS), 'choose as-is, int8, int4 or int4-cpu')}."
+        )
     return rows
 
 
@@ -55,11 +59,13 @@ def group_of(inputs: int) -> int:
 def packed_nbytes(rows: str, weights: int, outputs: int, weight_nbytes: int) -> int:
     """Return the bytes of an expert of so many `weights`, in matrices that have `outputs` rows together.
 
-    Scales take `weight_nbytes` each in int8 and 2 in int4, where inputs are multiples of GROUP. Raise Refused for an
-    unknown format.
+    Scales take `weight_nbytes` each in int8, 2 in int4 and 4 in int4-cpu, where inputs are multiples of GROUP. Raise
+    Refused for an unknown format.
     """
     if check_rows(rows) == "int8":
         return weights + outputs * weight_nbytes
     if rows == "int4":
         return weights // 2 + weights // GROUP * 2
+    if rows == "int4-cpu":
+        return weights // 2 + weights // GROUP * 4
     return weights * weight_nbytes

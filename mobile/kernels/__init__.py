@@ -55,17 +55,22 @@ KERNELS = ("auto", "loop", "grouped", "triton", "packed")
 
 
 def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str = AS_IS) -> Kernel:
-    """Return the kernel of that name for weights of that dtype: "loop" or "auto", "grouped", "triton", or "packed".
+    """Return the kernel of that name for weights of that dtype: "loop", "grouped", "triton" or "packed".
 
-    `rows` is the format of their rows, which "loop" decodes and "packed" computes with as they are. Raise Refused for
-    one that is unknown, cannot run on this device, or would not be a true kernel there.
+    `rows` is the format of their rows, which "loop" decodes and "packed" computes with as they are. "auto" is the loop,
+    but for rows that are made to be computed with. Raise Refused for one that is unknown, cannot run on this device, or
+    would not be a true kernel there.
     """
-    if name in ("auto", "loop"):
+    if rows == "int4-cpu" and device.type != "cpu":
+        raise Refused(f"Rows of int4-cpu are in a processor's own order, and the model is on {device}; use int4.")
+    if name == "auto":
+        return packed if rows == "int4-cpu" else loop
+    if name == "loop":
         return loop
     if name == "packed":
         reason = why_not_packed(device, dtype, rows)
         if reason is not None:
-            raise Refused(f"Kernel packed computes with int8 codes in place, and {reason}; use the kernel loop.")
+            raise Refused(f"Kernel packed computes with codes in place, and {reason}; use the kernel loop.")
         return packed
     if name in KERNELS and rows != AS_IS:
         raise Refused(f"Kernel {name} reads weights as they are, and rows are {rows}; use the kernel loop.")

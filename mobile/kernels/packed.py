@@ -1,4 +1,4 @@
-"""The kernel for packed rows: products with int8 codes in place, without decoding a matrix. CPU, bfloat16."""
+"""The kernel for packed rows: products with codes in place, without decoding a matrix. CPU, bfloat16."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from mobile.kernels.loop import Groups, Views, multiplied, one_by_one
 from mobile.residency.residency import Wave
 from mobile.store import PackedWeights, Weights
+from mobile.store.formats import Int4Cpu
 
-FEW_PAIRS = 16  # tokens of one expert; at 64 the product in place took longer than decoding
+IN_PLACE = ("int8", "int4-cpu")  # row formats that it computes with
+FEW_PAIRS = 16  # tokens of one expert; at 64 the product with int8 in place took longer than decoding
 
 
 def packed(
@@ -23,7 +25,7 @@ def packed(
     views: Views,
     host: Views | None = None,
 ) -> torch.Tensor:
-    """Compute as `loop` does, with int8 matrices multiplied in place for few tokens. For arguments see `Kernel`.
+    """Compute as `loop` does, with matrices multiplied in place, int8 ones for few tokens. For arguments see `Kernel`.
 
     Equal to it up to rounding, 1e-2 of the largest output: scales meet sums, which are of products with whole numbers,
     not weights. Matrices of transposed experts are decoded.
@@ -33,6 +35,8 @@ def packed(
 
 def _in_place(module: Any, x: torch.Tensor, weights: Weights, slot: int) -> torch.Tensor:
     """Return x (pairs, inputs) times the matrix in a slot."""
+    if isinstance(weights, PackedWeights) and isinstance(weights.format, Int4Cpu):
+        return weights.format.multiply(x, {name: part[slot] for name, part in weights.parts.items()})
     if not isinstance(weights, PackedWeights) or not weights.inputs or len(x) > FEW_PAIRS:
         return multiplied(module, x, weights, slot)
     codes, scales = weights.parts["codes"][slot], weights.parts["scales"][slot].flatten()
@@ -44,8 +48,8 @@ def why_not(device: torch.device, dtype: torch.dtype, rows: str) -> str | None:
 
     In float32 and float16 PyTorch's takes 5 to 9 times as long as decoding.
     """
-    if rows != "int8":
-        return f"rows are {rows} and not int8"
+    if rows not in IN_PLACE:
+        return f"rows are {rows} and not {' or '.join(IN_PLACE)}"
     if device.type != "cpu":
         return f"it computes on the CPU, and the model is on {device}"
     if dtype != torch.bfloat16:

@@ -26,6 +26,7 @@ class ReplaySetup:
     """The decisions that a trace's cost depends on: a strategy, a geometry, a GPU and a number of slots.
 
     `layer_map` gives, for each layer of the recorded model, the layers of `geometry` charged with its routing.
+    `in_place` says that packed rows are not decoded.
     """
 
     strategy: Strategy
@@ -33,6 +34,7 @@ class ReplaySetup:
     layer_map: LayerMap
     hardware: HardwareProfile
     slots: int
+    in_place: bool = False
 
     @property
     def memory_nbytes(self) -> int:
@@ -43,7 +45,7 @@ class ReplaySetup:
     def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> FastResidency:
         """Return a residency with cold slots; its ledger keeps the newest `events`, its policies know the `future`."""
         ledger = Ledger(events)
-        cost = CostModel(self.hardware, self.geometry)
+        cost = CostModel(self.hardware, self.geometry, in_place=self.in_place)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
         context = PolicyContext.of(cost, self.slots, future, self.layer_map)
         made = FastResidency(self.strategy, context, link, cost, ledger)

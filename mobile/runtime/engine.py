@@ -15,7 +15,7 @@ import torch
 
 from mobile.costs.cost_model import CostModel
 from mobile.errors import Refused
-from mobile.kernels import group
+from mobile.kernels import group, packed
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link, LinkEnds
 from mobile.live_model import compat
@@ -126,7 +126,7 @@ class Engine:
 
     def connect(self, make: Callable[[LinkEnds], Link]) -> None:
         """Make the link and start with cold slots."""
-        self._cost = CostModel(self.hardware, self.geometry)
+        self._cost = CostModel(self.hardware, self.geometry, in_place=self.plan.kernel is packed)
         self.link = make(
             LinkEnds(
                 store=self.store,

@@ -235,7 +235,9 @@ def _cells_of(
             whole = strategy.name == ORACLE if strategy.lossless else answers
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
             live = generation(name, strategy.gamma, min(asked, at_most[task]))
-            if getattr(strategy, 'knows_cache', False):  # no trace says what it would have chosen: it answers in each cell itself
+            if getattr(
+                strategy, "knows_cache", False
+            ):  # no trace says what it would have chosen: it answers in each cell itself
                 yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None, link or "virtual")
             else:
                 yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)

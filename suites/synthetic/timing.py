@@ -29,7 +29,7 @@ from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated
 from suites.synthetic.cells import RECORDED, SyntheticCell
 from suites.synthetic.link_use import LinkUse, fallback_use
-from suites.synthetic.measurement import Measurement, copy_gb_per_s, record_of
+from suites.synthetic.measurement import Measurement, copy_gb_per_s, in_place, record_of
 from suites.synthetic.models import Synthetic
 from suites.synthetic.routing import scripts_of
 from suites.synthetic.script import Script, ScriptLength, drawn, with_rate
@@ -175,6 +175,7 @@ def attached(cell: SyntheticCell, made: Synthetic) -> AbstractContextManager[Eng
         hardware=cell.hardware,
         link=cell.link,
         link_gb_per_s=cell.link_gb_per_s,
+        kernel="packed" if in_place(cell) else "auto",
     )
 
 

@@ -36,8 +36,7 @@ class Int4:
 
     def pack(self, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], inputs: int) -> None:
         """Give each group the scale of least squared error among a few, and round."""
-        grouped = _grouped(weight.float(), inputs)
-        scales, codes = _least_error(grouped, inputs + 1, parts["scales"].dtype)
+        scales, codes = least_error(grouped(weight.float(), inputs), inputs + 1, parts["scales"].dtype)
         parts["scales"].copy_(scales.squeeze(inputs + 1))
         flat, half = codes.reshape(-1).to(torch.int8), len(parts["codes"])
         packed = parts["codes"].view(torch.int8)
@@ -59,16 +58,16 @@ class Int4:
         torch.bitwise_left_shift(packed, 4, out=codes[:half])
         torch.bitwise_and(packed[: len(codes) - half], UPPER, out=codes[half:])
         weight.view(-1).copy_(codes)
-        _grouped(weight, inputs).mul_(parts["scales"].to(weight.dtype).unsqueeze(inputs + 1))
+        grouped(weight, inputs).mul_(parts["scales"].to(weight.dtype).unsqueeze(inputs + 1))
 
 
-def _grouped(weight: torch.Tensor, inputs: int) -> torch.Tensor:
+def grouped(weight: torch.Tensor, inputs: int) -> torch.Tensor:
     """Return the matrix with its axis of inputs cut into (groups, inputs of each)."""
     group = group_of(weight.shape[inputs])
     return weight.unflatten(inputs, (-1, group))
 
 
-def _least_error(grouped: torch.Tensor, axis: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def least_error(grouped: torch.Tensor, axis: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales (1 on the `axis`), by a sixteenth in `dtype`, and codes, as float32.
 
     1. The weight of largest size gets the code -8: the scale has its sign.  2. The scale that fits these codes best,
