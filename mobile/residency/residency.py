@@ -166,6 +166,14 @@ class Residency:
         if self._idle_prefetcher is not None:
             self._prefetches.prefetch_if_idle()
 
+    def in_slots(self, layers: Sequence[int]) -> list[bool]:
+        """Return for each expert number whether all of `layers` have it in the decode pool, or on its way there.
+
+        An expert on its way counts: its bytes are paid for, and no choice then depends on when one copy ends.
+        """
+        slots = self.pool.slots
+        return [all(key in slots for key in keys) for keys in zip(*(self._keys[each] for each in layers), strict=True)]
+
     # --- one layer ----------------------------------------------------------------------------------
 
     def layer(
