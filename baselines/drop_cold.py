@@ -32,7 +32,9 @@ class ColdDrop:
         """Return the router's choice without the missing experts whose share is below the threshold."""
         ids, weights = routed.chosen
         share = weights.float() / weights.float().sum(-1, keepdim=True)
-        runs = routed.resident[ids] | (share >= self.threshold / ids.shape[-1]) | (share == share.amax(-1, keepdim=True))
+        runs = (
+            routed.resident[ids] | (share >= self.threshold / ids.shape[-1]) | (share == share.amax(-1, keepdim=True))
+        )
         return routed.marked(ids, runs)
 
 

@@ -123,7 +123,9 @@ def _learn(
     kind, (index, weights) = type(layer.router).__name__, own
     count = layer.count if gating.among == "all" else top_k
     if asked is None or index.shape[-1] >= layer.count:
-        raise Refused(f"{kind} leaves no expert to choose in place of its own; use a strategy that leaves it the choice.")
+        raise Refused(
+            f"{kind} leaves no expert to choose in place of its own; use a strategy that leaves it the choice."
+        )
     parts = layer.parts_of_output(*asked)
     offered, wider, scores = layer.choice_among(count, parts, *asked)
     if offered.shape != (len(index), count):
