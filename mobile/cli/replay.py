@@ -37,13 +37,18 @@ SWEPT = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # shares 
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded trace: its requests, and the strategy (at `gamma`) and model that chose their experts."""
+    """A recorded trace: its requests, and the strategy (at `gamma`) and model that chose their experts.
+
+    `slots` and `hardware` are those of the recording, None where it does not say.
+    """
 
     requests: list[traces.Request]
     geometry: Geometry
     recorder: Strategy
     gamma: float | None
     model: str | None
+    slots: int | None = None
+    hardware: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -84,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     trace = open_trace(arguments.trace)
     charged, layer_map = project(trace.geometry, arguments.geometry, arguments.rows)
     chosen, left_out = choose(trace, arguments.strategy, arguments.gamma)
+    if trace.recorder.knows_cache:
+        hold_to_recording(trace, arguments, charged, card)
     setups = [
         ReplaySetup(strategy, charged, layer_map, card, slots)
         for strategy in chosen
@@ -136,7 +143,8 @@ def open_trace(path: Path) -> Trace:
         raise Refused(
             f"{path} was recorded under {name!r}, which is not installed here; record it under another result."
         )
-    trace = Trace(requests, geometry, resolve(name, gamma), gamma, about.get("model"))
+    slots, hardware = (about.get(key) for key in ("slots", "hardware"))
+    trace = Trace(requests, geometry, resolve(name, gamma), gamma, about.get("model"), slots, hardware)
     if not trace.tokens:
         raise Refused(f"{path} holds no decoded token; record it with a larger --max-new-tokens.")
     return trace
@@ -165,6 +173,28 @@ def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tu
     if not chosen:
         raise Refused("No installed strategy routes as this trace does; install the one that recorded it.")
     return chosen, left_out
+
+
+def hold_to_recording(trace: Trace, arguments: argparse.Namespace, charged: Geometry, card: HardwareProfile) -> None:
+    """Have a trace whose experts were chosen by what was in slots replayed with the slots of its recording.
+
+    Raise Refused where other slots, sizes or hardware are asked for: other experts would have been in the slots.
+    """
+    name, slots = trace.recorder.name, trace.slots
+    if type(slots) is not int or not charged.top_k <= slots <= charged.total_experts:
+        raise Refused(f"This trace does not say with how many slots {name} recorded it; record it with `mobile trace`.")
+    asked = [*(arguments.slots or ()), *(arguments.memory or ())]
+    if asked not in ([], [slots]) or arguments.sweep or arguments.plot or charged != trace.geometry:
+        raise Refused(
+            f"{name} chose by what was in its {slots} slots, so this trace is replayed with those and its own geometry "
+            "alone; record one for every other size."
+        )
+    if card.name != trace.hardware:
+        raise Refused(
+            f"{name} chose by what was in its slots on {trace.hardware}, and other experts may be in them on "
+            f"{card.name}; give --hardware {trace.hardware}, or record a trace on the other."
+        )
+    arguments.slots, arguments.memory = [slots], None
 
 
 def _two_pass(strategy: Strategy) -> bool:

@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         "model": arguments.model,
         "strategy": engine.strategy.name,
         "gamma": getattr(engine.strategy.gating, "gamma", None),
+        "slots": engine.slots,
+        "hardware": engine.hardware.name,
         "chat_template": opened.template,
         "max_new_tokens": arguments.max_new_tokens,
         "prompt_sha256": [hashlib.sha256(text.encode()).hexdigest() for text in texts],

@@ -75,6 +75,41 @@ class MoeLayer:
                     return index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
         raise Refused(f"{type(self.router).__name__} gives no weights with its choice, so no layer is routed ahead.")
 
+    def parts_of_output(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int, int]:
+        """Return the positions of ids, weights and scores among the tensors that the router gives; runs no hook.
+
+        Asked for all experts it gives weights and scores of one shape, so this is found out at fewer. Raise Refused for
+        a router that lacks one of the three.
+        """
+        parts = self._ask(args, kwargs)
+        ids = next((n for n, part in enumerate(parts) if not part.is_floating_point()), None)
+        shape = None if ids is None else parts[ids].shape
+        floats = [(n, part) for n, part in enumerate(parts) if part.is_floating_point()]
+        weights = next((n for n, part in floats if part.shape == shape and part.shape[-1] < self.count), None)
+        scores = next((n for n, part in floats if part.shape[-1] >= self.count), None)
+        if ids is None or weights is None or scores is None:
+            raise Refused(
+                f"{type(self.router).__name__} does not give ids, weights and scores of its experts, so none can be "
+                "chosen in place of its own; use a strategy that leaves the choice to the router."
+            )
+        return ids, weights, scores
+
+    def choice_among(
+        self, count: int, where: tuple[int, int, int], args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the ids and weights (tokens, count) of the router's choice if it is to choose `count`, and its scores.
+
+        Scores are (tokens, experts); `where` is what `parts_of_output` found. Runs no hook.
+        """
+        now = self.top_k
+        try:
+            setattr(*self.top_k_attribute, count)
+            parts = self._ask(args, kwargs)
+        finally:
+            setattr(*self.top_k_attribute, now)
+        ids, weights, scores = (parts[each].reshape(-1, parts[each].shape[-1]) for each in where)
+        return ids, weights, scores[:, : self.count]
+
     def logits(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """Return the router's scores of every expert (tokens, experts) for these inputs; runs no hook."""
         return self._scores(self._ask(args, kwargs))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused, one_line
+from mobile.policies.cached_choice import Chooser, Chosen
 from mobile.policies.compose import JOIN, PARTS, ForHalf, SlotsForAll, in_words, share_out, split
 from mobile.policies.protocols import (
     Eviction,
@@ -63,8 +64,32 @@ class CustomRouting:
     foresees: bool = False
 
 
-Chosen = tuple[Any, Any]
-Gating = FullK | HalfK | BigLittle | CustomRouting
+@dataclass(frozen=True)
+class CachedRouting:
+    """Gating under which a decode token runs what a policy makes of the router's choice and of what is in slots.
+
+    `chooser` makes the policy, one object an engine. `among` is what it may choose from: the router's own choice
+    ("chosen"), its top K ("top-k": more, in a little pass), or "all" experts. A choice that is the router's own keeps
+    the router's weights; any other has the weights that the router gives those experts, in a sum as large as that of
+    its own choice if the router normalises its weights, or if `keeps_sum`. Prefill runs K.
+
+    Such tokens depend on what the slots hold: on earlier requests, on the number of slots, on the other rows of a
+    batch and, where experts are loaded ahead over a real link, on when copies end.
+    """
+
+    chooser: Callable[[PolicyContext], Chooser]
+    among: Literal["chosen", "top-k", "all"] = "all"
+    keeps_sum: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedBigLittle(BigLittle):
+    """MoBiLE's gating with a little pass that runs what `little` chooses; the big pass runs the router's own K."""
+
+    little: CachedRouting
+
+
+Gating = FullK | HalfK | BigLittle | CustomRouting | CachedRouting
 
 
 def _top_k(geometry: Geometry) -> int:
@@ -112,6 +137,17 @@ class Strategy:
     def gamma(self) -> float | None:
         """Return the confidence below which a token falls back; None where none does."""
         return self.gating.gamma if isinstance(self.gating, BigLittle) else None
+
+    @property
+    def cached_routing(self) -> CachedRouting | None:
+        """Return the part of the gating that chooses by what is in slots; None if there is none."""
+        gating = self.gating.little if isinstance(self.gating, CachedBigLittle) else self.gating
+        return gating if isinstance(gating, CachedRouting) else None
+
+    @property
+    def knows_cache(self) -> bool:
+        """Return whether what a token runs depends on what is in slots, so that only a live run tells its tokens."""
+        return self.cached_routing is not None
 
     @property
     def acts_on_decode(self) -> bool:
@@ -212,7 +248,7 @@ def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
         raise Refused(f"Strategy {strategy.name} has no gamma; leave it out, or use the strategy mobile.")
     if not gamma >= 0:
         raise Refused(f"gamma is a probability to compare with, and {gamma} is negative; the default is 0.7.")
-    return replace(strategy, gating=BigLittle(gamma))
+    return replace(strategy, gating=replace(strategy.gating, gamma=gamma))
 
 
 def _installed(name: str, asked: str) -> Strategy:

@@ -83,6 +83,8 @@ def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequenc
 
     The reason is worded as the end of a sentence.
     """
+    if strategy.knows_cache or recorder.knows_cache:
+        return _why_not_as_lived(strategy, recorder, requests)
     if recorder.routes_as_full_k and strategy.routes_as_full_k:
         return _why_not_predictable(strategy, recorder, requests)
     if isinstance(recorder.gating, BigLittle) and isinstance(strategy.gating, BigLittle):
@@ -93,6 +95,18 @@ def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequenc
     if (strategy.gating, strategy.lossless) == (recorder.gating, recorder.lossless):
         return _why_not_predictable(strategy, recorder, requests)
     return f"it would choose other experts than {recorder.name} did, so its tokens would differ"
+
+
+def _why_not_as_lived(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+    """Return why not, where one of the two chooses by what is in slots; None where they are the same strategy.
+
+    Even then what was chosen is right for the slots, the geometry and the hardware of the recording alone.
+    """
+    if strategy == recorder:
+        return _why_not_predictable(strategy, recorder, requests)
+    if not recorder.knows_cache:
+        return f"it chooses by what is in the slots, among experts that {recorder.name} recorded no scores of"
+    return f"{recorder.name} chose by what was in its slots, so its choices are right for that strategy alone"
 
 
 def _why_not_predictable(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:

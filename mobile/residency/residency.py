@@ -171,6 +171,14 @@ class Residency:
         """Whether the running pass asks the lookahead at every layer that runs from the pool."""
         return self.lookahead is not None and not self._prefetches.holds_fallback
 
+    def in_slots(self, layers: Sequence[int]) -> list[bool]:
+        """Return for each expert number whether all of `layers` have it in the decode pool, or on its way there.
+
+        An expert on its way counts: its bytes are paid for, and no choice then depends on when one copy ends.
+        """
+        slots = self.pool.slots
+        return [all(key in slots for key in keys) for keys in zip(*(self._keys[each] for each in layers), strict=True)]
+
     # --- one layer ----------------------------------------------------------------------------------
 
     def layer(

@@ -162,12 +162,13 @@ def _self_test(engine: Engine, decoder: Decoder) -> Findings:
             selftest.check_routers(decoder.stock, engine)
         if isinstance(strategy.gating, BigLittle):
             undoable = selftest.rolls_back(decoder.model, decoder.stock, engine)
+        routers = selftest.learn_routers(decoder.model, decoder.stock, engine) if strategy.knows_cache else None
         if strategy.quasi:
             quasi = quasi_hidden_state.learn(
                 decoder.model, engine.layers, engine.store, prefill, lambda: engine.running, engine.overrides
             )
             quasi.listen(engine.overrides)
-    return Findings(undoable, quasi)
+    return Findings(undoable, quasi, routers)
 
 
 @caller_modes.in_plain_modes

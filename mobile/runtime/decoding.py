@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mobile.errors import Refused
 from mobile.live_model import compat, generate_calls
 from mobile.live_model.overrides import Overrides
-from mobile.policies.strategy import BigLittle, CustomRouting, FullK, HalfK
+from mobile.policies.strategy import BigLittle, CachedRouting, CustomRouting, FullK, HalfK
 from mobile.runtime import rollback
 from mobile.runtime.engine import Engine
 from mobile.runtime.forward_pass import ForwardPass
@@ -133,7 +133,7 @@ class Decoder:
         # A decode step: one token a row, in one pass or two.
         valid = torch.ones(rows, 1, dtype=torch.bool, device=source.device)
         live = None if call is None else call.live(rows)
-        if isinstance(self.gating, FullK | CustomRouting):
+        if isinstance(self.gating, FullK | CustomRouting | CachedRouting):
             return self._one(ForwardPass("full", valid, live), asked)
         if isinstance(self.gating, HalfK):
             with engine.little_k():

@@ -26,6 +26,7 @@ from mobile.policies.strategy import CustomRouting
 from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.attach_plan import AttachPlan
+from mobile.runtime.cached_routing import CachedChoices, RouterFacts
 from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
@@ -41,11 +42,13 @@ class Findings:
     """Facts that the self-test at attach found out about the model.
 
     `undoable` are the types of caches, and of their layers, in which a step was undone without a trace. `quasi` is set
-    for a strategy that asks the next layer's router about the quasi-hidden state.
+    for a strategy that asks the next layer's router about the quasi-hidden state, `routers`, by layer, for one that
+    chooses by what is in slots.
     """
 
     undoable: frozenset[type] = frozenset()
     quasi: QuasiHiddenState | None = None
+    routers: Sequence[RouterFacts] | None = None
 
 
 class Engine:
@@ -89,6 +92,7 @@ class Engine:
         self.slot_rows = torch.empty(0, store.layout.numel, dtype=store.layout.dtype, device=self.device)
         self._views = store.layout.views(self.slot_rows)
         self._warned_alone = False
+        self._cached: CachedChoices | None = None
 
     @property
     def experts(self) -> int:
@@ -183,14 +187,10 @@ class Engine:
         self.link.reset()
         self._all_k()
         self.running = None
-        self.residency = Residency(
-            self.strategy,
-            PolicyContext.of(self._cost, self.slots, layer_map=self.layer_map),
-            self.link,
-            self._cost,
-            self.ledger,
-            self._emptied,
-        )
+        context = PolicyContext.of(self._cost, self.slots, layer_map=self.layer_map)
+        self.residency = Residency(self.strategy, context, self.link, self._cost, self.ledger, self._emptied)
+        if self.findings.routers is not None:  # until then, the self-test, routers are left alone
+            self._cached = CachedChoices(self.strategy, context, self.layers, self.findings.routers)
         if self._poison:
             poison(self.slot_rows)
         for key, slot in self.residency.preload_all():
@@ -307,13 +307,16 @@ class Engine:
     def _run_routed(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.running is None:
             return self._run_alone(layer, hidden, index, weights)
-        chosen = self._reroute(layer, index, weights) if self.running.kind == "full" else (index, weights)
+        chosen = self._reroute(layer, self.running, index, weights)
         return self._compute(layer, hidden, *self.running.select(layer, *chosen, self.experts))
 
-    def _reroute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> Selection:
+    def _reroute(self, layer: int, running: ForwardPass, index: torch.Tensor, weights: torch.Tensor) -> Selection:
         """Return the gating's choice in place of the router's; an expert of weight 0 is left out."""
         gating = self.strategy.gating
-        if not isinstance(gating, CustomRouting):
+        if self._cached is not None and running.kind == self._cached.kind:
+            in_slots = self.residency.in_slots(self.layer_map[layer])
+            return self._cached.select(layer, running.router_inputs.get(layer), (index, weights), in_slots)
+        if not isinstance(gating, CustomRouting) or running.kind != "full":
             return index, weights
         index, weights = gating.choose(layer, (index, weights), self.next_layer.take_selection(layer))
         return index.masked_fill(weights == 0, self.experts), weights
