@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ def open_trace(path: Path) -> Trace:
             raise TypeError("a size is not a count")
         if not isinstance(name, str) or not isinstance(gamma, float | int | None):
             raise TypeError("neither a strategy nor its gamma")
+        if not isinstance(about.get("signal"), str | None):
+            raise TypeError("no name of a signal")
     except (AttributeError, KeyError, TypeError) as error:
         raise Refused(
             f"{path} does not say which model and strategy it is of; record it with `mobile trace`."
@@ -135,7 +137,8 @@ def open_trace(path: Path) -> Trace:
         raise Refused(
             f"{path} was recorded under {name!r}, which is not installed here; record it under another result."
         )
-    trace = Trace(requests, geometry, resolve(name, gamma), gamma, about.get("model"))
+    recorder = _judging_by(resolve(name, gamma), about.get("signal"))
+    trace = Trace(requests, geometry, recorder, gamma, about.get("model"))
     if not trace.tokens:
         raise Refused(f"{path} holds no decoded token; record it with a larger --max-new-tokens.")
     return trace
@@ -151,7 +154,7 @@ def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tu
     for name in dict.fromkeys(names or strategies()):
         strategy = resolve(name)
         if _two_pass(strategy):
-            strategy = resolve(strategy, shared_gamma)
+            strategy = resolve(_judging_by(strategy, trace.recorder.signal), shared_gamma)
         reason = why_not_replayable(strategy, trace.recorder, trace.requests)
         if reason is None:
             chosen.append(strategy)
@@ -164,6 +167,13 @@ def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tu
     if not chosen:
         raise Refused("No installed strategy routes as this trace does; install the one that recorded it.")
     return chosen, left_out
+
+
+def _judging_by(strategy: Strategy, signal: str | None) -> Strategy:
+    """Return the strategy with this signal as its confidence, where it has one and a signal is given. Raise Refused."""
+    if signal is None or not isinstance(strategy.gating, BigLittle):
+        return strategy
+    return replace(strategy, gating=replace(strategy.gating, signal=signal))
 
 
 def _two_pass(strategy: Strategy) -> bool:

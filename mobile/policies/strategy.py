@@ -17,6 +17,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused, one_line
 from mobile.policies.protocols import Eviction, LeastRecentlyUsed, Lookahead, Placement, PolicyContext
+from mobile.policies.signals import PROBABILITY, SIGNALS
 from mobile.suggest import offer
 
 Retain = Literal["nothing", "some", "everything"]
@@ -37,9 +38,23 @@ class HalfK:
 
 @dataclass(frozen=True)
 class BigLittle:
-    """MoBiLE's gating: run K/2 first, and again with K if the highest softmax probability is below `gamma`."""
+    """MoBiLE's gating: run K/2 first, and again with K if the confidence is below `gamma`.
+
+    `signal` names the confidence, see `mobile.policies.signals`: the paper's is the highest softmax probability.
+    """
 
     gamma: float = 0.7
+    signal: str = PROBABILITY
+
+    def __post_init__(self) -> None:
+        """Raise Refused for an unknown signal."""
+        if self.signal not in SIGNALS:
+            raise Refused(f"Unknown confidence signal {self.signal!r}; {offer(self.signal, SIGNALS)}.")
+
+    @property
+    def replays_routers(self) -> bool:
+        """Return whether every router is asked again after every little pass, and not only before a big one."""
+        return SIGNALS[self.signal].replays_routers
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,11 @@ class Strategy:
     def gamma(self) -> float | None:
         """Return the confidence below which a token falls back; None where none does."""
         return self.gating.gamma if isinstance(self.gating, BigLittle) else None
+
+    @property
+    def signal(self) -> str | None:
+        """Return the signal that is compared with gamma; None where none is."""
+        return self.gating.signal if isinstance(self.gating, BigLittle) else None
 
     @property
     def acts_on_decode(self) -> bool:
@@ -184,4 +204,4 @@ def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
         raise Refused(f"Strategy {strategy.name} has no gamma; leave it out, or use the strategy mobile.")
     if not gamma >= 0:
         raise Refused(f"gamma is a probability to compare with, and {gamma} is negative; the default is 0.7.")
-    return replace(strategy, gating=BigLittle(gamma))
+    return replace(strategy, gating=replace(strategy.gating, gamma=gamma))

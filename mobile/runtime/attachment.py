@@ -143,6 +143,7 @@ def _self_test(engine: Engine, decoder: Decoder) -> Findings:
         if isinstance(strategy.gating, HalfK | BigLittle):
             selftest.check_routers(decoder.stock, engine)
         if isinstance(strategy.gating, BigLittle):
+            selftest.check_signal(decoder.stock, engine, strategy.gating)
             undoable = selftest.rolls_back(decoder.model, decoder.stock, engine)
         if strategy.quasi:
             quasi = quasi_hidden_state.learn(

@@ -33,6 +33,7 @@ from mobile.runtime.recording import Recorder
 from mobile.store import HostStore, Store
 
 Scope = AbstractContextManager[Any]
+Compare = Callable[[ForwardPass, torch.Tensor, torch.Tensor], None]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
@@ -70,6 +71,7 @@ class Engine:
         self.lock = threading.RLock()
         self._kernel, self._poison = plan.kernel, poison
         self._pass_scope: Callable[[ForwardPass], Scope] = nullcontext
+        self.compare: Compare | None = None
         self._top_k = [layer.top_k for layer in layers]
         # By charged layer, the live layer that holds its experts' rows.
         self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
@@ -278,6 +280,18 @@ class Engine:
             yield
         finally:
             self._kernel, self._pass_scope = before
+
+    @contextmanager
+    def comparing(self, compare: Compare) -> Iterator[None]:
+        """Inside the block, call `compare` after every big pass: with the little pass, its logits and the big one's.
+
+        Logits are (rows, V). Rows that were sure or have ended are among them.
+        """
+        self.compare = compare
+        try:
+            yield
+        finally:
+            self.compare = None
 
     @contextmanager
     def passing(self, running: ForwardPass) -> Iterator[None]:

@@ -16,8 +16,10 @@ import torch
 from mobile.errors import Refused
 from mobile.live_model import compat
 from mobile.live_model.overrides import Overrides
+from mobile.policies.strategy import BigLittle
 from mobile.replay.trace import Kind
 from mobile.runtime import rollback
+from mobile.runtime.confidence import replay_routers
 from mobile.runtime.engine import Engine
 from mobile.runtime.experts import bind
 from mobile.runtime.forward_pass import ForwardPass
@@ -112,6 +114,21 @@ def check_routers(stock: Forward, engine: Engine) -> None:
                 f"{type(layer.router).__name__} always chooses {index.shape[-1]} experts, so no token can run with "
                 f"{little_k}; use a strategy that runs all of them."
             )
+
+
+def check_signal(stock: Forward, engine: Engine, gating: BigLittle) -> None:
+    """Raise Refused if the gating's signal needs router weights, and a router gives none with its choice."""
+    if gating.replays_routers:
+        with engine.little_k():
+            _, running = _run(stock, engine, "little", 0, use_cache=False)
+        try:
+            replay_routers(engine.layers, running)
+        except Refused as error:
+            router = type(engine.layers[0].router).__name__
+            raise Refused(
+                f"{router} gives no weights with its choice, which the signal {gating.signal} is made of; "
+                "use another signal."
+            ) from error
 
 
 def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:
