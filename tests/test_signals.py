@@ -181,7 +181,7 @@ def test_mobile_replay_goes_by_the_signal_that_a_trace_names(tmp_path, capsys):
 
 def test_a_router_that_gives_no_weights_has_no_coverage():
     model = families.tiny("jamba")
-    with pytest.raises(Refused, match="the signal coverage"):
+    with pytest.raises(Refused, match="coverage is made of"):
         mobile.attach(model, judging("coverage", 0.5), slots=8)
     assert not hasattr(model, "mobile")
     mobile.attach(model, judging("margin", 0.5), slots=8)

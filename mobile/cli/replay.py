@@ -70,7 +70,8 @@ def declare(commands: Any) -> None:
     named = f"compute times as if the model were NAME: {', '.join(GEOMETRIES)}"
     parser.add_argument("--geometry", metavar="NAME", help=named)
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
-    parser.add_argument("--gamma", type=float, metavar="P", help="gamma of `mobile` (default: the trace's)")
+    says = "gamma of `mobile`, or a FILE of `mobile tune` (default: the trace's)"
+    parser.add_argument("--gamma", type=options.number_or_file, metavar="P", help=says)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rate against memory, as .svg or .png")
     options.json(parser)
 
@@ -144,7 +145,9 @@ def open_trace(path: Path) -> Trace:
     return trace
 
 
-def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tuple[list[Strategy], dict[str, str]]:
+def choose(
+    trace: Trace, names: Sequence[str] | None, gamma: float | str | None
+) -> tuple[list[Strategy], dict[str, str]]:
     """Return the strategies to compare and, by name, why each of the other installed ones cannot be.
 
     Raise Refused if one of `names` cannot, or none is left, or none of them has a gamma.

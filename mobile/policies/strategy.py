@@ -5,6 +5,7 @@ Strategies are found through entry points, so that a package of its own can add 
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused, one_line
+from mobile.policies import tuned as tuned_file
 from mobile.policies.protocols import Eviction, LeastRecentlyUsed, Lookahead, Placement, PolicyContext
 from mobile.policies.signals import PROBABILITY, SIGNALS
 from mobile.suggest import offer
@@ -189,10 +191,10 @@ def _entry_points_of_checkout() -> list[EntryPoint] | None:
     return [EntryPoint(name, value, GROUP) for name, value in project["entry-points"][GROUP].items()]
 
 
-def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
-    """Return the Strategy of that name, with its gamma replaced where given.
+def resolve(strategy: str | Strategy, gamma: float | str | os.PathLike[str] | None = None) -> Strategy:
+    """Return the Strategy of that name, with its gamma replaced where given; a file of `mobile tune` has a signal, too.
 
-    Raise Refused for an unknown name, or a gamma for a strategy that has none.
+    Raise Refused for an unknown name, a gamma for a strategy that has none, or a file that is not sound.
     """
     if isinstance(strategy, str):
         if strategy not in strategies():
@@ -202,6 +204,9 @@ def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
         return strategy
     if not isinstance(strategy.gating, BigLittle):
         raise Refused(f"Strategy {strategy.name} has no gamma; leave it out, or use the strategy mobile.")
+    if isinstance(gamma, str | os.PathLike):
+        tuned = tuned_file.read(gamma)
+        return replace(strategy, gating=replace(strategy.gating, gamma=tuned.gamma, signal=tuned.signal))
     if not gamma >= 0:
         raise Refused(f"gamma is a probability to compare with, and {gamma} is negative; the default is 0.7.")
     return replace(strategy, gating=replace(strategy.gating, gamma=gamma))

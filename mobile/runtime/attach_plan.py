@@ -18,6 +18,7 @@ from mobile.kernels import Kernel, kernel_named, loop
 from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
+from mobile.policies.tuned import check_model
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.store import ExpertLayout
 
@@ -26,7 +27,8 @@ from mobile.store import ExpertLayout
 class AttachOptions:
     """The keywords that `mobile.load` and `mobile.attach` share.
 
-    - `strategy`: a name that `mobile.strategies()` lists, or a Strategy. `gamma` replaces its confidence threshold.
+    - `strategy`: a name that `mobile.strategies()` lists, or a Strategy. `gamma` replaces its confidence threshold: a
+      number, or a file of `mobile tune`, which names the signal as well.
     - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
       the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
       `memory` also caps what this process may allocate there.
@@ -47,7 +49,7 @@ class AttachOptions:
     hardware: str | HardwareProfile = "auto"
     link: str = "auto"
     link_gb_per_s: float | None = None
-    gamma: float | None = None
+    gamma: float | str | os.PathLike[str] | None = None
     geometry: str | None = None
     kernel: str = "auto"
     store: str | os.PathLike[str] | None = None
@@ -90,6 +92,7 @@ def plan_attach(
         raise Refused(f"Strategy {strategy.name} needs to know the future; record a trace, and replay it.")
     link, hardware = _link_and_hardware(options, device)
     native = compat.geometry_of(model, layers, layout.page_aligned() if folder else layout)
+    check_model(options.gamma, native)
     charged, layer_map = project(native, options.geometry)
     slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
     if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:

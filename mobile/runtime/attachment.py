@@ -34,7 +34,7 @@ def attach(
     hardware: str | HardwareProfile = "auto",
     link: str = "auto",
     link_gb_per_s: float | None = None,
-    gamma: float | None = None,
+    gamma: float | str | os.PathLike[str] | None = None,
     geometry: str | None = None,
     kernel: str = "auto",
     store: str | os.PathLike[str] | None = None,

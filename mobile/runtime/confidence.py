@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mobile.errors import Refused
 from mobile.live_model.compat import MoeLayer
 from mobile.policies.signals import SIGNALS
 from mobile.runtime.forward_pass import ForwardPass, Selection
@@ -21,7 +22,13 @@ def replay_routers(layers: Sequence[MoeLayer], little: ForwardPass) -> list[Sele
 
     Raise Refused for a router that gives no weights.
     """
-    return [layer.choice(*little.router_inputs[number]) for number, layer in enumerate(layers)]
+    try:
+        return [layer.choice(*little.router_inputs[number]) for number, layer in enumerate(layers)]
+    except Refused as error:
+        raise Refused(
+            f"{type(layers[0].router).__name__} gives no weights with its choice, which coverage is made of; judge "
+            "tokens by another signal."
+        ) from error
 
 
 def confidence(

@@ -66,7 +66,6 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
         self.model, self.engine = model, engine
-        self.gating = engine.strategy.gating
         self.stock = model.forward
         self._warned: set[str] = set()
 
@@ -134,12 +133,13 @@ class Decoder:
         # A decode step: one token a row, in one pass or two.
         valid = torch.ones(rows, 1, dtype=torch.bool, device=source.device)
         live = None if call is None else call.live(rows)
-        if isinstance(self.gating, FullK | CustomRouting):
+        gating = engine.strategy.gating
+        if isinstance(gating, FullK | CustomRouting):
             return self._one(ForwardPass("full", valid, live), asked)
-        if isinstance(self.gating, HalfK):
+        if isinstance(gating, HalfK):
             with engine.little_k():
                 return self._one(ForwardPass("little", valid, live), asked)
-        return self._two(ForwardPass("little", valid, live), asked, given, self.gating)
+        return self._two(ForwardPass("little", valid, live), asked, given, gating)
 
     def _one(self, running: ForwardPass, asked: Forward, fresh: bool = False) -> Any:
         """Run and record a single pass; `fresh` begins new requests."""

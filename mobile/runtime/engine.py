@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +22,7 @@ from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
 from mobile.live_model.overrides import Overrides
 from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import CustomRouting
+from mobile.policies.strategy import BigLittle, CustomRouting, Strategy
 from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.attach_plan import AttachPlan
@@ -280,6 +280,26 @@ class Engine:
             yield
         finally:
             self._kernel, self._pass_scope = before
+
+    @contextmanager
+    def gated(self, gating: BigLittle) -> Iterator[None]:
+        """Inside the block, judge little passes by another gamma or signal than the strategy's own.
+
+        The engine starts cold, with an empty ledger, at both ends. Raise Refused for a strategy without little passes.
+        """
+        before = self.strategy
+        if not isinstance(before.gating, BigLittle):
+            raise Refused(f"Strategy {before.name} has no gamma; use the strategy mobile.")
+        self._switch(replace(before, gating=gating))
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, strategy: Strategy) -> None:
+        with self.lock:
+            self.strategy = strategy
+            self.restart()
 
     @contextmanager
     def comparing(self, compare: Compare) -> Iterator[None]:

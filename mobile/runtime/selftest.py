@@ -121,14 +121,7 @@ def check_signal(stock: Forward, engine: Engine, gating: BigLittle) -> None:
     if gating.replays_routers:
         with engine.little_k():
             _, running = _run(stock, engine, "little", 0, use_cache=False)
-        try:
-            replay_routers(engine.layers, running)
-        except Refused as error:
-            router = type(engine.layers[0].router).__name__
-            raise Refused(
-                f"{router} gives no weights with its choice, which the signal {gating.signal} is made of; "
-                "use another signal."
-            ) from error
+        replay_routers(engine.layers, running)
 
 
 def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:
