@@ -13,7 +13,6 @@ import torch
 
 from mobile.errors import Refused
 from mobile.live_model.compat import MoeLayer
-from mobile.policies.signals import SIGNALS
 from mobile.runtime.forward_pass import ForwardPass, Selection
 
 
@@ -50,11 +49,6 @@ def confidence(
         return (1 - torch.special.entr(probabilities).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
     highest = probabilities.amax(-1)
     return highest * _coverage(little, replayed) if signal == "product" else highest
-
-
-def all_signals(logits: torch.Tensor, little: ForwardPass, replayed: Sequence[Selection]) -> dict[str, torch.Tensor]:
-    """Return every signal of a little pass by name, as `confidence` does."""
-    return {name: confidence(name, logits, little, replayed) for name in SIGNALS}
 
 
 def _coverage(little: ForwardPass, replayed: Sequence[Selection]) -> torch.Tensor:
