@@ -106,8 +106,8 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     if isinstance(strategy.gating, BigLittle):
         fallbacks = rate or 0.0
         moved = layers * (little + fallbacks * (full - little))
-        prediction = cost.router_replay_ns if strategy.prefetch_on_fallback else 0
-        nanoseconds = compute_ns(little) + fallbacks * (prediction + compute_ns(full))
+        asked_again = 1.0 if strategy.gating.replays_routers else fallbacks * strategy.prefetch_on_fallback
+        nanoseconds = compute_ns(little) + asked_again * cost.router_replay_ns + fallbacks * compute_ns(full)
     else:
         chosen = little if isinstance(strategy.gating, HalfK) else full
         on_cpu = 0 if strategy.on_cpu is None else len(strategy.on_cpu(cost).on_cpu(0, [1] * chosen))

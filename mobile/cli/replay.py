@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def declare(commands: Any) -> None:
     parser.add_argument("--geometry", metavar="NAME", help=named)
     options.rows(parser, "as-is")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
-    parser.add_argument("--gamma", type=float, metavar="P", help="gamma of `mobile` (default: the trace's)")
+    says = "gamma of `mobile`, or a FILE of `mobile tune` (default: the trace's)"
+    parser.add_argument("--gamma", type=options.number_or_file, metavar="P", help=says)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rate against memory, as .svg or .png")
     options.json(parser)
 
@@ -135,6 +136,8 @@ def open_trace(path: Path) -> Trace:
             raise TypeError("a size is not a count")
         if not isinstance(name, str) or not isinstance(gamma, float | int | None):
             raise TypeError("neither a strategy nor its gamma")
+        if not isinstance(about.get("signal"), str | None):
+            raise TypeError("no name of a signal")
     except (AttributeError, KeyError, TypeError) as error:
         raise Refused(
             f"{path} does not say which model and strategy it is of; record it with `mobile trace`."
@@ -143,14 +146,17 @@ def open_trace(path: Path) -> Trace:
         raise Refused(
             f"{path} was recorded under {name!r}, which is not installed here; record it under another result."
         )
+    recorder = _judging_by(resolve(name, gamma), about.get("signal"))
     slots, hardware = (about.get(key) for key in ("slots", "hardware"))
-    trace = Trace(requests, geometry, resolve(name, gamma), gamma, about.get("model"), slots, hardware)
+    trace = Trace(requests, geometry, recorder, gamma, about.get("model"), slots, hardware)
     if not trace.tokens:
         raise Refused(f"{path} holds no decoded token; record it with a larger --max-new-tokens.")
     return trace
 
 
-def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tuple[list[Strategy], dict[str, str]]:
+def choose(
+    trace: Trace, names: Sequence[str] | None, gamma: float | str | None
+) -> tuple[list[Strategy], dict[str, str]]:
     """Return the strategies to compare and, by name, why each of the other installed ones cannot be.
 
     Raise Refused if one of `names` cannot, or none is left, or none of them has a gamma.
@@ -160,7 +166,7 @@ def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tu
     for name in dict.fromkeys(names or strategies()):
         strategy = resolve(name)
         if _two_pass(strategy):
-            strategy = resolve(strategy, shared_gamma)
+            strategy = resolve(_judging_by(strategy, trace.recorder.signal), shared_gamma)
         reason = why_not_replayable(strategy, trace.recorder, trace.requests)
         if reason is None:
             chosen.append(strategy)
@@ -195,6 +201,13 @@ def hold_to_recording(trace: Trace, arguments: argparse.Namespace, charged: Geom
             f"{card.name}; give --hardware {trace.hardware}, or record a trace on the other."
         )
     arguments.slots, arguments.memory = [slots], None
+
+
+def _judging_by(strategy: Strategy, signal: str | None) -> Strategy:
+    """Return the strategy with this signal as its confidence, where it has one and a signal is given. Raise Refused."""
+    if signal is None or not isinstance(strategy.gating, BigLittle):
+        return strategy
+    return replace(strategy, gating=replace(strategy.gating, signal=signal))
 
 
 def _two_pass(strategy: Strategy) -> bool:

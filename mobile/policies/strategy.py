@@ -5,17 +5,19 @@ Strategies are found through entry points, so that a package of its own can add 
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused, one_line
+from mobile.policies import tuned as tuned_file
 from mobile.policies.cached_choice import Chooser, Chosen
 from mobile.policies.compose import JOIN, PARTS, ForHalf, SlotsForAll, in_words, share_out, split
 from mobile.policies.protocols import (
@@ -26,6 +28,7 @@ from mobile.policies.protocols import (
     Placement,
     PolicyContext,
 )
+from mobile.policies.signals import PROBABILITY, SIGNALS
 from mobile.suggest import offer
 
 Retain = Literal["nothing", "some", "everything"]
@@ -46,9 +49,23 @@ class HalfK:
 
 @dataclass(frozen=True)
 class BigLittle:
-    """MoBiLE's gating: run K/2 first, and again with K if the highest softmax probability is below `gamma`."""
+    """MoBiLE's gating: run K/2 first, and again with K if the confidence is below `gamma`.
+
+    `signal` names the confidence, see `mobile.policies.signals`: the paper's is the highest softmax probability.
+    """
 
     gamma: float = 0.7
+    signal: str = PROBABILITY
+
+    def __post_init__(self) -> None:
+        """Raise Refused for an unknown signal."""
+        if self.signal not in SIGNALS:
+            raise Refused(f"Unknown confidence signal {self.signal!r}; {offer(self.signal, SIGNALS)}.")
+
+    @property
+    def replays_routers(self) -> bool:
+        """Return whether every router is asked again after every little pass, and not only before a big one."""
+        return SIGNALS[self.signal].replays_routers
 
 
 @dataclass(frozen=True)
@@ -149,6 +166,10 @@ class Strategy:
         """Return whether what a token runs depends on what is in slots, so that only a live run tells its tokens."""
         return self.cached_routing is not None
 
+    def signal(self) -> str | None:
+        """Return the signal that is compared with gamma; None where none is."""
+        return self.gating.signal if isinstance(self.gating, BigLittle) else None
+
     @property
     def acts_on_decode(self) -> bool:
         """Return whether decode tokens run other experts than a prompt's tokens, or find them in a cache."""
@@ -235,10 +256,11 @@ def _entry_points_of_checkout() -> list[EntryPoint] | None:
     return [EntryPoint(name, value, GROUP) for name, value in project["entry-points"][GROUP].items()]
 
 
-def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
+def resolve(strategy: str | Strategy, gamma: float | str | os.PathLike[str] | None = None) -> Strategy:
     """Return the Strategy of that name, or of names joined by "+", with its gamma replaced where given.
 
-    Raise Refused for an unknown name, names that cannot be composed, or a gamma for a strategy that has none.
+    A file of `mobile tune` has a signal, too. Raise Refused for an unknown name, names that cannot be composed, a gamma
+    for a strategy that has none, or a file that is not sound.
     """
     if isinstance(strategy, str):
         strategy = compose([_installed(name, strategy) for name in split(strategy)])
@@ -246,6 +268,9 @@ def resolve(strategy: str | Strategy, gamma: float | None = None) -> Strategy:
         return strategy
     if not isinstance(strategy.gating, BigLittle):
         raise Refused(f"Strategy {strategy.name} has no gamma; leave it out, or use the strategy mobile.")
+    if isinstance(gamma, str | os.PathLike):
+        tuned = tuned_file.read(gamma)
+        return replace(strategy, gating=replace(strategy.gating, gamma=tuned.gamma, signal=tuned.signal))
     if not gamma >= 0:
         raise Refused(f"gamma is a probability to compare with, and {gamma} is negative; the default is 0.7.")
     return replace(strategy, gating=replace(strategy.gating, gamma=gamma))

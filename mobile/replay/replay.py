@@ -88,6 +88,10 @@ def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequenc
     if recorder.routes_as_full_k and strategy.routes_as_full_k:
         return _why_not_predictable(strategy, recorder, requests)
     if isinstance(recorder.gating, BigLittle) and isinstance(strategy.gating, BigLittle):
+        if strategy.gating.signal != recorder.gating.signal:
+            return (
+                f"it judges a token by its {strategy.gating.signal}, and the trace holds the {recorder.gating.signal}"
+            )
         wrong = _count_changed_fallbacks(strategy.gating.gamma, requests)
         if wrong:
             return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise"

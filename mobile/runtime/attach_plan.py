@@ -18,6 +18,7 @@ from mobile.kernels import Kernel, kernel_named, loop, packed
 from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
+from mobile.policies.tuned import check_model
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.store import ExpertLayout
 
@@ -26,7 +27,8 @@ from mobile.store import ExpertLayout
 class AttachOptions:
     """The keywords that `mobile.load` and `mobile.attach` share.
 
-    - `strategy`: a name that `mobile.strategies()` lists, or a Strategy. `gamma` replaces its confidence threshold.
+    - `strategy`: a name that `mobile.strategies()` lists, or a Strategy. `gamma` replaces its confidence threshold: a
+      number, or a file of `mobile tune`, which names the signal as well.
     - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
       the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
       `memory` also caps what this process may allocate there.
@@ -51,7 +53,7 @@ class AttachOptions:
     hardware: str | HardwareProfile = "auto"
     link: str = "auto"
     link_gb_per_s: float | None = None
-    gamma: float | None = None
+    gamma: float | str | os.PathLike[str] | None = None
     geometry: str | None = None
     kernel: str = "auto"
     store: str | os.PathLike[str] | None = None
@@ -102,6 +104,7 @@ def plan_attach(
     if folder is not None:
         layout = layout.page_aligned()
     native = compat.geometry_of(model, layers, layout)
+    check_model(options.gamma, native)
     charged, layer_map = project(native, options.geometry, options.rows)
     slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
     if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:

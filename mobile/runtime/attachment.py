@@ -34,7 +34,7 @@ def attach(
     hardware: str | HardwareProfile = "auto",
     link: str = "auto",
     link_gb_per_s: float | None = None,
-    gamma: float | None = None,
+    gamma: float | str | os.PathLike[str] | None = None,
     geometry: str | None = None,
     kernel: str = "auto",
     store: str | os.PathLike[str] | None = None,
@@ -161,6 +161,7 @@ def _self_test(engine: Engine, decoder: Decoder) -> Findings:
         if isinstance(strategy.gating, HalfK | BigLittle):
             selftest.check_routers(decoder.stock, engine)
         if isinstance(strategy.gating, BigLittle):
+            selftest.check_signal(decoder.stock, engine, strategy.gating)
             undoable = selftest.rolls_back(decoder.model, decoder.stock, engine)
         routers = selftest.learn_routers(decoder.model, decoder.stock, engine) if strategy.knows_cache else None
         if strategy.quasi:

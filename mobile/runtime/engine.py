@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +22,7 @@ from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
 from mobile.live_model.overrides import Overrides
 from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import CustomRouting
+from mobile.policies.strategy import BigLittle, CustomRouting, Strategy
 from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.attach_plan import AttachPlan
@@ -34,6 +34,7 @@ from mobile.runtime.recording import Recorder
 from mobile.store import HostStore, Store, poison
 
 Scope = AbstractContextManager[Any]
+Compare = Callable[[ForwardPass, torch.Tensor, torch.Tensor], None]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
@@ -83,6 +84,7 @@ class Engine:
         self.lock = threading.RLock()
         self._kernel, self._poison = plan.kernel, poison
         self._pass_scope: Callable[[ForwardPass], Scope] = nullcontext
+        self.compare: Compare | None = None
         self._top_k = [layer.top_k for layer in layers]
         # By charged layer, the live layer that holds its experts' rows.
         self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
@@ -289,6 +291,38 @@ class Engine:
             yield
         finally:
             self._kernel, self._pass_scope = before
+
+    @contextmanager
+    def gated(self, gating: BigLittle) -> Iterator[None]:
+        """Inside the block, judge little passes by another gamma or signal than the strategy's own.
+
+        The engine starts cold, with an empty ledger, at both ends. Raise Refused for a strategy without little passes.
+        """
+        before = self.strategy
+        if not isinstance(before.gating, BigLittle):
+            raise Refused(f"Strategy {before.name} has no gamma; use the strategy mobile.")
+        self._switch(replace(before, gating=gating))
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, strategy: Strategy) -> None:
+        with self.lock:
+            self.strategy = strategy
+            self.restart()
+
+    @contextmanager
+    def comparing(self, compare: Compare) -> Iterator[None]:
+        """Inside the block, call `compare` after every big pass: with the little pass, its logits and the big one's.
+
+        Logits are (rows, V). Rows that were sure or have ended are among them.
+        """
+        self.compare = compare
+        try:
+            yield
+        finally:
+            self.compare = None
 
     @contextmanager
     def passing(self, running: ForwardPass) -> Iterator[None]:

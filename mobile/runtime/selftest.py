@@ -16,8 +16,10 @@ import torch
 from mobile.errors import Refused
 from mobile.live_model import compat
 from mobile.live_model.overrides import Overrides
+from mobile.policies.strategy import BigLittle
 from mobile.replay.trace import Kind
 from mobile.runtime import cached_routing, rollback
+from mobile.runtime.confidence import replay_routers
 from mobile.runtime.engine import Engine
 from mobile.runtime.experts import bind
 from mobile.runtime.forward_pass import ForwardPass
@@ -132,6 +134,14 @@ def learn_routers(model: Any, stock: Forward, engine: Engine) -> Sequence[cached
         if isinstance(error, Refused):
             raise
         raise Refused(f"The model does not run on token ids alone ({error}); use a lossless strategy.") from error
+
+
+def check_signal(stock: Forward, engine: Engine, gating: BigLittle) -> None:
+    """Raise Refused if the gating's signal needs router weights, and a router gives none with its choice."""
+    if gating.replays_routers:
+        with engine.little_k():
+            _, running = _run(stock, engine, "little", 0, use_cache=False)
+        replay_routers(engine.layers, running)
 
 
 def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:

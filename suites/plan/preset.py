@@ -23,6 +23,7 @@ from suites.budget import percent_of
 from suites.identity import HERE, SHIPPED, Model, check_name, lists_shipped_files, model_hash
 from suites.plan import preset_file
 from suites.plan.cells import Cell, Generation
+from suites.plan.signal_cells import SignalCell, signal_cells_of
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.catalogue import GROUPS, PUBLISHED, TASKS, expand
@@ -31,6 +32,7 @@ from suites.tasks.files import items_of
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 MOST_CELLS = 20_000
+AnyCell = Cell | SyntheticCell | ReferenceCell | SignalCell
 OVERRIDABLE = (  # keys of a preset that a model may set for itself
     "strategies",
     "budgets",
@@ -51,7 +53,7 @@ class Preset:
 
     name: str
     minutes: int
-    cells: tuple[Cell | SyntheticCell | ReferenceCell, ...]
+    cells: tuple[AnyCell, ...]
 
     @property
     def scored(self) -> list[Cell]:
@@ -82,6 +84,11 @@ class Preset:
     def references(self) -> list[ReferenceCell]:
         """Return the measurements that those are held against."""
         return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
+
+    @property
+    def signals(self) -> list[SignalCell]:
+        """Return the cells that compare confidence signals."""
+        return [cell for cell in self.cells if isinstance(cell, SignalCell)]
 
     def only(self, pattern: str | None) -> Preset:
         """Return the preset with the cells whose label holds the pattern (as it is, or with * and ? as in file names).
@@ -133,7 +140,7 @@ def read_preset(
         raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
 
 
-def _preset(name: str, data: dict[str, Any], asked: Iterable[Cell | SyntheticCell | ReferenceCell]) -> Preset:
+def _preset(name: str, data: dict[str, Any], asked: Iterable[AnyCell]) -> Preset:
     """Return the preset of these cells. Raise Refused where there are none, too many, or one twice; KeyError."""
     cells = tuple(islice(asked, MOST_CELLS + 1))
     if not cells:
@@ -152,8 +159,8 @@ def _preset(name: str, data: dict[str, Any], asked: Iterable[Cell | SyntheticCel
     return Preset(name, data["minutes"], cells)
 
 
-def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> Iterator[Cell]:
-    """Yield the cells of a preset whose answers are scored. Raise Refused, KeyError."""
+def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> Iterator[Cell | SignalCell]:
+    """Yield the cells of a preset whose answers are scored, then those of `signals`. Raise Refused, KeyError."""
     tasks = expand(data["tasks"])
     available = {task: items_of(task, folder) for task in tasks}
     most = max(available.values(), default=max(task.items for task in TASKS.values()))
@@ -170,6 +177,7 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
     task_folders = {task: str(folder.absolute()) for task in tasks if folder is not None and task in PUBLISHED}
     for model in data["models"]:
         yield from _cells_of(models[model["name"]], {**data, **model}, link, at_most, task_folders)
+    yield from signal_cells_of(data, list(models.values()), at_most)
 
 
 def _placed(model: Model, folders: Mapping[str, Path]) -> Model:

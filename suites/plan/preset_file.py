@@ -69,6 +69,8 @@ class ScoredPreset:
     caches: Words = ()
     shares: Words = ()
     canaries: Words = ()
+    signals: Words = ()
+    signal_items: Some = 1
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,16 @@ def json(parser: Any, help: str = "one JSON object on stdout") -> None:
     parser.add_argument("--json", action="store_true", help=help)
 
 
-def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
+def loading(parser: argparse.ArgumentParser, *, geometry: bool = True, gamma: bool = True) -> None:
     """Add MODEL and the options of `mobile.load`, whose defaults apply."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     group = parser.add_argument_group("engine")
     group.add_argument("--strategy", metavar="NAME", help="`mobile strategies` lists them (default: mobile)")
     group.add_argument("--memory", metavar="SIZE", help=f"memory to use, {SIZES} (default: all of the card)")
     group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
-    group.add_argument(
-        "--gamma", type=float, metavar="P", help="run all experts for a token of less confidence than this"
-    )
+    if gamma:
+        says = "run all experts for a token of less confidence than this; or a FILE of `mobile tune`"
+        group.add_argument("--gamma", type=number_or_file, metavar="P", help=says)
     group.add_argument("--link", metavar="KIND", help=described())
     group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this rate")
     group.add_argument("--store", metavar="FOLDER", help="keep the experts in a file there, or `disk`: in the cache")
@@ -94,6 +94,14 @@ def text(parser: argparse.ArgumentParser) -> None:
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--chat", action="store_true", help="use the chat template; an error if there is none")
     choice.add_argument("--raw", action="store_true", help="pass the prompt to the model without a chat template")
+
+
+def number_or_file(word: str) -> float | str:
+    """Return the number, or the word itself, which is then the name of a file."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _device(word: str) -> str:
