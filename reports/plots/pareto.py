@@ -10,6 +10,7 @@ from reports.data.results import Results
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, label_points, legend_above
 from reports.stats.intervals import Interval
+from reports.stats.pareto import front
 
 CAPTION = (
     "Accuracy, all tasks, less full K's on the same items, against speedup over on-demand-overlap with the fewest "
@@ -21,15 +22,6 @@ KINDS = {
     "lossy": ("s", ORANGE, "other strategies that can change answers"),
     "lossless": ("^", GREEN, "lossless strategies"),
 }
-
-
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the Pareto front of (x, y) points, larger being better in both, by x."""
-    kept: list[tuple[float, float]] = []
-    for x, y in sorted(set(points), reverse=True):
-        if not kept or y > kept[-1][1]:
-            kept.append((x, y))
-    return kept[::-1]
 
 
 def accuracy_against_speed(results: Results, model: str) -> Figure | None:

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 from reports.data.results import AS_IS
 from reports.data.settings import Setting
 from reports.elements.page import Figure, Table
-from reports.plots.pareto import front
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, figure, label_points, legend_above
+from reports.stats.pareto import front
 
 CAPTION = (
     "Accuracy, all tasks, less full K's on the same items, against speedup over on-demand-overlap with rows as they "

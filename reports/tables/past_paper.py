@@ -9,7 +9,7 @@ from reports.data.results import AS_IS
 from reports.data.settings import Setting
 from reports.elements.numbers import percent, points, ratio
 from reports.elements.page import Table
-from reports.plots.pareto import front
+from reports.stats.pareto import front
 
 WANTED = 3.0  # times on-demand-overlap at the same memory: the aim
 SMALLEST_ROWS = "int4"

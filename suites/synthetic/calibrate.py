@@ -111,7 +111,8 @@ def predicted(
 ) -> list[Played]:
     """Return the scripts, one after another from cold slots, on the virtual clock of that profile, with as many slots.
 
-    `in_place` says that packed rows are multiplied as they are. Raise Refused for a strategy that decides by what a script does not hold.
+    `in_place` says that packed rows are multiplied as they are. Raise Refused for a strategy that decides by what a
+    script does not hold.
     """
     layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
     residency = ReplaySetup(strategy, geometry, layer_map, card, slots, in_place).residency()
