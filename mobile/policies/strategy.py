@@ -166,6 +166,7 @@ class Strategy:
         """Return whether what a token runs depends on what is in slots, so that only a live run tells its tokens."""
         return self.cached_routing is not None
 
+    @property
     def signal(self) -> str | None:
         """Return the signal that is compared with gamma; None where none is."""
         return self.gating.signal if isinstance(self.gating, BigLittle) else None
