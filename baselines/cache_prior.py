@@ -1,4 +1,4 @@
-"""Cache-Prior (Skliar, van Rozendaal et al., Mixture of Cache-Conditional Experts, arXiv 2412.00099): cached ones first.
+"""Cache-Prior (Skliar et al., Mixture of Cache-Conditional Experts, arXiv 2412.00099): a prior for what is cached.
 
 Before top-K, an expert in the cache gets lambda times the running mean of its layer's logit range added to its logit;
 the J experts with the highest true logits always run. Lossy, and nothing makes up for it: lambda 0 is full K, 1 takes

@@ -1,11 +1,11 @@
 """Drop-cold (Helldez, BigMoeOnEdge, --drop-cold-experts): an expert that is missing and weighs little is not run.
 
-A routed expert is skipped if it is not in the cache and its share of the token's routing weight is below F / K; resident
-ones and the first one never are. Those that run are raised, so that their weights sum to what all K summed to. Lossy,
-and nothing makes up for it. Training-free; tokens depend on what was asked before, on the slots and on the other rows
-of a batch. Changed: one pool for all layers and its least recently used expert evicted, as in `lru`; an expert on its
-way counts as cached. Prefill runs K, as there. Claimed there, on a phone: 4.70 instead of 2.55 tokens/s at F = 1 and
-3.94 at 0.75, and 13 instead of 12 of 15 questions of GSM8K at either.
+A routed expert is skipped if it is not in the cache and its share of the token's routing weight is below F / K; those
+in the cache and the first one never are. Those that run are raised, so that their weights sum to what all K summed to.
+Lossy, and nothing makes up for it. Training-free; tokens depend on what was asked before, on the slots and on the other
+rows of a batch. Changed: one pool for all layers and its least recently used expert evicted, as in `lru`; an expert on
+its way counts as cached. Prefill runs K, as there. Claimed there, on a phone: 4.70 instead of 2.55 tokens/s at F = 1
+and 3.94 at 0.75, and 13 instead of 12 of 15 questions of GSM8K at either.
 """
 
 from __future__ import annotations

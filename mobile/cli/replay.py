@@ -171,7 +171,8 @@ def choose(
         if reason is None:
             chosen.append(strategy)
             continue
-        if names or (gamma is not None and _two_pass(strategy) and _two_pass(trace.recorder)):
+        asked_otherwise = _two_pass(strategy) and strategy.cached_routing == trace.recorder.cached_routing
+        if names or (gamma is not None and asked_otherwise and _two_pass(trace.recorder)):
             raise Refused(f"Strategy {name} cannot be replayed on this trace: {reason}; record one under it.")
         left_out[name] = reason
     if gamma is not None and not any(map(_two_pass, chosen)):

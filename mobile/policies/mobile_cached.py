@@ -1,11 +1,12 @@
 """MoBiLE with a little pass that prefers experts in slots; the confidence test guards that, too (ours).
 
-Of the experts that the router would run at K, the little pass runs K/2: the first `keep` of them always, then those that
-are in slots or on their way, then the others, each by the router's logit. With `beyond` it picks among all experts, and
-a missing one is worth `strength` of the token's logit range less. An unsure output falls back to the router's own K, as
-in `mobile`, and with every expert resident both give the same tokens. Lossy: more than `mobile`, whose little pass has
-the router's own K/2, and what a confident token costs nobody checks. Training-free. Tokens depend on what was asked
-before, on the slots, on the other rows of a batch and, over a real link, on which prefetches of a fallback had begun.
+Of the experts that the router would run at K, the little pass runs K/2: the first `keep` of them always, then those
+that are in slots or on their way, then the others, each by the router's logit. With `beyond` it picks among all
+experts, and a missing one is worth `strength` of the token's logit range less. An unsure output falls back to the
+router's own K, as in `mobile`, and with every expert resident both give the same tokens. Lossy: more than `mobile`,
+whose little pass has the router's own K/2, and what a confident token costs nobody checks. Training-free. Tokens depend
+on what was asked before, on the slots, on the other rows of a batch and, over a real link, on which prefetches of a
+fallback had begun.
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ def mobile_cached(
     keep: int = KEEP, strength: float = STRENGTH, *, beyond: bool = False, gamma: float = BigLittle.gamma
 ) -> Strategy:
     """Return the strategy, whose little pass picks among the router's top K, or `beyond` that among all experts."""
-    among = "all" if beyond else "top-k"
-    little = CachedRouting(PreferResident(keep, strength), among=among)
+    little = CachedRouting(PreferResident(keep, strength), among="all" if beyond else "top-k")
     return replace(
         MOBILE,
         name="mobile-cached",

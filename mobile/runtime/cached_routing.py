@@ -143,8 +143,8 @@ def _learn(
     lowest = scores.masked_fill(~chosen, torch.inf).amin(-1)
     if gating.among == "all" and bool((scores.masked_fill(chosen | (every == 0), -torch.inf).amax(-1) > lowest).any()):
         raise Refused(
-            f"{kind} chooses by other scores than it shows (a correction, or groups of experts), so that experts cannot "
-            "be ranked past its own choice; use another strategy."
+            f"{kind} chooses by other scores than it shows (a correction, or groups of experts), so none can be "
+            "ranked past its own choice; use another strategy."
         )
     # 3. Either the factor is one number for all tokens, or the sum of the weights is.
     constant = _spread(factors) <= _spread(sums)
