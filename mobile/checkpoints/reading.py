@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +30,7 @@ from mobile.checkpoints.headers import Unread
 from mobile.errors import Refused, one_line
 from mobile.live_model import compat
 from mobile.live_model.cleanup import Cleanup
-from mobile.store import Store
+from mobile.store import Store, Weights
 
 Advance = Callable[[int], None]  # moves the progress bar by bytes read
 
@@ -49,15 +49,20 @@ def read_directly(
     for path in checkpoint.files:
         files[path] = path.open("rb", buffering=0)
 
-    def read(reading: Reading) -> int:
-        stored, row = reading.stored, store.weights(reading.layer, reading.weight)
-        if reading.expert is not None:
-            assert reading.start is not None
-            row = row[reading.expert, reading.start : reading.start + stored.shape[0]]
-        tensor = stored.read(files[stored.path], row)
-        if tensor is not row:
-            row.copy_(tensor)
-        return stored.nbytes
+    def read(together: Sequence[Reading]) -> int:
+        first = together[0]
+        weights = store.weights(first.layer, first.weight)
+        if isinstance(weights, torch.Tensor):
+            for reading in together:
+                _read_into(weights if reading.expert is None else weights[reading.expert], reading, files)
+        elif first.expert is None:
+            weights.copy_(first.stored.read(files[first.stored.path]))
+        else:
+            whole = torch.empty(weights.shape[1:], dtype=weights.dtype)
+            for reading in together:
+                _read_into(whole, reading, files)
+            weights.pack(first.expert, whole)
+        return sum(reading.stored.nbytes for reading in together)
 
     # 2. Copy the experts into their rows, on several threads: a layer at a time, so that a store on disk has no more
     #    than one of them in memory.
@@ -65,7 +70,7 @@ def read_directly(
     cleanup.append(partial(threads.shutdown, cancel_futures=True))
     for layer, group in groupby(sorted(readings, key=attrgetter("layer")), key=attrgetter("layer")):
         if not store.is_complete:
-            for nbytes in threads.map(read, group):
+            for nbytes in threads.map(read, _packed_together(group)):
                 advance(nbytes)
             store.complete(layer)
     # 3. Let Transformers load the rest from the same files, each tensor when it is its turn. It allocates the experts
@@ -109,6 +114,23 @@ def read_directly(
                 trust_remote_code=checkpoint.options["trust_remote_code"],
             )
     return model
+
+
+def _packed_together(readings: Iterable[Reading]) -> list[list[Reading]]:
+    """Return the readings of a layer in groups, each of one expert's weight, which is packed as a whole."""
+    groups: dict[tuple[str, int | None], list[Reading]] = defaultdict(list)
+    for reading in readings:
+        groups[reading.weight, reading.expert].append(reading)
+    return list(groups.values())
+
+
+def _read_into(weight: torch.Tensor, reading: Reading, files: Mapping[Path, BinaryIO]) -> None:
+    """Read a tensor into its place in a weight: that of all experts of a layer, or one expert's matrix."""
+    stored = reading.stored
+    place = weight if reading.start is None else weight[reading.start : reading.start + stored.shape[0]]
+    tensor = stored.read(files[stored.path], place)
+    if tensor is not place:
+        place.copy_(tensor)
 
 
 def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup: Cleanup) -> Any:
@@ -211,7 +233,7 @@ def _check_weights(checkpoint: Examined, model: nn.Module) -> None:
             _check_weight(name, weight, wanted[name])
 
 
-def _check_weight(name: str, weight: torch.Tensor, wanted: torch.Tensor) -> None:
+def _check_weight(name: str, weight: torch.Tensor, wanted: Weights) -> None:
     """Raise Refused for a weight of another shape than `wanted`, or one that was not dequantised.
 
     Transformers checks neither in a quantised checkpoint, and a copy would repeat a weight of size 1.
@@ -219,7 +241,7 @@ def _check_weight(name: str, weight: torch.Tensor, wanted: torch.Tensor) -> None
     if weight.shape != wanted.shape:
         shape, right = tuple(weight.shape), tuple(wanted.shape)
         raise Refused(f"The checkpoint has {name} of shape {shape}, and its configuration {right}; copy it again.")
-    if wanted.is_floating_point() and weight.dtype not in DTYPES:
+    if wanted.dtype.is_floating_point and weight.dtype not in DTYPES:
         raise Refused(f"The checkpoint has {name} in {weight.dtype} and nothing to dequantise it with; copy it again.")
 
 

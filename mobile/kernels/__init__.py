@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 from mobile.kernels.loop import Groups, Views, group, loop
 from mobile.residency.residency import Wave
@@ -51,13 +52,15 @@ class Kernel(Protocol):
 KERNELS = ("auto", "loop", "grouped", "triton")
 
 
-def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return the kernel of that name: "loop", "grouped" or "triton"; "auto" is the loop.
+def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str = AS_IS) -> Kernel:
+    """Return the kernel of that name for weights of a dtype in rows of a format: "loop", "grouped" or "triton"; "auto" is the loop.
 
     Raise Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
     """
     if name in ("auto", "loop"):
         return loop
+    if name in KERNELS and rows != AS_IS:
+        raise Refused(f"Kernel {name} reads weights as they are, and rows are {rows}; use the kernel loop.")
     if name == "grouped":
         from mobile.kernels.grouped import grouped
 

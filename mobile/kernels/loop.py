@@ -10,8 +10,9 @@ from torch import nn
 
 from mobile.kernels.sum_dtype import sum_dtype
 from mobile.residency.residency import HOST, Wave
+from mobile.store import Weights
 
-Views = Mapping[str, torch.Tensor]  # weights by name, (slots, ...), or (experts, ...) where they lie in the host store
+Views = Mapping[str, Weights]  # weights by name, (slots, ...), or (experts, ...) where they lie in the host store
 
 
 class Groups(NamedTuple):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused
-from mobile.store import ExpertLayout, layout_of
+from mobile.store import ExpertLayout, format_named, layout_of
 
 OLDEST, NEWEST_BELOW = "5.17", "5.25"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -241,6 +241,17 @@ def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
     return layouts.pop()
 
 
+def packed_layout(layout: ExpertLayout, layers: Sequence[MoeLayer], rows: str) -> ExpertLayout:
+    """Return the layout of these layers' experts in a row format, by name. Raise Refused for an unknown one."""
+    format = format_named(rows)
+    transposed = {bool(layer.experts.is_transposed) for layer in layers}
+    if format is not None and len(transposed) != 1:
+        raise Refused(
+            "The model's MoE layers hold their matrices both ways round, which rows as they are can; use as-is."
+        )
+    return layout.packed(format, transposed=transposed.pop())
+
+
 def device_of(layers: Sequence[MoeLayer]) -> torch.device:
     """Return where the model computes: its routers' device, since its experts may be nowhere."""
     return next(iter(layers[0].router.parameters())).device
@@ -252,6 +263,7 @@ def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) ->
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(module.weight) for module in (embedding, head) if module is not None}
     dense = sum(p.nbytes for p in model.parameters() if id(p) not in routed | apart)
+    matrices = [field.shape for field in layout.fields if len(field.shape) == 2]
     return Geometry(
         name=type(model).__name__,
         moe_layers=len(layers),
@@ -262,5 +274,8 @@ def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) ->
         router_nbytes=sum(p.nbytes for p in layers[0].router.parameters()),
         head_nbytes=head.weight.nbytes if head is not None else 0,
         embedding_nbytes=embedding.weight.nbytes if head is None or head.weight is not embedding.weight else 0,
-        weight_nbytes=layout.dtype.itemsize,
+        weight_nbytes=layout.weight_dtype.itemsize,
+        expert_outputs=sum(shape[1 if layers[0].experts.is_transposed else 0] for shape in matrices),
+        rows=layout.rows,
+        expert_weights=None if layout.packing is None else sum(field.numel for field in layout.fields),
     )

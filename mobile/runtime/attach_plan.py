@@ -39,6 +39,9 @@ class AttachOptions:
       Budgets and virtual time are taken from it.
     - `geometry`: the name of a real model; compute virtual time and bytes as if the model were that one.
     - `kernel`: "loop" (the reference, and "auto"), "grouped" or "triton", see `mobile.kernels`.
+    - `rows`: how experts lie in the store and in slots, and what is copied: "as-is", "int8" (a scale an output) or
+      "int4" (groups of 32 inputs). Packed experts are decoded when they are computed, so tokens are those of a model
+      with the decoded weights; biases stay as they are.
     """
 
     strategy: str | Strategy = "mobile"
@@ -51,6 +54,7 @@ class AttachOptions:
     geometry: str | None = None
     kernel: str = "auto"
     store: str | os.PathLike[str] | None = None
+    rows: str = "as-is"
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class AttachPlan:
     `native` are the model's own sizes, `charged` those that time and bytes are computed for: the same ones, or a larger
     model's, whose layers `layer_map` lists for each layer of the live model. `budget_nbytes` is the device memory asked
     for, None where slots were counted instead. `link` is never "auto". `folder` is where the experts' file goes, None
-    where they lie in memory.
+    where they lie in memory. `layout` is that of a row in the store and in a slot.
     """
 
     strategy: Strategy
@@ -73,6 +77,7 @@ class AttachPlan:
     link: str
     link_gb_per_s: float | None
     kernel: Kernel
+    layout: ExpertLayout
     folder: Path | None = None
 
 
@@ -83,18 +88,24 @@ def plan_attach(
     device: torch.device,
     options: AttachOptions,
 ) -> AttachPlan:
-    """Decide everything, or raise Refused. `model` may lie on the meta device; `device` is where it will compute."""
+    """Decide everything, or raise Refused. `model` may lie on the meta device; `device` is where it will compute.
+
+    `layout` is that of the experts as the model has them, or as a checkpoint packs them.
+    """
     strategy = resolve(options.strategy, options.gamma)
     folder = folder_of(options)
     if strategy.needs_future:
         raise Refused(f"Strategy {strategy.name} needs to know the future; record a trace, and replay it.")
     link, hardware = _link_and_hardware(options, device)
-    native = compat.geometry_of(model, layers, layout.page_aligned() if folder else layout)
-    charged, layer_map = project(native, options.geometry)
+    layout = compat.packed_layout(layout, layers, options.rows)
+    if folder is not None:
+        layout = layout.page_aligned()
+    native = compat.geometry_of(model, layers, layout)
+    charged, layer_map = project(native, options.geometry, options.rows)
     slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
     if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:
         raise Refused(f"{native.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
-    kernel = kernel_named(options.kernel, device, layout.dtype)
+    kernel = kernel_named(options.kernel, device, layout.weight_dtype, layout.rows)
     if strategy.on_cpu is not None and folder is not None:
         raise Refused(
             f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
@@ -114,6 +125,7 @@ def plan_attach(
         link=link,
         link_gb_per_s=options.link_gb_per_s,
         kernel=kernel,
+        layout=layout,
         folder=folder,
     )
 

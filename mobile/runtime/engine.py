@@ -30,7 +30,7 @@ from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
-from mobile.store import HostStore, Store
+from mobile.store import HostStore, Store, poison
 
 Scope = AbstractContextManager[Any]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
@@ -56,10 +56,20 @@ class Engine:
     """
 
     def __init__(
-        self, plan: AttachPlan, layers: Sequence[compat.MoeLayer], store: Store, *, poison: bool = False
+        self,
+        plan: AttachPlan,
+        layers: Sequence[compat.MoeLayer],
+        store: Store,
+        *,
+        originals: Store | None = None,
+        poison: bool = False,
     ) -> None:
-        """Stand behind `layers`, whose experts `store` keeps. `poison` fills empty slots with NaN."""
+        """Stand behind `layers`, whose experts `store` keeps. `poison` fills empty slots with NaN.
+
+        `originals` keeps the experts as they were, where `store` has lost some of their bits.
+        """
         self.plan, self.layers, self.store = plan, layers, store
+        self.originals = store if originals is None else originals  # the store that gives experts back
         self.strategy, self.geometry, self.slots, self.hardware = plan.strategy, plan.charged, plan.slots, plan.hardware
         self.layer_map = plan.layer_map
         self.overrides = Overrides()  # all that attach puts on the model
@@ -112,7 +122,7 @@ class Engine:
                 f"{rows * layout.nbytes / 2**30:.1f} GiB for {self.slots} slots could not be taken on {self.device}; "
                 "give fewer slots or less memory."
             ) from error
-        self.slot_rows, self._views = taken, layout.views(taken)
+        self.slot_rows, self._views = taken, layout.views(taken, layout.scratch(self.device))
 
     def connect(self, make: Callable[[LinkEnds], Link]) -> None:
         """Make the link and start with cold slots."""
@@ -154,10 +164,11 @@ class Engine:
         self.leaving = True
         self.close()
         if give_back:
-            self.store.give_back([layer.experts for layer in self.layers])
+            self.originals.give_back([layer.experts for layer in self.layers])
         self.overrides.undo()
         if give_back:
             self.store.close()
+            self.originals.close()
 
     def close(self) -> None:
         """Let go of the link, if it was made, of the routers, the slots and the memory cap; may be called again."""
@@ -181,7 +192,7 @@ class Engine:
             self._emptied,
         )
         if self._poison:
-            self.slot_rows.fill_(float("nan"))
+            poison(self.slot_rows)
         for key, slot in self.residency.preload_all():
             self.fill(key, slot)
         self.link.join()  # no copy overtakes what has just been written
@@ -205,7 +216,7 @@ class Engine:
     def _emptied(self, slot: int) -> None:
         """Poison a slot whose expert was dropped, in tests."""
         if self._poison:
-            self.slot_rows[slot].fill_(float("nan"))
+            poison(self.slot_rows[slot])
             self.link.used([slot])  # the next copy into it comes after
 
     # --- one forward pass ---------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""Row formats by name, and the bytes that an expert's weights take in each. Arithmetic only, no torch.
+
+`as-is` keeps weights as the model has them. `int8` has a code a weight and a scale an output row, `int4` half a byte a
+weight and a scale for each group of GROUP inputs. Biases and the like stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+
+from mobile.errors import Refused
+from mobile.suggest import offer
+
+AS_IS = "as-is"
+GROUP = 32  # inputs that share a scale in int4
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """A format's share of a step's cost: decoding an expert into scratch memory.
+
+    `scratch_passes` is how often the decoded weights go through memory, the product's own read included, and
+    `launches` the kernels of decoding both of an expert's matrices.
+    """
+
+    scratch_passes: int
+    launches: int
+
+
+# int8 is one product of codes and scales: written once. int4 writes the codes as numbers, then scales them in place.
+ROW_COSTS: Mapping[str, RowCost] = {
+    AS_IS: RowCost(scratch_passes=0, launches=0),
+    "int8": RowCost(scratch_passes=4, launches=4),
+    "int4": RowCost(scratch_passes=4, launches=8),
+}
+
+
+def check_rows(rows: str) -> str:
+    """Return the name of a row format. Raise Refused for an unknown one."""
+    if rows not in ROW_COSTS:
+        raise Refused(f"Unknown row format {rows!r}; {offer(rows, list(ROW_COSTS), 'choose as-is, int8 or int4')}.")
+    return rows
+
+
+def group_of(inputs: int) -> int:
+    """Return the inputs that share a scale in int4: GROUP, or the largest power of two that divides fewer or odd ones.
+
+    Widths of published models are multiples of GROUP.
+    """
+    return gcd(inputs, GROUP)
+
+
+def packed_nbytes(rows: str, weights: int, outputs: int, weight_nbytes: int) -> int:
+    """Return the bytes of an expert of so many `weights` in matrices of `outputs` rows together, each a group's multiple.
+
+    Scales take `weight_nbytes` each in int8 and 2 in int4. Raise Refused for an unknown format.
+    """
+    if check_rows(rows) == "int8":
+        return weights + outputs * weight_nbytes
+    if rows == "int4":
+        return weights // 2 + weights // GROUP * 2
+    return weights * weight_nbytes
