@@ -53,8 +53,9 @@ KERNELS = ("auto", "loop", "grouped", "triton")
 
 
 def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str = AS_IS) -> Kernel:
-    """Return the kernel of that name for weights of a dtype in rows of a format: "loop", "grouped" or "triton"; "auto" is the loop.
+    """Return the kernel of that name for weights of that dtype: "loop", "grouped" or "triton"; "auto" is the loop.
 
+    `rows` is the format of their rows, which only the loop decodes.
     Raise Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
     """
     if name in ("auto", "loop"):

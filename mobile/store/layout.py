@@ -34,7 +34,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Packing:
-    """A row format of an expert's matrices: `parts` has, by field, those of a matrix, and none of a field kept as it is.
+    """A row format of an expert's matrices. `parts` are those of each field, none of one that is kept as it is.
 
     `dtype` is that of the weights, and `inputs` the axis of a matrix's inputs: 1, or 0 where experts are transposed.
     """

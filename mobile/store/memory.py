@@ -80,8 +80,8 @@ class HostStore:
     def give_back(self, modules: Sequence[nn.Module]) -> None:
         """Put every expert back into its module's own parameters, bit for bit, on their own device.
 
-        Packed rows are decoded: they give back what was computed with. Each layer's rows are let go of before the next: the peak is again the model plus one layer. Broken off
-        anywhere, it can be called again, and goes on.
+        Packed rows are decoded: they give back what was computed with. Each layer's rows are let go of before the next:
+        the peak is again the model plus one layer. Broken off anywhere, it can be called again, and goes on.
         """
         for layer, module in enumerate(modules):
             for name, view in self._views[layer].items():

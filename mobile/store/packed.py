@@ -13,7 +13,7 @@ Scratch = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by weight: one expert'
 
 
 class PackedWeights:
-    """One weight of the experts in packed rows, in place of a tensor (rows, outputs, inputs) or (rows, inputs, outputs).
+    """One weight of the experts in packed rows, in place of a tensor (rows, outputs, inputs), or the same transposed.
 
     `parts` are views of the rows by name, (rows, *shape of the part), to read or to fill. `shape` and `dtype` are those
     of the weights that come out. `inputs` is the axis of a matrix's inputs.

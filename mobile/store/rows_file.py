@@ -94,7 +94,7 @@ class RowsFile:
         return (nbytes - 8).to_bytes(8, "little") + text.ljust(nbytes - 8)
 
     def _packing(self) -> dict[str, str]:
-        """Return the header's entries on packed rows: the format, and where its parts lie. None for rows as they are."""
+        """Return the header's entries on packed rows, the format and where its parts lie; none for rows as they are."""
         packing = self.layout.packing
         if packing is None:
             return {}

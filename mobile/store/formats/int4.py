@@ -25,7 +25,10 @@ class Int4:
     name = "int4"
 
     def parts(self, shape: tuple[int, int], dtype: torch.dtype, inputs: int) -> tuple[Part, ...]:
-        """Return the bytes: (weights / 2,), code i in the lower half of byte i, the second half's in the upper; scales."""
+        """Return the bytes (weights / 2,) and the scales, the matrix's shape with groups in place of inputs.
+
+        The lower halves of the bytes are the codes of the first half of the matrix, the upper ones those of the second.
+        """
         groups = list(shape)
         groups[inputs] //= group_of(shape[inputs])
         scales = torch.float16 if dtype == torch.float16 else torch.bfloat16
