@@ -213,6 +213,8 @@ def _with_own_packing(plain: Examined) -> Examined:
         own = own_packing(plain.empty, plain.layers, stored, plain.quantiser)
     except Unkept as reason:
         return replace(plain, unkept=str(reason))
+    if own is None:
+        return plain
     transposed = bool(plain.layers[0].experts.is_transposed)
     return replace(plain, layout=plain.layout.packed(own.format, transposed=transposed))
 

@@ -111,12 +111,12 @@ def load(
             _check_host_memory(experts, "the experts, the other weights and the slots")
         else:
             _check_host_memory(plan.native.experts_nbytes)
-        if checkpoint.unkept is not None:
-            warnings.warn(_dequantised(checkpoint, plan), stacklevel=2)
         # 2. The weights: into the cache, then the experts into the store and the others into the model.
         shown = sys.stderr.isatty() if progress is None else progress
         _fetch(checkpoint, shown)
         model, filled = with_cleanup(lambda cleanup: _read(checkpoint, plan, shown, cleanup))
+        if checkpoint.unkept is not None:
+            warnings.warn(_dequantised(checkpoint, plan), stacklevel=2)
         # 3. The model is complete but for its experts, which the engine runs from the store.
         model = model.eval().to(target)
         return install(model, compat.moe_layers(model), filled, plan)
@@ -204,8 +204,8 @@ def _fetch(checkpoint: Examined, shown: bool) -> None:
 def _dequantised(checkpoint: Examined, plan: AttachPlan) -> str:
     """Return the sentence on a checkpoint whose own packing is not kept."""
     return (
-        f"{checkpoint.source.name} is quantised, and its experts are dequantised while they are read, to "
-        f"{plan.native.experts_nbytes / 2**30:.1f} GiB: {checkpoint.unkept}."
+        f"{checkpoint.source.name} is quantised in a way that rows do not keep ({checkpoint.unkept}), so its experts "
+        f"were dequantised, to {plan.native.experts_nbytes / 2**30:.3g} GiB."
     )
 
 

@@ -21,6 +21,7 @@ from mobile.live_model import compat
 from mobile.store.formats.fp8 import Fp8
 from mobile.store.formats.mxfp4 import GROUP, Mxfp4
 
+PLAIN = ("F64", "F32", "F16", "BF16")
 FP8_CODES = "F8_E4M3"
 FP8_SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # dtypes that are numbers; bytes that stand for exponents are not
 
@@ -41,10 +42,10 @@ class Unkept(Exception):
 
 def own_packing(
     empty: nn.Module, layers: Sequence[compat.MoeLayer], stored: Mapping[str, Stored], quantiser: Any
-) -> OwnPacking:
-    """Return how the experts are packed in the tensors `stored`, by key. `quantiser` is Transformers' own.
+) -> OwnPacking | None:
+    """Return how the experts are packed in the tensors `stored`, by key, or None if all of them are plain numbers.
 
-    Raise Unkept where rows cannot keep that: Transformers then dequantises them, or refuses.
+    `quantiser` is Transformers' own. Raise Unkept where rows cannot keep that: Transformers then dequantises them, or refuses.
     """
     renaming, places = Renaming(empty, quantiser), store_places(layers)
     sources: dict[str, dict[str, list[Stored]]] = defaultdict(lambda: defaultdict(list))
@@ -52,6 +53,8 @@ def own_packing(
         target, pattern = renaming.target(key)
         if target in places:
             sources[target][pattern or ""].append(stored[key])
+    if all(tensor.dtype in PLAIN for of in sources.values() for tensors in of.values() for tensor in tensors):
+        return None
     formats: list[Fp8 | Mxfp4] = []
     readings: list[Reading] = []
     for target, (layer, weight) in places.items():
@@ -78,10 +81,8 @@ def own_packing(
 
 
 def _joined(formats: Sequence[Fp8 | Mxfp4]) -> Fp8 | Mxfp4:
-    """Return the one format of all weights. Raise Unkept if there is none: one slot holds any expert of any layer."""
+    """Return the one format of all matrices. Raise Unkept if they differ: one slot holds any expert of any layer."""
     fp8 = [format for format in formats if isinstance(format, Fp8)]
-    if not formats:
-        raise Unkept("its experts are not packed")
     if not fp8:
         return formats[0]
     grids = {grid for format in fp8 for grid in format.grids}
