@@ -15,6 +15,7 @@ from mobile.cli.terminal import options, show
 from mobile.costs.bounds import Ceilings
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import HardwareProfile, parse_gb_per_s, parse_nbytes, profile
+from mobile.costs.rows import AS_IS, check_rows
 from mobile.errors import Refused
 from mobile.machine.host import host
 from mobile.residency.residency import PREFILL_BUFFERS
@@ -34,6 +35,7 @@ examples:
   mobile plan olmoe-1b-7b --fallback-rate 0.2       MoBiLE's bound at that rate
   mobile plan qwen3-30b-a3b --host-memory 16GiB --disk 3.5GB/s
   mobile plan qwen3-30b-a3b --disk measure --store /data/rows
+  mobile plan qwen3-30b-a3b --memory 12GiB --rows int4
 
 With --disk the experts lie in a file and the processor computes. Host memory is then divided: --memory, or all of
 --host-memory, or four fifths of what is free here, which is what `mobile.load` takes. The disk's room is looked at
@@ -62,6 +64,7 @@ def declare(commands: Any) -> None:
     )
     parser.add_argument("--store", metavar="FOLDER", help="where their file would lie (default: `disk`, in the cache)")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
+    options.rows(parser, "as-is")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -85,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             if not 0 <= arguments.fallback_rate <= 1:
                 raise Refused(f"A fallback rate lies between 0 and 1, and {arguments.fallback_rate} does not.")
             rates = (arguments.fallback_rate,)
+        check_rows(arguments.rows)
         if arguments.model not in GEOMETRIES:
             show.waiting(f"reading {arguments.model} ...")
         hardware = profile(arguments.hardware)
@@ -92,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
         usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)
         model = find(arguments.model, arguments.dtype, arguments.trust_remote_code)
-        found = sizes(model, arguments.dtype, arguments.trust_remote_code)
+        found = sizes(model, arguments.dtype, arguments.trust_remote_code, arguments.rows)
         if asked is None:
             divided = plan(arguments.model, found.geometry, memory, hardware, usable, rates, found.weights_shortage)
         else:
@@ -138,18 +142,22 @@ class Sizes:
     rows_path: Callable[[Path], Path] | None = None
 
 
-def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False) -> Sizes:
-    """Return the model's sizes; it is built without weights. Raise Refused as `mobile.load` does before it has them."""
+def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False, rows: str = "as-is") -> Sizes:
+    """Return the model's sizes with its experts in a row format; it is built without weights.
+
+    Raise Refused as `mobile.load` does before it has them.
+    """
     if isinstance(model, Geometry):
-        return Sizes(model, model)
+        return Sizes(model.with_rows(rows), model.with_rows(rows))
     from mobile.checkpoints.examine import examine
     from mobile.checkpoints.loading import rows_path
     from mobile.live_model import compat
 
     checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
-    layouts = checkpoint.layout, checkpoint.layout.page_aligned()
+    layout = compat.packed_layout(checkpoint.layout, checkpoint.layers, rows)
+    layouts = layout, layout.page_aligned()
     in_memory, paged = (compat.geometry_of(checkpoint.empty, checkpoint.layers, layout) for layout in layouts)
-    return Sizes(in_memory, paged, checkpoint.disk_shortage(), partial(rows_path, checkpoint))
+    return Sizes(in_memory, paged, checkpoint.disk_shortage(), partial(rows_path, checkpoint, rows=layout.rows))
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
     out.print(verdict)
     out.print(
         f"{plan.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{computed_on}. Computed from sizes; nothing was run.\n"
+        f"{computed_on}.{_packed(geometry)} Computed from sizes; nothing was run.\n"
     )
     device = show.table("Device memory" if plan.disk is None else "Host memory", "part", "size", "")
     device.add_row("dense weights", show.memory(plan.resident_nbytes), "with embedding and head")
@@ -251,6 +259,14 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
         out.print(line)
     if plan.ceilings is not None:
         _print_ceilings(out, plan.ceilings)
+
+
+def _packed(geometry: Geometry) -> str:
+    """Return the sentence on packed experts, with a space before it; nothing for experts as they are."""
+    if geometry.rows == AS_IS:
+        return ""
+    decoded = show.memory(geometry.decoded_expert_nbytes)
+    return f" Experts lie in {geometry.rows}: {show.memory(geometry.expert_nbytes)} each, {decoded} when decoded."
 
 
 def _or_dash(tokens_per_s: float | None) -> str:

@@ -69,6 +69,7 @@ def declare(commands: Any) -> None:
     size.add_argument("--sweep", action="store_true", help="from a sixteenth of all experts to all of them")
     named = f"compute times as if the model were NAME: {', '.join(GEOMETRIES)}"
     parser.add_argument("--geometry", metavar="NAME", help=named)
+    options.rows(parser, "as-is")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
     parser.add_argument("--gamma", type=float, metavar="P", help="gamma of `mobile` (default: the trace's)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rate against memory, as .svg or .png")
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         curves.check(arguments.plot)
     card = profile(arguments.hardware)
     trace = open_trace(arguments.trace)
-    charged, layer_map = project(trace.geometry, arguments.geometry)
+    charged, layer_map = project(trace.geometry, arguments.geometry, arguments.rows)
     chosen, left_out = choose(trace, arguments.strategy, arguments.gamma)
     setups = [
         ReplaySetup(strategy, charged, layer_map, card, slots)
@@ -122,7 +123,7 @@ def open_trace(path: Path) -> Trace:
     requests, about = traces.load(path)
     try:
         geometry, name, gamma = Geometry.from_record(about["geometry"]), about["strategy"], about.get("gamma")
-        sizes_of = {field: size for field, size in geometry.as_record().items() if field != "name"}
+        sizes_of = {field: size for field, size in geometry.as_record().items() if field not in ("name", "rows")}
         if not all(type(size) is int and size > 0 for size in sizes_of.values()):
             raise TypeError("a size is not a count")
         if not isinstance(name, str) or not isinstance(gamma, float | int | None):
@@ -206,7 +207,8 @@ def _requested_slots(
 def _print(trace: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequence[Outcome]) -> None:
     """Print a line a strategy and size, then the training of those that learn."""
     out = show.console()
-    as_what = "" if charged == trace.geometry else f", with times computed as if it were {charged.name}"
+    as_what = "" if charged.name == trace.geometry.name else f", with times computed as if it were {charged.name}"
+    as_what += "" if charged.rows == trace.geometry.rows else f" with experts in {charged.rows}"
     out.print(
         f"{len(trace.requests)} requests, {trace.tokens:,} decoded tokens of {trace.geometry.name}{as_what}, recorded "
         f"under {trace.recorder.name}, on {card.name}.\n"

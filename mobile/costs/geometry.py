@@ -18,8 +18,8 @@ class Geometry:
     `moe_layers`, `experts` (routed, per layer), `top_k`, `expert_nbytes` (one routed expert, as copied),
     `dense_nbytes` (everything else a token reads per MoE layer: attention, norms, router, shared experts;
     dense layers spread evenly), `router_nbytes` (per layer, part of the dense bytes), `head_nbytes` (output
-    projection), `embedding_nbytes` (held on the device, one row read per token), `weight_nbytes` (bytes of one weight that
-    is computed with). `expert_outputs` are the output rows of one expert's matrices together, None where unknown.
+    projection), `embedding_nbytes` (held on the device, one row read per token), `weight_nbytes` (bytes of one weight
+    that is computed with). `expert_outputs` are the output rows of one expert's matrices together, None where unknown.
     `rows` is the experts' row format; `expert_weights`, their number of weights, is None where rows are as they are.
     """
 

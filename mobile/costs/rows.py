@@ -55,7 +55,8 @@ def group_of(inputs: int) -> int:
 def packed_nbytes(rows: str, weights: int, outputs: int, weight_nbytes: int) -> int:
     """Return the bytes of an expert of so many `weights`, in matrices that have `outputs` rows together.
 
-    Scales take `weight_nbytes` each in int8 and 2 in int4, where inputs are multiples of GROUP. Raise Refused for an unknown format.
+    Scales take `weight_nbytes` each in int8 and 2 in int4, where inputs are multiples of GROUP. Raise Refused for an
+    unknown format.
     """
     if check_rows(rows) == "int8":
         return weights + outputs * weight_nbytes

@@ -14,10 +14,12 @@ import torch
 from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 from mobile.kernels.loop import Groups, Views, group, loop
+from mobile.kernels.packed import packed
+from mobile.kernels.packed import why_not as why_not_packed
 from mobile.residency.residency import Wave
 from mobile.suggest import offer
 
-__all__ = ["Kernel", "group", "kernel_named", "loop"]
+__all__ = ["Kernel", "group", "kernel_named", "loop", "packed"]
 
 
 class Kernel(Protocol):
@@ -44,22 +46,27 @@ class Kernel(Protocol):
           go of the slots of the one before: a wave must be launched before the next is asked for.
         - `views`: weights by name, (slots, ...): views of the slots.
         - `host`: the same of the layer's rows in host memory, (experts, ...), where a strategy leaves experts to the
-          CPU, which have the slot HOST; only `loop` computes those.
+          CPU, which have the slot HOST; only `loop` and `packed` compute those.
         """
         ...
 
 
-KERNELS = ("auto", "loop", "grouped", "triton")
+KERNELS = ("auto", "loop", "grouped", "triton", "packed")
 
 
 def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str = AS_IS) -> Kernel:
-    """Return the kernel of that name for weights of that dtype: "loop", "grouped" or "triton"; "auto" is the loop.
+    """Return the kernel of that name for weights of that dtype: "loop" or "auto", "grouped", "triton", or "packed".
 
-    `rows` is the format of their rows, which only the loop decodes.
-    Raise Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
+    `rows` is the format of their rows, which "loop" decodes and "packed" computes with as they are. Raise Refused for
+    one that is unknown, cannot run on this device, or would not be a true kernel there.
     """
     if name in ("auto", "loop"):
         return loop
+    if name == "packed":
+        reason = why_not_packed(device, dtype, rows)
+        if reason is not None:
+            raise Refused(f"Kernel packed computes with int8 codes in place, and {reason}; use the kernel loop.")
+        return packed
     if name in KERNELS and rows != AS_IS:
         raise Refused(f"Kernel {name} reads weights as they are, and rows are {rows}; use the kernel loop.")
     if name == "grouped":
@@ -79,4 +86,6 @@ def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str 
         if reason is not None:
             raise Refused(f"Kernel triton cannot run on {device}: {reason}; use the kernel loop.")
         return triton_gemv
-    raise Refused(f"Unknown kernel {name!r}; {offer(name, KERNELS, 'choose auto, loop, grouped or triton')}.")
+    raise Refused(
+        f"Unknown kernel {name!r}; {offer(name, KERNELS, 'choose auto, loop, grouped or triton, or packed for int8 rows')}."
+    )

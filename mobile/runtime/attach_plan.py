@@ -14,7 +14,7 @@ from huggingface_hub.constants import HF_HOME
 from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused, shortened
-from mobile.kernels import Kernel, kernel_named, loop
+from mobile.kernels import Kernel, kernel_named, loop, packed
 from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
@@ -38,7 +38,8 @@ class AttachOptions:
     - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
       Budgets and virtual time are taken from it.
     - `geometry`: the name of a real model; compute virtual time and bytes as if the model were that one.
-    - `kernel`: "loop" (the reference, and "auto"), "grouped" or "triton", see `mobile.kernels`.
+    - `kernel`: "loop" (the reference, and "auto"), "grouped", "triton", or "packed" (int8 rows in place, on the CPU,
+      in bfloat16), see `mobile.kernels`.
     - `rows`: how experts lie in the store and in slots, and what is copied: "as-is", "int8" (a scale an output) or
       "int4" (groups of 32 inputs). Packed experts are decoded when they are computed, so tokens are those of a model
       with the decoded weights; biases stay as they are.
@@ -110,7 +111,7 @@ def plan_attach(
         raise Refused(
             f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
         )
-    if strategy.on_cpu is not None and kernel is not loop:
+    if strategy.on_cpu is not None and kernel not in (loop, packed):
         raise Refused(
             f"Strategy {strategy.name} computes experts on the CPU, and only the kernel loop can; leave it so."
         )

@@ -4,7 +4,7 @@ from mobile.store.disk import DiskStore
 from mobile.store.formats import format_named
 from mobile.store.layout import ExpertLayout, layout_of, poison
 from mobile.store.memory import HostStore
-from mobile.store.packed import PackedWeights, Weights
+from mobile.store.packed import PackedWeights, Weights, plain, unpacked
 from mobile.store.repack import repack
 
 Store = HostStore | DiskStore
@@ -18,6 +18,8 @@ __all__ = [
     "Weights",
     "format_named",
     "layout_of",
+    "plain",
     "poison",
     "repack",
+    "unpacked",
 ]

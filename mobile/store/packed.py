@@ -75,6 +75,12 @@ def unpacked(weights: Weights) -> torch.Tensor:
     return weights if isinstance(weights, torch.Tensor) else weights.unpacked()
 
 
+def plain(weights: Weights) -> torch.Tensor:
+    """Return weights that are not packed."""
+    assert isinstance(weights, torch.Tensor), "packed weights are decoded an expert at a time"
+    return weights
+
+
 def scratch_for(
     format: RowFormat, shape: Any, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import PROFILES
+from mobile.costs.rows import ROW_COSTS
 from mobile.links.registry import described
 
 CARDS = f"{', '.join(PROFILES)}, or a FILE.json of `mobile doctor --calibrate`"
@@ -25,6 +26,7 @@ LOADING = (
     "link_gb_per_s",
     "store",
     "geometry",
+    "rows",
     "kernel",
     "device",
     "dtype",
@@ -43,6 +45,12 @@ def command(commands: Any, name: str, run: Any, *, help: str, description: str, 
 def trust(parser: Any) -> None:
     """Add --trust-remote-code."""
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
+
+
+def rows(parser: Any, default: str | None = None) -> None:
+    """Add --rows; a default of None leaves the choice to `mobile.load`."""
+    help = f"how experts are kept and copied: {', '.join(ROW_COSTS)} (default: as-is)"
+    parser.add_argument("--rows", default=default, metavar="FORMAT", help=help)
 
 
 def json(parser: Any, help: str = "one JSON object on stdout") -> None:
@@ -67,7 +75,8 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     if geometry:
         named = f"compute virtual time as if the model were NAME: {', '.join(GEOMETRIES)}"
         group.add_argument("--geometry", metavar="NAME", help=named)
-    group.add_argument("--kernel", metavar="KIND", help="the kernel for experts: auto, loop, grouped or triton")
+    rows(group)
+    group.add_argument("--kernel", metavar="KIND", help="the kernel for experts: auto, loop, grouped, triton or packed")
     group.add_argument("--device", type=_device, metavar="NAME", help=f"{DEVICES} (default: a GPU if there is one)")
     group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"dtype of the weights: {', '.join(DTYPES)}")
     trust(group)

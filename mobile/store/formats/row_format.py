@@ -14,7 +14,7 @@ from mobile.errors import Refused
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor that a matrix is packed into: its name in the format, its dtype, its shape, and its first byte in a row."""
+    """A tensor that a matrix is packed into: its name in the format, dtype and shape, and its first byte in a row."""
 
     name: str
     dtype: torch.dtype
