@@ -317,8 +317,7 @@ def _check_held(source: Source, weights: Weights, empty: nn.Module) -> None:
 
     Buffers are computed, and may take a gigabyte besides.
     """
-    sizes = source.sizes or {}
-    stored = sum(sizes[file] if file in sizes else (source.folder / file).stat().st_size for file in weights.files)
+    stored = source.nbytes(weights.files)
     wanted, computed = (sum(tensor.numel() for tensor in of) for of in (empty.parameters(), empty.buffers()))
     if wanted > 2 * stored or computed > 2 * stored + 2**30:
         raise Refused(

@@ -1,12 +1,12 @@
 """Row formats by name, and the bytes that an expert's weights take in each. Arithmetic only, no torch.
 
 `as-is` keeps weights as the model has them. `int8` has a code a weight and a scale an output row, `int4` half a byte a
-weight and a scale for each group of GROUP inputs. Biases and the like stay as they are.
+weight and a scale for each group of GROUP inputs. Biases and the like stay as they are. Rows as they are may be packed
+in a checkpoint's own way, `fp8` or `mxfp4`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
@@ -30,10 +30,16 @@ class RowCost:
 
 
 # int8 is one product of codes and scales: written once. int4 writes the codes as numbers, then scales them in place.
-ROW_COSTS: Mapping[str, RowCost] = {
+ROW_COSTS: dict[str, RowCost] = {
     AS_IS: RowCost(scratch_passes=0, launches=0),
     "int8": RowCost(scratch_passes=4, launches=4),
     "int4": RowCost(scratch_passes=4, launches=8),
+}
+# A checkpoint's own packing, which nobody chooses by name. Codes become float32 numbers, which take two passes of
+# bfloat16 ones, in FP8; pairs of numbers that are looked up, scaled and turned in MXFP4.
+OWN_ROW_COSTS: dict[str, RowCost] = {
+    "fp8": RowCost(scratch_passes=6, launches=4),
+    "mxfp4": RowCost(scratch_passes=8, launches=12),
 }
 
 
