@@ -159,9 +159,9 @@ def examine(
 ) -> Examined:
     """Return all that a checkpoint's configuration, index and headers say of it.
 
-    `bare` lets a configuration without any weights pass. `rows` as they are keep a checkpoint's own packing. Raise Refused, before a weight is fetched, for a checkpoint
-    that is broken, incomplete, not safetensors, quantised by a method that is not supported, or no model with experts
-    that generates text.
+    `bare` lets a configuration without any weights pass. `rows` as they are keep a checkpoint's own packing. Raise
+    Refused, before a weight is fetched, for a checkpoint that is broken, incomplete, not safetensors, quantised by a
+    method that is not supported, or no model with experts that generates text.
     """
     compat.check_version()
     # 1. The configuration: it names the class to load and how the weights are quantised. The class for text generation

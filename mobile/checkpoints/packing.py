@@ -1,4 +1,4 @@
-"""A checkpoint's own packing of its experts, FP8 or MXFP4: which row format it is, and which tensor goes where in a row.
+"""A checkpoint's own packing of its experts, FP8 or MXFP4: its row format, and which tensor goes where in a row.
 
 Everything is found in the headers, so it is known before a weight is fetched. The tensors are those that Transformers
 dequantises, by its own renaming of keys. Whatever is packed in another way is left to its conversions.
@@ -45,7 +45,8 @@ def own_packing(
 ) -> OwnPacking | None:
     """Return how the experts are packed in the tensors `stored`, by key, or None if all of them are plain numbers.
 
-    `quantiser` is Transformers' own. Raise Unkept where rows cannot keep that: Transformers then dequantises them, or refuses.
+    `quantiser` is Transformers' own. Raise Unkept where rows cannot keep that: Transformers then dequantises them, or
+    refuses.
     """
     renaming, places = Renaming(empty, quantiser), store_places(layers)
     sources: dict[str, dict[str, list[Stored]]] = defaultdict(lambda: defaultdict(list))

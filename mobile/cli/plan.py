@@ -135,7 +135,8 @@ class Sizes:
     """A model's sizes, with rows in memory and, `paged`, on a disk, where each takes whole pages.
 
     `weights_shortage` says why the disk has no room for its weights, None if it has. `rows_path` gives the file of its
-    experts in a folder, None for a preset. `checkpoint` are the files of its weights, None if there are none.
+    experts in a folder, None for a preset. `checkpoint` are the files of a quantised
+    one.
     """
 
     geometry: Geometry
@@ -165,14 +166,12 @@ def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool
 
 
 def _part(checkpoint: Examined) -> CheckpointPart | None:
-    """Return what a plan says of a checkpoint's files."""
-    if checkpoint.weights is None:
+    """Return what a plan says of a quantised checkpoint's files, None for others."""
+    if checkpoint.weights is None or checkpoint.quantiser is None:
         return None
     source, files = checkpoint.source, checkpoint.weights.files
-    quantised = (
-        None if checkpoint.quantiser is None else str(checkpoint.quantiser.quantization_config.quant_method.value)
-    )
-    return CheckpointPart(source.nbytes(files), source.missing_nbytes(files), quantised, checkpoint.unkept)
+    method = checkpoint.quantiser.quantization_config.quant_method
+    return CheckpointPart(source.nbytes(files), source.missing_nbytes(files), method.value, checkpoint.unkept)
 
 
 @dataclass(frozen=True)
@@ -290,10 +289,8 @@ def _files(checkpoint: CheckpointPart, geometry: Geometry) -> str:
             f"({checkpoint.unkept}): the experts are dequantised."
         )
     if checkpoint.quantised == geometry.rows:
-        return f"{line}, and rows keep their {geometry.rows} as it is."
-    if checkpoint.quantised is not None:
-        return f"{line}. They are quantised with {checkpoint.quantised}, and dequantised while they are read."
-    return f"{line}."
+        return f"{line}; rows keep their {geometry.rows} as it is."
+    return f"{line}. They are quantised with {checkpoint.quantised}, and dequantised while they are read."
 
 
 def _packed(geometry: Geometry) -> str:

@@ -41,7 +41,8 @@ class Fp8:
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, inputs: int, work: torch.Tensor) -> None:
         """Make float32 of the codes, and multiply each block by its scale.
 
-        On a CPU two codes at once are looked up in a table: PyTorch converted 3.1 million in 8.1 ms, and this takes 1.2.
+        On a CPU two codes at once are looked up in a table: PyTorch's own conversion of a matrix of 1,536 by 2,048 took
+        8.1 ms, and all of this takes 2.4.
         """
         codes, scales = parts["codes"], parts["scales"].float()
         count = codes.numel()
