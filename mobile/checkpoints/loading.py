@@ -12,6 +12,8 @@ import os
 import re
 import sys
 import threading
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mobile.checkpoints import examine
-from mobile.checkpoints.direct import plan_readings
+from mobile.checkpoints.direct import Reading, plan_readings, stored_in
 from mobile.checkpoints.examine import Examined
+from mobile.checkpoints.packing import Unkept, own_packing
 from mobile.checkpoints.reading import read_converted, read_directly
 from mobile.checkpoints.source import Source
 from mobile.costs.hardware import HardwareProfile
@@ -86,7 +89,7 @@ def load(
     def work() -> Any:
         # 1. Everything that can be refused: the checkpoint, the strategy's budget, the host's memory.
         location = examine.find(source, revision=revision, trust_remote_code=trust_remote_code)
-        checkpoint = with_cleanup(lambda cleanup: _examine(location, dtype, trust_remote_code, cleanup))
+        checkpoint = with_cleanup(lambda cleanup: _examine(location, dtype, trust_remote_code, rows, cleanup))
         options = AttachOptions(
             strategy=strategy,
             memory=share_of_free(host().usable_nbytes) if on_disk and memory is None and slots is None else memory,
@@ -113,6 +116,8 @@ def load(
         shown = sys.stderr.isatty() if progress is None else progress
         _fetch(checkpoint, shown)
         model, filled = with_cleanup(lambda cleanup: _read(checkpoint, plan, shown, cleanup))
+        if checkpoint.unkept is not None:
+            warnings.warn(_dequantised(checkpoint, plan), stacklevel=2)
         # 3. The model is complete but for its experts, which the engine runs from the store.
         model = model.eval().to(target)
         return install(model, compat.moe_layers(model), filled, plan)
@@ -179,10 +184,12 @@ def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
         )
 
 
-def _examine(source: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, cleanup: Cleanup) -> Examined:
+def _examine(
+    source: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, rows: str, cleanup: Cleanup
+) -> Examined:
     """Return `examine.examine` of the source, run while no other thread loads. Raise Refused."""
     _take_lock(cleanup)
-    return examine.examine(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    return examine.examine(source, dtype=dtype, trust_remote_code=trust_remote_code, rows=rows)
 
 
 def _fetch(checkpoint: Examined, shown: bool) -> None:
@@ -193,6 +200,14 @@ def _fetch(checkpoint: Examined, shown: bool) -> None:
         raise Refused(f"{checkpoint.source.name} cannot be fetched: {shortage}.")
     checkpoint.source.fetch(checkpoint.weights.files, shown=shown)
     examine.check_headers(checkpoint.source, checkpoint.weights)
+
+
+def _dequantised(checkpoint: Examined, plan: AttachPlan) -> str:
+    """Return the sentence on a checkpoint whose own packing is not kept."""
+    return (
+        f"{checkpoint.source.name} is quantised in a way that rows do not keep ({checkpoint.unkept}), so its experts "
+        f"were dequantised, to {plan.native.experts_nbytes / 2**30:.3g} GiB."
+    )
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -222,7 +237,7 @@ def _read(checkpoint: Examined, plan: AttachPlan, shown: bool, cleanup: Cleanup)
     """Return the model without its experts, and the store with them. Raise Refused."""
     _take_lock(cleanup)
     _silence_transformers(cleanup)
-    readings = None if checkpoint.quantised else plan_readings(checkpoint.empty, checkpoint.layers, checkpoint.files)
+    readings = _readings(checkpoint)
     store = _store(checkpoint, plan)  # only now: the files hold what it is for
     bar = _start_bar(shown, cleanup)
     nbytes = sum(file.stat().st_size for file in checkpoint.files)
@@ -241,6 +256,22 @@ def _read(checkpoint: Examined, plan: AttachPlan, shown: bool, cleanup: Cleanup)
     bar.update(task, completed=nbytes)
     model.config.name_or_path = model.name_or_path = name
     return model, store
+
+
+def _readings(checkpoint: Examined) -> Sequence[Reading] | None:
+    """Return how every expert is read straight from the files, None if Transformers has to convert them."""
+    if checkpoint.quantiser is None:
+        return plan_readings(checkpoint.empty, checkpoint.layers, checkpoint.files)
+    if checkpoint.layout.packing is None:
+        return None
+    stored = stored_in(checkpoint.files)
+    try:
+        own = own_packing(checkpoint.empty, checkpoint.layers, stored, checkpoint.quantiser)
+    except Unkept:
+        own = None
+    if own is None or own.format != checkpoint.layout.packing.format:
+        raise Refused(f"The files of {checkpoint.source.name} have changed since they were examined; load it again.")
+    return own.readings
 
 
 # --- settings changed for the time of reading -----------------------------------------------------

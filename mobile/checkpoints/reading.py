@@ -52,7 +52,10 @@ def read_directly(
     def read(together: Sequence[Reading]) -> int:
         first = together[0]
         weights = store.weights(first.layer, first.weight)
-        if isinstance(weights, torch.Tensor):
+        if first.part is not None:
+            for reading in together:
+                _read_into(weights.parts[reading.part][reading.expert], reading, files)
+        elif isinstance(weights, torch.Tensor):
             for reading in together:
                 _read_into(weights if reading.expert is None else weights[reading.expert], reading, files)
         elif first.expert is None:
@@ -78,6 +81,10 @@ def read_directly(
     stored = stored_in(checkpoint.files)
     expert_keys = {reading.stored.key for reading in readings}
     _keep_experts_out(lambda module, name, weight: None, cleanup)
+    quantised: dict[str, Any] = {}
+    if checkpoint.quantiser is not None:
+        quantised["quantization_config"] = checkpoint.options["quantization_config"]
+        _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)  # as in `read_converted`
     model_class: Any = type(checkpoint.empty)
     others = {key: Unread(tensor, files[tensor.path]) for key, tensor in stored.items() if key not in expert_keys}
     with _refusals_of(checkpoint):
@@ -87,13 +94,16 @@ def read_directly(
             output_loading_info=True,
             dtype=checkpoint.options["dtype"],
             state_dict=others,
+            **quantised,
         )
     # 4. Only experts may be missing from what Transformers loaded.
     in_store = store_places(compat.moe_layers(model))
     _check_complete([key for key in info["missing_keys"] if key not in in_store])
+    if quantised:
+        _check_weights(checkpoint, model)
     # 5. Complete what `from_pretrained` does for a model from a folder, which this one is not to Transformers: the
     #    conversions by which it is saved again (Transformers has seen only the dense weights), and generation_config.
-    renaming = Renaming(model)
+    renaming = Renaming(model, checkpoint.quantiser)
     for key in stored:
         renaming.target(key)
     model._weight_conversions = renaming.used_conversions()

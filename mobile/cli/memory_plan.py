@@ -61,11 +61,26 @@ class DiskPart:
 
 
 @dataclass(frozen=True)
+class CheckpointPart:
+    """The files of a quantised checkpoint: their bytes, and those that are still to be fetched.
+
+    `quantised` is the method. `unkept` says why rows do not keep that, so that the experts are dequantised; None where
+    they do, or where other rows were asked for.
+    """
+
+    nbytes: int
+    missing_nbytes: int
+    quantised: str
+    unkept: str | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A division of a memory budget. Bytes on the device add up to at most `memory_nbytes`.
 
     `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not. With experts
-    on a `disk` the device is the processor, and the memory is the host's.
+    on a `disk` the device is the processor, and the memory is the host's. `checkpoint` is
+    None unless it is quantised.
     """
 
     runs: bool
@@ -87,6 +102,7 @@ class Plan:
     ceilings: Ceilings | None
     disk: DiskPart | None = None
     projected: bool = True
+    checkpoint: CheckpointPart | None = None
 
 
 def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:

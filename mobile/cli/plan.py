@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile.cli.disk_plan import disk_part, host_budget, on_processor, plan_on_disk
-from mobile.cli.memory_plan import DiskPart, Plan, plan
+from mobile.cli.memory_plan import CheckpointPart, DiskPart, Plan, plan
 from mobile.cli.terminal import options, show
 from mobile.costs.bounds import Ceilings
 from mobile.costs.geometry import GEOMETRIES, Geometry
@@ -22,6 +22,7 @@ from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.visible import visible
 
 if TYPE_CHECKING:
+    from mobile.checkpoints.examine import Examined
     from mobile.checkpoints.source import Source
 
 MEASURE = "measure"
@@ -104,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             disk = asked.part(found)
             hardware = on_processor(hardware, disk.gb_per_s)
             divided = plan_on_disk(arguments.model, found.paged, budget, hardware, disk, rates, found.weights_shortage)
+        divided = replace(divided, checkpoint=found.checkpoint)
     except Refused as refused:
         if arguments.json:
             show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
@@ -133,13 +135,15 @@ class Sizes:
     """A model's sizes, with rows in memory and, `paged`, on a disk, where each takes whole pages.
 
     `weights_shortage` says why the disk has no room for its weights, None if it has. `rows_path` gives the file of its
-    experts in a folder, None for a preset.
+    experts in a folder, None for a preset. `checkpoint` are the files of a quantised
+    one.
     """
 
     geometry: Geometry
     paged: Geometry
     weights_shortage: str | None = None
     rows_path: Callable[[Path], Path] | None = None
+    checkpoint: CheckpointPart | None = None
 
 
 def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False, rows: str = "as-is") -> Sizes:
@@ -153,11 +157,21 @@ def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool
     from mobile.checkpoints.loading import rows_path
     from mobile.live_model import compat
 
-    checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
+    checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True, rows=rows)
     layout = compat.packed_layout(checkpoint.layout, checkpoint.layers, rows)
     layouts = layout, layout.page_aligned()
     in_memory, paged = (compat.geometry_of(checkpoint.empty, checkpoint.layers, layout) for layout in layouts)
-    return Sizes(in_memory, paged, checkpoint.disk_shortage(), partial(rows_path, checkpoint, rows=layout.rows))
+    path = partial(rows_path, checkpoint, rows=layout.rows)
+    return Sizes(in_memory, paged, checkpoint.disk_shortage(), path, _part(checkpoint))
+
+
+def _part(checkpoint: Examined) -> CheckpointPart | None:
+    """Return what a plan says of a quantised checkpoint's files, None for others."""
+    if checkpoint.weights is None or checkpoint.quantiser is None:
+        return None
+    source, files = checkpoint.source, checkpoint.weights.files
+    method = checkpoint.quantiser.quantization_config.quant_method
+    return CheckpointPart(source.nbytes(files), source.missing_nbytes(files), method.value, checkpoint.unkept)
 
 
 @dataclass(frozen=True)
@@ -217,8 +231,11 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
     out.print(verdict)
     out.print(
         f"{plan.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{computed_on}.{_packed(geometry)} Computed from sizes; nothing was run.\n"
+        f"{computed_on}.{_packed(geometry)} Computed from sizes; nothing was run."
     )
+    if plan.checkpoint is not None:
+        out.print(_files(plan.checkpoint, geometry))
+    out.print()
     device = show.table("Device memory" if plan.disk is None else "Host memory", "part", "size", "")
     device.add_row("dense weights", show.memory(plan.resident_nbytes), "with embedding and head")
     device.add_row("reserve", show.memory(plan.reserve_nbytes), "context, workspace, KV cache")
@@ -259,6 +276,21 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
         out.print(line)
     if plan.ceilings is not None:
         _print_ceilings(out, plan.ceilings)
+
+
+def _files(checkpoint: CheckpointPart, geometry: Geometry) -> str:
+    """Return the line on a checkpoint's files, and on what becomes of experts that are packed in them."""
+    line = f"Checkpoint: its files take {show.moved(checkpoint.nbytes)}"
+    if checkpoint.missing_nbytes:
+        line += f", of which {show.moved(checkpoint.missing_nbytes)} are to be fetched"
+    if checkpoint.unkept is not None:
+        return visible(
+            f"{line}. They are quantised with {checkpoint.quantised} in a way that rows do not keep "
+            f"({checkpoint.unkept}): the experts are dequantised."
+        )
+    if checkpoint.quantised == geometry.rows:
+        return f"{line}; rows keep their {geometry.rows} as it is."
+    return f"{line}. They are quantised with {checkpoint.quantised}, and dequantised while they are read."
 
 
 def _packed(geometry: Geometry) -> str:

@@ -9,7 +9,7 @@ from functools import cache
 
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile
-from mobile.costs.rows import AS_IS, ROW_COSTS
+from mobile.costs.rows import AS_IS, OWN_ROW_COSTS, ROW_COSTS
 
 # Kernel launches of an eager step, counted from the layer's operations: attention block, norms, router and
 # top-k; one expert's two products and gate; final norm, head and softmax.
@@ -41,7 +41,8 @@ class CostModel:
         self.router_replay_ns = geometry.moe_layers * self._step(geometry.router_nbytes, 1, ROUTER_LAUNCHES)
         # What one expert reads and writes: its row, and where that is packed the decoded weights as often as they go
         # through memory. The scratch memory is that of the processor or the card, and no cache is counted on.
-        decoding = ROW_COSTS.get(AS_IS if in_place else geometry.rows, ROW_COSTS[AS_IS])
+        rows = AS_IS if in_place else geometry.rows
+        decoding = (ROW_COSTS | OWN_ROW_COSTS).get(rows, ROW_COSTS[AS_IS])
         self._expert_nbytes = geometry.expert_nbytes + decoding.scratch_passes * geometry.decoded_expert_nbytes
         self._expert_launches = EXPERT_LAUNCHES + decoding.launches
         self._expert_weights = geometry.decoded_expert_nbytes / geometry.weight_nbytes

@@ -2,12 +2,11 @@
 
 `as-is` keeps weights as the model has them. `int8` has a code a weight and a scale an output row, `int4` half a byte a
 weight and a scale for each group of GROUP inputs; `int4-cpu` is the same in the order that a processor multiplies in
-place. Biases and the like stay as they are.
+place. Biases and the like stay as they are. Rows as they are may be packed in a checkpoint's own way, `fp8` or `mxfp4`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 
@@ -31,11 +30,17 @@ class RowCost:
 
 
 # int8 is one product of codes and scales: written once. int4 writes the codes as numbers, then scales them in place.
-ROW_COSTS: Mapping[str, RowCost] = {
+ROW_COSTS: dict[str, RowCost] = {
     AS_IS: RowCost(scratch_passes=0, launches=0),
     "int8": RowCost(scratch_passes=4, launches=4),
     "int4": RowCost(scratch_passes=4, launches=8),
     "int4-cpu": RowCost(scratch_passes=0, launches=0),
+}
+# A checkpoint's own packing, which nobody chooses by name. Codes become float32 numbers, which take two passes of
+# bfloat16 ones, in FP8; pairs of numbers that are looked up, scaled and turned in MXFP4.
+OWN_ROW_COSTS: dict[str, RowCost] = {
+    "fp8": RowCost(scratch_passes=6, launches=4),
+    "mxfp4": RowCost(scratch_passes=8, launches=12),
 }
 
 

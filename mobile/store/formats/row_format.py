@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
+
+from mobile.errors import Refused
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,8 @@ class RowFormat(Protocol):
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, inputs: int, work: torch.Tensor) -> None:
         """Decode the parts into `weight`, a contiguous matrix, within `work`, (work_nbytes,) uint8 on its device."""
         ...
+
+
+def never_made(name: str) -> NoReturn:
+    """Raise Refused: rows of a checkpoint's own packing are read from its files."""
+    raise Refused(f"Rows of {name} are a checkpoint's own, and are not made of other weights; choose int8 or int4.")
