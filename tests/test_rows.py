@@ -288,7 +288,7 @@ def test_the_kernel_packed_runs_a_model_and_is_refused_where_it_is_none():
     mobile.attach(model, "cpu-hybrid", slots=4, rows="int8", kernel="packed", poison=True)
     assert not greedy(model, prompt())[1].isnan().any()
     mobile.detach(model)
-    with pytest.raises(mobile.Refused, match="and rows are int4 and not int8; use the kernel loop"):
+    with pytest.raises(mobile.Refused, match="and rows are int4 and not int8 or int4-cpu; use the kernel loop"):
         mobile.attach(model, "lru", slots=4, rows="int4", kernel="packed")
     with pytest.raises(mobile.Refused, match="and rows are as-is and not int8"):
         mobile.attach(model, "lru", slots=4, kernel="packed")
