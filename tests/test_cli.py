@@ -278,7 +278,7 @@ def test_before_pytorch_is_imported_a_terminal_shows_what_is_going_on():
 def test_strategies_are_listed_with_what_they_do_and_whose_they_are(cli):
     listed = cli("strategies", "--json").json["strategies"]
     assert [one["name"] for one in listed] == list(strategies())
-    assert all(set(one) == {"name", "lossless", "summary", "source"} for one in listed)
+    assert all(set(one) == {"name", "lossless", "summary", "source", "parts"} for one in listed)
     shown = cli("strategies").out
     for one in listed:
         kind = "lossless" if one["lossless"] else "lossy"

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile.cli.disk_plan import disk_part, host_budget, on_processor, plan_on_disk
-from mobile.cli.memory_plan import CheckpointPart, DiskPart, Plan, plan
+from mobile.cli.memory_plan import CheckpointPart, DiskPart, Plan, plan, strategy_rows
 from mobile.cli.terminal import options, show
 from mobile.costs.bounds import Ceilings
+from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import HardwareProfile, parse_gb_per_s, parse_nbytes, profile
 from mobile.costs.rows import AS_IS, check_rows
 from mobile.errors import Refused
 from mobile.machine.host import host
+from mobile.policies.strategy import resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.visible import visible
 
@@ -34,6 +36,7 @@ examples:
   mobile plan ./checkpoint --memory 2GiB --json | jq .slots
   mobile plan olmoe-1b-7b --hardware here.json      this machine, measured by: mobile doctor --calibrate --out here.json
   mobile plan olmoe-1b-7b --fallback-rate 0.2       MoBiLE's bound at that rate
+  mobile plan olmoe-1b-7b --strategy mobile --strategy mobile+cpu-hybrid
   mobile plan qwen3-30b-a3b --host-memory 16GiB --disk 3.5GB/s
   mobile plan qwen3-30b-a3b --disk measure --store /data/rows
   mobile plan qwen3-30b-a3b --memory 12GiB --rows int4
@@ -74,6 +77,9 @@ def declare(commands: Any) -> None:
         help=f"dtype of the weights: {', '.join(options.DTYPES)}",
     )
     parser.add_argument(
+        "--strategy", action="append", metavar="NAME", help="only this one; repeat it to compare (default: all)"
+    )
+    parser.add_argument(
         "--fallback-rate", type=float, metavar="R", help="fallback rate of `mobile` (default: both 0 and 1)"
     )
     options.trust(parser)
@@ -90,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
                 raise Refused(f"A fallback rate lies between 0 and 1, and {arguments.fallback_rate} does not.")
             rates = (arguments.fallback_rate,)
         check_rows(arguments.rows)
+        chosen = list(map(resolve, dict.fromkeys(arguments.strategy or ())))
         if arguments.model not in GEOMETRIES:
             show.waiting(f"reading {arguments.model} ...")
         hardware = profile(arguments.hardware)
@@ -106,6 +113,10 @@ def run(arguments: argparse.Namespace) -> int:
             hardware = on_processor(hardware, disk.gb_per_s)
             divided = plan_on_disk(arguments.model, found.paged, budget, hardware, disk, rates, found.weights_shortage)
         divided = replace(divided, checkpoint=found.checkpoint)
+        if chosen:
+            cost, on_disk = CostModel(hardware, divided.geometry), asked is not None
+            rows = strategy_rows(cost, divided.slots, rates, on_disk=on_disk, chosen=chosen)
+            divided = replace(divided, strategies=rows)
     except Refused as refused:
         if arguments.json:
             show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
@@ -362,7 +373,7 @@ def _footnotes(plan: Plan, hardware: HardwareProfile) -> list[str]:
     ]
     if plan.disk is not None:
         lines[1:1] = _disk_notes(plan.disk)
-    if any(row.strategy == "cpu-hybrid" for row in plan.strategies):
+    if any("cpu-hybrid" in row.strategy.split("+") for row in plan.strategies):
         lines.append(
             "cpu-hybrid: missing experts are divided between link and CPU, and its bound is the lower one of both. The "
             f"CPU reads at {hardware.cpu_gb_per_s:g} GB/s."

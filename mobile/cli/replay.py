@@ -24,7 +24,7 @@ from mobile.residency.residency import PREFILL_BUFFERS
 EXAMPLES = """
 examples:
   mobile replay trace.npz                                  every strategy that can be replayed on the trace
-  mobile replay trace.npz --strategy lru --strategy next-gate --memory 6GiB 8GiB
+  mobile replay trace.npz --strategy lru --strategy next-gate+lfu --memory 6GiB 8GiB
   mobile replay trace.npz --geometry olmoe-1b-7b --sweep --plot hit-rate.svg
   mobile replay trace.npz --json | jq '.results[] | [.strategy, .hit_rate]'
 
@@ -142,11 +142,13 @@ def open_trace(path: Path) -> Trace:
         raise Refused(
             f"{path} does not say which model and strategy it is of; record it with `mobile trace`."
         ) from error
-    if name not in strategies():
+    try:
+        recorder = resolve(name)
+    except Refused as refused:
         raise Refused(
             f"{path} was recorded under {name!r}, which is not installed here; record it under another result."
-        )
-    recorder = _judging_by(resolve(name, gamma), about.get("signal"))
+        ) from refused
+    recorder = _judging_by(resolve(recorder, gamma), about.get("signal"))
     slots, hardware = (about.get(key) for key in ("slots", "hardware"))
     trace = Trace(requests, geometry, recorder, gamma, about.get("model"), slots, hardware)
     if not trace.tokens:
@@ -159,11 +161,13 @@ def choose(
 ) -> tuple[list[Strategy], dict[str, str]]:
     """Return the strategies to compare and, by name, why each of the other installed ones cannot be.
 
+    Without `names` they are the installed ones and the one that recorded the trace, which may be composed.
+
     Raise Refused if one of `names` cannot, or none is left, or none of them has a gamma.
     """
     shared_gamma = trace.gamma if gamma is None else gamma
     chosen, left_out = [], {}
-    for name in dict.fromkeys(names or strategies()):
+    for name in dict.fromkeys(names or [*strategies(), trace.recorder.name]):
         strategy = resolve(name)
         if _two_pass(strategy):
             strategy = resolve(_judging_by(strategy, trace.recorder.signal), shared_gamma)

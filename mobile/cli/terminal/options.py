@@ -62,7 +62,9 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True, gamma: bo
     """Add MODEL and the options of `mobile.load`, whose defaults apply."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     group = parser.add_argument_group("engine")
-    group.add_argument("--strategy", metavar="NAME", help="`mobile strategies` lists them (default: mobile)")
+    group.add_argument(
+        "--strategy", metavar="NAME", help="one of `mobile strategies`, or several joined by + (default: mobile)"
+    )
     group.add_argument("--memory", metavar="SIZE", help=f"memory to use, {SIZES} (default: all of the card)")
     group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
     if gamma:
