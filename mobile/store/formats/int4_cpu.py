@@ -14,7 +14,7 @@ import torch
 
 from mobile.costs.rows import GROUP
 from mobile.errors import Refused
-from mobile.store.formats.int4 import LOWEST, UPPER, grouped, least_error
+from mobile.store.formats.int4 import LOWEST, grouped, least_error
 from mobile.store.formats.row_format import Part
 
 SIXTEEN = 16  # outputs that the product computes together at least
@@ -45,9 +45,9 @@ class Int4Cpu:
 
     def pack(self, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], inputs: int) -> None:
         """Quantise as `int4` does, then have PyTorch put the codes in order."""
-        scales, codes = least_error(grouped(weight.float(), inputs), inputs + 1, torch.bfloat16)
+        scales, codes = least_error(grouped(weight.float(), inputs), inputs + 1)
         held, zeroed = _codes_and_scales(parts)
-        zeroed[..., 0] = (scales.float() * -UPPER).squeeze(inputs + 1).t()
+        zeroed[..., 0] = scales.squeeze(inputs + 1).t()
         zeroed[..., 1] = 0
         counted = (codes - LOWEST).to(torch.int32).view(weight.shape)
         held.copy_(torch._convert_weight_to_int4pack_for_cpu(counted, 1))
