@@ -255,7 +255,7 @@ def test_what_a_packed_checkpoint_takes_is_known_from_its_headers_alone(hub, mak
     needed = planned["host_needed_nbytes"]
     assert main(["plan", NAME, "--host-memory", f"{needed}B"]) == 0
     assert main(["plan", NAME, "--host-memory", f"{needed - 1}B"]) == 1
-    monkeypatch.setattr(loading, "host", lambda: replace(host(), usable_nbytes=needed))
+    monkeypatch.setattr(loading, "host", lambda: replace(host(), memory_available_nbytes=needed))
     with pytest.raises(mobile.Refused, match=r"^The experts, the other weights and the slots take"):
         load()
     assert hub.fetched <= SMALL
