@@ -247,7 +247,7 @@ def packed_layout(layout: ExpertLayout, layers: Sequence[MoeLayer], rows: str) -
     transposed = {bool(layer.experts.is_transposed) for layer in layers}
     if format is not None and len(transposed) != 1:
         raise Refused(
-            "The model's MoE layers hold their matrices both ways round, which rows as they are can; use as-is."
+            f"Some MoE layers hold their matrices transposed and some do not, so none lies in {rows}; use as-is."
         )
     return layout.packed(format, transposed=transposed.pop())
 

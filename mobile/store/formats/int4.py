@@ -16,6 +16,7 @@ from mobile.store.formats.row_format import Part
 
 LOWEST, HIGHEST = -8, 7
 UPPER = -16  # the upper four bits of a byte
+STEPS = (1.0, 0.92)  # tried, as shares; of random weights these two lost 0.0935 of the norm, one 0.0956, six 0.0925
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,9 @@ class Int4:
         return Part("codes", torch.uint8, (-(-prod(shape) // 2),)), Part("scales", scales, (groups[0], groups[1]))
 
     def pack(self, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], inputs: int) -> None:
-        """Give each group the scale of least squared error among a few, and round."""
-        grouped = _grouped(weight.float(), inputs)
-        scales, codes = _least_error(grouped, inputs + 1, parts["scales"].dtype)
-        parts["scales"].copy_(scales.squeeze(inputs + 1))
+        """Round to the codes, and take the scale, of least squared error among a few."""
+        scales, codes = _least_error(_grouped(weight.float(), inputs), inputs + 1)
+        parts["scales"].copy_((scales / -UPPER).squeeze(inputs + 1))
         flat, half = codes.reshape(-1).to(torch.int8), len(parts["codes"])
         packed = parts["codes"].view(torch.int8)
         packed.copy_(flat[:half] & 15)
@@ -68,25 +68,26 @@ def _grouped(weight: torch.Tensor, inputs: int) -> torch.Tensor:
     return weight.unflatten(inputs, (-1, group))
 
 
-def _least_error(grouped: torch.Tensor, axis: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales (1 on the `axis`), by a sixteenth in `dtype`, and codes, as float32.
+def _least_error(grouped: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales, of size 1 on the `axis` of each group's weights, and codes.
 
-    1. The weight of largest size gets the code -8: the scale has its sign.  2. The scale that fits these codes best,
-    by least squares, gives new codes.  The better of both is taken, for each group.
+    1. A try rounds to multiples of a step: the weight of largest size gets the code -8, so that the step has its sign;
+       or, with a smaller step, it is cut off for the others' sake.
+    2. With codes c the best scale for weights w is <c, w> / <c, c>, and its squared error <w, w> - <c, w>^2 / <c, c>.
+    3. The try of least error is taken, for each group.
     """
-    largest = grouped.gather(axis, grouped.abs().argmax(axis, keepdim=True))
-    first = _coded(grouped, largest / LOWEST, axis, dtype)
-    fitted = (grouped * first[1]).sum(axis, keepdim=True) / (first[1] ** 2).sum(axis, keepdim=True).clamp_min(1)
-    second = _coded(grouped, fitted, axis, dtype)
-    better = second[2] < first[2]
-    return torch.where(better, second[0], first[0]), torch.where(better, second[1], first[1])
-
-
-def _coded(
-    grouped: torch.Tensor, scales: torch.Tensor, axis: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the scales as they are kept, the codes that they give, and each group's squared error."""
-    kept = (scales / -UPPER).to(dtype)
-    used = kept.float() * -UPPER
-    codes = (grouped / used.where(used != 0, 1)).round_().clamp_(LOWEST, HIGHEST)
-    return kept, codes, (codes * used).sub_(grouped).square_().sum(axis, keepdim=True)
+    largest = grouped.gather(axis, grouped.abs().argmax(axis, keepdim=True)) / LOWEST
+    per_step = 1 / largest.where(largest != 0, 1)
+    best: tuple[torch.Tensor, ...] | None = None
+    for step in STEPS:
+        codes = (grouped * (per_step / step)).round_().clamp_(LOWEST, HIGHEST)
+        fits = (codes * grouped).sum(axis, keepdim=True)
+        squares = (codes * codes).sum(axis, keepdim=True).clamp_min_(1)
+        tried = (fits * fits / squares, fits / squares, codes)
+        if best is None:
+            best = tried
+        else:
+            better = tried[0] > best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+    assert best is not None
+    return best[1], best[2]
