@@ -18,7 +18,7 @@ from typing import Any
 from baselines.lru import LRU
 from mobile.policies import CachedRouting, PolicyContext, Routed, Strategy
 
-STRENGTH, KEEP = 0.3, 2
+STRENGTH, KEEP = 0.2, 2
 
 
 @dataclass(frozen=True)

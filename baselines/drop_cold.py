@@ -16,7 +16,7 @@ from typing import Any
 from baselines.lru import LRU
 from mobile.policies import CachedRouting, PolicyContext, Routed, Strategy
 
-THRESHOLD = 1.0
+THRESHOLD = 0.75
 
 
 @dataclass(frozen=True)

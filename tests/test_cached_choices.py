@@ -22,8 +22,8 @@ from mobile.policies.strategy import resolve
 from mobile.replay.replay import why_not_replayable
 
 OLMOE = Path(__file__).parent.parent / "suites" / "models" / "olmoe-tiny"
-STRATEGIES = [cache_prior(), drop_cold(), mobile_cached(), mobile_cached(beyond=True)]
-BOTH = pytest.mark.parametrize("strategy", STRATEGIES, ids=["cache-prior", "drop-cold", "mobile-cached", "beyond"])
+STRATEGIES = [cache_prior(), drop_cold(), mobile_cached(), mobile_cached(strength=1.0, beyond=False)]
+BOTH = pytest.mark.parametrize("strategy", STRATEGIES, ids=["cache-prior", "drop-cold", "mobile-cached", "within-k"])
 
 
 def own(strategy):
@@ -149,7 +149,7 @@ def test_drop_cold_skips_missing_experts_of_small_weight_and_nothing_else(family
 @pytest.mark.parametrize("beyond", [False, True])
 def test_the_little_pass_prefers_what_is_there(family, beyond):
     model, ids = tiny(family), prompt()
-    written, seen = lived(model, replace(mobile_cached(keep=1, gamma=0.0, beyond=beyond)), 8, ids)
+    written, seen = lived(model, mobile_cached(keep=1, strength=1.0, beyond=beyond, gamma=0.0), 8, ids)
     little, changed = model.config.num_experts_per_tok // 2, 0
 
     def choose(_layer, logits, index, weights, there):
@@ -280,11 +280,11 @@ def test_a_dressed_run_replays_to_its_ledger():
 def test_a_router_that_ranks_by_other_scores_is_refused_past_its_own_choice():
     model, ids = tiny_of("deepseek_v3"), prompt()
     expected = greedy(model, ids)[1]
-    for strategy in (cache_prior(), mobile_cached(beyond=True)):
+    for strategy in (cache_prior(), mobile_cached()):
         with pytest.raises(mobile.Refused, match="chooses by other scores than it shows"):
             mobile.attach(model, strategy, slots=8)
         assert torch.equal(greedy(model, ids)[1], expected)
-    for strategy in (drop_cold(0.0), mobile_cached(gamma=1.1)):  # these stay within its own choice
+    for strategy in (drop_cold(0.0), mobile_cached(gamma=1.1, beyond=False)):  # these stay within its own choice
         mobile.attach(model, strategy, slots=8, poison=True)
         assert torch.equal(greedy(model, ids)[1], expected)
         mobile.detach(model)
