@@ -27,6 +27,8 @@ def label(record: Record) -> str:
         link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
         parts += (f"{record.scope} {'native' if link is None else f'{link:g} GB/s'}",)
         parts += () if rate is None else (f"fallback {rate:g}",)
+    if record.config.get("kind") == "signals":
+        parts += ("signals",)
     return " / ".join((*parts, *((str(record.config["control"]),) if record.config.get("control") else ())))
 
 

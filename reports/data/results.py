@@ -20,7 +20,8 @@ class Results:
     """The records of a run in the order of the plan, by the tables that may hold them.
 
     `records` are scored cells, `controls` cells that must fail (a scrambled router), `synthetic` cells that played a
-    script on synthetic weights, `references` plain Transformers on the same sizes. `absent` are planned cells without
+    script on synthetic weights, `references` plain Transformers on the same sizes, `signals` cells that compare
+    confidence signals. `absent` are planned cells without
     a record as (label, reason), `logs` the ends of failed cells' logs as (label, text).
     """
 
@@ -31,11 +32,12 @@ class Results:
     logs: tuple[tuple[str, str], ...] = ()
     synthetic: tuple[Record, ...] = ()
     references: tuple[Record, ...] = ()
+    signals: tuple[Record, ...] = ()
 
     @property
     def all_records(self) -> tuple[Record, ...]:
         """Return every record of the run."""
-        return (*self.records, *self.controls, *self.synthetic, *self.references)
+        return (*self.records, *self.controls, *self.synthetic, *self.references, *self.signals)
 
     def select(self, **wanted: Any) -> list[Record]:
         """Return the records whose fields equal `wanted`, in order."""
@@ -137,7 +139,8 @@ def read(run: Path) -> Results:
     controls = tuple(record for record in records if record.config.get("control"))
     synthetic = tuple(record for record in records if record.config.get("kind") == "shape")
     references = tuple(record for record in records if record.config.get("kind") == "beside")
-    apart = {record.id for record in (*controls, *synthetic, *references)}
+    signals = tuple(record for record in records if record.config.get("kind") == "signals")
+    apart = {record.id for record in (*controls, *synthetic, *references, *signals)}
     return Results(
         plan.preset,
         tuple(record for record in records if record.id not in apart),
@@ -146,6 +149,7 @@ def read(run: Path) -> Results:
         tuple((label, gap.log_tail) for label, gap in absent if gap.log_tail),
         synthetic,
         references,
+        signals,
     )
 
 
