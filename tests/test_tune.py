@@ -38,11 +38,19 @@ def test_the_bounds_are_clopper_and_pearsons(count, of):
 
 
 def test_the_fewest_items_are_those_that_first_suffice():
-    needed = fewest_items(0.0, 0.01, 0.05)
+    needed = fewest_items(0.01, 0.05)
     assert needed == 299  # log 0.05 / log 0.99, rounded up
     assert highest_share(0, needed, 0.05) <= 0.01 < highest_share(0, needed - 1, 0.05)
-    assert fewest_items(0.01, 0.01, 0.05) is None
-    assert fewest_items(0.005, 0.01, 0.05) > 1000
+
+
+def test_so_many_items_as_are_said_to_be_needed_would_do():
+    few = Measured(Setting("probability", 0.9), 400, 1000, 10, tuple(range(4)), tuple(range(2)))
+    assert few.high(0.05) > 1.0
+    needed = choice.items_needed([few], 1.0)
+    more = Measured(few.setting, needed, 1000, 10, tuple(range(needed // 100)), tuple(range(needed // 200)))
+    assert more.high(0.05) == pytest.approx(1.0, abs=0.05)
+    losing = Measured(few.setting, 400, 1000, 10, tuple(range(9)), tuple(range(5)))
+    assert choice.items_needed([losing], 1.0) is None
 
 
 @pytest.mark.parametrize(
