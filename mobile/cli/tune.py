@@ -313,13 +313,13 @@ def _print(arguments: argparse.Namespace, measured: Sequence[Measured], passed: 
 
 def _say_why_none(arguments: argparse.Namespace, items: int, needed: int | None, tuned: Tuned | None) -> None:
     """Print why no setting is certain, and what to do."""
-    why = f"No setting is certain to lose {arguments.max_loss:g} points at most on so few items as {items}"
     if needed is None:
-        say = f"No setting loses less than {arguments.max_loss:g} points on these items; allow more with --max-loss"
-    elif needed > items:
-        say = f"{why}; about {needed:,} would do, if they went on like these"
+        say = f"Every setting loses {arguments.max_loss:g} points or more on these items; allow more with --max-loss"
     else:
-        say = f"{why}, the surest first; give more"
+        say = (
+            f"{items} items are too few for any setting to be certain to lose {arguments.max_loss:g} points at most; "
+            f"about {max(needed, items + 1):,} would do, if they went on like these"
+        )
     show.note(f"{say}." if tuned else f"{say}, or take the least loss that was seen with --anyway.")
 
 

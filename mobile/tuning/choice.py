@@ -11,8 +11,10 @@ the error of the whole sequence is that of one test). Of several signals each ge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from mobile.tuning.exact import fewest_items, highest_share, lowest_share
 
@@ -96,21 +98,19 @@ def least_loss(measured: Sequence[Measured]) -> Measured:
 
 
 def items_needed(measured: Sequence[Measured], max_loss: float, confidence: float = CONFIDENCE) -> int | None:
-    """Return how many items would certify some setting, were each to go on as it began; None if none can.
+    """Return about how many items would certify some setting, if all went on as on these; None if none can be.
 
-    It is exact where nothing was lost, and ignores what is gained.
+    Exact where nothing was lost. Else both bounds are taken as normal ones: of shares b lost and c gained they leave
+    z (sqrt b + sqrt c) / sqrt n, which must fit between the loss and the budget.
     """
-    error = error_of(measured, confidence)
-    return min(
-        (
-            needed
-            for each in measured
-            if (
-                needed := fewest_items(
-                    len(each.lost) / each.items, max_loss / 100, error / 2 if each.can_gain else error
-                )
-            )
-            is not None
-        ),
-        default=None,
-    )
+    error, budget = error_of(measured, confidence), max_loss / 100
+    found = []
+    for each in measured:
+        room = budget - each.loss / 100
+        if room <= 0:
+            continue
+        part = error / 2 if each.can_gain else error
+        spread = math.sqrt(len(each.lost) / each.items) + math.sqrt(len(each.gained) / each.items)
+        wanted = (NormalDist().inv_cdf(1 - part) * spread / room) ** 2
+        found.append(max(fewest_items(budget, part), math.ceil(wanted)))
+    return min(found, default=None)

@@ -20,26 +20,9 @@ def lowest_share(count: int, of: int, error: float) -> float:
     return 1 - highest_share(of - count, of, error)
 
 
-def fewest_items(share: float, budget: float, error: float, most: int = 10_000_000) -> int | None:
-    """Return the fewest items at which `highest_share` is within `budget`, if `share` of them are counted.
-
-    None where that takes more than `most`, or `share` is not below the budget.
-    """
-    if share >= budget:
-        return None
-
-    def within(items: int) -> bool:
-        return highest_share(math.ceil(share * items), items, error) <= budget
-
-    low, high = 0, 1
-    while not within(high):
-        low, high = high, high * 2
-        if high > most:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if within(middle) else (middle, high)
-    return high
+def fewest_items(budget: float, error: float) -> int:
+    """Return the fewest items of which none must be counted for `highest_share` to be within `budget`."""
+    return math.ceil(math.log(error) / math.log1p(-budget))
 
 
 def _at_most(count: int, of: int, share: float) -> float:

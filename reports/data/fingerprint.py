@@ -28,6 +28,8 @@ def label(record: Record) -> str:
         parts += (f"{record.scope} {'native' if link is None else f'{link:g} GB/s'}",)
         parts += () if rate is None else (f"fallback {rate:g}",)
     parts += () if rows_of(record) == AS_IS else (f"rows {rows_of(record)}",)
+    if record.config.get("kind") == "signals":
+        parts += ("signals",)
     return " / ".join((*parts, *((str(record.config["control"]),) if record.config.get("control") else ())))
 
 

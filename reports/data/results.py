@@ -23,9 +23,10 @@ class Results:
     """The records of a run in the order of the plan, by the tables that may hold them.
 
     `records` are scored cells, `controls` cells that must fail (a scrambled router), `synthetic` cells that played a
-    script on synthetic weights, `references` plain Transformers on the same sizes. `packed` and `packed_synthetic` are
-    the cells of the first and the third kind whose rows are packed. `absent` are planned cells without a record as
-    (label, reason), `logs` the ends of failed cells' logs as (label, text).
+    script on synthetic weights, `references` plain Transformers on the same sizes, `signals` cells that compare
+    confidence signals. `packed` and `packed_synthetic` are the cells of the first and the third kind whose rows are
+    packed. `absent` are planned cells without a record as (label, reason), `logs` the ends of failed cells' logs as
+    (label, text).
     """
 
     preset: str
@@ -35,13 +36,14 @@ class Results:
     logs: tuple[tuple[str, str], ...] = ()
     synthetic: tuple[Record, ...] = ()
     references: tuple[Record, ...] = ()
+    signals: tuple[Record, ...] = ()
     packed: tuple[Record, ...] = ()
     packed_synthetic: tuple[Record, ...] = ()
 
     @property
     def all_records(self) -> tuple[Record, ...]:
         """Return every record of the run."""
-        return (*self.scored, *self.controls, *self.scripted, *self.references)
+        return (*self.scored, *self.controls, *self.scripted, *self.references, *self.signals)
 
     @property
     def scored(self) -> tuple[Record, ...]:
@@ -163,7 +165,8 @@ def read(run: Path) -> Results:
     controls = tuple(record for record in records if record.config.get("control"))
     synthetic = [record for record in records if record.config.get("kind") == "shape"]
     references = tuple(record for record in records if record.config.get("kind") == "beside")
-    apart = {record.id for record in (*controls, *synthetic, *references)}
+    signals = tuple(record for record in records if record.config.get("kind") == "signals")
+    apart = {record.id for record in (*controls, *synthetic, *references, *signals)}
     scored = [record for record in records if record.id not in apart]
     return Results(
         plan.preset,
@@ -173,6 +176,7 @@ def read(run: Path) -> Results:
         tuple((label, gap.log_tail) for label, gap in absent if gap.log_tail),
         tuple(record for record in synthetic if rows_of(record) == AS_IS),
         references,
+        signals,
         tuple(record for record in scored if rows_of(record) != AS_IS),
         tuple(record for record in synthetic if rows_of(record) != AS_IS),
     )

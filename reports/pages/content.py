@@ -9,7 +9,7 @@ from typing import Any
 from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
 from reports.plots import forest
-from reports.sections import clock, controls, past_paper, references, sentences, synthetic
+from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic
 from reports.sections.family_sections import family_sections
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, machine_identity
@@ -29,6 +29,7 @@ def build(results: Results) -> Report:
         *synthetic.sections(results, paper, trusted=not broken),
         *clock.sections(results),
         *references.sections(results),
+        *signals.sections(results),
         *_by_seed(results, paper["accuracy"]["margin_points"]),
         _controls(results),
         _telemetry(results),
@@ -152,7 +153,7 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     """Return the (name, value) facts that a reader needs to repeat the run; none changes when it is repeated."""
     record = results.all_records[0]
     packages = record.environment["packages"]
-    made = (*results.scored, *results.scripted, *results.references)
+    made = (*results.scored, *results.scripted, *results.references, *results.signals)
     machines = {machine_identity(r) for r in made}
     dirty = any(r.environment["git_dirty"] for r in made)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)
