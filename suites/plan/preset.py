@@ -233,7 +233,8 @@ def _cells_of(
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
     # 3. For each seed, task, card and row format: a cell for each of them, then the canary's.
-    for seed, task, card, rows in product(data["seeds"], at_most, cards, _formats(data)):
+    formats = _formats(data)
+    for seed, task, card, rows in product(data["seeds"], at_most, cards, formats):
         generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card, rows=rows)
         for strategy, budget, swept, count in runs:
             # Every item is timed once for each way to answer. A part of them is timed otherwise, and where a lossless
@@ -243,12 +244,14 @@ def _cells_of(
             whole = strategy.name == ORACLE if strategy.lossless else answers
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
             live = generation(name, strategy.gamma, min(asked, at_most[task]))
-            if getattr(
-                strategy, "knows_cache", False
-            ):  # no trace says what it would have chosen: it answers in each cell itself
-                yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None, link or "virtual")
-            else:
-                yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
+            over = link
+            # No trace says what one that knows the cache would have chosen: it answers in each cell itself, one prompt
+            # at a time, which takes long. So it has one budget and one row format, the first ones.
+            if strategy.knows_cache:
+                whole, over = True, link or "virtual"
+                if (budget, rows) != (first, formats[0]):
+                    continue
+            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, over)
         if task in data.get("canaries", []) and rows == AS_IS:
             scrambled = generation(ORACLE, None, min(data["canary_items"], at_most[task]), scrambled=True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
