@@ -47,7 +47,7 @@ class Cost:
 
 
 def costs(preset: Preset) -> list[Cost]:
-    """Return the cost of each model with cells that are timed live, in order; a tiny one on a virtual clock has none."""
+    """Return the cost of each model with cells that are timed live, in order; shipped ones on a virtual clock: none."""
     real = [cell for cell in preset.live if cell.generation.model.weights != SHIPPED or LINKS[str(cell.link)].real_time]
     models = dict.fromkeys(cell.generation.model for cell in real)
     return [_cost(model, [cell for cell in real if cell.generation.model == model]) for model in models]
