@@ -123,7 +123,7 @@ def test_a_plug_in_stands_beside_the_strategies_of_a_checkout(installed, monkeyp
         ("from mobile.policies import Strategy; S = Strategy(5, '', '', True)", "is not a mobile Strategy"),
         (
             "from mobile.policies import Strategy; S = Strategy('a+b', '', '', True)",
-            "is named 'a.b', and . joins names",
+            "is named 'a.b', and . joins ",
         ),
     ],
 )

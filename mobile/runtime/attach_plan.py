@@ -26,7 +26,8 @@ from mobile.store import ExpertLayout
 class AttachOptions:
     """The keywords that `mobile.load` and `mobile.attach` share.
 
-    - `strategy`: a name that `mobile.strategies()` lists, or a Strategy. `gamma` replaces its confidence threshold.
+    - `strategy`: a name that `mobile.strategies()` lists, several joined by "+", or a Strategy. `gamma` replaces its
+      confidence threshold.
     - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
       the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
       `memory` also caps what this process may allocate there.
