@@ -27,24 +27,24 @@ from mobile.store import ExpertLayout
 class AttachOptions:
     """The keywords that `mobile.load` and `mobile.attach` share.
 
-        - `strategy`: a name that `mobile.strategies()` lists, several joined by "+", or a Strategy. `gamma` replaces its
+    - `strategy`: a name that `mobile.strategies()` lists, several joined by "+", or a Strategy. `gamma` replaces its
       confidence threshold: a number, or a file of `mobile tune`, which names the signal as well.
-        - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
-          the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
-          `memory` also caps what this process may allocate there.
-        - `link`: "cuda" (real time; needs the model on a GPU), "disk" (real time; experts are read from a file), "virtual"
-          (computed time), "paced" (real sleeping, to test threads), or "auto": disk where `store` is one, cuda on a GPU,
-          else virtual.
-        - `store`: where the experts lie, "memory", "disk" (a folder in the cache), or a folder for the file of their rows.
-        - `link_gb_per_s`: slow the link down to so many decimal GB/s; a real link is slowed by really copying more.
-        - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
-          Budgets and virtual time are taken from it.
-        - `geometry`: the name of a real model; compute virtual time and bytes as if the model were that one.
-        - `kernel`: "loop" (the reference, and "auto"), "grouped", "triton", or "packed" (int8 rows in place, on the CPU,
-          in bfloat16), see `mobile.kernels`.
-        - `rows`: how experts lie in the store and in slots, and what is copied: "as-is", "int8" (a scale an output) or
-          "int4" (groups of 32 inputs). Packed experts are decoded when they are computed, so tokens are those of a model
-          with the decoded weights; biases stay as they are.
+    - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
+      the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
+      `memory` also caps what this process may allocate there.
+    - `link`: "cuda" (real time; needs the model on a GPU), "disk" (real time; experts are read from a file), "virtual"
+      (computed time), "paced" (real sleeping, to test threads), or "auto": disk where `store` is one, cuda on a GPU,
+      else virtual.
+    - `store`: where the experts lie, "memory", "disk" (a folder in the cache), or a folder for the file of their rows.
+    - `link_gb_per_s`: slow the link down to so many decimal GB/s; a real link is slowed by really copying more.
+    - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
+      Budgets and virtual time are taken from it.
+    - `geometry`: the name of a real model; compute virtual time and bytes as if the model were that one.
+    - `kernel`: "loop" (the reference, and "auto"), "grouped", "triton", or "packed" (int8 rows in place, on the CPU,
+      in bfloat16), see `mobile.kernels`.
+    - `rows`: how experts lie in the store and in slots, and what is copied: "as-is", "int8" (a scale an output) or
+      "int4" (groups of 32 inputs). Packed experts are decoded when they are computed, so tokens are those of a model
+      with the decoded weights; biases stay as they are.
     """
 
     strategy: str | Strategy = "mobile"
