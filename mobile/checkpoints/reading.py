@@ -30,7 +30,7 @@ from mobile.checkpoints.headers import Stored, Unread
 from mobile.errors import Refused, one_line
 from mobile.live_model import compat
 from mobile.live_model.cleanup import Cleanup
-from mobile.store import Store, Weights
+from mobile.store import PackedWeights, Store, Weights
 
 Advance = Callable[[int], None]  # moves the progress bar by bytes read
 
@@ -47,8 +47,9 @@ def read_directly(
     def read(together: Sequence[Reading]) -> int:
         first = together[0]
         weights = store.weights(first.layer, first.weight)
-        if first.part is not None:
+        if isinstance(weights, PackedWeights) and first.part is not None:
             for reading in together:
+                assert reading.part is not None, "either all tensors of a weight are parts of it, or none is"
                 _read_into(weights.parts[reading.part][reading.expert], reading, files)
         elif isinstance(weights, torch.Tensor):
             for reading in together:
