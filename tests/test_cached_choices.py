@@ -17,6 +17,7 @@ from baselines.cache_prior import cache_prior
 from baselines.drop_cold import drop_cold
 from baselines.lfu import LFU
 from baselines.lru import LRU
+from mobile.live_model.compat import moe_layers
 from mobile.policies.mobile_cached import mobile_cached
 from mobile.policies.strategy import resolve
 from mobile.replay.replay import why_not_replayable
@@ -43,6 +44,25 @@ def test_with_every_expert_resident_the_choice_is_the_routers_own_bit_for_bit(fa
         mobile.attach(model, replace(strategy, retain="everything"), gamma=gamma)
         assert torch.equal(greedy(model, ids)[1], expected)
         assert model.mobile.stats()["fallbacks"] == fallbacks
+        mobile.detach(model)
+
+
+@BOTH
+def test_of_equal_scores_the_routers_own_choice_comes_first(family, strategy):
+    """Logits that differ in their last bits are equal as probabilities, of which a router takes the first."""
+    model, ids = tiny(family), prompt()
+    expected = None
+    for one in (resolve(own(strategy)), replace(strategy, retain="everything")):
+        mobile.attach(model, one, slots=24)
+        before = [layer.router.weight.detach().clone() for layer in moe_layers(model)]
+        for layer in moe_layers(model):
+            weight = layer.router.weight.data
+            weight[:] = weight[:1] * (1 + 2.0**-23 * torch.arange(len(weight))[:, None])
+        logits = greedy(model, ids)[1]
+        assert expected is None or torch.equal(logits, expected)
+        expected = logits
+        for layer, weight in zip(moe_layers(model), before, strict=True):
+            layer.router.weight.data[:] = weight
         mobile.detach(model)
 
 
@@ -186,7 +206,11 @@ def test_at_strength_or_threshold_0_they_are_full_k(family, strategy):
     assert torch.equal(greedy(model, ids)[1], expected)
 
 
-@BOTH
+@pytest.mark.parametrize(
+    "strategy",
+    [cache_prior(0.5), drop_cold(), mobile_cached(strength=1.0), mobile_cached(strength=1.0, beyond=False)],
+    ids=["cache-prior", "drop-cold", "mobile-cached", "within-k"],
+)
 def test_fewer_bytes_are_what_it_is_for(strategy):
     model, ids = tiny("qwen3_moe"), prompt()
     loads = []
@@ -203,14 +227,17 @@ def test_fewer_bytes_are_what_it_is_for(strategy):
 
 @BOTH
 def test_the_same_requests_give_the_same_tokens_and_ledger(strategy):
-    runs = []
-    model = tiny("olmoe")
-    for _ in range(2):  # the second attach of one Strategy has forgotten what the first saw
-        mobile.attach(model, strategy, slots=9)
+    def run():
         tokens = [greedy(model, prompt(rows=rows, seed=rows))[0].tolist() for rows in (1, 2)]
-        runs.append((tokens, list(model.mobile.ledger.events)))
-        mobile.detach(model)
-    assert runs[0] == runs[1]
+        return tokens, list(model.mobile.ledger.events)
+
+    model = mobile.attach(tiny("olmoe"), strategy, slots=14)
+    first = run()
+    model.mobile.restart()  # with cold slots, and a policy that has seen nothing
+    assert run() == first
+    mobile.detach(model)
+    mobile.attach(model, strategy, slots=14)  # what one engine saw is not another's
+    assert run() == first
 
 
 @BOTH

@@ -5,7 +5,7 @@ token's logit range less than one that is in a slot or on its way; the first `ke
 falls back to the router's own K, and with every expert resident tokens are those of `mobile`. Lossy, more so than
 `mobile`: a confident token may have run experts that the router ranked lower. Training-free. Tokens depend on what was
 asked before, on the slots, on the other rows of a batch and, over a real link, on which of a fallback's prefetches had
-begun when its token ended. The defaults were tried on items of the shipped tasks that no result is of.
+begun when its token ended. The defaults were chosen on items generated for that, none of them a test item.
 """
 
 from __future__ import annotations
