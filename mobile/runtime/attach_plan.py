@@ -40,8 +40,8 @@ class AttachOptions:
     - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
       Budgets and virtual time are taken from it.
     - `geometry`: the name of a real model; compute virtual time and bytes as if the model were that one.
-    - `kernel`: "loop" (the reference, and "auto"), "grouped", "triton", or "packed" (int8 and int4-cpu rows in place, on
-      the CPU, in bfloat16), see `mobile.kernels`.
+    - `kernel`: "loop" (the reference, and "auto"), "grouped", "triton", or "packed" (int8 and int4-cpu rows in place,
+      on the CPU, in bfloat16), see `mobile.kernels`.
     - `rows`: how experts lie in the store and in slots, and what is copied: "as-is", "int8" (a scale an output), "int4"
       (groups of 32 inputs) or "int4-cpu" (the same numbers in the order of this processor's product, whose kernel is
       "packed"). Other packed experts are decoded when they are computed, so tokens are those of a model with the
