@@ -346,8 +346,11 @@ def _refuse_at_odds(gating: Strategy | None, evicting: Strategy | None, ahead: S
 def _routing_of(asked: Sequence[Strategy], gating: Strategy | None, ahead: Strategy | None) -> str | None:
     """Return the name whose live run has the routing of a composed strategy; None if only its own has.
 
-    A lookahead that asks about the quasi-hidden state needs logits which no other trace holds.
+    A lookahead that asks about the quasi-hidden state needs logits which no other trace holds, and where the gating
+    knows the cache, every other part changes what it chooses.
     """
+    if gating is not None and gating.knows_cache:
+        return None
     if not all(each.lossless for each in asked if each is not gating):
         return None
     deciding = [gating, ahead if ahead is not gating and ahead and ahead.quasi else None]

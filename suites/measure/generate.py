@@ -89,16 +89,24 @@ def _attached(generation: Generation, strategy: Strategy) -> tuple[Any, Geometry
 
     Detached, it has the weights that it answered with: of packed rows those that they were unpacked to.
     """
-    folder, wanted = generation.model.folder, {"dtype": torch.float32}
-    empty = skeleton(folder, **wanted)
+    folder = generation.model.folder
+    empty = skeleton(folder, dtype=torch.float32)
     layers = moe_layers(empty)
     native = geometry_of(empty, layers, common_layout(layers))
     slots = strategy.min_slots(native)
     if generation.rows != AS_IS:
-        return mobile.load(
-            folder, strategy, slots=slots, rows=generation.rows, link="virtual", device="cpu", progress=False, **wanted
-        ), native
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **wanted).eval()
+        loaded = mobile.load(
+            folder,
+            strategy,
+            slots=slots,
+            rows=generation.rows,
+            link="virtual",
+            device="cpu",
+            dtype=torch.float32,
+            progress=False,
+        )
+        return loaded, native
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     if generation.scrambled:
         scramble(moe_layers(model), generation.seed)
     return mobile.attach(model, strategy, slots=slots), native
