@@ -234,6 +234,15 @@ def test_what_cannot_be_composed_is_refused_in_a_sentence(name, says):
     assert "\n" not in told
 
 
+def test_strategies_without_a_registered_name_are_composed_too():
+    numbered = replace(MOBILE, name="mine", gating=replace(MOBILE.gating, gamma=0.9))
+    joined = compose([numbered, resolve("lfu"), resolve("cpu-hybrid")])
+    assert (joined.name, joined.gamma, joined.routed_by) == ("mine+lfu+cpu-hybrid", 0.9, "mine")
+    assert compose([compose([MOBILE, resolve("lfu")]), resolve("cpu-hybrid")]).evict is resolve("lfu").evict
+    with pytest.raises(Refused, match="names mobile twice"):
+        compose([MOBILE, MOBILE])
+
+
 def test_a_lookahead_that_would_change_what_a_gating_foresees_is_refused():
     foresees = replace(resolve("pre-gated"), name="foresees", lookahead=None)
     assert compose([foresees, NEXT_GATE]).gating is foresees.gating

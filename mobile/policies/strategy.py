@@ -294,6 +294,7 @@ def compose(asked: Sequence[Strategy]) -> Strategy:
     first, *others = asked
     if not others:
         return first
+    split(JOIN.join(each.name for each in asked))  # no two of one name
     for each in asked:
         if each.retain == "everything":
             raise Refused(f"Strategy {each.name} keeps every expert on the device, which leaves nothing to add to it.")
