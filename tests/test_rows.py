@@ -255,9 +255,9 @@ def test_host_memory_peaks_at_the_packed_rows_and_a_layer(tmp_path, rows):
 # --- kernels ----------------------------------------------------------------------------------------
 
 
-def case(tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
+def case(tokens: int, width: int = 32, dtype: torch.dtype = torch.bfloat16) -> tuple:
     """A layer in int8, its experts in slots as they are numbered, and tokens for it."""
-    model = tiny("olmoe").to(dtype)
+    model = tiny("olmoe", intermediate_size=width).to(dtype)
     [views, *_], [layer, *_] = packed_rows(model, "int8"), compat.moe_layers(model)
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(tokens, 32, generator=generator).to(dtype)
@@ -281,6 +281,13 @@ def test_products_in_place_are_those_of_decoded_weights_up_to_rounding(tokens, m
     monkeypatch.undo()
     if tokens == 80:  # more than a few a matrix: decoded, so equal
         assert torch.equal(packed(*given), expected)
+
+
+def test_matrices_whose_inputs_the_product_in_place_cannot_take_are_decoded():
+    """PyTorch's product reads 16 inputs at once, past the end of a matrix of 24: it crashed, or was infinite."""
+    given = case(1, width=24)
+    expected = loop(*given)
+    assert (packed(*given) - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
 def test_the_kernel_packed_runs_a_model_and_is_refused_where_it_is_none():

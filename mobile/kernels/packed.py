@@ -11,6 +11,7 @@ from mobile.kernels.loop import Groups, Views, multiplied, one_by_one
 from mobile.residency.residency import Wave
 from mobile.store import PackedWeights, Weights
 
+INPUTS = 32  # that a row's number must be a multiple of: with 8 or 24 PyTorch's product read past rows and crashed
 FEW_PAIRS = 16  # tokens of one expert; at 64 the product in place took longer than decoding
 
 
@@ -26,15 +27,18 @@ def packed(
     """Compute as `loop` does, with int8 matrices multiplied in place for few tokens. For arguments see `Kernel`.
 
     Equal to it up to rounding, 1e-2 of the largest output: scales meet sums, which are of products with whole numbers,
-    not weights. Matrices of transposed experts are decoded.
+    not weights. Matrices of transposed experts, and those of a
+    number of inputs that is no multiple of INPUTS, are decoded.
     """
     return one_by_one(module, hidden, weights, groups, waves, (views, host), _in_place)
 
 
 def _in_place(module: Any, x: torch.Tensor, weights: Weights, slot: int) -> torch.Tensor:
     """Return x (pairs, inputs) times the matrix in a slot."""
-    if not isinstance(weights, PackedWeights) or not weights.inputs or len(x) > FEW_PAIRS:
+    in_place = isinstance(weights, PackedWeights) and weights.inputs == 1 and x.shape[1] % INPUTS == 0
+    if not in_place or len(x) > FEW_PAIRS:
         return multiplied(module, x, weights, slot)
+    assert isinstance(weights, PackedWeights)
     codes, scales = weights.parts["codes"][slot], weights.parts["scales"][slot].flatten()
     return torch._weight_int8pack_mm(x.contiguous(), codes, scales)
 
