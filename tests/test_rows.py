@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -323,3 +324,27 @@ def test_a_larger_pool_fits_the_same_memory():
         assert model.mobile.geometry.expert_nbytes == layout.nbytes
         pools[rows] = layout.nbytes
     assert pools["int4"] < pools["int8"] < pools["as-is"]
+
+
+def test_the_commands_take_rows(tmp_path):
+    """`trace` and `plan`, and a trace of small rows replayed as a real model with smaller ones."""
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "mobile", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+    (tmp_path / "prompts").write_text("Q: not True is\n")
+    file = str(tmp_path / "t.npz")
+    words = ["--prompts", str(tmp_path / "prompts"), "--out", file, "--slots", "64", "--max-new-tokens", "6"]
+    assert run("trace", str(MODEL), *words, "--rows", "int8").returncode == 0
+    replayed = run("replay", file, "--geometry", "olmoe-1b-7b", "--rows", "int4", "--slots", "64", "--json")
+    sizes = json.loads(replayed.stdout)["geometry"]
+    assert (sizes["rows"], sizes["expert_nbytes"]) == ("int4", 3 * 2048 * 1024 * 9 // 16)
+    assert "lie in int8 already" in run("replay", file, "--rows", "int4").stderr
+    plans = [
+        json.loads(run("plan", "qwen3-30b-a3b", "--memory", "12GiB", "--rows", rows, "--json").stdout)
+        for rows in ("as-is", "int4")
+    ]
+    assert plans[1]["slots"] > 3.5 * plans[0]["slots"]
+    assert plans[1]["host_needed_nbytes"] * 32 == plans[0]["host_needed_nbytes"] * 9
+    assert "did you mean int8" in run("plan", "qwen3-30b-a3b", "--rows", "int88").stderr

@@ -27,8 +27,7 @@ def packed(
     """Compute as `loop` does, with int8 matrices multiplied in place for few tokens. For arguments see `Kernel`.
 
     Equal to it up to rounding, 1e-2 of the largest output: scales meet sums, which are of products with whole numbers,
-    not weights. Matrices of transposed experts, and those of a
-    number of inputs that is no multiple of INPUTS, are decoded.
+    not weights. Matrices of transposed experts are decoded, and those whose inputs are no multiple of INPUTS.
     """
     return one_by_one(module, hidden, weights, groups, waves, (views, host), _in_place)
 
