@@ -15,6 +15,7 @@ from mobile.cli import curves
 from mobile.cli.terminal import options, show
 from mobile.costs.geometry import GEOMETRIES, Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.costs.rows import AS_IS, ROW_COSTS
 from mobile.errors import Refused
 from mobile.policies.strategy import BigLittle, Strategy, resolve, strategies
 from mobile.replay import trace as traces
@@ -134,6 +135,8 @@ def open_trace(path: Path) -> Trace:
         sizes_of = {field: size for field, size in geometry.as_record().items() if field not in ("name", "rows")}
         if not all(type(size) is int and size > 0 for size in sizes_of.values()):
             raise TypeError("a size is not a count")
+        if geometry.rows not in tuple(ROW_COSTS) or (geometry.rows != AS_IS) != (geometry.expert_weights is not None):
+            raise TypeError("rows of no format that is known")
         if not isinstance(name, str) or not isinstance(gamma, float | int | None):
             raise TypeError("neither a strategy nor its gamma")
         if not isinstance(about.get("signal"), str | None):

@@ -29,11 +29,12 @@ class RowCost:
     launches: int
 
 
-# int8 is one product of codes and scales: written once. int4 writes the codes as numbers, then scales them in place.
+# Both write the codes as numbers, read and write them to scale them in place, and read them for the product. int4 first
+# writes and reads its codes as bytes of their own, which is as much as another pass of 16-bit weights.
 ROW_COSTS: dict[str, RowCost] = {
     AS_IS: RowCost(scratch_passes=0, launches=0),
     "int8": RowCost(scratch_passes=4, launches=4),
-    "int4": RowCost(scratch_passes=4, launches=8),
+    "int4": RowCost(scratch_passes=5, launches=8),
     "int4-cpu": RowCost(scratch_passes=0, launches=0),
 }
 # A checkpoint's own packing, which nobody chooses by name. Codes become float32 numbers, which take two passes of
@@ -46,7 +47,7 @@ OWN_ROW_COSTS: dict[str, RowCost] = {
 
 def check_rows(rows: str) -> str:
     """Return the name of a row format. Raise Refused for an unknown one."""
-    if rows not in ROW_COSTS:
+    if not isinstance(rows, str) or rows not in ROW_COSTS:
         raise Refused(
             f"Unknown row format {rows!r}; {offer(rows, list(ROW_COSTS), 'choose as-is, int8, int4 or int4-cpu')}."
         )
@@ -54,7 +55,7 @@ def check_rows(rows: str) -> str:
 
 
 def group_of(inputs: int) -> int:
-    """Return the inputs that share a scale in int4: GROUP, or the largest power of two that divides fewer or odd ones.
+    """Return the inputs that share a scale in int4: GROUP, or the largest power of two below it that divides them.
 
     Widths of published models are multiples of GROUP.
     """

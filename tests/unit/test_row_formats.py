@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mobile.cli.replay import open_trace
 from mobile.costs.cost_model import EXPERT_LAUNCHES, CostModel
 from mobile.costs.geometry import GEOMETRIES, Geometry, project, slots_for
 from mobile.costs.hardware import GIB, profile
 from mobile.errors import Refused
 from mobile.live_model import compat
 from mobile.policies.strategy import resolve
+from mobile.replay import trace
+from mobile.replay.trace import Step
 from mobile.store import format_named, layout_of, poison, unpacked
 from mobile.store.formats import FORMATS
 from suites.budget import replay_setup
@@ -126,6 +129,8 @@ def test_packed_bytes_by_hand():
         olmoe.with_rows("int8").with_rows("int4")
     with pytest.raises(Refused, match="Unknown row format"):
         olmoe.with_rows("int2")
+    with pytest.raises(Refused, match="Unknown row format"):
+        olmoe.with_rows(["int8"])
     with pytest.raises(Refused, match="Nothing says what shapes"):
         replace(olmoe, expert_outputs=None).with_rows("int8")
 
@@ -140,7 +145,7 @@ def test_a_record_of_sizes_is_read_again_and_an_earlier_one_too():
 
 
 def test_fewer_bytes_are_copied_and_decoding_is_charged():
-    """Flops stay those of the weights; the decoded weights go through the memory four times."""
+    """Flops stay those of the weights; the decoded weights go through the memory four times, or five."""
     card, olmoe = profile("rtx4080-pcie4"), GEOMETRIES["olmoe-1b-7b"]
     for name in PACKED:
         sizes = olmoe.with_rows(name)
@@ -149,7 +154,8 @@ def test_fewer_bytes_are_copied_and_decoding_is_charged():
         ratio = sizes.expert_nbytes / olmoe.expert_nbytes
         assert cost.load_ns - latency == pytest.approx((plain.load_ns - latency) * ratio, rel=1e-4)
         launches = EXPERT_LAUNCHES + {"int8": 4, "int4": 8}[name]
-        moved = (sizes.expert_nbytes + 4 * olmoe.expert_nbytes) / (card.memory_gb_per_s * 1e9)
+        passes = {"int8": 4, "int4": 5}[name]
+        moved = (sizes.expert_nbytes + passes * olmoe.expert_nbytes) / (card.memory_gb_per_s * 1e9)
         assert cost.expert_ns(1) == pytest.approx((moved + launches * card.launch_seconds) * 1e9, abs=1)
         many = 10**6  # tokens: bound by flops
         beside = (launches - EXPERT_LAUNCHES) * card.launch_seconds * 1e9
@@ -180,3 +186,12 @@ def test_layers_that_differ_in_orientation_are_refused():
     with pytest.raises(Refused, match="transposed and some"):
         compat.packed_layout(layout, layers, "int8")
     assert compat.packed_layout(layout, layers, "as-is") == layout
+
+
+@pytest.mark.parametrize("wrong", [{"rows": "int9"}, {"rows": ["int8"]}, {"rows": "int8"}, {"expert_weights": 7}])
+def test_a_trace_of_rows_that_there_are_not_is_refused(wrong, tmp_path):
+    geometry = GEOMETRIES["olmoe-1b-7b"].as_record() | wrong
+    step = Step("full", 1, tuple((0,) for _ in range(16)), tuple((1,) for _ in range(16)))
+    trace.save(tmp_path / "t.npz", [[step]], 16, {"geometry": geometry, "strategy": "lru"})
+    with pytest.raises(Refused, match="does not say which model"):
+        open_trace(tmp_path / "t.npz")
