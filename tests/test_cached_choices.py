@@ -233,6 +233,11 @@ def test_the_same_requests_give_the_same_tokens_and_ledger(strategy):
 
     model = mobile.attach(tiny("olmoe"), strategy, slots=14)
     first = run()
+    for layer in moe_layers(model):
+        layer.router.weight.data.mul_(8)
+    greedy(model, prompt(), 20)
+    for layer in moe_layers(model):
+        layer.router.weight.data.div_(8)
     model.mobile.restart()  # with cold slots, and a policy that has seen nothing
     assert run() == first
     mobile.detach(model)
