@@ -12,13 +12,9 @@ from mobile.residency.residency import Wave
 from mobile.store import PackedWeights, Weights
 from mobile.store.formats import Int4Cpu
 
-<<<<<<< HEAD
 IN_PLACE = ("int8", "int4-cpu")  # row formats that it computes with
-FEW_PAIRS = 16  # tokens of one expert; at 64 the product with int8 in place took longer than decoding
-=======
 INPUTS = 32  # that a row's number must be a multiple of: with 8 or 24 PyTorch's product read past rows and crashed
-FEW_PAIRS = 16  # tokens of one expert; at 64 the product in place took longer than decoding
->>>>>>> rows
+FEW_PAIRS = 16  # tokens of one expert; at 64 the product with int8 in place took longer than decoding
 
 
 def packed(
@@ -40,14 +36,10 @@ def packed(
 
 def _in_place(module: Any, x: torch.Tensor, weights: Weights, slot: int) -> torch.Tensor:
     """Return x (pairs, inputs) times the matrix in a slot."""
-<<<<<<< HEAD
     if isinstance(weights, PackedWeights) and isinstance(weights.format, Int4Cpu):
         return weights.format.multiply(x, {name: part[slot] for name, part in weights.parts.items()})
-    if not isinstance(weights, PackedWeights) or not weights.inputs or len(x) > FEW_PAIRS:
-=======
     in_place = isinstance(weights, PackedWeights) and weights.inputs == 1 and x.shape[1] % INPUTS == 0
     if not in_place or len(x) > FEW_PAIRS:
->>>>>>> rows
         return multiplied(module, x, weights, slot)
     assert isinstance(weights, PackedWeights)
     codes, scales = weights.parts["codes"][slot], weights.parts["scales"][slot].flatten()
