@@ -45,6 +45,13 @@ def test_its_numbers_are_those_of_int4_bit_for_bit(shape):
     assert (format.multiply(x, parts).float() - exact).abs().max() < 1e-2 * exact.abs().max()
 
 
+def test_poisoned_rows_decode_to_nan_and_multiply_to_nan():
+    format, parts, _ = packed_as("int4-cpu", torch.randn(32, 64).bfloat16())
+    for part in parts.values():
+        part.view(torch.uint8).fill_(0xFF)
+    assert format.multiply(torch.ones(1, 64).bfloat16(), parts).isnan().all()
+
+
 @pytest.mark.parametrize("slots", [2, 16])
 def test_a_loaded_model_computes_with_them_in_place_and_stays_near_the_decoded_one(folder, slots, monkeypatch):
     ids = prompt(length=5) % 97

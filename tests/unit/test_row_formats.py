@@ -17,11 +17,10 @@ from mobile.policies.strategy import resolve
 from mobile.replay import trace
 from mobile.replay.trace import Step
 from mobile.store import format_named, layout_of, poison, unpacked
-from mobile.store.formats import FORMATS
 from suites.budget import replay_setup
 from suites.synthetic.models import _empty, config_of
 
-PACKED = [name for name, format in FORMATS.items() if format is not None]
+PACKED = ["int8", "int4"]  # of any matrix; int4-cpu takes few, see tests/test_rows_in_place.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -105,7 +104,7 @@ def test_what_the_next_expert_decodes_into_is_one_memory_shared_by_all(name):
 # --- bytes and times ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [*PACKED, "int4-cpu"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_a_presets_packed_bytes_are_those_of_a_row_in_memory(geometry, name):
     """From the published configuration by arithmetic, and from Transformers' own model of it."""
