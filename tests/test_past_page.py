@@ -8,7 +8,7 @@ from report_runs import ITEMS, Rule, item, record
 from reports.data.results import Results
 from reports.data.settings import at_memory
 from reports.sections.past_paper import sections
-from reports.tables.past_paper import champions, fastest
+from reports.tables.past_paper import champions, fastest, measured
 
 MODEL, MEMORY, MARGIN = ("olmoe-tiny", "olmoe", 0), "3GiB", 1.0
 TASKS = ("arithmetic", "web_of_lies")
@@ -89,6 +89,27 @@ def test_a_limit_is_never_the_fastest_and_what_loses_more_than_asked_neither():
 def test_a_setting_without_all_tasks_or_without_answers_is_left_out():
     cells = [each for each in everything() if not (each.strategy == "mobile" and each.task == TASKS[0])]
     assert not {"mobile (gamma 0.7)", "mobile+lfu (gamma 0.7)"} & set(by_name(run(*cells)))
+
+
+def test_over_the_disk_a_cell_loses_what_its_strategy_and_rows_lose_where_they_were_scored():
+    def timed(like, **named):
+        made = cell(like, TASKS[0], **named)
+        config = {**made.config, "real_moe_layers": 16, "link_gb_per_s": None}
+        return replace(made, task="recorded routing", model="olmoe-1b-7b", scope="cpu+disk", config=config)
+
+    found = [("olmoe-tiny", MEMORY, at_memory(run(*everything()), "olmoe-tiny", MEMORY))]
+    cells = [
+        timed("on-demand-overlap"),
+        timed("mobile"),
+        timed("mobile", named="mobile+lfu", faster=2),
+        timed("on-demand-overlap", rows="int4-cpu", faster=4),
+    ]
+    for margin, best, reached in ((MARGIN, "1.00x", "no"), (3, "4.00x", "yes")):
+        [row] = measured(cells, found, margin).rows
+        assert row[3].startswith("1.60x")
+        assert row[4].endswith("on-demand-overlap, int4-cpu (-2.5)")
+        assert row[5].startswith(best)
+        assert row[6] == reached
 
 
 def test_a_run_that_stays_with_the_paper_has_no_such_chapter():

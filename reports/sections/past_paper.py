@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.data.compare import strategy_name
 from reports.data.results import AS_IS, Results, rows_of
 from reports.data.settings import Setting, answered_itself, at_memory, memory_budgets
 from reports.elements.page import Section
 from reports.plots import past_paper as plots
-from reports.sections.sentences import bare_ratio
 from reports.tables import past_paper as tables
 from reports.tables import synthetic
-from suites.record import Record
 
 Found = Sequence[tuple[str, str, Sequence[Setting]]]  # (model, memory budget, settings)
 
@@ -59,7 +56,7 @@ def sections(results: Results, margin_points: float) -> list[Section]:
         )
         for model, budget, settings in found
     ]
-    return [Section("Past the paper", opening, summary), *parts, *_measured(results)]
+    return [Section("Past the paper", opening, summary), *parts, *_measured(results, found, margin_points)]
 
 
 def goes_past(results: Results) -> bool:
@@ -85,24 +82,16 @@ def verdict(found: Found, margin_points: float) -> str:
     )
 
 
-def _measured(results: Results) -> list[Section]:
+def _measured(results: Results, projected: Found, margin_points: float) -> list[Section]:
     """Return the measured part: each geometry over the disk, rows and strategies side by side."""
     records = [r for r in results.scripted if r.scope == "cpu+disk"]
     models = dict.fromkeys(r.model for r in records if rows_of(r) != AS_IS or "+" in r.strategy)
     by_model = {model: [record for record in records if record.model == model] for model in models}
     found = tuple(table for cells in by_model.values() if (table := synthetic.by_rows(cells)).rows)
-    said = tuple(sentence for cells in by_model.values() if (sentence := _fastest_measured(cells)))
-    return [Section("Past the paper, measured over the disk", (MEASURED, *said), found, level=3)] if found else []
-
-
-def _fastest_measured(records: list[Record]) -> str:
-    """Return a sentence on the fastest cell of a geometry; empty where none has a baseline."""
-    speeds = [(faster, record) for record in records if (faster := synthetic.over_plain(records, record))]
-    if not speeds:
-        return ""
-    faster, record = max(speeds, key=lambda pair: pair[0].value)
-    rows = "" if rows_of(record) == AS_IS else f" with {rows_of(record)} rows"
-    return (
-        f"Measured: with experts of the size of {record.model}, {strategy_name(record)}{rows} ran {bare_ratio(faster)} "
-        "times as fast as overlapped plain offloading with rows as they are."
-    )
+    if not found:
+        return []
+    summary = tables.measured([record for cells in by_model.values() for record in cells], projected, margin_points)
+    return [
+        Section("Past the paper, measured over the disk", (MEASURED,), (summary,), level=3),
+        Section("Past the paper over the disk, every cell", (), found, level=3, folded=True),
+    ]

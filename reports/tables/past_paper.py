@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from reports.data.compare import share, tokens_per_s, total
-from reports.data.results import AS_IS
+from reports.data.results import AS_IS, family, rows_of, strategy_and_rows
 from reports.data.settings import Setting
 from reports.elements.numbers import percent, points, ratio
 from reports.elements.page import Table
+from reports.stats.intervals import Interval
 from reports.stats.pareto import front
+from reports.tables.synthetic import on_recorded_routing, over_plain
+from suites.record import Record
 
 WANTED = 3.0  # times on-demand-overlap at the same memory: the aim
 SMALLEST_ROWS = "int4"
@@ -122,6 +125,75 @@ def champions(found: Sequence[tuple[str, str, Sequence[Setting]]], margin_points
         "that it is shown on, which flatters it."
     )
     return Table("The fastest of each kind", head, tuple(rows), note)
+
+
+def measured(records: Sequence[Record], found: Sequence[tuple[str, str, Sequence[Setting]]], margin: float) -> Table:
+    """Return a row for each geometry timed over a disk: MoBiLE and the fastest that loses at most `margin` points.
+
+    Nothing is answered over the disk: points are those of the same strategy, gamma and rows among `found`.
+    """
+    rows = []
+    for model in dict.fromkeys(record.model for record in records):
+        cells = [record for record in on_recorded_routing(records) if record.model == model]
+        for budget in dict.fromkeys(record.budget for record in cells if record.budget != "smallest"):
+            timed = [
+                (speed_up.value, record, speed_up, _points(record, found))
+                for record in cells
+                if record.budget == budget and (speed_up := over_plain(cells, record)) is not None
+            ]
+            own = [each for each in timed if each[1].strategy == "mobile" and rows_of(each[1]) == AS_IS]
+            kept = [each for each in timed if each[3] is not None and each[3] >= -margin]
+            made, real = cells[0].config["moe_layers"], cells[0].config["real_moe_layers"]
+            best = max(kept, key=lambda each: each[0], default=None)
+            rows.append(
+                (
+                    model,
+                    f"{made} of {real}",
+                    budget,
+                    *(_timed(max(group, key=lambda each: each[0], default=None)) for group in (own, timed)),
+                    _timed(best),
+                    "-" if best is None else "yes" if best[0] >= WANTED else "no",
+                )
+            )
+    head = (
+        "geometry",
+        "MoE layers made",
+        "memory",
+        "MoBiLE",
+        "fastest",
+        f"fastest that loses at most {margin:g} point",
+        f"{WANTED:g}x reached",
+    )
+    note = (
+        "Over on-demand-overlap with rows as they are, measured, paired by script; in brackets points less full K's, "
+        "from the projected run of the same strategy and rows, whose int4 has the numbers of int4-cpu."
+    )
+    return Table("Measured over the disk: the fastest", head, tuple(rows), note)
+
+
+Timed = tuple[float, Record, Interval, float | None]  # speedup, cell, its interval, points
+
+
+def _points(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> float | None:
+    """Return the points less full K's of the same strategy, gamma and rows in the record's family; None if unknown."""
+    rows = rows_of(record).removesuffix("-cpu")
+    if record.lossless and rows == AS_IS:
+        return 0.0
+    for _, _, settings in found:
+        for each in settings:
+            first = each.cells[0]
+            same = (first.strategy, first.gamma, each.rows) == (record.strategy, record.gamma, rows)
+            if same and family(first) == family(record):
+                return each.points.value
+    return None
+
+
+def _timed(timed: Timed | None) -> str:
+    if timed is None:
+        return "-"
+    _, record, speed_up, lost = timed
+    points = "not known" if lost is None else f"{lost:+.1f}"
+    return f"{ratio(speed_up)} {strategy_and_rows(record)} ({points})"
 
 
 def _swept(setting: Setting) -> bool:
