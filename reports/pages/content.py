@@ -48,6 +48,9 @@ def build(results: Results) -> Report:
 
 def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
     paragraphs = sentences.opening(results, paper)
+    past = past_paper.opening(results, paper["accuracy"]["margin_points"])
+    if past:
+        paragraphs = (*(each for each in paragraphs if each != sentences.LACKS), past)
     if not results.synthetic:
         return paragraphs
     return (*(paragraphs if results.records else paragraphs[:1]), synthetic.opening(results))

@@ -36,14 +36,9 @@ def sections(results: Results, margin_points: float) -> list[Section]:
     """Return the chapter; nothing for a run that does not go past the paper."""
     if not goes_past(results):
         return []
-    found = [
-        (model, budget, settings)
-        for model in results.models
-        for budget in memory_budgets(results, model)
-        if len(settings := at_memory(results, model, budget)) > 1
-    ]
+    found = _found(results)
     own = (OWN_ANSWERS,) if any(map(answered_itself, results.records)) else ()
-    opening = (METHOD, *own, *((verdict(found, margin_points),) if found else ()))
+    paragraphs = (METHOD, *own, *((verdict(found, margin_points),) if found else ()))
     summary = (tables.champions(found, margin_points),) if found else ()
     parts = [
         Section(
@@ -56,7 +51,23 @@ def sections(results: Results, margin_points: float) -> list[Section]:
         )
         for model, budget, settings in found
     ]
-    return [Section("Past the paper", opening, summary), *parts, *_measured(results, found, margin_points)]
+    return [Section("Past the paper", paragraphs, summary), *parts, *_measured(results, found, margin_points)]
+
+
+def opening(results: Results, margin_points: float) -> str:
+    """Return the chapter's verdict for the page's first paragraphs; empty for a run without such a chapter."""
+    found = _found(results) if goes_past(results) else []
+    return f"{verdict(found, margin_points)} A projection, like all speeds beside accuracy here." if found else ""
+
+
+def _found(results: Results) -> Found:
+    """Return the settings of every model and memory budget that has a baseline and something beside it."""
+    return [
+        (model, budget, settings)
+        for model in results.models
+        for budget in memory_budgets(results, model)
+        if len(settings := at_memory(results, model, budget)) > 1
+    ]
 
 
 def goes_past(results: Results) -> bool:
