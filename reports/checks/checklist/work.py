@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reports.checks.checklist import recomputed
 from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
+from reports.data.results import rows_of
 from suites.record import Record
 
 
@@ -24,13 +25,13 @@ def same_prompts(evidence: Evidence) -> str:
 
 
 def lengths_are_equal(evidence: Evidence) -> str:
-    """Raise Missing where lossless cells decode different numbers of tokens for one item."""
+    """Raise Missing where lossless cells on one row format decode different numbers of tokens for one item."""
     for cells in evidence.same_work():
-        lengths: dict[int, set[int]] = {}
+        lengths: dict[tuple[str, int], set[int]] = {}
         for cell in (c for c in cells if c.lossless):
             for item in cell.items:
-                lengths.setdefault(item.doc, set()).add(item.decode_tokens)
-        if uneven := [doc for doc, found in lengths.items() if len(found) > 1]:
+                lengths.setdefault((rows_of(cell), item.doc), set()).add(item.decode_tokens)
+        if uneven := [doc for (_, doc), found in lengths.items() if len(found) > 1]:
             raise Missing(f"{cells[0].model} on {cells[0].task}: items {uneven[:3]} differ in length between cells")
     return "lossless cells decode the same tokens; others are compared by time per token"
 
