@@ -222,7 +222,7 @@ def _cells_of(
     if min((items, *fewer.values())) < 1:
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
     # 2. List (strategy, budget, swept, items): the strategies at every budget, then the sweeps of gamma and of caches.
-    first, gammas = data["budgets"][0], data["gammas"]
+    first, gammas = next(iter(data["budgets"]), "smallest"), data["gammas"]
     runs = [
         (strategy, budget, False, min(items, fewer.get(strategy.name, items)))
         for strategy in chosen
