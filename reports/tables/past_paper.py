@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from reports.data.compare import share, tokens_per_s, total
+from reports.data.compare import count, share, tokens_per_s, total
 from reports.data.results import AS_IS, family, rows_of, strategy_and_rows
 from reports.data.settings import Setting
 from reports.elements.numbers import percent, points, ratio
@@ -26,6 +26,7 @@ def by_setting(settings: Sequence[Setting], model: str, budget: str, margin_poin
         "strategy",
         "rows",
         "answers",
+        "n",
         "less full K, points",
         f"within {margin_points:g} point",
         "worst task",
@@ -43,8 +44,8 @@ def by_setting(settings: Sequence[Setting], model: str, budget: str, margin_poin
         for each in ordered
     )
     note = (
-        "Speedups are over rows as they are at the same memory, unless said. On the front: none is faster and more "
-        "accurate. A limit knows the future."
+        "Speedups are over rows as they are at the same memory, unless said. n is the questions that points are of: fewer "
+        "where a strategy answers by itself. On the front: none is faster and more accurate. A limit knows the future."
     )
     return Table(f"{model} with {budget}, fastest first", head, rows, note)
 
@@ -58,6 +59,7 @@ def _row(setting: Setting, margin_points: float) -> tuple[str, ...]:
         setting.strategy,
         setting.rows,
         "full K's" if setting.exact else f"full K's of {setting.rows} rows" if setting.of_full_k else "may differ",
+        f"{count(setting.answers):,}",
         "0" if setting.exact else points(setting.points),
         "yes" if setting.exact else setting.loss.within(margin_points),
         "-" if worst is None else f"{worst[0]} {worst[1]:+.1f}",
