@@ -28,7 +28,8 @@ OWN_ANSWERS = (
 MEASURED = (
     "The same scripts of recorded routing over this machine's disk, in real time, in turn, with as much memory for "
     "every row of a table as the heading says. A script fixes where MoBiLE falls back: on packed rows the model's own "
-    "rate may be another, which the tables above show."
+    "rate may be another, which the tables above show. Fewer layers are made than the real models have, so that the "
+    "output head and all else that every token reads weigh more here, and cap what fewer bytes can give."
 )
 
 
