@@ -45,7 +45,8 @@ def by_setting(settings: Sequence[Setting], model: str, budget: str, margin_poin
     )
     note = (
         "Speedups are over rows as they are at the same memory, unless said. n is the questions that points are of, "
-        "fewer where a strategy answers by itself. On the front: none is faster and more accurate. A limit knows the future."
+        "fewer where a strategy answers by itself. On the front: none is faster and more accurate. A limit knows the "
+        "future."
     )
     return Table(f"{model} with {budget}, fastest first", head, rows, note)
 
