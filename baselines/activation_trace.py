@@ -179,6 +179,8 @@ class ActivationTrace:
             if protected:
                 self._lowest(pool, protected=False)
             found = self._lowest(pool, protected)
+        if found is not None:
+            self._mark_present([incoming])  # a fallback's prefetch may come unused, and was not of this queue
         return found
 
     def _lowest(self, pool: SlotPool, protected: bool) -> Key | None:

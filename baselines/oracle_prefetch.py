@@ -33,10 +33,14 @@ class Aggressive(Farthest):
             self._missing.put(key, use)
 
     def used(self, layer: int, keys: Sequence[Key]) -> None:
-        """Advance to the next visit; these keys are in the pool."""
-        for key in keys:
-            self._missing.remove(key)
+        """Advance to the next visit; these keys are in the pool. The visit's other experts ran on the CPU."""
+        ran = self.future.experts(self.future.visit)
         super().used(layer, keys)
+        for key in ran:
+            self._missing.remove(key)
+        for key in set(ran).difference(keys) if len(keys) < len(ran) else ():
+            if (use := self._next_use(key)) < self.future.never:
+                self._missing.put(key, use)
 
     def victim(self, pool: SlotPool, incoming: Key, *, protected: bool) -> Key | None:
         """Return the expert whose next use is farthest away, which is then missing."""

@@ -25,6 +25,7 @@ class SlotPool:
         self.pinned: Set[Key] = frozenset()
         self.protected: set[Key] = set()
         self.unused_prefetches: set[Key] = set()  # prefetched, or on the way, and not used yet
+        self.free_taken = 0  # how many free slots were assigned, of which no policy was asked
         self._free = list(range(size - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -51,6 +52,7 @@ class SlotPool:
         """Assign a free slot to `key`, whose copy is on its way, and return its number; None if there is none."""
         if not self._free:
             return None
+        self.free_taken += 1
         slot = self.slots[key] = self._free.pop()
         return slot
 
@@ -58,6 +60,7 @@ class SlotPool:
         """Assign free slots to the first of `keys`, as `take_free` does for one; return how many there were."""
         free, slots = self._free, self.slots
         taken = min(len(keys), len(free))
+        self.free_taken += taken
         for number in range(taken):
             slots[keys[number]] = free.pop()
         return taken

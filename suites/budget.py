@@ -38,14 +38,21 @@ def memory_on(budget: str, total_nbytes: int) -> int:
 
 
 def replay_setup(
-    strategy: Strategy, native: Geometry, geometry: str | None, hardware: HardwareProfile, budget: str
+    strategy: Strategy,
+    native: Geometry,
+    geometry: str | None,
+    hardware: HardwareProfile,
+    budget: str,
+    *,
+    rows: str = "as-is",
 ) -> ReplaySetup:
     """Return the setup that replays a strategy under a budget. Raise Refused for one that is too small.
 
     "smallest", or "all" where that is every expert, is what the strategy needs; "25%" is a quarter of all experts;
-    anything else is a memory size. Times are those of the `native` sizes, or of `geometry` where one is named.
+    anything else is a memory size. Times are those of the `native` sizes, or of `geometry` where one is named, with
+    experts in the row format `rows`.
     """
-    charged, layer_map = project(native, geometry)
+    charged, layer_map = project(native, geometry, rows)
     if is_memory(budget):
         slots = slots_for(charged, parse_nbytes(budget), hardware.reserve_nbytes, PREFILL_BUFFERS)
     elif budget.endswith("%"):

@@ -223,7 +223,7 @@ def load(path: Path) -> Record:
 
 
 def _check_kind(record: Record, name: str) -> None:
-    """Raise ValueError unless a record has what reports read of its kind: a scored, a synthetic, a reference cell."""
+    """Raise ValueError unless a record has what reports read of its kind of cell."""
 
     def hold(what: str, value: dict[str, Any], shape: type) -> None:
         typed({what: value}, dict[str, Annotated[dict[str, Any], Holding(shape)]], name)
@@ -241,6 +241,13 @@ def _check_kind(record: Record, name: str) -> None:
         hold("config", config, record_fields.Beside)
         if on_disk and record.strategy != "engine against stock":
             hold("config", config, record_fields.ReadFromDisk)
+    elif kind == "signals":
+        hold("config", config, record_fields.Signals)
+        lengths = [len(item) for item in config["agree"]]
+        if any([len(item) for item in by_item] != lengths for by_item in config["doubts"].values()):
+            raise ValueError(f"{name}: config.doubts must have a number for every token of config.agree")
+        if "probability" not in config["doubts"] or len(config["docs"]) != len(lengths):
+            raise ValueError(f"{name}: config.doubts must be of each of config.docs, the probability's among them")
     else:
         hold("config", config, record_fields.Scored)
         hold("counters", record.counters, record_fields.Counters)

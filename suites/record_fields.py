@@ -106,6 +106,9 @@ class Resolved:
     timing: str | None = None
     dtype: str | None = None
     strategy_source: str | None = None
+    rows: str | None = None
+    answers_of: str | None = None
+    needs_future: bool | None = None
     items: Count | None = None
     timed_items: Count | None = None
     task_items: Count | None = None
@@ -191,6 +194,33 @@ class OverDisk:
 
     link_direct: bool | None
     link_depth: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class SignalAlone:
+    """How a signal did by itself, at the fallback rate of the paper's on other items."""
+
+    signal: str
+    gamma: Amount
+    tokens: Count
+    fallbacks: Count
+    lost: Count
+    gained: Count
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the record of a signal cell says besides what every record does.
+
+    By item and decode token, `agree` says whether both passes write the same token (1) or not (0), and `doubts` gives
+    1 - confidence by signal.
+    """
+
+    items: Some
+    docs: tuple[Count, ...]
+    agree: tuple[tuple[Count, ...], ...]
+    doubts: dict[str, tuple[tuple[Amount, ...], ...]]
+    live: tuple[Annotated[dict[str, Any], Holding(SignalAlone)], ...]
 
 
 @dataclass(frozen=True)

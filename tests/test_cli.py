@@ -278,7 +278,7 @@ def test_before_pytorch_is_imported_a_terminal_shows_what_is_going_on():
 def test_strategies_are_listed_with_what_they_do_and_whose_they_are(cli):
     listed = cli("strategies", "--json").json["strategies"]
     assert [one["name"] for one in listed] == list(strategies())
-    assert all(set(one) == {"name", "lossless", "summary", "source"} for one in listed)
+    assert all(set(one) == {"name", "lossless", "summary", "source", "parts"} for one in listed)
     shown = cli("strategies").out
     for one in listed:
         kind = "lossless" if one["lossless"] else "lossy"
@@ -986,6 +986,26 @@ def test_a_replay_says_what_the_live_run_of_each_strategy_says(cli, recorded):
         assert projected["tokens_per_s"] == pytest.approx(live["tokens"] / live["decode_seconds"], rel=1e-12)
         assert projected["stall_share"] == pytest.approx(live["decode_stall_seconds"] / live["decode_seconds"])
         assert projected["gb_per_token"] == pytest.approx(live["decode_bytes"] / live["tokens"] / 1e9)
+
+
+def test_a_trace_of_choices_by_the_cache_is_replayed_as_it_was_lived_or_not_at_all(cli, recorded):
+    trace_file = recorded("cache-prior")
+    ran = cli("replay", trace_file, "--json")
+    assert [(one["strategy"], one["slots"]) for one in ran.json["results"]] == [("cache-prior", 72)]
+    assert set(ran.json["left_out"]) == set(strategies()) - {"cache-prior"}
+    assert "cache-prior" in cli("replay", recorded("lru"), "--json").json["left_out"]
+    for options, said in (
+        (("--slots", "80"), "with those and its own geometry alone"),
+        (("--memory", "1GiB"), "with those and its own geometry alone"),
+        (("--geometry", "olmoe-1b-7b"), "with those and its own geometry alone"),
+        (("--sweep",), "with those and its own geometry alone"),
+        (("--hardware", "rtx4080-pcie4-shared-memory"), "other experts may be in them"),
+        (("--strategy", "lru"), "right for that strategy alone"),
+    ):
+        refused = cli("replay", trace_file, *options)
+        assert refused.code == 2
+        assert said in refused.err
+    assert cli("replay", trace_file, "--slots", "72", "--json").json["results"] == ran.json["results"]
 
 
 def test_without_a_choice_all_strategies_run_that_route_as_the_trace_does(cli, recorded):

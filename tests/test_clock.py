@@ -112,7 +112,7 @@ def test_a_link_of_twice_the_bandwidth_is_predicted_to_be_faster(preset, loaded,
 
 
 def test_a_measurement_stands_where_the_clock_cannot_be_asked(preset, loaded, done, monkeypatch):
-    def refused(*_: object) -> None:
+    def refused(*_: object, **__: object) -> None:
         raise Refused("24 slots take 58.0 GiB and cuda:0 has 20.0 GiB free; give fewer slots.")
 
     monkeypatch.setattr(measurement, "predicted", refused)

@@ -13,6 +13,7 @@ import torch
 from conftest import tiny
 from hub_server import serving
 from huggingface_hub import constants
+from packed_checkpoints import fp8, mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -236,6 +237,30 @@ def test_a_budget_and_a_disk_that_are_too_small_are_refused_before_a_weight_is_f
     assert hub.fetched == SMALL
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free + 1))
     load()
+
+
+@pytest.mark.parametrize(("make", "format"), [(fp8, "fp8"), (mxfp4, "mxfp4")])
+def test_what_a_packed_checkpoint_takes_is_known_from_its_headers_alone(hub, make, format, monkeypatch, capsys):
+    make(hub.root / NAME)
+    nbytes = (hub.root / NAME / "model.safetensors").stat().st_size
+    assert main(["plan", NAME, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["geometry"]["rows"] == format
+    assert planned["checkpoint"] == {
+        "nbytes": nbytes,
+        "missing_nbytes": nbytes,
+        "quantised": format,
+        "unkept": None,
+    }
+    needed = planned["host_needed_nbytes"]
+    assert main(["plan", NAME, "--host-memory", f"{needed}B"]) == 0
+    assert main(["plan", NAME, "--host-memory", f"{needed - 1}B"]) == 1
+    monkeypatch.setattr(loading, "host", lambda: replace(host(), memory_available_nbytes=needed))
+    with pytest.raises(mobile.Refused, match=r"^The experts, the other weights and the slots take"):
+        load()
+    assert hub.fetched <= SMALL
+    assert hub.parts == {"model.safetensors"}  # its header
+    monkeypatch.undo()
 
 
 def test_a_disk_needs_room_only_for_what_is_not_in_the_cache_yet(hub, folder, monkeypatch):

@@ -109,7 +109,7 @@ def test_host_memory_peaks_at_the_checkpoint_and_one_layer(tmp_path, path):
     assert peak < 1.05 * files + layer + slots, f"{peak / files:.3f} of the files' {files / 1e6:.0f} MB"
 
 
-def test_an_mxfp4_checkpoint_is_dequantised_into_the_store(tmp_path):
+def test_an_mxfp4_checkpoint_is_dequantised_as_it_is_computed(tmp_path):
     """gpt-oss as published: 4-bit blocks and their scales, with the biases and everything else in bf16."""
     experts, hidden, width = 4, 64, 32
     config = GptOssConfig(
@@ -145,14 +145,14 @@ def test_an_mxfp4_checkpoint_is_dequantised_into_the_store(tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, experts_implementation="eager")
     expected = greedy(stock, prompt())
     loaded = mobile.load(tmp_path, "mobile", slots=4, gamma=1.1, device="cpu")
-    assert loaded.mobile.store.weights(0, "gate_up_proj").float().std() > 0.01
+    assert loaded.mobile.store.weights(0, "gate_up_proj").unpacked().float().std() > 0.01
     assert torch.equal(greedy(loaded, prompt())[1], expected[1])
     assert loaded.mobile.stats()["fallbacks"] > 0
     theirs = stock.state_dict()
     assert all(torch.equal(weight, theirs[key]) for key, weight in mobile.detach(loaded).state_dict().items())
 
 
-def test_an_fp8_checkpoint_is_dequantised_into_the_store(tmp_path):
+def test_an_fp8_checkpoint_is_dequantised_as_it_is_computed(tmp_path):
     """Blocks of 128 by 128 with a scale each, as DeepSeek-V3 is published."""
     config = Qwen3MoeConfig(
         vocab_size=64,
@@ -187,7 +187,7 @@ def test_an_fp8_checkpoint_is_dequantised_into_the_store(tmp_path):
         tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True), experts_implementation="eager"
     )
     loaded = mobile.load(tmp_path, "mobile", slots=4, gamma=1.1, device="cpu")
-    assert loaded.mobile.store.layout.dtype == torch.bfloat16
+    assert loaded.mobile.store.layout.weight_dtype == torch.bfloat16
     assert torch.equal(greedy(loaded, prompt())[1], greedy(stock, prompt())[1])
 
 

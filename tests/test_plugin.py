@@ -121,6 +121,10 @@ def test_a_plug_in_stands_beside_the_strategies_of_a_checkout(installed, monkeyp
         ("", "cannot be imported .AttributeError"),
         ("S = 5", "is not a mobile Strategy"),
         ("from mobile.policies import Strategy; S = Strategy(5, '', '', True)", "is not a mobile Strategy"),
+        (
+            "from mobile.policies import Strategy; S = Strategy('a+b', '', '', True)",
+            "is named 'a.b', and . joins ",
+        ),
     ],
 )
 def test_a_plug_in_that_fails_is_one_sentence(installed, monkeypatch, tmp_path, capsys, program, says):

@@ -58,8 +58,18 @@ def test_its_commands_run(tmp_path):
     """All but the server, which runs until it is told to stop: its --help; the chat gets one line."""
     (tmp_path / "suites").symlink_to(ROOT / "suites")
     (tmp_path / "prompts.txt").write_text("Q: not True is\n")
+    (tmp_path / "items.jsonl").write_text('{"prompt": "Q: not True is\\nA:", "answer": "False"}\n')
     lines = re.findall(r"^mobile (.+)$", EVERYTHING, re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"plan", "doctor", "generate", "chat", "trace", "replay", "serve"}
+    assert {line.split()[0] for line in lines} == {
+        "plan",
+        "doctor",
+        "generate",
+        "chat",
+        "trace",
+        "replay",
+        "serve",
+        "tune",
+    }
     for line in lines:
         words = shlex.split(line)
         if words[0] == "serve":

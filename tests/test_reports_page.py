@@ -20,10 +20,10 @@ from hypothesis import strategies as some
 from reports.data import groups
 from reports.data.compare import UnlikePrompts, accuracy, speedup
 from reports.pages import content, write
-from reports.plots.pareto import front
 from reports.plots.style import curves, label_points
 from reports.sections import controls
 from reports.sections.examples import cut_at_spans, disagreements
+from reports.stats.pareto import front
 from reports.tables import overview, scores, speed
 from tests.report_runs import ITEMS, Rule, record, results
 

@@ -72,6 +72,7 @@ class RankedEviction:
 
     def __init__(self, rank: Callable[[Key], Any]) -> None:
         self._rank_of = rank
+        self._free_taken = 0  # of the pool, when all its keys were ranked last
         self.ranking = Ranking()
 
     def update(self, *keys: Key) -> None:
@@ -89,11 +90,20 @@ class RankedEviction:
 
     def next_victim(self, pool: SlotPool, *, protected: bool = False) -> Key | None:
         """Return the expert that would be evicted now."""
-        if len(self.ranking) < len(pool):  # prefill fills free slots without calling `update`
+        if pool.free_taken != self._free_taken:  # a prefill or a prefetch has put keys into free slots
+            self._free_taken = pool.free_taken
             self.update(*(key for key in pool if key not in self.ranking))
-        ready, pinned, shielded = pool.ready, pool.pinned, pool.protected
+        slots, ready, pinned, shielded = pool.slots, pool.ready, pool.pinned, pool.protected
+        gone: list[Key] = []
 
         def is_evictable(key: Key) -> bool:
-            return key in ready and key not in pinned and (key in shielded) is protected
+            if key in ready:
+                return key not in pinned and (key in shielded) is protected
+            if key not in slots:  # a cancelled prefetch, or a wrong guess
+                gone.append(key)
+            return False
 
-        return self.ranking.lowest(is_evictable)
+        found = self.ranking.lowest(is_evictable)
+        for key in gone:
+            self.ranking.remove(key)
+        return found

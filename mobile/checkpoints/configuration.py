@@ -108,24 +108,37 @@ def dtype_of(config: Any, dtype: torch.dtype | str | None, stored: Callable[[], 
     return chosen
 
 
+def quantisation_of(config: Any) -> Any:
+    """Return what a configuration, or the part of it for text, says of quantised weights; nothing if they are not."""
+    return getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+
+
 def dequantising_options(config: Any) -> dict[str, Any]:
     """Return the options of `from_pretrained` that dequantise a checkpoint while it is read.
 
     They are empty if it is not quantised. Raise Refused for a method of quantisation that is not supported.
     """
-    quantised = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
+    quantised = quantisation_of(config)
     if not quantised:
         return {}
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     options = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
     if not isinstance(method, str) or method not in options:
         named = "a method that its configuration does not name" if method is None else shortened(str(method))
-        raise Refused(f"The checkpoint is quantised with {named}, which cannot be offloaded; use one in bf16 or fp32.")
+        raise Refused(
+            f"The checkpoint is quantised with {named}, which cannot be offloaded; use one in bf16 or fp32 (rows of "
+            "int4 take as few bytes), or in FP8 or MXFP4."
+        )
     chosen = options[method](dequantize=True)
     try:
-        AutoHfQuantizer.from_config(chosen, pre_quantized=True).validate_environment(device_map=None, weights_only=True)
+        quantiser_of(chosen).validate_environment(device_map=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError) as error:
         raise Refused(f"The checkpoint is quantised with {method}, and Transformers says: {one_line(error)}") from error
     return {"quantization_config": chosen}
+
+
+def quantiser_of(chosen: Any) -> Any:
+    """Return Transformers' own quantiser for a checkpoint that is read with this `quantization_config`."""
+    return AutoHfQuantizer.from_config(chosen, pre_quantized=True)

@@ -34,6 +34,7 @@ class Reading:
     """One tensor of a file, and its place in the host store.
 
     It is `weight` of all experts of a layer, stacked; or, where `expert` is given, that expert's rows from `start` on.
+    `part` is the tensor of a packed weight that it belongs to, None for a weight that is not packed.
     """
 
     stored: Stored
@@ -41,17 +42,19 @@ class Reading:
     weight: str
     expert: int | None = None
     start: int | None = None
+    part: str | None = None
 
 
 class Renaming:
     """Transformers' own renaming of a checkpoint's keys to the weights of a model (meta is enough).
 
-    Raise Refused if it has none for the model's configuration.
+    `quantiser` is Transformers' own for a quantised checkpoint, whose keys are others. Raise Refused if it has none for
+    the model's configuration.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, quantiser: Any = None) -> None:
         try:
-            self._conversions: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+            self._conversions: Any = get_model_conversion_mapping(model, hf_quantizer=quantiser)  # type: ignore[arg-type]
         except Exception as error:  # such as a part of the configuration whose model_type is no text
             raise Refused(f"The configuration of {type(model).__name__} is not sound: {one_line(error)}") from error
         self._renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
@@ -118,7 +121,7 @@ def plan_readings(empty: nn.Module, layers: Sequence[compat.MoeLayer], files: Se
     stacked: dict[tuple[str, str], int] = defaultdict(int)  # experts so far, by weight and converter pattern
     numels: dict[str, int] = defaultdict(int)  # elements so far, by weight
     stored = stored_in(files)
-    for key in _in_natural_order(stored):
+    for key in in_natural_order(stored):
         # 1. Take the keys that become a part of some experts weight; the others are Transformers' to load.
         target, pattern = renaming.target(key)
         if target not in places:
@@ -160,7 +163,7 @@ def stored_in(files: Sequence[Path]) -> dict[str, Stored]:
     return stored
 
 
-def _in_natural_order(keys: Iterable[str]) -> list[str]:
+def in_natural_order(keys: Iterable[str]) -> list[str]:
     """Return the keys with expert 2 before 10, in which order Transformers stacks a layer's. Raise Refused."""
     try:
         return sorted(keys, key=dot_natural_key)

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -30,14 +30,18 @@ from mobile.checkpoints.configuration import (
     dequantising_options,
     dtype_of,
     needs_trust,
+    quantisation_of,
+    quantiser_of,
     text_config,
 )
 from mobile.checkpoints.direct import check_names, check_untied
 from mobile.checkpoints.generation import check_generation
 from mobile.checkpoints.headers import read_header
+from mobile.checkpoints.packing import Unkept, own_packing
 from mobile.checkpoints.small_files import CONFIGURATION, CONFIGURATION_AND_TOKENIZER, json_object
 from mobile.checkpoints.source import Source, cache_folder, disk_shortage, locate
-from mobile.checkpoints.weights import Weights, holds_weights, stored_dtype, stored_keys, weights_of
+from mobile.checkpoints.weights import Weights, holds_weights, stored_dtype, stored_keys, stored_tensors, weights_of
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused, one_line, shortened
 from mobile.live_model import caller_modes, compat
 from mobile.live_model.cleanup import Cleanup, with_cleanup
@@ -99,7 +103,8 @@ class Examined:
     """A checkpoint that can be offloaded, and all that is known of it before its weights are read.
 
     `empty` is the model on the meta device: every shape and no weight. `model_class` loads it with `from_pretrained`,
-    and `options` are keywords for that. `weights` is None for a bare configuration.
+    and `options` are keywords for that. `weights` is None for a bare configuration. `layout` is that of the experts as
+    the checkpoint packs them, if it does and rows keep that; `unkept` says why they do not, and are dequantised.
     """
 
     source: Source
@@ -110,11 +115,13 @@ class Examined:
     layers: Sequence[compat.MoeLayer]
     layout: ExpertLayout
     options: dict[str, Any]
+    unkept: str | None = None
 
     @property
-    def quantised(self) -> bool:
-        """Whether the weights are dequantised while they are read."""
-        return "quantization_config" in self.options
+    def quantiser(self) -> Any:
+        """Transformers' own quantiser, by which weights are dequantised while they are read; None if they are plain."""
+        chosen = self.options.get("quantization_config")
+        return None if chosen is None else quantiser_of(chosen)
 
     @property
     def experts_nbytes(self) -> int:
@@ -133,7 +140,8 @@ class Examined:
         facts = [(self.source.folder / file).stat() for file in files] if self.source.commit is None else []
         of = self.source.commit or str(self.source.folder.resolve())
         stamps = [(fact.st_size, fact.st_mtime_ns) for fact in facts]
-        return json.dumps([self.source.name, of, files, stamps, type(self.empty).__name__, str(self.layout.dtype)])
+        dtype = str(self.layout.weight_dtype)
+        return json.dumps([self.source.name, of, files, stamps, type(self.empty).__name__, dtype])
 
     def disk_shortage(self) -> str | None:
         """Return why the hub's cache has no room for the weights that are not in it yet, or None if it has."""
@@ -142,13 +150,18 @@ class Examined:
 
 
 def examine(
-    source: Source, *, dtype: torch.dtype | str | None = "auto", trust_remote_code: bool = False, bare: bool = False
+    source: Source,
+    *,
+    dtype: torch.dtype | str | None = "auto",
+    trust_remote_code: bool = False,
+    bare: bool = False,
+    rows: str = AS_IS,
 ) -> Examined:
     """Return all that a checkpoint's configuration, index and headers say of it.
 
-    `bare` lets a configuration without any weights pass. Raise Refused, before a weight is fetched, for a checkpoint
-    that is broken, incomplete, not safetensors, quantised by a method that is not supported, or no model with experts
-    that generates text.
+    `bare` lets a configuration without any weights pass. `rows` as they are keep a checkpoint's own packing. Raise
+    Refused, before a weight is fetched, for a checkpoint that is broken, incomplete, not safetensors, quantised by a
+    method that is not supported, or no model with experts that generates text.
     """
     compat.check_version()
     # 1. The configuration: it names the class to load and how the weights are quantised. The class for text generation
@@ -156,6 +169,8 @@ def examine(
     whole_config = config_of(source, trust_remote_code=trust_remote_code)
     model_class = choose_model_class(source, whole_config, trust_remote_code=trust_remote_code)
     config, options = text_config(whole_config), dequantising_options(whole_config)
+    if options:  # stands in the whole configuration, or in the part for text
+        config.quantization_config = quantisation_of(whole_config)
     # 2. The files of the weights, without their contents: those that are here must be readable.
     weights = None
     if not bare or holds_weights(source) or getattr(config, "transformers_weights", None) is not None:
@@ -185,7 +200,23 @@ def examine(
     # 5. The names of the weights, as far as an index lists them. A quantised checkpoint has others.
     if weights is not None and "quantization_config" not in options:
         _check_index(source, weights, empty, layers)
-    return Examined(source, weights, config, model_class, empty, layers, layout, options)
+    examined = Examined(source, weights, config, model_class, empty, layers, layout, options)
+    return _with_own_packing(examined) if rows == AS_IS and "quantization_config" in options else examined
+
+
+def _with_own_packing(plain: Examined) -> Examined:
+    """Return the quantised checkpoint with its own packing in its rows, or with the reason why that is not kept."""
+    if plain.weights is None:
+        return replace(plain, unkept="there are no weights to see it in")
+    stored = stored_tensors(plain.source, plain.weights)
+    try:
+        own = own_packing(plain.empty, plain.layers, stored, plain.quantiser)
+    except Unkept as reason:
+        return replace(plain, unkept=str(reason))
+    if own is None:
+        return plain
+    transposed = bool(plain.layers[0].experts.is_transposed)
+    return replace(plain, layout=plain.layout.packed(own.format, transposed=transposed))
 
 
 def _check_index(source: Source, weights: Weights, empty: nn.Module, layers: Sequence[compat.MoeLayer]) -> None:
@@ -286,8 +317,7 @@ def _check_held(source: Source, weights: Weights, empty: nn.Module) -> None:
 
     Buffers are computed, and may take a gigabyte besides.
     """
-    sizes = source.sizes or {}
-    stored = sum(sizes[file] if file in sizes else (source.folder / file).stat().st_size for file in weights.files)
+    stored = source.nbytes(weights.files)
     wanted, computed = (sum(tensor.numel() for tensor in of) for of in (empty.parameters(), empty.buffers()))
     if wanted > 2 * stored or computed > 2 * stored + 2**30:
         raise Refused(

@@ -139,7 +139,7 @@ def _checked(path: Path, entries: Any, start: int, nbytes: int) -> dict[str, Sto
     about = entries.pop("__metadata__", None) or {}
     if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
         raise ValueError("its header has __metadata__ that is no object of words")
-    stored = [_entry(path, key, entry, start) for key, entry in entries.items()]
+    stored = [entry(path, key, listed, start) for key, listed in entries.items()]
     end = start
     for tensor in sorted(stored, key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != end:
@@ -150,9 +150,9 @@ def _checked(path: Path, entries: Any, start: int, nbytes: int) -> dict[str, Sto
     return {tensor.key: tensor for tensor in stored}
 
 
-def _entry(path: Path, key: str, entry: Any, start: int) -> Stored:
+def entry(path: Path, key: str, listed: Any, start: int) -> Stored:
     """Return one tensor of a header. Raise ValueError if its dtype, shape and place do not agree."""
-    named: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    named: dict[str, Any] = listed if isinstance(listed, dict) else {}
     dtype, shape, place = named.get("dtype"), named.get("shape"), named.get("data_offsets")
     bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if len(key) > LONGEST_KEY:

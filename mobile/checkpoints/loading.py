@@ -7,10 +7,13 @@ PyTorch are changed for the time of reading; each change leaves a step on a `Cle
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
 import threading
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,11 +27,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mobile.checkpoints import examine
-from mobile.checkpoints.direct import plan_readings
+from mobile.checkpoints.direct import Reading, plan_readings, stored_in
 from mobile.checkpoints.examine import Examined
+from mobile.checkpoints.packing import Unkept, own_packing
 from mobile.checkpoints.reading import read_converted, read_directly
 from mobile.checkpoints.source import Source
 from mobile.costs.hardware import HardwareProfile
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused, one_line
 from mobile.live_model import caller_modes, compat
 from mobile.live_model.cleanup import Cleanup, with_cleanup
@@ -51,7 +56,7 @@ def load(
     hardware: str | HardwareProfile = "auto",
     link: str = "auto",
     link_gb_per_s: float | None = None,
-    gamma: float | None = None,
+    gamma: float | str | os.PathLike[str] | None = None,
     geometry: str | None = None,
     kernel: str = "auto",
     device: str | int | torch.device | None = "auto",
@@ -60,6 +65,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     store: str | os.PathLike[str] | None = None,
+    rows: str = "as-is",
 ) -> nn.Module:
     """Load a safetensors checkpoint (a folder or a hub id) and `attach` it; most keywords are attach's.
 
@@ -68,7 +74,8 @@ def load(
     dequantised to it. `progress` shows a bar on stderr; None shows it on a terminal. `revision` is a branch, a tag or a
     commit of a hub id. Experts go from the files into the host store one layer at a time, so that host memory peaks at
     the store and the dense weights, plus one layer. With `link="disk"`, or a `store`, they are written into a file
-    instead, once, which later loads of the same weights use again.
+    instead, once, which later loads of the same weights use again. With `rows` "int8" or "int4" each expert is
+    quantised as it is read, and the store, the file and the slots hold packed rows; no calibration data is needed.
 
     Raise Refused, if possible before any weight is fetched or read, for a missing, truncated or incomplete checkpoint,
     one without safetensors or with an adapter, and for everything that attach refuses. Neither that nor an interrupt
@@ -82,7 +89,7 @@ def load(
     def work() -> Any:
         # 1. Everything that can be refused: the checkpoint, the strategy's budget, the host's memory.
         location = examine.find(source, revision=revision, trust_remote_code=trust_remote_code)
-        checkpoint = with_cleanup(lambda cleanup: _examine(location, dtype, trust_remote_code, cleanup))
+        checkpoint = with_cleanup(lambda cleanup: _examine(location, dtype, trust_remote_code, rows, cleanup))
         options = AttachOptions(
             strategy=strategy,
             memory=share_of_free(host().usable_nbytes) if on_disk and memory is None and slots is None else memory,
@@ -90,23 +97,27 @@ def load(
             hardware=hardware,
             link=link,
             link_gb_per_s=link_gb_per_s,
+            gamma=gamma,
             geometry=geometry,
             kernel=kernel,
             store=store,
+            rows=rows,
         )
         plan = plan_attach(checkpoint.empty, checkpoint.layers, checkpoint.layout, target, options)
         if plan.folder is not None:
-            _check_room(checkpoint, plan.folder)
-            _check_host_memory(_other_nbytes(checkpoint, plan.slots), "the dense weights and the slots")
+            _check_room(checkpoint, plan, plan.folder)
+            _check_host_memory(_other_nbytes(plan), "the dense weights and the slots")
         elif target.type == "cpu":
-            others = _other_nbytes(checkpoint, plan.slots)
-            _check_host_memory(checkpoint.experts_nbytes + others, "the experts, the other weights and the slots")
+            experts = plan.native.experts_nbytes + _other_nbytes(plan)
+            _check_host_memory(experts, "the experts, the other weights and the slots")
         else:
-            _check_host_memory(checkpoint.experts_nbytes)
+            _check_host_memory(plan.native.experts_nbytes)
         # 2. The weights: into the cache, then the experts into the store and the others into the model.
         shown = sys.stderr.isatty() if progress is None else progress
         _fetch(checkpoint, shown)
         model, filled = with_cleanup(lambda cleanup: _read(checkpoint, plan, shown, cleanup))
+        if checkpoint.unkept is not None:
+            warnings.warn(_dequantised(checkpoint, plan), stacklevel=2)
         # 3. The model is complete but for its experts, which the engine runs from the store.
         model = model.eval().to(target)
         return install(model, compat.moe_layers(model), filled, plan)
@@ -147,18 +158,18 @@ def _device(device: str | int | torch.device | None) -> torch.device:
     raise Refused(f"There is no device {device} here; leave device out, or give {here}.")
 
 
-def _other_nbytes(checkpoint: Examined, slots: int) -> int:
+def _other_nbytes(plan: AttachPlan) -> int:
     """Return the bytes that a model on the CPU takes in host memory besides the store: dense weights and slots."""
-    geometry = compat.geometry_of(checkpoint.empty, checkpoint.layers, checkpoint.layout)
-    return geometry.resident_nbytes + (slots + PREFILL_BUFFERS) * checkpoint.layout.nbytes
+    return plan.native.resident_nbytes + (plan.slots + PREFILL_BUFFERS) * plan.layout.nbytes
 
 
-def _check_room(checkpoint: Examined, folder: Path) -> None:
+def _check_room(checkpoint: Examined, plan: AttachPlan, folder: Path) -> None:
     """Raise Refused if the folder's disk has no room for the experts, unless a file from an earlier load is there."""
     free = free_disk_nbytes(folder)
-    if free < checkpoint.experts_nbytes and not rows_path(checkpoint, folder).is_file():
+    needed = plan.native.experts_nbytes
+    if free < needed and not rows_path(checkpoint, folder, plan.layout.rows).is_file():
         raise Refused(
-            f"The experts take {checkpoint.experts_nbytes / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free under "
+            f"The experts take {needed / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free under "
             f"{nearest_folder(folder)}; name a folder with room as store."
         )
 
@@ -173,10 +184,12 @@ def _check_host_memory(nbytes: int, of: str = "the experts") -> None:
         )
 
 
-def _examine(source: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, cleanup: Cleanup) -> Examined:
+def _examine(
+    source: Source, dtype: torch.dtype | str | None, trust_remote_code: bool, rows: str, cleanup: Cleanup
+) -> Examined:
     """Return `examine.examine` of the source, run while no other thread loads. Raise Refused."""
     _take_lock(cleanup)
-    return examine.examine(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    return examine.examine(source, dtype=dtype, trust_remote_code=trust_remote_code, rows=rows)
 
 
 def _fetch(checkpoint: Examined, shown: bool) -> None:
@@ -189,29 +202,42 @@ def _fetch(checkpoint: Examined, shown: bool) -> None:
     examine.check_headers(checkpoint.source, checkpoint.weights)
 
 
+def _dequantised(checkpoint: Examined, plan: AttachPlan) -> str:
+    """Return the sentence on a checkpoint whose own packing is not kept."""
+    return (
+        f"{checkpoint.source.name} is quantised in a way that rows do not keep ({checkpoint.unkept}), so its experts "
+        f"were dequantised, to {plan.native.experts_nbytes / 2**30:.3g} GiB."
+    )
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
-def rows_path(checkpoint: Examined, folder: Path) -> Path:
-    """Return the file in the folder that holds this checkpoint's experts once it was loaded from a disk."""
+def rows_path(checkpoint: Examined, folder: Path, rows: str = "as-is") -> Path:
+    """Return the file in the folder that holds this checkpoint's experts once it was loaded from a disk, by format."""
     name = re.sub(r"[^\w.-]+", "-", checkpoint.source.name).strip("-.")[-60:]
-    return folder / f"{name}-{hashlib.sha256(checkpoint.identity.encode()).hexdigest()[:12]}.safetensors"
+    return folder / f"{name}-{hashlib.sha256(_identity(checkpoint, rows).encode()).hexdigest()[:12]}.safetensors"
+
+
+def _identity(checkpoint: Examined, rows: str) -> str:
+    """Return text that changes with the bytes of the experts' rows. It is the checkpoint's for rows as they are."""
+    return checkpoint.identity if rows == AS_IS else json.dumps([checkpoint.identity, rows])
 
 
 def _store(checkpoint: Examined, plan: AttachPlan) -> Store:
     """Return the store to fill: memory, or a file on disk, which may hold all experts from an earlier load."""
-    layers, experts = len(checkpoint.layers), checkpoint.layers[0].count
+    layers, experts, layout = len(checkpoint.layers), checkpoint.layers[0].count, plan.layout
     if plan.folder is None:
-        return HostStore(checkpoint.layout, layers, experts)
-    path, identity = rows_path(checkpoint, plan.folder), checkpoint.identity
-    return DiskStore(checkpoint.layout.page_aligned(), layers, experts, path, source=identity, keep=True)
+        return HostStore(layout, layers, experts)
+    path, source = rows_path(checkpoint, plan.folder, layout.rows), _identity(checkpoint, layout.rows)
+    return DiskStore(layout, layers, experts, path, source=source, keep=True)
 
 
 def _read(checkpoint: Examined, plan: AttachPlan, shown: bool, cleanup: Cleanup) -> tuple[Any, Store]:
     """Return the model without its experts, and the store with them. Raise Refused."""
     _take_lock(cleanup)
     _silence_transformers(cleanup)
-    readings = None if checkpoint.quantised else plan_readings(checkpoint.empty, checkpoint.layers, checkpoint.files)
+    readings = _readings(checkpoint)
     store = _store(checkpoint, plan)  # only now: the files hold what it is for
     bar = _start_bar(shown, cleanup)
     nbytes = sum(file.stat().st_size for file in checkpoint.files)
@@ -230,6 +256,22 @@ def _read(checkpoint: Examined, plan: AttachPlan, shown: bool, cleanup: Cleanup)
     bar.update(task, completed=nbytes)
     model.config.name_or_path = model.name_or_path = name
     return model, store
+
+
+def _readings(checkpoint: Examined) -> Sequence[Reading] | None:
+    """Return how every expert is read straight from the files, None if Transformers has to convert them."""
+    if checkpoint.quantiser is None:
+        return plan_readings(checkpoint.empty, checkpoint.layers, checkpoint.files)
+    if checkpoint.layout.packing is None:
+        return None
+    stored = stored_in(checkpoint.files)
+    try:
+        own = own_packing(checkpoint.empty, checkpoint.layers, stored, checkpoint.quantiser)
+    except Unkept:
+        own = None
+    if own is None or own.format != checkpoint.layout.packing.format:
+        raise Refused(f"The files of {checkpoint.source.name} have changed since they were examined; load it again.")
+    return own.readings
 
 
 # --- settings changed for the time of reading -----------------------------------------------------

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -26,11 +26,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from mobile.checkpoints.configuration import DTYPES
 from mobile.checkpoints.direct import Reading, Renaming, store_places, stored_in
 from mobile.checkpoints.examine import Examined
-from mobile.checkpoints.headers import Unread
+from mobile.checkpoints.headers import Stored, Unread
 from mobile.errors import Refused, one_line
 from mobile.live_model import compat
 from mobile.live_model.cleanup import Cleanup
-from mobile.store import Store
+from mobile.store import PackedWeights, Store, Weights
 
 Advance = Callable[[int], None]  # moves the progress bar by bytes read
 
@@ -42,53 +42,90 @@ def read_directly(
 
     `advance` is called with the bytes of each tensor. Raise Refused if a weight is missing.
     """
-    # 1. Open every file. The step that closes them comes before the first is opened, so that an interrupt between two
-    #    of them leaves none open.
-    files: dict[Path, BinaryIO] = {}
-    cleanup.append(lambda: [file.close() for file in files.values()])
-    for path in checkpoint.files:
-        files[path] = path.open("rb", buffering=0)
+    files = _opened(checkpoint, cleanup)
 
-    def read(reading: Reading) -> int:
-        stored, row = reading.stored, store.weights(reading.layer, reading.weight)
-        if reading.expert is not None:
-            assert reading.start is not None
-            row = row[reading.expert, reading.start : reading.start + stored.shape[0]]
-        tensor = stored.read(files[stored.path], row)
-        if tensor is not row:
-            row.copy_(tensor)
-        return stored.nbytes
+    def read(together: Sequence[Reading]) -> int:
+        first = together[0]
+        weights = store.weights(first.layer, first.weight)
+        if isinstance(weights, PackedWeights) and first.part is not None:
+            for reading in together:
+                assert reading.part is not None, "either all tensors of a weight are parts of it, or none is"
+                _read_into(weights.parts[reading.part][reading.expert], reading, files)
+        elif isinstance(weights, torch.Tensor):
+            for reading in together:
+                _read_into(weights if reading.expert is None else weights[reading.expert], reading, files)
+        elif first.expert is None:
+            weights.copy_(first.stored.read(files[first.stored.path]))
+        else:
+            whole = torch.empty(weights.shape[1:], dtype=weights.dtype)
+            for reading in together:
+                _read_into(whole, reading, files)
+            weights.pack(first.expert, whole)
+        return sum(reading.stored.nbytes for reading in together)
 
-    # 2. Copy the experts into their rows, on several threads: a layer at a time, so that a store on disk has no more
+    # 1. Copy the experts into their rows, on several threads: a layer at a time, so that a store on disk has no more
     #    than one of them in memory.
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     cleanup.append(partial(threads.shutdown, cancel_futures=True))
     for layer, group in groupby(sorted(readings, key=attrgetter("layer")), key=attrgetter("layer")):
         if not store.is_complete:
-            for nbytes in threads.map(read, group):
+            for nbytes in threads.map(read, _packed_together(group)):
                 advance(nbytes)
             store.complete(layer)
-    # 3. Let Transformers load the rest from the same files, each tensor when it is its turn. It allocates the experts
-    #    that it was not given, and the hook replaces each of them by an empty placeholder.
-    stored = stored_in(checkpoint.files)
-    expert_keys = {reading.stored.key for reading in readings}
+    # 2. Let Transformers load the rest. It allocates the experts that it was not given, and the hook replaces each of
+    #    them by an empty placeholder. Only experts may be missing.
+    stored, experts = stored_in(checkpoint.files), {reading.stored.key for reading in readings}
     _keep_experts_out(lambda module, name, weight: None, cleanup)
+    model, missing = _by_transformers(checkpoint, files, stored, experts, cleanup)
+    in_store = store_places(compat.moe_layers(model))
+    _check_complete([key for key in missing if key not in in_store])
+    if checkpoint.quantiser is not None:
+        _check_weights(checkpoint, model)
+    return model
+
+
+def _opened(checkpoint: Examined, cleanup: Cleanup) -> dict[Path, BinaryIO]:
+    """Return every file, open until the clean-up."""
+    # The step that closes them comes before the first is opened, so that an interrupt between two of them leaves none
+    # open.
+    files: dict[Path, BinaryIO] = {}
+    cleanup.append(lambda: [file.close() for file in files.values()])
+    for path in checkpoint.files:
+        files[path] = path.open("rb", buffering=0)
+    return files
+
+
+def _by_transformers(
+    checkpoint: Examined,
+    files: Mapping[Path, BinaryIO],
+    stored: Mapping[str, Stored],
+    without: Container[str],
+    cleanup: Cleanup,
+) -> tuple[Any, list[str]]:
+    """Return the model as Transformers loads it from `stored`, `without` some keys, and the weights that it misses.
+
+    Each tensor is read when it is its turn, by an explicit read: Transformers would map the files into memory.
+    """
+    quantised: dict[str, Any] = {}
+    if checkpoint.quantiser is not None:
+        quantised["quantization_config"] = checkpoint.options["quantization_config"]
+        # Transformers reads ahead with several threads, and would hold many converted layers at once.
+        _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)
+    unread = {key: Unread(tensor, files[tensor.path]) for key, tensor in stored.items() if key not in without}
     model_class: Any = type(checkpoint.empty)
-    others = {key: Unread(tensor, files[tensor.path]) for key, tensor in stored.items() if key not in expert_keys}
     with _refusals_of(checkpoint):
         model, info = model_class.from_pretrained(
             None,
             config=checkpoint.config,
             output_loading_info=True,
             dtype=checkpoint.options["dtype"],
-            state_dict=others,
+            state_dict=unread,
+            **quantised,
         )
-    # 4. Only experts may be missing from what Transformers loaded.
-    in_store = store_places(compat.moe_layers(model))
-    _check_complete([key for key in info["missing_keys"] if key not in in_store])
-    # 5. Complete what `from_pretrained` does for a model from a folder, which this one is not to Transformers: the
-    #    conversions by which it is saved again (Transformers has seen only the dense weights), and generation_config.
-    renaming = Renaming(model)
+    # Complete what `from_pretrained` does for a model from a folder, which this one is not to Transformers: the
+    # conversions by which it is saved again, of which it may have seen only those of dense weights, and the settings of
+    # generate().
+    renaming = Renaming(model, checkpoint.quantiser)
     for key in stored:
         renaming.target(key)
     model._weight_conversions = renaming.used_conversions()
@@ -108,13 +145,43 @@ def read_directly(
                 subfolder="",
                 trust_remote_code=checkpoint.options["trust_remote_code"],
             )
-    return model
+    return model, list(info["missing_keys"])
+
+
+def _by_transformers_mapped(checkpoint: Examined, cleanup: Cleanup) -> tuple[Any, list[str]]:
+    """Return the same, from files that Transformers maps into memory: plain weights that it converts.
+
+    A file that another program cuts short meanwhile ends this process (SIGBUS). Reading such weights, which are of full
+    size, would take a layer more of memory.
+    """
+    _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)  # as in `_by_transformers`
+    with _refusals_of(checkpoint):
+        model, info = checkpoint.model_class.from_pretrained(
+            checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
+        )
+    return model, list(info["missing_keys"])
+
+
+def _packed_together(readings: Iterable[Reading]) -> list[list[Reading]]:
+    """Return the readings of a layer in groups, each of one expert's weight, which is packed as a whole."""
+    groups: dict[tuple[str, int | None], list[Reading]] = defaultdict(list)
+    for reading in readings:
+        groups[reading.weight, reading.expert].append(reading)
+    return list(groups.values())
+
+
+def _read_into(weight: torch.Tensor, reading: Reading, files: Mapping[Path, BinaryIO]) -> None:
+    """Read a tensor into its place in a weight: that of all experts of a layer, or one expert's matrix."""
+    stored = reading.stored
+    place = weight if reading.start is None else weight[reading.start : reading.start + stored.shape[0]]
+    tensor = stored.read(files[stored.path], place)
+    if tensor is not place:
+        place.copy_(tensor)
 
 
 def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup: Cleanup) -> Any:
     """Return the model as Transformers reads and converts it; each experts weight goes into the store once complete.
 
-    Transformers maps the files into memory: one that another program cuts short meanwhile ends this process (SIGBUS).
     `advance` is called with the bytes of each. Raise Refused if a weight is missing.
     """
     # Layers may come in any order: a module gets the next free layer of the store, and `reorder` sorts them at the end.
@@ -133,14 +200,14 @@ def read_converted(checkpoint: Examined, store: Store, advance: Advance, cleanup
         advance(weight.nbytes)
         _return_freed_memory()
 
-    # Transformers reads ahead with several threads, and would hold many converted layers at once; this switches it off.
-    _set_environment("HF_DEACTIVATE_ASYNC_LOAD", "1", cleanup)
-    _keep_experts_out(take, cleanup)
-    with _refusals_of(checkpoint):
-        model, info = checkpoint.model_class.from_pretrained(
-            checkpoint.source.folder, output_loading_info=True, use_safetensors=True, **checkpoint.options
-        )
-    _check_complete(info["missing_keys"])
+    if checkpoint.quantiser is None:
+        _keep_experts_out(take, cleanup)
+        model, missing = _by_transformers_mapped(checkpoint, cleanup)
+    else:
+        files, stored = _opened(checkpoint, cleanup), stored_in(checkpoint.files)
+        _keep_experts_out(take, cleanup)
+        model, missing = _by_transformers(checkpoint, files, stored, (), cleanup)
+    _check_complete(missing)
     _check_weights(checkpoint, model)
     if not store.is_complete:
         store.reorder([order[layer.experts] for layer in compat.moe_layers(model)])
@@ -211,7 +278,7 @@ def _check_weights(checkpoint: Examined, model: nn.Module) -> None:
             _check_weight(name, weight, wanted[name])
 
 
-def _check_weight(name: str, weight: torch.Tensor, wanted: torch.Tensor) -> None:
+def _check_weight(name: str, weight: torch.Tensor, wanted: Weights) -> None:
     """Raise Refused for a weight of another shape than `wanted`, or one that was not dequantised.
 
     Transformers checks neither in a quantised checkpoint, and a copy would repeat a weight of size 1.
@@ -219,7 +286,7 @@ def _check_weight(name: str, weight: torch.Tensor, wanted: torch.Tensor) -> None
     if weight.shape != wanted.shape:
         shape, right = tuple(weight.shape), tuple(wanted.shape)
         raise Refused(f"The checkpoint has {name} of shape {shape}, and its configuration {right}; copy it again.")
-    if wanted.is_floating_point() and weight.dtype not in DTYPES:
+    if wanted.dtype.is_floating_point and weight.dtype not in DTYPES:
         raise Refused(f"The checkpoint has {name} in {weight.dtype} and nothing to dequantise it with; copy it again.")
 
 

@@ -63,6 +63,11 @@ class Source:
         except OSError as error:
             raise Refused(f"{self.folder} cannot be read ({one_line(error)}); give yourself the right to.") from error
 
+    def nbytes(self, files: Iterable[str]) -> int:
+        """Return the bytes of these files, which are in the listing or in the folder."""
+        sizes = self.sizes or {}
+        return sum(sizes[file] if file in sizes else (self.folder / file).stat().st_size for file in files)
+
     def missing_nbytes(self, files: Iterable[str]) -> int:
         """Return the bytes of these files that are not in the cache yet."""
         return sum((self.sizes or {}).get(file, 0) for file in files if not self.holds(file))

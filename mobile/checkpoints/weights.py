@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
 from transformers.modeling_utils import str_to_torch_dtype
 
-from mobile.checkpoints.headers import read_header
+from mobile.checkpoints.headers import Stored, entry, read_header
 from mobile.checkpoints.small_files import LARGEST_NBYTES, json_object
 from mobile.checkpoints.source import INDEX, SINGLE, Source
 from mobile.errors import Refused, one_line, shortened
 
+HEADERS_AT_ONCE = 8  # that are fetched
 FOREIGN = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 
@@ -136,7 +139,8 @@ def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
             named = shortened(repr(weights.dtype))
             raise Refused(f"The index of {source.name} says that its dtype is {named}; give another dtype.")
         return dtype
-    types = [str_to_torch_dtype.get(word) for _, word in sorted(_header(source, weights.files[0]).items())]
+    header = _header(source, weights.files[0])
+    types = [str_to_torch_dtype.get(header[key].dtype) for key in sorted(header)]
     if not types:
         return torch.float32
     wide = [dtype for dtype in types if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1]
@@ -145,17 +149,39 @@ def stored_dtype(source: Source, weights: Weights) -> torch.dtype:
 
 def stored_keys(source: Source, weights: Weights) -> set[str]:
     """Return the names of all weights in the files; of files that are not here yet only the headers are fetched."""
-    return {key for file in weights.files for key in _header(source, file)}
+    return set(stored_tensors(source, weights))
 
 
-def _header(source: Source, file: str) -> dict[str, str]:
-    """Return, by key, its dtype as the file's header spells it ("BF16"). Raise Refused if it cannot be read."""
+def stored_tensors(source: Source, weights: Weights) -> dict[str, Stored]:
+    """Return all tensors by key, from the last file that holds each; of files not here yet only headers are fetched.
+
+    Raise Refused for a header that cannot be read, or is damaged.
+    """
+    remote = [file for file in weights.files if not source.holds(file)]
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as threads:
+        fetched = dict(zip(remote, threads.map(partial(_header, source), remote), strict=True))
+    stored: dict[str, Stored] = {}
+    for file in weights.files:
+        stored |= fetched[file] if file in fetched else _header(source, file)
+    return stored
+
+
+def _header(source: Source, file: str) -> dict[str, Stored]:
+    """Return a file's tensors by key. Raise Refused if its header cannot be read."""
     if source.holds(file):
-        return {key: tensor.dtype for key, tensor in read_header(source.folder / file).items()}
+        return read_header(source.folder / file)
     try:
-        header = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit)
+        tensors = HfApi().parse_safetensors_file_metadata(source.name, file, revision=source.commit).tensors
+        return {
+            key: entry(
+                source.folder / file,
+                key,
+                {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(tensor.data_offsets)},
+                0,  # places are not known, and not needed before the file is here
+            )
+            for key, tensor in tensors.items()
+        }
     except Exception as error:  # the HTTP client's and the hub's own
         raise Refused(
             f"The header of {file} of {source.name} cannot be read ({one_line(error)}); run it again."
         ) from error
-    return {key: tensor.dtype for key, tensor in header.tensors.items()}

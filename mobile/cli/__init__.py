@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, trace
+from mobile.cli import chat, doctor, generate, listings, plan, replay, serve, trace, tune
 from mobile.cli.terminal import show
 from mobile.cli.terminal.parsing import Parser
 from mobile.errors import Refused, one_line
@@ -23,6 +23,7 @@ examples:
   mobile serve FOLDER --memory 8GiB                 then: http://localhost:8000/v1
   mobile trace FOLDER --prompts prompts.jsonl --out trace.npz
   mobile replay trace.npz --sweep                   compare strategies and cache sizes on the trace
+  mobile tune FOLDER --tasks items.jsonl --out gamma.json   then: --gamma gamma.json
   mobile strategies                                 the choices of --strategy; `mobile hardware` lists --hardware's
 
 `mobile COMMAND --help` explains one command.
@@ -40,7 +41,7 @@ def build() -> Parser:
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND")
-    for command in (plan, doctor, generate, chat, serve, trace, replay, listings):
+    for command in (plan, doctor, generate, chat, serve, trace, replay, tune, listings):
         command.declare(commands)
     return parser
 

@@ -9,15 +9,21 @@ from typing import Any
 from mobile.cli.calibrate import print_profile
 from mobile.cli.terminal import options, show
 from mobile.costs.hardware import PROFILES
-from mobile.policies.strategy import Strategy, strategies
+from mobile.policies.strategy import Strategy, resolve, strategies
 
 STRATEGIES = """
 examples:
   mobile strategies
+  mobile strategies mobile+lfu+cpu-hybrid           what these would be together, or why they cannot be
   mobile strategies --json | jq -r '.strategies[] | select(.lossless) | .name'
 
 A lossless strategy writes what the model would write with every expert on the device. Another one runs fewer experts,
 or others. Installed packages add strategies of their own.
+
+Names joined by + are one strategy, wherever a name is: it takes each part from the name that brings it, which no other
+may bring, and the gating from the first. So mobile+lfu runs what mobile runs, from a cache that evicts as lfu does.
+The parts are gating (what a token runs), eviction (what leaves the cache), lookahead (what is loaded early) and
+placement (what the CPU computes).
 """
 HARDWARE = """
 examples:
@@ -37,9 +43,11 @@ def declare(commands: Any) -> None:
         "strategies",
         list_strategies,
         help="list the choices of --strategy",
-        description="List every strategy: what it does, whether it is lossless, and where it is from.",
+        description="List every strategy: what it does, whether it is lossless, where it is from, and which parts it "
+        "brings to a composed one.",
         epilog=STRATEGIES,
     )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only this one, or names joined by + (default: all)")
     options.json(parser)
     parser = options.command(
         commands,
@@ -53,22 +61,24 @@ def declare(commands: Any) -> None:
 
 
 def list_strategies(arguments: argparse.Namespace) -> int:
-    """Print every installed strategy; return 0."""
-    installed = strategies().values()
+    """Print every installed strategy, or those that are named; return 0. Raise Refused."""
+    listed = list(map(resolve, arguments.names)) or list(strategies().values())
     if arguments.json:
-        show.as_json({"strategies": [_described(strategy) for strategy in installed]})
+        show.as_json({"strategies": [_described(strategy) for strategy in listed]})
         return 0
-    out, width = show.console(), max((len(strategy.name) for strategy in installed), default=0)
-    for strategy in installed:
+    out, width = show.console(), max((len(strategy.name) for strategy in listed), default=0)
+    for strategy in listed:
         kind = "lossless" if strategy.lossless else "lossy"
         out.print(f"{strategy.name:{width}}  {kind:8}  {strategy.summary}")
         out.print(f"{'':{width}}  {'':8}  {strategy.source}", style="dim")
+        if strategy.parts and not arguments.names:
+            out.print(f"{'':{width}}  {'':8}  brings: {', '.join(strategy.parts)}", style="dim")
     return 0
 
 
 def _described(strategy: Strategy) -> dict[str, Any]:
     """Return the strategy's entry in the JSON."""
-    return {name: getattr(strategy, name) for name in ("name", "lossless", "summary", "source")}
+    return {name: getattr(strategy, name) for name in ("name", "lossless", "summary", "source", "parts")}
 
 
 def list_hardware(arguments: argparse.Namespace) -> int:

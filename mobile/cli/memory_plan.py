@@ -9,6 +9,7 @@ from mobile.costs.bounds import Ceilings, ceilings
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry, slots_for
 from mobile.costs.hardware import HardwareProfile
+from mobile.errors import Refused
 from mobile.machine.host import memory_shortage
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, strategies
 from mobile.residency.residency import PREFILL_BUFFERS
@@ -61,11 +62,26 @@ class DiskPart:
 
 
 @dataclass(frozen=True)
+class CheckpointPart:
+    """The files of a quantised checkpoint: their bytes, and those that are still to be fetched.
+
+    `quantised` is the method. `unkept` says why rows do not keep that, so that the experts are dequantised; None where
+    they do, or where other rows were asked for.
+    """
+
+    nbytes: int
+    missing_nbytes: int
+    quantised: str
+    unkept: str | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A division of a memory budget. Bytes on the device add up to at most `memory_nbytes`.
 
     `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not. With experts
-    on a `disk` the device is the processor, and the memory is the host's.
+    on a `disk` the device is the processor, and the memory is the host's. `checkpoint` is
+    None unless it is quantised.
     """
 
     runs: bool
@@ -87,13 +103,15 @@ class Plan:
     ceilings: Ceilings | None
     disk: DiskPart | None = None
     projected: bool = True
+    checkpoint: CheckpointPart | None = None
 
 
 def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     """Return the bounds of one decode token: of the link, without any cache, and of compute, without any waiting.
 
     With K experts a layer a token moves L K bytes(expert); a little pass L K/2 of them, and a fallback the rest.
-    Experts that the CPU computes are not moved; the link's bound is then the lower one of link and CPU.
+    Experts that the CPU computes are not moved, and a fallback misses them again; the link's bound is then the lower
+    one of link and CPU.
     """
     geometry = cost.geometry
     layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
@@ -101,16 +119,24 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     def compute_ns(experts: int) -> int:
         return layers * (cost.dense_ns(1) + experts * cost.expert_ns(1)) + cost.head_ns(1)
 
+    placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
+
+    def part_of_cpu(missing: int) -> int:
+        return 0 if placement is None else len(placement.on_cpu(0, [1] * missing))
+
     moved: float
-    on_cpu = 0
+    on_cpu: float
     if isinstance(strategy.gating, BigLittle):
         fallbacks = rate or 0.0
-        moved = layers * (little + fallbacks * (full - little))
-        prediction = cost.router_replay_ns if strategy.prefetch_on_fallback else 0
-        nanoseconds = compute_ns(little) + fallbacks * (prediction + compute_ns(full))
+        here = part_of_cpu(little)
+        again = full - little + here
+        on_cpu = here + fallbacks * part_of_cpu(again)
+        moved = layers * (little + fallbacks * again - on_cpu)
+        asked_again = 1.0 if strategy.gating.replays_routers else fallbacks * strategy.prefetch_on_fallback
+        nanoseconds = compute_ns(little) + asked_again * cost.router_replay_ns + fallbacks * compute_ns(full)
     else:
         chosen = little if isinstance(strategy.gating, HalfK) else full
-        on_cpu = 0 if strategy.on_cpu is None else len(strategy.on_cpu(cost).on_cpu(0, [1] * chosen))
+        on_cpu = part_of_cpu(chosen)
         moved, nanoseconds = layers * (chosen - on_cpu), compute_ns(chosen)
     nbytes = 0 if strategy.retain == "everything" else round(moved * geometry.expert_nbytes)
     link = cost.profile.link_gb_per_s * 1e9 / nbytes if nbytes else None
@@ -185,13 +211,25 @@ def divided(
 
 
 def strategy_rows(
-    cost: CostModel, slots: int, fallback_rates: Sequence[float], *, on_disk: bool = False
+    cost: CostModel,
+    slots: int,
+    fallback_rates: Sequence[float],
+    *,
+    on_disk: bool = False,
+    chosen: Sequence[Strategy] = (),
 ) -> tuple[Row, ...]:
-    """Return every strategy with so many slots; `on_disk` those that can have experts on a disk, with projections."""
+    """Return the `chosen` strategies, or else every installed one, with so many slots.
+
+    `on_disk`: those that can have experts on a disk, with projections. Raise Refused if a chosen one cannot.
+    """
     geometry, rows = cost.geometry, []
-    for strategy in strategies().values():
-        if on_disk and strategy.on_cpu is not None:  # it computes experts where they lie
-            continue
+    for strategy in chosen or strategies().values():
+        if on_disk and strategy.on_cpu is not None:
+            if not chosen:
+                continue
+            raise Refused(
+                f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
+            )
         needs = strategy.min_slots(geometry)
         rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
         bounds = tuple(bound(strategy, cost, rate) for rate in rates)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobile.cli.disk_plan import disk_part, host_budget, on_processor, plan_on_disk
-from mobile.cli.memory_plan import DiskPart, Plan, plan
+from mobile.cli.memory_plan import CheckpointPart, DiskPart, Plan, plan, strategy_rows
 from mobile.cli.terminal import options, show
 from mobile.costs.bounds import Ceilings
+from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import HardwareProfile, parse_gb_per_s, parse_nbytes, profile
+from mobile.costs.rows import AS_IS, check_rows
 from mobile.errors import Refused
 from mobile.machine.host import host
+from mobile.policies.strategy import resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.visible import visible
 
 if TYPE_CHECKING:
+    from mobile.checkpoints.examine import Examined
     from mobile.checkpoints.source import Source
 
 MEASURE = "measure"
@@ -32,8 +36,10 @@ examples:
   mobile plan ./checkpoint --memory 2GiB --json | jq .slots
   mobile plan olmoe-1b-7b --hardware here.json      this machine, measured by: mobile doctor --calibrate --out here.json
   mobile plan olmoe-1b-7b --fallback-rate 0.2       MoBiLE's bound at that rate
+  mobile plan olmoe-1b-7b --strategy mobile --strategy mobile+cpu-hybrid
   mobile plan qwen3-30b-a3b --host-memory 16GiB --disk 3.5GB/s
   mobile plan qwen3-30b-a3b --disk measure --store /data/rows
+  mobile plan qwen3-30b-a3b --memory 12GiB --rows int4
 
 With --disk the experts lie in a file and the processor computes. Host memory is then divided: --memory, or all of
 --host-memory, or four fifths of what is free here, which is what `mobile.load` takes. The disk's room is looked at
@@ -62,12 +68,16 @@ def declare(commands: Any) -> None:
     )
     parser.add_argument("--store", metavar="FOLDER", help="where their file would lie (default: `disk`, in the cache)")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
+    options.rows(parser, "as-is")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=options.DTYPES,
         metavar="TYPE",
         help=f"dtype of the weights: {', '.join(options.DTYPES)}",
+    )
+    parser.add_argument(
+        "--strategy", action="append", metavar="NAME", help="only this one; repeat it to compare (default: all)"
     )
     parser.add_argument(
         "--fallback-rate", type=float, metavar="R", help="fallback rate of `mobile` (default: both 0 and 1)"
@@ -85,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not 0 <= arguments.fallback_rate <= 1:
                 raise Refused(f"A fallback rate lies between 0 and 1, and {arguments.fallback_rate} does not.")
             rates = (arguments.fallback_rate,)
+        check_rows(arguments.rows)
+        chosen = list(map(resolve, dict.fromkeys(arguments.strategy or ())))
         if arguments.model not in GEOMETRIES:
             show.waiting(f"reading {arguments.model} ...")
         hardware = profile(arguments.hardware)
@@ -92,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         memory = hardware.vram_nbytes if arguments.memory is None else parse_nbytes(arguments.memory)
         usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)
         model = find(arguments.model, arguments.dtype, arguments.trust_remote_code)
-        found = sizes(model, arguments.dtype, arguments.trust_remote_code)
+        found = sizes(model, arguments.dtype, arguments.trust_remote_code, arguments.rows)
         if asked is None:
             divided = plan(arguments.model, found.geometry, memory, hardware, usable, rates, found.weights_shortage)
         else:
@@ -100,6 +112,11 @@ def run(arguments: argparse.Namespace) -> int:
             disk = asked.part(found)
             hardware = on_processor(hardware, disk.gb_per_s)
             divided = plan_on_disk(arguments.model, found.paged, budget, hardware, disk, rates, found.weights_shortage)
+        divided = replace(divided, checkpoint=found.checkpoint)
+        if chosen:
+            cost, on_disk = CostModel(hardware, divided.geometry), asked is not None
+            rows = strategy_rows(cost, divided.slots, rates, on_disk=on_disk, chosen=chosen)
+            divided = replace(divided, strategies=rows)
     except Refused as refused:
         if arguments.json:
             show.as_json({"runs": False, "because": str(refused), "fits": False, "reason": str(refused)})
@@ -129,27 +146,43 @@ class Sizes:
     """A model's sizes, with rows in memory and, `paged`, on a disk, where each takes whole pages.
 
     `weights_shortage` says why the disk has no room for its weights, None if it has. `rows_path` gives the file of its
-    experts in a folder, None for a preset.
+    experts in a folder, None for a preset. `checkpoint` are the files of a quantised
+    one.
     """
 
     geometry: Geometry
     paged: Geometry
     weights_shortage: str | None = None
     rows_path: Callable[[Path], Path] | None = None
+    checkpoint: CheckpointPart | None = None
 
 
-def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False) -> Sizes:
-    """Return the model's sizes; it is built without weights. Raise Refused as `mobile.load` does before it has them."""
+def sizes(model: Geometry | Source, dtype: str = "auto", trust_remote_code: bool = False, rows: str = "as-is") -> Sizes:
+    """Return the model's sizes with its experts in a row format; it is built without weights.
+
+    Raise Refused as `mobile.load` does before it has them.
+    """
     if isinstance(model, Geometry):
-        return Sizes(model, model)
+        return Sizes(model.with_rows(rows), model.with_rows(rows))
     from mobile.checkpoints.examine import examine
     from mobile.checkpoints.loading import rows_path
     from mobile.live_model import compat
 
-    checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True)
-    layouts = checkpoint.layout, checkpoint.layout.page_aligned()
+    checkpoint = examine(model, dtype=dtype, trust_remote_code=trust_remote_code, bare=True, rows=rows)
+    layout = compat.packed_layout(checkpoint.layout, checkpoint.layers, rows)
+    layouts = layout, layout.page_aligned()
     in_memory, paged = (compat.geometry_of(checkpoint.empty, checkpoint.layers, layout) for layout in layouts)
-    return Sizes(in_memory, paged, checkpoint.disk_shortage(), partial(rows_path, checkpoint))
+    path = partial(rows_path, checkpoint, rows=layout.rows)
+    return Sizes(in_memory, paged, checkpoint.disk_shortage(), path, _part(checkpoint))
+
+
+def _part(checkpoint: Examined) -> CheckpointPart | None:
+    """Return what a plan says of a quantised checkpoint's files, None for others."""
+    if checkpoint.weights is None or checkpoint.quantiser is None:
+        return None
+    source, files = checkpoint.source, checkpoint.weights.files
+    method = checkpoint.quantiser.quantization_config.quant_method
+    return CheckpointPart(source.nbytes(files), source.missing_nbytes(files), method.value, checkpoint.unkept)
 
 
 @dataclass(frozen=True)
@@ -209,8 +242,11 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
     out.print(verdict)
     out.print(
         f"{plan.model}: {geometry.moe_layers} MoE layers of {geometry.experts} experts, top {geometry.top_k}, on "
-        f"{computed_on}. Computed from sizes; nothing was run.\n"
+        f"{computed_on}.{_packed(geometry)} Computed from sizes; nothing was run."
     )
+    if plan.checkpoint is not None:
+        out.print(_files(plan.checkpoint, geometry))
+    out.print()
     device = show.table("Device memory" if plan.disk is None else "Host memory", "part", "size", "")
     device.add_row("dense weights", show.memory(plan.resident_nbytes), "with embedding and head")
     device.add_row("reserve", show.memory(plan.reserve_nbytes), "context, workspace, KV cache")
@@ -251,6 +287,29 @@ def _print(plan: Plan, hardware: HardwareProfile) -> None:
         out.print(line)
     if plan.ceilings is not None:
         _print_ceilings(out, plan.ceilings)
+
+
+def _files(checkpoint: CheckpointPart, geometry: Geometry) -> str:
+    """Return the line on a checkpoint's files, and on what becomes of experts that are packed in them."""
+    line = f"Checkpoint: its files take {show.moved(checkpoint.nbytes)}"
+    if checkpoint.missing_nbytes:
+        line += f", of which {show.moved(checkpoint.missing_nbytes)} are to be fetched"
+    if checkpoint.unkept is not None:
+        return visible(
+            f"{line}. They are quantised with {checkpoint.quantised} in a way that rows do not keep "
+            f"({checkpoint.unkept}): the experts are dequantised."
+        )
+    if checkpoint.quantised == geometry.rows:
+        return f"{line}; rows keep their {geometry.rows} as it is."
+    return f"{line}. They are quantised with {checkpoint.quantised}, and dequantised while they are read."
+
+
+def _packed(geometry: Geometry) -> str:
+    """Return the sentence on packed experts, with a space before it; nothing for experts as they are."""
+    if geometry.rows == AS_IS:
+        return ""
+    decoded = show.memory(geometry.decoded_expert_nbytes)
+    return f" Experts lie in {geometry.rows}: {show.memory(geometry.expert_nbytes)} each, {decoded} when decoded."
 
 
 def _or_dash(tokens_per_s: float | None) -> str:
@@ -314,7 +373,7 @@ def _footnotes(plan: Plan, hardware: HardwareProfile) -> list[str]:
     ]
     if plan.disk is not None:
         lines[1:1] = _disk_notes(plan.disk)
-    if any(row.strategy == "cpu-hybrid" for row in plan.strategies):
+    if any("cpu-hybrid" in row.strategy.split("+") for row in plan.strategies):
         lines.append(
             "cpu-hybrid: missing experts are divided between link and CPU, and its bound is the lower one of both. The "
             f"CPU reads at {hardware.cpu_gb_per_s:g} GB/s."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mobile.cli import curves
 from mobile.cli.terminal import options, show
 from mobile.costs.geometry import GEOMETRIES, Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.costs.rows import AS_IS, ROW_COSTS
 from mobile.errors import Refused
 from mobile.policies.strategy import BigLittle, Strategy, resolve, strategies
 from mobile.replay import trace as traces
@@ -24,7 +25,7 @@ from mobile.residency.residency import PREFILL_BUFFERS
 EXAMPLES = """
 examples:
   mobile replay trace.npz                                  every strategy that can be replayed on the trace
-  mobile replay trace.npz --strategy lru --strategy next-gate --memory 6GiB 8GiB
+  mobile replay trace.npz --strategy lru --strategy next-gate+lfu --memory 6GiB 8GiB
   mobile replay trace.npz --geometry olmoe-1b-7b --sweep --plot hit-rate.svg
   mobile replay trace.npz --json | jq '.results[] | [.strategy, .hit_rate]'
 
@@ -37,13 +38,18 @@ SWEPT = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # shares 
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded trace: its requests, and the strategy (at `gamma`) and model that chose their experts."""
+    """A recorded trace: its requests, and the strategy (at `gamma`) and model that chose their experts.
+
+    `slots` and `hardware` are those of the recording, None where it does not say.
+    """
 
     requests: list[traces.Request]
     geometry: Geometry
     recorder: Strategy
     gamma: float | None
     model: str | None
+    slots: int | None = None
+    hardware: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -69,8 +75,10 @@ def declare(commands: Any) -> None:
     size.add_argument("--sweep", action="store_true", help="from a sixteenth of all experts to all of them")
     named = f"compute times as if the model were NAME: {', '.join(GEOMETRIES)}"
     parser.add_argument("--geometry", metavar="NAME", help=named)
+    options.rows(parser, "as-is")
     parser.add_argument("--hardware", default="auto", metavar="NAME", help=f"the card: {options.CARDS}")
-    parser.add_argument("--gamma", type=float, metavar="P", help="gamma of `mobile` (default: the trace's)")
+    says = "gamma of `mobile`, or a FILE of `mobile tune` (default: the trace's)"
+    parser.add_argument("--gamma", type=options.number_or_file, metavar="P", help=says)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hit rate against memory, as .svg or .png")
     options.json(parser)
 
@@ -81,8 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         curves.check(arguments.plot)
     card = profile(arguments.hardware)
     trace = open_trace(arguments.trace)
-    charged, layer_map = project(trace.geometry, arguments.geometry)
+    charged, layer_map = project(trace.geometry, arguments.geometry, arguments.rows)
     chosen, left_out = choose(trace, arguments.strategy, arguments.gamma)
+    if trace.recorder.knows_cache:
+        hold_to_recording(trace, arguments, charged, card)
     setups = [
         ReplaySetup(strategy, charged, layer_map, card, slots)
         for strategy in chosen
@@ -122,41 +132,54 @@ def open_trace(path: Path) -> Trace:
     requests, about = traces.load(path)
     try:
         geometry, name, gamma = Geometry.from_record(about["geometry"]), about["strategy"], about.get("gamma")
-        sizes_of = {field: size for field, size in geometry.as_record().items() if field != "name"}
+        sizes_of = {field: size for field, size in geometry.as_record().items() if field not in ("name", "rows")}
         if not all(type(size) is int and size > 0 for size in sizes_of.values()):
             raise TypeError("a size is not a count")
+        if geometry.rows not in tuple(ROW_COSTS) or (geometry.rows != AS_IS) != (geometry.expert_weights is not None):
+            raise TypeError("rows of no format that is known")
         if not isinstance(name, str) or not isinstance(gamma, float | int | None):
             raise TypeError("neither a strategy nor its gamma")
+        if not isinstance(about.get("signal"), str | None):
+            raise TypeError("no name of a signal")
     except (AttributeError, KeyError, TypeError) as error:
         raise Refused(
             f"{path} does not say which model and strategy it is of; record it with `mobile trace`."
         ) from error
-    if name not in strategies():
+    try:
+        recorder = resolve(name)
+    except Refused as refused:
         raise Refused(
             f"{path} was recorded under {name!r}, which is not installed here; record it under another result."
-        )
-    trace = Trace(requests, geometry, resolve(name, gamma), gamma, about.get("model"))
+        ) from refused
+    recorder = _judging_by(resolve(recorder, gamma), about.get("signal"))
+    slots, hardware = (about.get(key) for key in ("slots", "hardware"))
+    trace = Trace(requests, geometry, recorder, gamma, about.get("model"), slots, hardware)
     if not trace.tokens:
         raise Refused(f"{path} holds no decoded token; record it with a larger --max-new-tokens.")
     return trace
 
 
-def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tuple[list[Strategy], dict[str, str]]:
+def choose(
+    trace: Trace, names: Sequence[str] | None, gamma: float | str | None
+) -> tuple[list[Strategy], dict[str, str]]:
     """Return the strategies to compare and, by name, why each of the other installed ones cannot be.
+
+    Without `names` they are the installed ones and the one that recorded the trace, which may be composed.
 
     Raise Refused if one of `names` cannot, or none is left, or none of them has a gamma.
     """
     shared_gamma = trace.gamma if gamma is None else gamma
     chosen, left_out = [], {}
-    for name in dict.fromkeys(names or strategies()):
+    for name in dict.fromkeys(names or [*strategies(), trace.recorder.name]):
         strategy = resolve(name)
         if _two_pass(strategy):
-            strategy = resolve(strategy, shared_gamma)
+            strategy = resolve(_judging_by(strategy, trace.recorder.signal), shared_gamma)
         reason = why_not_replayable(strategy, trace.recorder, trace.requests)
         if reason is None:
             chosen.append(strategy)
             continue
-        if names or (gamma is not None and _two_pass(strategy) and _two_pass(trace.recorder)):
+        asked_otherwise = _two_pass(strategy) and strategy.cached_routing == trace.recorder.cached_routing
+        if names or (gamma is not None and asked_otherwise and _two_pass(trace.recorder)):
             raise Refused(f"Strategy {name} cannot be replayed on this trace: {reason}; record one under it.")
         left_out[name] = reason
     if gamma is not None and not any(map(_two_pass, chosen)):
@@ -164,6 +187,35 @@ def choose(trace: Trace, names: Sequence[str] | None, gamma: float | None) -> tu
     if not chosen:
         raise Refused("No installed strategy routes as this trace does; install the one that recorded it.")
     return chosen, left_out
+
+
+def hold_to_recording(trace: Trace, arguments: argparse.Namespace, charged: Geometry, card: HardwareProfile) -> None:
+    """Have a trace whose experts were chosen by what was in slots replayed with the slots of its recording.
+
+    Raise Refused where other slots, sizes or hardware are asked for: other experts would have been in the slots.
+    """
+    name, slots = trace.recorder.name, trace.slots
+    if type(slots) is not int or not charged.top_k <= slots <= charged.total_experts:
+        raise Refused(f"This trace does not say with how many slots {name} recorded it; record it with `mobile trace`.")
+    asked = [*(arguments.slots or ()), *(arguments.memory or ())]
+    if asked not in ([], [slots]) or arguments.sweep or arguments.plot or charged != trace.geometry:
+        raise Refused(
+            f"{name} chose by what was in its {slots} slots, so this trace is replayed with those and its own geometry "
+            "alone; record one for every other size."
+        )
+    if card.name != trace.hardware:
+        raise Refused(
+            f"{name} chose by what was in its slots on {trace.hardware}, and other experts may be in them on "
+            f"{card.name}; give --hardware {trace.hardware}, or record a trace on the other."
+        )
+    arguments.slots, arguments.memory = [slots], None
+
+
+def _judging_by(strategy: Strategy, signal: str | None) -> Strategy:
+    """Return the strategy with this signal as its confidence, where it has one and a signal is given. Raise Refused."""
+    if signal is None or not isinstance(strategy.gating, BigLittle):
+        return strategy
+    return replace(strategy, gating=replace(strategy.gating, signal=signal))
 
 
 def _two_pass(strategy: Strategy) -> bool:
@@ -206,7 +258,8 @@ def _requested_slots(
 def _print(trace: Trace, charged: Geometry, card: HardwareProfile, outcomes: Sequence[Outcome]) -> None:
     """Print a line a strategy and size, then the training of those that learn."""
     out = show.console()
-    as_what = "" if charged == trace.geometry else f", with times computed as if it were {charged.name}"
+    as_what = "" if charged.name == trace.geometry.name else f", with times computed as if it were {charged.name}"
+    as_what += "" if charged.rows == trace.geometry.rows else f" with experts in {charged.rows}"
     out.print(
         f"{len(trace.requests)} requests, {trace.tokens:,} decoded tokens of {trace.geometry.name}{as_what}, recorded "
         f"under {trace.recorder.name}, on {card.name}.\n"

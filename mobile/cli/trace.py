@@ -15,6 +15,7 @@ from mobile.cli.terminal import options, prompts, session, show
 from mobile.cli.terminal.reader import Reader
 from mobile.errors import Refused
 from mobile.machine.host import package
+from mobile.policies.signals import PROBABILITY
 from mobile.replay import trace as traces
 
 EXAMPLES = """
@@ -62,11 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     with engine.recording(ahead=True) as requests, progress:
         for ids in progress.track(encoded, description="prompts"):
             opened.generate(ids)
+    signal = engine.strategy.signal
     about = {
         "geometry": engine.geometry.as_record(),
         "model": arguments.model,
         "strategy": engine.strategy.name,
         "gamma": getattr(engine.strategy.gating, "gamma", None),
+        "slots": engine.slots,
+        "hardware": engine.hardware.name,
+        **({} if signal in (None, PROBABILITY) else {"signal": signal}),
         "chat_template": opened.template,
         "max_new_tokens": arguments.max_new_tokens,
         "prompt_sha256": [hashlib.sha256(text.encode()).hexdigest() for text in texts],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mobile.costs.rows import AS_IS, check_rows, packed_nbytes
 from mobile.errors import Refused
 from mobile.suggest import offer
 
@@ -17,7 +18,9 @@ class Geometry:
     `moe_layers`, `experts` (routed, per layer), `top_k`, `expert_nbytes` (one routed expert, as copied),
     `dense_nbytes` (everything else a token reads per MoE layer: attention, norms, router, shared experts;
     dense layers spread evenly), `router_nbytes` (per layer, part of the dense bytes), `head_nbytes` (output
-    projection), `embedding_nbytes` (held on the device, one row read per token), `weight_nbytes` (bytes of one weight).
+    projection), `embedding_nbytes` (held on the device, one row read per token), `weight_nbytes` (bytes of one weight
+    that is computed with). `expert_outputs` are the output rows of one expert's matrices together, None where unknown.
+    `rows` is the experts' row format; `expert_weights`, their number of weights, is None where rows are as they are.
     """
 
     name: str
@@ -30,6 +33,9 @@ class Geometry:
     head_nbytes: int
     embedding_nbytes: int
     weight_nbytes: int
+    expert_outputs: int | None = None
+    rows: str = AS_IS
+    expert_weights: int | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Geometry:
@@ -38,8 +44,35 @@ class Geometry:
 
     def as_record(self) -> dict[str, Any]:
         """Return its fields as traces, records and `--json` write them, where `weight_nbytes` is called `width`."""
-        fields = asdict(self)
-        return fields | {"width": fields.pop("weight_nbytes")}
+        fields = asdict(self) | {"width": self.weight_nbytes}
+        del fields["weight_nbytes"]
+        for name, unset in (("expert_outputs", None), ("rows", AS_IS), ("expert_weights", None)):
+            if fields[name] == unset:
+                del fields[name]
+        return fields
+
+    @property
+    def decoded_expert_nbytes(self) -> int:
+        """Return the bytes of one routed expert's weights as they are computed with."""
+        return self.expert_nbytes if self.expert_weights is None else self.expert_weights * self.weight_nbytes
+
+    def with_rows(self, rows: str) -> Geometry:
+        """Return the model with its experts' matrices in a row format; itself for "as-is".
+
+        Biases, which are a small part of an expert, are counted as matrices. Raise Refused for an unknown format, for
+        experts that are packed already in another one, and where the experts' shapes are not known.
+        """
+        if check_rows(rows) in (AS_IS, self.rows):
+            return self
+        if self.rows != AS_IS:
+            raise Refused(f"The experts of {self.name} lie in {self.rows} already; take it as it is.")
+        if self.expert_outputs is None:
+            raise Refused(
+                f"Nothing says what shapes the experts of {self.name} have; name a geometry, or record again."
+            )
+        weights = self.expert_nbytes // self.weight_nbytes
+        nbytes = packed_nbytes(rows, weights, self.expert_outputs, self.weight_nbytes)
+        return replace(self, expert_nbytes=nbytes, rows=rows, expert_weights=weights)
 
     @property
     def little_k(self) -> int:
@@ -50,6 +83,11 @@ class Geometry:
     def total_experts(self) -> int:
         """Return the number of routed experts in the whole model."""
         return self.moe_layers * self.experts
+
+    @property
+    def experts_nbytes(self) -> int:
+        """Return the bytes of all routed experts, as copied."""
+        return self.total_experts * self.expert_nbytes
 
     @property
     def resident_nbytes(self) -> int:
@@ -99,6 +137,7 @@ class _Configuration:
             head_nbytes=2 * hidden * self.vocabulary,
             embedding_nbytes=2 * hidden * self.vocabulary,
             weight_nbytes=2,
+            expert_outputs=2 * self.intermediate + hidden,
         )
 
 
@@ -155,18 +194,19 @@ GEOMETRIES: Mapping[str, Geometry] = {
 }
 
 
-def project(native: Geometry, name: str | None) -> tuple[Geometry, tuple[tuple[int, ...], ...]]:
+def project(native: Geometry, name: str | None, rows: str = AS_IS) -> tuple[Geometry, tuple[tuple[int, ...], ...]]:
     """Return the geometry to compute time for, and for each of the model's MoE layers those charged with its routing.
 
+    Its experts lie in the row format `rows`; "as-is" is that of the native model, or of the preset.
     `name` None is the model's native geometry. A preset's layers are dealt out evenly and in order, so the routing of a
     4-layer model is charged to layers 0-3, 4-7, 8-11 and 12-15 of a 16-layer one. Raise Refused for an unknown preset,
     one of other experts or top-k, or one of fewer layers than the model.
     """
     if name is None:
-        return native, tuple((layer,) for layer in range(native.moe_layers))
+        return native.with_rows(rows), tuple((layer,) for layer in range(native.moe_layers))
     if name not in GEOMETRIES:
         raise Refused(f"Unknown geometry {name!r}; {offer(name, sorted(GEOMETRIES))}.")
-    charged = GEOMETRIES[name]
+    charged = GEOMETRIES[name].with_rows(rows)
     if (charged.experts, charged.top_k) != (native.experts, native.top_k) or charged.moe_layers < native.moe_layers:
         raise Refused(
             f"Geometry {name} has {charged.moe_layers} layers of {charged.experts} experts, top {charged.top_k}; this "

@@ -11,12 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 from mobile.kernels.loop import Groups, Views, group, loop
+from mobile.kernels.packed import packed
+from mobile.kernels.packed import why_not as why_not_packed
 from mobile.residency.residency import Wave
 from mobile.suggest import offer
 
-__all__ = ["Kernel", "group", "kernel_named", "loop"]
+__all__ = ["Kernel", "group", "kernel_named", "loop", "packed"]
 
 
 class Kernel(Protocol):
@@ -43,21 +46,34 @@ class Kernel(Protocol):
           go of the slots of the one before: a wave must be launched before the next is asked for.
         - `views`: weights by name, (slots, ...): views of the slots.
         - `host`: the same of the layer's rows in host memory, (experts, ...), where a strategy leaves experts to the
-          CPU, which have the slot HOST; only `loop` computes those.
+          CPU, which have the slot HOST; only `loop` and `packed` compute those.
         """
         ...
 
 
-KERNELS = ("auto", "loop", "grouped", "triton")
+KERNELS = ("auto", "loop", "grouped", "triton", "packed")
 
 
-def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return the kernel of that name: "loop", "grouped" or "triton"; "auto" is the loop.
+def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str = AS_IS) -> Kernel:
+    """Return the kernel of that name for weights of that dtype: "loop", "grouped", "triton" or "packed".
 
-    Raise Refused for one that is unknown, cannot run on this device, or would not be a true kernel there.
+    `rows` is the format of their rows, which "loop" decodes and "packed" computes with as they are. "auto" is the loop,
+    but for rows that are made to be computed with. Raise Refused for one that is unknown, cannot run on this device, or
+    would not be a true kernel there.
     """
-    if name in ("auto", "loop"):
+    if rows == "int4-cpu" and device.type != "cpu":
+        raise Refused(f"Rows of int4-cpu are in a processor's own order, and the model is on {device}; use int4.")
+    if name == "auto":
+        return packed if rows == "int4-cpu" else loop
+    if name == "loop":
         return loop
+    if name == "packed":
+        reason = why_not_packed(device, dtype, rows)
+        if reason is not None:
+            raise Refused(f"Kernel packed computes with codes in place, and {reason}; use the kernel loop.")
+        return packed
+    if name in KERNELS and rows != AS_IS:
+        raise Refused(f"Kernel {name} reads weights as they are, and rows are {rows}; use the kernel loop.")
     if name == "grouped":
         from mobile.kernels.grouped import grouped
 
@@ -75,4 +91,5 @@ def kernel_named(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
         if reason is not None:
             raise Refused(f"Kernel triton cannot run on {device}: {reason}; use the kernel loop.")
         return triton_gemv
-    raise Refused(f"Unknown kernel {name!r}; {offer(name, KERNELS, 'choose auto, loop, grouped or triton')}.")
+    listed = "choose auto, loop, grouped or triton, or packed for int8 rows"
+    raise Refused(f"Unknown kernel {name!r}; {offer(name, KERNELS, listed)}.")

@@ -10,6 +10,7 @@ from torch import nn
 
 from mobile.kernels.loop import Groups, Views, activate, normed, up_name
 from mobile.residency.residency import Wave
+from mobile.store import plain
 
 
 def grouped(
@@ -51,9 +52,9 @@ def grouped(
                 offs: torch.Tensor = offs,
                 slots: torch.Tensor = slots,
             ) -> torch.Tensor:
-                weight = views[name][first : last + 1]
+                weight = plain(views[name])[first : last + 1]
                 y = nn.functional.grouped_mm(x, weight if module.is_transposed else weight.transpose(1, 2), offs=offs)
-                return y + views[f"{name}_bias"][slots] if module.has_bias else y
+                return y + plain(views[f"{name}_bias"])[slots] if module.has_bias else y
 
             outer = normed(module, project(activate(module, project(hidden[tokens], up_name(module))), "down_proj"))
             parts[tokens, ranks] = outer.float() * weights[tokens, ranks, None].float()

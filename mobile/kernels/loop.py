@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,12 @@ from torch import nn
 
 from mobile.kernels.sum_dtype import sum_dtype
 from mobile.residency.residency import HOST, Wave
+from mobile.store import Weights
 
-Views = Mapping[str, torch.Tensor]  # weights by name, (slots, ...), or (experts, ...) where they lie in the host store
+Views = Mapping[str, Weights]  # weights by name, (slots, ...), or (experts, ...) where they lie in the host store
+
+
+Multiply = Callable[[Any, torch.Tensor, Weights, int], torch.Tensor]  # module, x, weights, slot -> x times its matrix
 
 
 class Groups(NamedTuple):
@@ -77,10 +81,24 @@ def loop(
 ) -> torch.Tensor:
     """Compute one product at a time, and sum in ascending expert order: the reference. For arguments see `Kernel`.
 
-    Experts whose slot is HOST are computed on the CPU from `host`: the same product where the device is the CPU too,
-    equal up to rounding elsewhere. The CPU works on the calling thread, while a GPU runs what was launched before (not
-    tested on one yet).
+    Packed weights are decoded, one matrix at a time. Experts whose slot is HOST are computed on the CPU from `host`:
+    the same product where the device is the CPU too, equal up to rounding elsewhere. The CPU works on the calling
+    thread, while a GPU runs what was launched before (not tested on one yet).
     """
+    return one_by_one(module, hidden, weights, groups, waves, (views, host), multiplied)
+
+
+def one_by_one(
+    module: Any,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    groups: Groups,
+    waves: Iterable[Wave],
+    places: tuple[Views, Views | None],
+    multiply: Multiply,
+) -> torch.Tensor:
+    """Compute as `loop` does, with `multiply` for each product; `places` are the slots' views and the host's."""
+    views, host = places
     result = torch.zeros_like(hidden, dtype=sum_dtype(module, hidden.dtype, weights.dtype))
     scales = weights[groups.tokens, groups.ranks, None]
     held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by position, outputs that it is not yet the turn of
@@ -91,9 +109,10 @@ def loop(
             tokens = groups.tokens[pairs]
             if slot == HOST:
                 assert host is not None, "a strategy that computes on the CPU is given the rows there"
-                outer = expert_output(module, hidden[tokens].cpu(), groups.experts[position], host).to(hidden.device)
+                outer = expert_output(module, hidden[tokens].cpu(), groups.experts[position], host, multiply)
+                outer = outer.to(hidden.device)
             else:
-                outer = expert_output(module, hidden[tokens], slot, views)
+                outer = expert_output(module, hidden[tokens], slot, views, multiply)
             outer = normed(module, outer)
             held[position] = tokens, (outer * scales[pairs]).to(result.dtype)
         while turn in held:
@@ -102,12 +121,19 @@ def loop(
     return result.to(hidden.dtype)
 
 
-def expert_output(module: Any, x: torch.Tensor, slot: int, views: Views) -> torch.Tensor:
+def multiplied(module: Any, x: torch.Tensor, weights: Weights, slot: int) -> torch.Tensor:
+    """Return x (pairs, inputs) times the matrix in a slot, as Transformers' eager experts multiply them."""
+    weight = weights[slot]
+    return x @ weight if module.is_transposed else nn.functional.linear(x, weight)
+
+
+def expert_output(
+    module: Any, x: torch.Tensor, slot: int, views: Views, multiply: Multiply = multiplied
+) -> torch.Tensor:
     """Compute one expert on x (pairs, H), unweighted and not yet `normed`: (pairs, H)."""
 
     def project(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = views[name][slot]
-        y = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
+        y = multiply(module, x, views[name], slot)
         return y + views[f"{name}_bias"][slot] if module.has_bias else y
 
     return project(activate(module, project(x, up_name(module))), "down_proj")

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mobile.kernels.loop import Groups, Views, activate, loop, normed, up_name
 from mobile.residency.residency import Wave
+from mobile.store import plain
 
 FEW_TOKENS = 8  # above it each weight would be read once a token; the loop reads it once an expert
 BLOCK_N, BLOCK_K = 16, 256
@@ -116,8 +117,8 @@ def _few(
         tokens, ranks = groups.tokens[pairs], groups.ranks[pairs]
 
         def project(x: torch.Tensor, rows: torch.Tensor, name: str, slots: torch.Tensor = slots) -> torch.Tensor:
-            y = products(views[name], slots, x, rows, transposed=module.is_transposed)
-            return y + views[f"{name}_bias"][slots] if module.has_bias else y
+            y = products(plain(views[name]), slots, x, rows, transposed=module.is_transposed)
+            return y + plain(views[f"{name}_bias"])[slots] if module.has_bias else y
 
         inner = activate(module, project(hidden, tokens, up_name(module))).contiguous()
         outer = normed(module, project(inner, torch.arange(len(pairs), device=device), "down_proj"))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mobile.costs.geometry import Geometry
 from mobile.errors import Refused
-from mobile.store import ExpertLayout, layout_of
+from mobile.store import ExpertLayout, format_named, layout_of
 
 OLDEST, NEWEST_BELOW = "5.17", "5.25"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -74,6 +74,41 @@ class MoeLayer:
                 if not index.is_floating_point() and weights.is_floating_point() and weights.shape == index.shape:
                     return index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
         raise Refused(f"{type(self.router).__name__} gives no weights with its choice, so no layer is routed ahead.")
+
+    def parts_of_output(self, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int, int]:
+        """Return the positions of ids, weights and scores among the tensors that the router gives; runs no hook.
+
+        Asked for all experts it gives weights and scores of one shape, so this is found out at fewer. Raise Refused for
+        a router that lacks one of the three.
+        """
+        parts = self._ask(args, kwargs)
+        ids = next((n for n, part in enumerate(parts) if not part.is_floating_point()), None)
+        shape = None if ids is None else parts[ids].shape
+        floats = [(n, part) for n, part in enumerate(parts) if part.is_floating_point()]
+        weights = next((n for n, part in floats if part.shape == shape and part.shape[-1] < self.count), None)
+        scores = next((n for n, part in floats if part.shape[-1] >= self.count), None)
+        if ids is None or weights is None or scores is None:
+            raise Refused(
+                f"{type(self.router).__name__} does not give ids, weights and scores of its experts, so none can be "
+                "chosen in place of its own; use a strategy that leaves the choice to the router."
+            )
+        return ids, weights, scores
+
+    def choice_among(
+        self, count: int, where: tuple[int, int, int], args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the ids and weights (tokens, count) of the router's choice if it is to choose `count`, and its scores.
+
+        Scores are (tokens, experts); `where` is what `parts_of_output` found. Runs no hook.
+        """
+        now = self.top_k
+        try:
+            setattr(*self.top_k_attribute, count)
+            parts = self._ask(args, kwargs)
+        finally:
+            setattr(*self.top_k_attribute, now)
+        ids, weights, scores = (parts[each].reshape(-1, parts[each].shape[-1]) for each in where)
+        return ids, weights, scores[:, : self.count]
 
     def logits(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """Return the router's scores of every expert (tokens, experts) for these inputs; runs no hook."""
@@ -241,6 +276,17 @@ def common_layout(layers: Sequence[MoeLayer]) -> ExpertLayout:
     return layouts.pop()
 
 
+def packed_layout(layout: ExpertLayout, layers: Sequence[MoeLayer], rows: str) -> ExpertLayout:
+    """Return the layout of these layers' experts in a row format, by name. Raise Refused for an unknown one."""
+    format = format_named(rows)
+    transposed = {bool(layer.experts.is_transposed) for layer in layers}
+    if format is not None and len(transposed) != 1:
+        raise Refused(
+            f"Some MoE layers hold their matrices transposed and some do not, so none lies in {rows}; use as-is."
+        )
+    return layout.packed(format, transposed=transposed.pop())
+
+
 def device_of(layers: Sequence[MoeLayer]) -> torch.device:
     """Return where the model computes: its routers' device, since its experts may be nowhere."""
     return next(iter(layers[0].router.parameters())).device
@@ -252,6 +298,7 @@ def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) ->
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(module.weight) for module in (embedding, head) if module is not None}
     dense = sum(p.nbytes for p in model.parameters() if id(p) not in routed | apart)
+    matrices = [field.shape for field in layout.fields if len(field.shape) == 2]
     return Geometry(
         name=type(model).__name__,
         moe_layers=len(layers),
@@ -262,5 +309,8 @@ def geometry_of(model: Any, layers: Sequence[MoeLayer], layout: ExpertLayout) ->
         router_nbytes=sum(p.nbytes for p in layers[0].router.parameters()),
         head_nbytes=head.weight.nbytes if head is not None else 0,
         embedding_nbytes=embedding.weight.nbytes if head is None or head.weight is not embedding.weight else 0,
-        weight_nbytes=layout.dtype.itemsize,
+        weight_nbytes=layout.weight_dtype.itemsize,
+        expert_outputs=sum(shape[1 if layers[0].experts.is_transposed else 0] for shape in matrices),
+        rows=layout.rows,
+        expert_weights=None if layout.packing is None else sum(field.numel for field in layout.fields),
     )

@@ -7,6 +7,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.ledger import Key
 from mobile.policies.big_little import MOBILE
+from mobile.policies.cached_choice import Chooser, Chosen, Routed
 from mobile.policies.next_logits import NextLayerLogits, predicting_layer, top_experts
 from mobile.policies.protocols import (
     BatchEviction,
@@ -22,13 +23,24 @@ from mobile.policies.protocols import (
     Training,
     Visit,
 )
-from mobile.policies.strategy import BigLittle, Chosen, CustomRouting, FullK, HalfK, Strategy
+from mobile.policies.strategy import (
+    BigLittle,
+    CachedBigLittle,
+    CachedRouting,
+    CustomRouting,
+    FullK,
+    HalfK,
+    Strategy,
+)
 from mobile.slots import SlotPool
 
 __all__ = [
     "MOBILE",
     "BatchEviction",
     "BigLittle",
+    "CachedBigLittle",
+    "CachedRouting",
+    "Chooser",
     "Chosen",
     "CostModel",
     "CustomRouting",
@@ -45,6 +57,7 @@ __all__ = [
     "PassObserver",
     "Placement",
     "PolicyContext",
+    "Routed",
     "SlotPool",
     "Strategy",
     "Trainable",

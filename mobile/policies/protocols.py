@@ -82,9 +82,10 @@ class Lookahead(Protocol):
     def routed(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> Sequence[Key]:
         """Return the keys to prefetch, the most urgent first, now that `layer` was routed to `experts`.
 
-        Called at every decode visit. `ahead` are the next layer's router logits on this layer's router input (under
-        `Strategy.quasi`, on the quasi-hidden state). It is None where there is no next layer, and at the first of
-        several layers that are charged with one recorded layer's routing.
+        Called at every decode visit, but for those of a big pass whose experts a fallback has predicted. `ahead` are
+        the next layer's router logits on this layer's router input (under `Strategy.quasi`, on the quasi-hidden
+        state). It is None where there is no next layer, and at the first of several layers that are charged with one
+        recorded layer's routing.
         """
         ...
 

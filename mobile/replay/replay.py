@@ -26,6 +26,7 @@ class ReplaySetup:
     """The decisions that a trace's cost depends on: a strategy, a geometry, a GPU and a number of slots.
 
     `layer_map` gives, for each layer of the recorded model, the layers of `geometry` charged with its routing.
+    `in_place` says that packed rows are not decoded.
     """
 
     strategy: Strategy
@@ -33,6 +34,7 @@ class ReplaySetup:
     layer_map: LayerMap
     hardware: HardwareProfile
     slots: int
+    in_place: bool = False
 
     @property
     def memory_nbytes(self) -> int:
@@ -43,7 +45,7 @@ class ReplaySetup:
     def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> FastResidency:
         """Return a residency with cold slots; its ledger keeps the newest `events`, its policies know the `future`."""
         ledger = Ledger(events)
-        cost = CostModel(self.hardware, self.geometry)
+        cost = CostModel(self.hardware, self.geometry, in_place=self.in_place)
         link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None)
         context = PolicyContext.of(cost, self.slots, future, self.layer_map)
         made = FastResidency(self.strategy, context, link, cost, ledger)
@@ -81,21 +83,42 @@ def why_not_replayable(strategy: Strategy, recorder: Strategy, requests: Sequenc
 
     The reason is worded as the end of a sentence.
     """
+    if strategy.knows_cache or recorder.knows_cache:
+        return _why_not_as_lived(strategy, recorder, requests)
     if recorder.routes_as_full_k and strategy.routes_as_full_k:
         return _why_not_predictable(strategy, recorder, requests)
     if isinstance(recorder.gating, BigLittle) and isinstance(strategy.gating, BigLittle):
+        if strategy.gating.signal != recorder.gating.signal:
+            return (
+                f"it judges a token by its {strategy.gating.signal}, and the trace holds the {recorder.gating.signal}"
+            )
         wrong = _count_changed_fallbacks(strategy.gating.gamma, requests)
-        return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise" if wrong else None
+        if wrong:
+            return f"at gamma {strategy.gating.gamma:g} it would decide {wrong} fallbacks otherwise"
+        return _why_not_predictable(strategy, recorder, requests)
     if (strategy.gating, strategy.lossless) == (recorder.gating, recorder.lossless):
         return _why_not_predictable(strategy, recorder, requests)
     return f"it would choose other experts than {recorder.name} did, so its tokens would differ"
+
+
+def _why_not_as_lived(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
+    """Return why not, where one of the two chooses by what is in slots; None where they are the same strategy.
+
+    Even then what was chosen is right for the slots, the geometry and the hardware of the recording alone.
+    """
+    if strategy == recorder:
+        return _why_not_predictable(strategy, recorder, requests)
+    if not recorder.knows_cache:
+        return f"it chooses by what is in the slots, among experts that {recorder.name} recorded no scores of"
+    return f"{recorder.name} chose by what was in its slots, so its choices are right for that strategy alone"
 
 
 def _why_not_predictable(strategy: Strategy, recorder: Strategy, requests: Sequence[Request]) -> str | None:
     """Return why the trace lacks what the lookahead of `strategy` predicts from; None if it has it, or has none."""
     if strategy.lookahead is not None and strategy.quasi is not recorder.quasi:
         return f"the router logits that {recorder.name} recorded are of another foresight"
-    decoded = [step for request in requests for step in request if step.kind != "prefill" and len(step.experts) > 1]
+    kinds = ("full", "little") if strategy.prefetch_on_fallback else ("full", "little", "big")
+    decoded = [step for request in requests for step in request if step.kind in kinds and len(step.experts) > 1]
     if strategy.lookahead is not None and decoded and all(step.ahead is None for step in decoded):
         return "the trace lacks the router logits that lookaheads guess from"
     return None

@@ -30,9 +30,10 @@ class Step:
     """A forward pass of one sequence.
 
     `experts` names each layer's active experts and `counts` the tokens each of them got (empty: one each).
-    `confidence` is the highest softmax probability after a little pass, `predicted` the experts per layer that
-    a fallback expected before its big pass. `ahead` (layers - 1, experts), float16, holds for each layer but the last
-    the next layer's router logits on this layer's router input: all that next-layer predictors need of that input.
+    `confidence` is the gating's signal after a little pass (the paper's: the highest softmax probability), `predicted`
+    the experts per layer that a fallback expected before its big pass. `ahead` (layers - 1, experts), float16, holds
+    for each layer but the last the next layer's router logits on this layer's router input: all that next-layer
+    predictors need of that input.
     Recorded under `Strategy.quasi`, they are logits on the quasi-hidden state, and serve no other kind of lookahead.
     """
 

@@ -7,7 +7,7 @@ S * L rows in all, step by step. Arrays, little-endian, and nothing beside them:
     request_steps      uint32   (R,)         steps of each request; they add up to S
     kind               uint8    (S,)         0 prefill, 1 full, 2 little, 3 big
     tokens             uint32   (S,)         tokens in the pass, at least 1
-    confidence         float64  (S,)         highest softmax probability after a little pass, 0 to 1; NaN: not taken
+    confidence         float64  (S,)         confidence after a little pass, 0 to 1; NaN: not taken
     experts_lengths    uint16   (S * L,)     active experts of each row
     experts_values     uint16   (sum,)       their ids, strictly ascending within a row
     counts_lengths     uint16   (S * L,)     as experts_lengths, or 0 in all rows of a step: one token each
@@ -19,7 +19,9 @@ S * L rows in all, step by step. Arrays, little-endian, and nothing beside them:
 
 `about` is any JSON object. Where it has "geometry" (the recorded model's own `costs.geometry.Geometry` as a dict), that
 must agree with L and with every id. To be compared by `mobile replay` it must have "geometry" and "strategy" (the
-name of the strategy that chose the tokens); "gamma" (its threshold, or null) and the rest are for the reader.
+name of the strategy that chose the tokens); "gamma" (its threshold, or null) and "signal" (what its confidence is, a
+name of `mobile.policies.signals`; without it the strategy's own, as a rule the highest softmax probability) are how it
+judged, and the rest is for the reader.
 
 A change of any array, type or meaning is a new number at the end of the format's name. A reader reads its own number
 and refuses every other: routing is cheap to record again, and a wrong replay looks like a right one.

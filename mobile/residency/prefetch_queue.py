@@ -22,9 +22,14 @@ class PrefetchQueue:
         self.pending: deque[Key] = deque()
         self.predicted: dict[int, set[int]] = {}  # by layer
         self.allow_idle = True  # whether an idle prefetcher may use the link
+        self.holds_fallback = False  # whether the running big pass's experts are predicted already
 
     def extend(self, keys: Sequence[Key]) -> None:
-        """Add a fallback's prediction, in the order of its layers, behind what is pending already."""
+        """Add a fallback's prediction, in the order of its layers, behind what is pending already.
+
+        It is of all layers and nearly sure, so that up to the end of the token it is not kept to guess slots.
+        """
+        self.holds_fallback = True
         for layer, expert in keys:
             self.predicted.setdefault(layer, set()).add(expert)
         pool = self._allocator.pool
@@ -71,6 +76,7 @@ class PrefetchQueue:
         """Forget all predictions and cancel all prefetches whose copies have not begun: the token has ended."""
         self.pending.clear()
         self.predicted.clear()
+        self.holds_fallback = False
         pool = self._allocator.pool
         if pool.unused_prefetches:
             self._allocator.cancel(pool.unused_prefetches - pool.ready)
@@ -81,7 +87,7 @@ class PrefetchQueue:
             return
         slots = self._allocator.pool.slots
         absent = [key for key in self.pending if key not in slots]
-        submitted = self._allocator.prefetch(absent)
+        submitted = self._allocator.prefetch(absent, as_guesses=not self.holds_fallback)
         self.pending = deque(absent[submitted:])
 
     def prefetch_if_idle(self) -> None:

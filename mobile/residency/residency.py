@@ -15,7 +15,7 @@ from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.policies.protocols import IdlePrefetcher, Lookahead, PassObserver, PolicyContext
-from mobile.policies.strategy import Strategy
+from mobile.policies.strategy import BigLittle, Strategy
 from mobile.residency.prefetch_queue import PrefetchQueue
 from mobile.residency.prefill import HOST, PREFILL_BUFFERS, PrefillStream, Wave
 from mobile.residency.slot_allocator import SlotAllocator
@@ -54,6 +54,8 @@ class Residency:
             self._observers.append(self.lookahead)
         self._idle_prefetcher = self._eviction if isinstance(self._eviction, IdlePrefetcher) else None
         self._placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
+        gating = strategy.gating
+        self._replays_routers = isinstance(gating, BigLittle) and gating.replays_routers
         # The parts that act on them.
         self._allocator = SlotAllocator(strategy, self.pool, link, ledger, self._eviction, on_emptied)
         self._prefetches = PrefetchQueue(self._allocator, strategy.max_prefetch_per_layer, self._idle_prefetcher)
@@ -104,8 +106,13 @@ class Residency:
         self._prefetches.prefetch_if_idle()
 
     def finish(self) -> None:
-        """End the pass with the output head (and, after a little pass, the confidence test inside it)."""
+        """End the pass with the output head (and, after a little pass, the confidence test inside it).
+
+        A signal that asks the routers again does so here.
+        """
         self._dense_total_ns += self.link.compute(self.cost.head_ns(1), "head")
+        if self._replays_routers and self._kind == "little":
+            self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
         self._add_elapsed()
 
     def abandon(self) -> None:
@@ -122,7 +129,8 @@ class Residency:
         self._mark("fallback")
         self._kind = "big"
         if self.strategy.prefetch_on_fallback:
-            self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
+            if not self._replays_routers:  # else the signal has asked them
+                self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
             self._prefetches.extend(predicted)
         self._add_elapsed()
 
@@ -165,6 +173,19 @@ class Residency:
         self.pool.ready.add(key)
         if self._idle_prefetcher is not None:
             self._prefetches.prefetch_if_idle()
+
+    @property
+    def asks_lookahead(self) -> bool:
+        """Whether the running pass asks the lookahead at every layer that runs from the pool."""
+        return self.lookahead is not None and not self._prefetches.holds_fallback
+
+    def in_slots(self, layers: Sequence[int]) -> list[bool]:
+        """Return for each expert number whether all of `layers` have it in the decode pool, or on its way there.
+
+        An expert on its way counts: its bytes are paid for, and no choice then depends on when one copy ends.
+        """
+        slots = self.pool.slots
+        return [all(key in slots for key in keys) for keys in zip(*(self._keys[each] for each in layers), strict=True)]
 
     # --- one layer ----------------------------------------------------------------------------------
 
@@ -267,8 +288,11 @@ class Residency:
         return late + missing if late else missing, on_cpu
 
     def _prefetch_ahead(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> None:
-        """Ask the lookahead, if there is one, what comes next, and prefetch that."""
-        if self.lookahead is not None:
+        """Ask the lookahead, if there is one, what comes next, and prefetch that.
+
+        It is not asked in a big pass whose experts the little pass's routers have named, which it could only push out.
+        """
+        if self.lookahead is not None and not self._prefetches.holds_fallback:
             self._prefetches.replace(self.lookahead.routed(layer, experts, ahead))
 
     def _wait_until_ready(self, key: Key) -> None:

@@ -116,13 +116,14 @@ class SlotAllocator:
 
     # --- prefetches ---------------------------------------------------------------------------------
 
-    def prefetch(self, keys: Sequence[Key]) -> int:
+    def prefetch(self, keys: Sequence[Key], *, as_guesses: bool = True) -> int:
         """Submit prefetches of the first of `keys`, none of them in the pool, while slots last; return how many.
 
-        They become protected, and nothing protected is evicted for them.
+        They become protected, and nothing protected is evicted for them. Guesses take no more than the guess slots,
+        where there are some.
         """
         pool = self.pool
-        if self._guess_slots:
+        if as_guesses and self._guess_slots:
             keys = keys[: max(0, self._guess_slots - len(pool.unused_prefetches))]
         assigned = self._assign_prefetches(keys)
         slots, submit = pool.slots, self.link.submit

@@ -14,10 +14,11 @@ from huggingface_hub.constants import HF_HOME
 from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
 from mobile.errors import Refused, shortened
-from mobile.kernels import Kernel, kernel_named, loop
+from mobile.kernels import Kernel, kernel_named, loop, packed
 from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
+from mobile.policies.tuned import check_model
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.store import ExpertLayout
 
@@ -26,7 +27,8 @@ from mobile.store import ExpertLayout
 class AttachOptions:
     """The keywords that `mobile.load` and `mobile.attach` share.
 
-    - `strategy`: a name that `mobile.strategies()` lists, or a Strategy. `gamma` replaces its confidence threshold.
+    - `strategy`: a name that `mobile.strategies()` lists, several joined by "+", or a Strategy. `gamma` replaces its
+      confidence threshold: a number, or a file of `mobile tune`, which names the signal as well.
     - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
       the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
       `memory` also caps what this process may allocate there.
@@ -38,7 +40,12 @@ class AttachOptions:
     - `hardware`: a profile, its name, or a .json file of one, which `mobile doctor --calibrate` fits to this machine.
       Budgets and virtual time are taken from it.
     - `geometry`: the name of a real model; compute virtual time and bytes as if the model were that one.
-    - `kernel`: "loop" (the reference, and "auto"), "grouped" or "triton", see `mobile.kernels`.
+    - `kernel`: "loop" (the reference, and "auto"), "grouped", "triton", or "packed" (int8 and int4-cpu rows in place,
+      on the CPU, in bfloat16), see `mobile.kernels`.
+    - `rows`: how experts lie in the store and in slots, and what is copied: "as-is", "int8" (a scale an output), "int4"
+      (groups of 32 inputs) or "int4-cpu" (the same numbers in the order of this processor's product, whose kernel is
+      "packed"). Other packed experts are decoded when they are computed, so tokens are those of a model with the
+      decoded weights; biases stay as they are.
     """
 
     strategy: str | Strategy = "mobile"
@@ -47,10 +54,11 @@ class AttachOptions:
     hardware: str | HardwareProfile = "auto"
     link: str = "auto"
     link_gb_per_s: float | None = None
-    gamma: float | None = None
+    gamma: float | str | os.PathLike[str] | None = None
     geometry: str | None = None
     kernel: str = "auto"
     store: str | os.PathLike[str] | None = None
+    rows: str = "as-is"
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class AttachPlan:
     `native` are the model's own sizes, `charged` those that time and bytes are computed for: the same ones, or a larger
     model's, whose layers `layer_map` lists for each layer of the live model. `budget_nbytes` is the device memory asked
     for, None where slots were counted instead. `link` is never "auto". `folder` is where the experts' file goes, None
-    where they lie in memory.
+    where they lie in memory. `layout` is that of a row in the store and in a slot.
     """
 
     strategy: Strategy
@@ -73,6 +81,7 @@ class AttachPlan:
     link: str
     link_gb_per_s: float | None
     kernel: Kernel
+    layout: ExpertLayout
     folder: Path | None = None
 
 
@@ -83,23 +92,30 @@ def plan_attach(
     device: torch.device,
     options: AttachOptions,
 ) -> AttachPlan:
-    """Decide everything, or raise Refused. `model` may lie on the meta device; `device` is where it will compute."""
+    """Decide everything, or raise Refused. `model` may lie on the meta device; `device` is where it will compute.
+
+    `layout` is that of the experts as the model has them, or as a checkpoint packs them.
+    """
     strategy = resolve(options.strategy, options.gamma)
     folder = folder_of(options)
     if strategy.needs_future:
         raise Refused(f"Strategy {strategy.name} needs to know the future; record a trace, and replay it.")
     link, hardware = _link_and_hardware(options, device)
-    native = compat.geometry_of(model, layers, layout.page_aligned() if folder else layout)
-    charged, layer_map = project(native, options.geometry)
+    layout = compat.packed_layout(layout, layers, options.rows)
+    if folder is not None:
+        layout = layout.page_aligned()
+    native = compat.geometry_of(model, layers, layout)
+    check_model(options.gamma, native)
+    charged, layer_map = project(native, options.geometry, options.rows)
     slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
     if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:
         raise Refused(f"{native.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
-    kernel = kernel_named(options.kernel, device, layout.dtype)
+    kernel = kernel_named(options.kernel, device, layout.weight_dtype, layout.rows)
     if strategy.on_cpu is not None and folder is not None:
         raise Refused(
             f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
         )
-    if strategy.on_cpu is not None and kernel is not loop:
+    if strategy.on_cpu is not None and kernel not in (loop, packed):
         raise Refused(
             f"Strategy {strategy.name} computes experts on the CPU, and only the kernel loop can; leave it so."
         )
@@ -114,6 +130,7 @@ def plan_attach(
         link=link,
         link_gb_per_s=options.link_gb_per_s,
         kernel=kernel,
+        layout=layout,
         folder=folder,
     )
 

@@ -21,7 +21,7 @@ from mobile.runtime.decoding import Decoder
 from mobile.runtime.engine import Engine, Findings
 from mobile.runtime.experts import bind, bound
 from mobile.runtime.forward_pass import ForwardPass
-from mobile.store import DiskStore, ExpertLayout, HostStore, Store
+from mobile.store import DiskStore, ExpertLayout, HostStore, Store, repack
 
 
 @caller_modes.in_plain_modes
@@ -34,10 +34,11 @@ def attach(
     hardware: str | HardwareProfile = "auto",
     link: str = "auto",
     link_gb_per_s: float | None = None,
-    gamma: float | None = None,
+    gamma: float | str | os.PathLike[str] | None = None,
     geometry: str | None = None,
     kernel: str = "auto",
     store: str | os.PathLike[str] | None = None,
+    rows: str = "as-is",
     poison: bool = False,
 ) -> Any:
     """Offload a live Transformers MoE: its experts move to the host store, a few slots serve them.
@@ -46,6 +47,10 @@ def attach(
     Slots lie on the device where the model is. `model` may also be what an adapter, a compiler or a class of the
     caller's puts around a Transformers model. The other arguments are explained at
     `mobile.runtime.attach_plan.AttachOptions`; `poison` fills empty slots with NaN, for tests.
+
+    With `rows` other than "as-is" the experts are kept as they were beside their packed rows, in memory or in a second
+    file, since `detach` gives back a model bit for bit: fewer bytes are moved and more fit into the slots, but only
+    `mobile.load`, which never holds the originals, needs less to keep them all.
 
     Raise Refused, with nothing changed, for whatever cannot work. Whatever else breaks it off (Ctrl-C, memory) leaves
     the model as it was; a second interrupt, while that is undone, leaves one that `detach` puts right.
@@ -70,18 +75,27 @@ def attach(
         geometry=geometry,
         kernel=kernel,
         store=store,
+        rows=rows,
     )
     plan = plan_attach(inner, layers, layout, compat.device_of(layers), options)
-    install(inner, layers, _store(plan, layout, len(layers), layers[0].count), plan, poison=poison, around=model)
+    made = _store(plan, plan.layout, layers)
+    originals = None
+    if plan.layout.packing != layout.packing:
+        try:
+            originals = _store(plan, layout, layers)
+        except BaseException:
+            made.close()
+            raise
+    install(inner, layers, made, plan, originals=originals, poison=poison, around=model)
     return model
 
 
-def _store(plan: AttachPlan, layout: ExpertLayout, layers: int, experts: int) -> Store:
+def _store(plan: AttachPlan, layout: ExpertLayout, layers: Sequence[compat.MoeLayer]) -> Store:
     """Return an empty store for a live model's experts; on disk a file without a name, for nobody else can know it."""
     if plan.folder is None:
-        return HostStore(layout, layers, experts)
+        return HostStore(layout, len(layers), layers[0].count)
     path = plan.folder / f"attached-{os.getpid()}-{uuid4().hex[:8]}.safetensors"
-    return DiskStore(layout.page_aligned(), layers, experts, path)
+    return DiskStore(layout.page_aligned(), len(layers), layers[0].count, path)
 
 
 @caller_modes.in_plain_modes
@@ -91,17 +105,19 @@ def install(
     store: Store,
     plan: AttachPlan,
     *,
+    originals: Store | None = None,
     poison: bool = False,
     around: Any = None,
 ) -> Any:
     """Attach as planned. The store is empty, or holds the experts where the modules have none any more.
 
+    With `originals`, both are empty: the experts go there as they are, and packed into the store.
     `around` is the object that the caller holds, where that is something around the model.
     """
     around = model if around is None else around
     modules = [layer.experts for layer in layers]
     held = all(weight.numel() for module in modules for weight in module.parameters())
-    engine = Engine(plan, layers, store, poison=poison)
+    engine = Engine(plan, layers, store, originals=originals, poison=poison)
     overrides, decoder, gradients = engine.overrides, Decoder(model, engine), torch.is_grad_enabled()
     try:
         overrides.put(model, "mobile", engine)  # first of all: whatever breaks off the rest, detach can undo it
@@ -112,7 +128,9 @@ def install(
         decoder.install(overrides)
         for number, module in enumerate(modules):
             bind(module, engine, number, overrides)
-        store.take(modules)
+        engine.originals.take(modules)
+        if originals is not None:
+            repack(originals, store, len(layers))
         engine.allocate()
         engine.connect(LINKS[plan.link].connect)
         engine.start(_self_test(engine, decoder))
@@ -143,18 +161,23 @@ def _self_test(engine: Engine, decoder: Decoder) -> Findings:
         if isinstance(strategy.gating, HalfK | BigLittle):
             selftest.check_routers(decoder.stock, engine)
         if isinstance(strategy.gating, BigLittle):
+            selftest.check_signal(decoder.stock, engine, strategy.gating)
             undoable = selftest.rolls_back(decoder.model, decoder.stock, engine)
+        routers = selftest.learn_routers(decoder.model, decoder.stock, engine) if strategy.knows_cache else None
         if strategy.quasi:
             quasi = quasi_hidden_state.learn(
                 decoder.model, engine.layers, engine.store, prefill, lambda: engine.running, engine.overrides
             )
             quasi.listen(engine.overrides)
-    return Findings(undoable, quasi)
+    return Findings(undoable, quasi, routers)
 
 
 @caller_modes.in_plain_modes
 def detach(model: Any) -> Any:
     """Make it the stock model again, bit for bit; return it.
+
+    A model that `mobile.load` read into packed rows gets the weights that it was computed with: those of its
+    checkpoint, quantised and decoded. They take as much memory as its experts would as they are.
 
     Raise Refused if it is not attached, or if its device has no room for all experts; it stays attached then. If
     something breaks it off, the model refuses to run until it is called again, which goes on where it stopped.
@@ -165,9 +188,10 @@ def detach(model: Any) -> Any:
     if engine.device.type == "cuda" and not engine.leaving:
         unused = torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
         room = torch.cuda.mem_get_info(engine.device)[0] + unused + engine.slot_rows.nbytes
-        if engine.store.nbytes > room:
+        nbytes = len(engine.layers) * engine.experts * engine.store.layout.weights_nbytes
+        if nbytes > room:
             raise Refused(
-                f"Detaching puts {engine.store.nbytes / 2**30:.1f} GiB of experts on {engine.device}, which has "
+                f"Detaching puts {nbytes / 2**30:.1f} GiB of experts on {engine.device}, which has "
                 f"{room / 2**30:.1f} GiB free; delete the model instead."
             )
     with engine.lock:

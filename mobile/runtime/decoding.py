@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from mobile.errors import Refused
 from mobile.live_model import compat, generate_calls
 from mobile.live_model.overrides import Overrides
-from mobile.policies.strategy import BigLittle, CustomRouting, FullK, HalfK
+from mobile.policies.strategy import BigLittle, CachedRouting, CustomRouting, FullK, HalfK
 from mobile.runtime import rollback
+from mobile.runtime.confidence import confidence, replay_routers
 from mobile.runtime.engine import Engine
 from mobile.runtime.forward_pass import ForwardPass
 from mobile.runtime.next_layer import predict
@@ -65,7 +66,6 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
         self.model, self.engine = model, engine
-        self.gating = engine.strategy.gating
         self.stock = model.forward
         self._warned: set[str] = set()
 
@@ -133,12 +133,13 @@ class Decoder:
         # A decode step: one token a row, in one pass or two.
         valid = torch.ones(rows, 1, dtype=torch.bool, device=source.device)
         live = None if call is None else call.live(rows)
-        if isinstance(self.gating, FullK | CustomRouting):
+        gating = engine.strategy.gating
+        if isinstance(gating, FullK | CustomRouting | CachedRouting):
             return self._one(ForwardPass("full", valid, live), asked)
-        if isinstance(self.gating, HalfK):
+        if isinstance(gating, HalfK):
             with engine.little_k():
                 return self._one(ForwardPass("little", valid, live), asked)
-        return self._two(ForwardPass("little", valid, live), asked, given, self.gating)
+        return self._two(ForwardPass("little", valid, live), asked, given, gating)
 
     def _one(self, running: ForwardPass, asked: Forward, fresh: bool = False) -> Any:
         """Run and record a single pass; `fresh` begins new requests."""
@@ -150,7 +151,7 @@ class Decoder:
     def _two(self, little: ForwardPass, asked: Forward, given: dict[str, Any], gating: BigLittle) -> Any:
         """Run the little pass, and where a row's confidence is below gamma roll back and run the big pass.
 
-        Confidence is the highest softmax probability. A row that has ended causes no big pass, and takes part in one.
+        Confidence is the gating's signal. A row that has ended causes no big pass, and takes part in one.
         """
         engine, cache = self.engine, compat.cache_of(given)
         if not asked.entrance.outermost:
@@ -164,14 +165,15 @@ class Decoder:
         with engine.little_k(), engine.passing(little):
             output = asked.run(return_dict=True)
         # 2. Rows below gamma fall back; if none does, this was the token.
-        confidence = output.logits[:, -1].float().softmax(-1).amax(-1)
-        unsure = confidence < gating.gamma
+        replayed = replay_routers(engine.layers, little) if gating.replays_routers else []
+        sure = confidence(gating.signal, output.logits[:, -1], little, replayed)
+        unsure = sure < gating.gamma
         falls = unsure if little.live is None else unsure & little.live
         if not bool(falls.any()):
-            engine.recorder.add(little, little.live, confidence)
+            engine.recorder.add(little, little.live, sure)
             return _as_asked(output, self.model, given)
         # 3. The little pass's router inputs predict the experts of the big one, which are loaded ahead of it.
-        predicted = predict(engine.layers, little)
+        predicted = [index for index, _ in replayed] or predict(engine.layers, little)
         # 4. Roll back, and run with K experts; rows that were sure keep their K/2, so that no row depends on others.
         undo()
         if redraw is not None:
@@ -181,11 +183,13 @@ class Decoder:
         engine.fall_back(predicted, falls)
         with engine.passing(big):
             result = asked.run(return_dict=True)
+        if engine.compare is not None:
+            engine.compare(little, output.logits[:, -1], result.logits[:, -1])
         # 5. Rows that were sure keep the little pass's logits, bit for bit.
         if confident is not None:
             result.logits[confident] = output.logits[confident]
-        engine.recorder.add(little, little.live, confidence)
-        engine.recorder.add(big, falls, confidence, predicted)
+        engine.recorder.add(little, little.live, sure)
+        engine.recorder.add(big, falls, sure, predicted)
         return _as_asked(result, self.model, given)
 
     def _all_experts(self, little: ForwardPass, asked: Forward, because: str) -> Any:

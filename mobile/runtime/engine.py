@@ -8,31 +8,33 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 
 from mobile.costs.cost_model import CostModel
 from mobile.errors import Refused
-from mobile.kernels import group
+from mobile.kernels import group, packed
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link, LinkEnds
 from mobile.live_model import compat
 from mobile.live_model.guards import COPYING
 from mobile.live_model.overrides import Overrides
 from mobile.policies.protocols import PolicyContext
-from mobile.policies.strategy import CustomRouting
+from mobile.policies.strategy import BigLittle, CustomRouting, Strategy
 from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.attach_plan import AttachPlan
+from mobile.runtime.cached_routing import CachedChoices, RouterFacts
 from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
-from mobile.store import HostStore, Store
+from mobile.store import HostStore, Store, poison
 
 Scope = AbstractContextManager[Any]
+Compare = Callable[[ForwardPass, torch.Tensor, torch.Tensor], None]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
@@ -41,11 +43,13 @@ class Findings:
     """Facts that the self-test at attach found out about the model.
 
     `undoable` are the types of caches, and of their layers, in which a step was undone without a trace. `quasi` is set
-    for a strategy that asks the next layer's router about the quasi-hidden state.
+    for a strategy that asks the next layer's router about the quasi-hidden state, `routers`, by layer, for one that
+    chooses by what is in slots.
     """
 
     undoable: frozenset[type] = frozenset()
     quasi: QuasiHiddenState | None = None
+    routers: Sequence[RouterFacts] | None = None
 
 
 class Engine:
@@ -56,10 +60,20 @@ class Engine:
     """
 
     def __init__(
-        self, plan: AttachPlan, layers: Sequence[compat.MoeLayer], store: Store, *, poison: bool = False
+        self,
+        plan: AttachPlan,
+        layers: Sequence[compat.MoeLayer],
+        store: Store,
+        *,
+        originals: Store | None = None,
+        poison: bool = False,
     ) -> None:
-        """Stand behind `layers`, whose experts `store` keeps. `poison` fills empty slots with NaN."""
+        """Stand behind `layers`, whose experts `store` keeps. `poison` fills empty slots with NaN.
+
+        `originals` keeps the experts as they were, where `store` has lost some of their bits.
+        """
         self.plan, self.layers, self.store = plan, layers, store
+        self.originals = store if originals is None else originals  # the store that gives experts back
         self.strategy, self.geometry, self.slots, self.hardware = plan.strategy, plan.charged, plan.slots, plan.hardware
         self.layer_map = plan.layer_map
         self.overrides = Overrides()  # all that attach puts on the model
@@ -70,6 +84,7 @@ class Engine:
         self.lock = threading.RLock()
         self._kernel, self._poison = plan.kernel, poison
         self._pass_scope: Callable[[ForwardPass], Scope] = nullcontext
+        self.compare: Compare | None = None
         self._top_k = [layer.top_k for layer in layers]
         # By charged layer, the live layer that holds its experts' rows.
         self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
@@ -79,6 +94,7 @@ class Engine:
         self.slot_rows = torch.empty(0, store.layout.numel, dtype=store.layout.dtype, device=self.device)
         self._views = store.layout.views(self.slot_rows)
         self._warned_alone = False
+        self._cached: CachedChoices | None = None
 
     @property
     def experts(self) -> int:
@@ -112,11 +128,11 @@ class Engine:
                 f"{rows * layout.nbytes / 2**30:.1f} GiB for {self.slots} slots could not be taken on {self.device}; "
                 "give fewer slots or less memory."
             ) from error
-        self.slot_rows, self._views = taken, layout.views(taken)
+        self.slot_rows, self._views = taken, layout.views(taken, layout.scratch(self.device))
 
     def connect(self, make: Callable[[LinkEnds], Link]) -> None:
         """Make the link and start with cold slots."""
-        self._cost = CostModel(self.hardware, self.geometry)
+        self._cost = CostModel(self.hardware, self.geometry, in_place=self.plan.kernel is packed)
         self.link = make(
             LinkEnds(
                 store=self.store,
@@ -154,10 +170,11 @@ class Engine:
         self.leaving = True
         self.close()
         if give_back:
-            self.store.give_back([layer.experts for layer in self.layers])
+            self.originals.give_back([layer.experts for layer in self.layers])
         self.overrides.undo()
         if give_back:
             self.store.close()
+            self.originals.close()
 
     def close(self) -> None:
         """Let go of the link, if it was made, of the routers, the slots and the memory cap; may be called again."""
@@ -172,16 +189,12 @@ class Engine:
         self.link.reset()
         self._all_k()
         self.running = None
-        self.residency = Residency(
-            self.strategy,
-            PolicyContext.of(self._cost, self.slots, layer_map=self.layer_map),
-            self.link,
-            self._cost,
-            self.ledger,
-            self._emptied,
-        )
+        context = PolicyContext.of(self._cost, self.slots, layer_map=self.layer_map)
+        self.residency = Residency(self.strategy, context, self.link, self._cost, self.ledger, self._emptied)
+        if self.findings.routers is not None:  # until then, the self-test, routers are left alone
+            self._cached = CachedChoices(self.strategy, context, self.layers, self.findings.routers)
         if self._poison:
-            self.slot_rows.fill_(float("nan"))
+            poison(self.slot_rows)
         for key, slot in self.residency.preload_all():
             self.fill(key, slot)
         self.link.join()  # no copy overtakes what has just been written
@@ -205,7 +218,7 @@ class Engine:
     def _emptied(self, slot: int) -> None:
         """Poison a slot whose expert was dropped, in tests."""
         if self._poison:
-            self.slot_rows[slot].fill_(float("nan"))
+            poison(self.slot_rows[slot])
             self.link.used([slot])  # the next copy into it comes after
 
     # --- one forward pass ---------------------------------------------------------------------------
@@ -280,6 +293,38 @@ class Engine:
             self._kernel, self._pass_scope = before
 
     @contextmanager
+    def gated(self, gating: BigLittle) -> Iterator[None]:
+        """Inside the block, judge little passes by another gamma or signal than the strategy's own.
+
+        The engine starts cold, with an empty ledger, at both ends. Raise Refused for a strategy without little passes.
+        """
+        before = self.strategy
+        if not isinstance(before.gating, BigLittle):
+            raise Refused(f"Strategy {before.name} has no gamma; use the strategy mobile.")
+        self._switch(replace(before, gating=gating))
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, strategy: Strategy) -> None:
+        with self.lock:
+            self.strategy = strategy
+            self.restart()
+
+    @contextmanager
+    def comparing(self, compare: Compare) -> Iterator[None]:
+        """Inside the block, call `compare` after every big pass: with the little pass, its logits and the big one's.
+
+        Logits are (rows, V). Rows that were sure or have ended are among them.
+        """
+        self.compare = compare
+        try:
+            yield
+        finally:
+            self.compare = None
+
+    @contextmanager
     def passing(self, running: ForwardPass) -> Iterator[None]:
         """Open one forward pass on the clock, and close it at the end of the block."""
         with self._pass_scope(running):
@@ -296,13 +341,16 @@ class Engine:
     def _run_routed(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.running is None:
             return self._run_alone(layer, hidden, index, weights)
-        chosen = self._reroute(layer, index, weights) if self.running.kind == "full" else (index, weights)
+        chosen = self._reroute(layer, self.running, index, weights)
         return self._compute(layer, hidden, *self.running.select(layer, *chosen, self.experts))
 
-    def _reroute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> Selection:
+    def _reroute(self, layer: int, running: ForwardPass, index: torch.Tensor, weights: torch.Tensor) -> Selection:
         """Return the gating's choice in place of the router's; an expert of weight 0 is left out."""
         gating = self.strategy.gating
-        if not isinstance(gating, CustomRouting):
+        if self._cached is not None and running.kind == self._cached.kind:
+            in_slots = self.residency.in_slots(self.layer_map[layer])
+            return self._cached.select(layer, running.router_inputs.get(layer), (index, weights), in_slots)
+        if not isinstance(gating, CustomRouting) or running.kind != "full":
             return index, weights
         index, weights = gating.choose(layer, (index, weights), self.next_layer.take_selection(layer))
         return index.masked_fill(weights == 0, self.experts), weights
@@ -324,14 +372,10 @@ class Engine:
         """Make the experts ready in slots, wave by wave, and compute them."""
         groups = group(index, self.experts)
         running, lookup = self.running, self.next_layer
-        if self.asks_ahead and running is not None and running.kind != "prefill":
-            lookup.ask(
-                layer,
-                running,
-                (index, weights),
-                self.findings.quasi,
-                keep_logits=self.recorder.keeps_next_layer_logits,
-            )
+        keep_logits = self.recorder.keeps_next_layer_logits
+        asks_ahead = keep_logits or lookup.needs_selections or self.residency.asks_lookahead
+        if asks_ahead and running is not None and running.kind != "prefill":
+            lookup.ask(layer, running, (index, weights), self.findings.quasi, keep_logits=keep_logits)
         # Of the charged layers that this one stands for, all but the last cost time and bytes and compute nothing.
         *others, last = self.layer_map[layer]
         for other in others:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ import torch
 from mobile.errors import Refused
 from mobile.live_model import compat
 from mobile.live_model.overrides import Overrides
+from mobile.policies.strategy import BigLittle
 from mobile.replay.trace import Kind
-from mobile.runtime import rollback
+from mobile.runtime import cached_routing, rollback
+from mobile.runtime.confidence import replay_routers
 from mobile.runtime.engine import Engine
 from mobile.runtime.experts import bind
 from mobile.runtime.forward_pass import ForwardPass
 
+PROBED = 32  # tokens on which routers are asked how they weigh
 Forward = Callable[..., Any]  # the model's own, its experts already served by the engine
 
 
@@ -112,6 +115,33 @@ def check_routers(stock: Forward, engine: Engine) -> None:
                 f"{type(layer.router).__name__} always chooses {index.shape[-1]} experts, so no token can run with "
                 f"{little_k}; use a strategy that runs all of them."
             )
+
+
+@torch.no_grad()
+def learn_routers(model: Any, stock: Forward, engine: Engine) -> Sequence[cached_routing.RouterFacts]:
+    """Run tokens under the routers' own choices, and find out how they weigh others.
+
+    Raise Refused for a router of which that cannot be said.
+    """
+    gating, kind = engine.strategy.cached_routing, cached_routing.kind_of(engine.strategy)
+    assert gating is not None, "asked of strategies that choose by what is in slots"
+    ids = [token % model.get_input_embeddings().weight.shape[0] for token in range(PROBED)]
+    try:
+        with engine.little_k() if kind == "little" else nullcontext():
+            _, running = _run(stock, engine, kind, *ids, use_cache=False)
+            return cached_routing.learn(gating, engine.layers, running, engine.plan.native.top_k)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"The model does not run on token ids alone ({error}); use a lossless strategy.") from error
+
+
+def check_signal(stock: Forward, engine: Engine, gating: BigLittle) -> None:
+    """Raise Refused if the gating's signal needs router weights, and a router gives none with its choice."""
+    if gating.replays_routers:
+        with engine.little_k():
+            _, running = _run(stock, engine, "little", 0, use_cache=False)
+        replay_routers(engine.layers, running)
 
 
 def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from mobile.errors import one_line
 from mobile.store.layout import ExpertLayout
+from mobile.store.packed import Weights, unpacked
 from mobile.store.placeholder import Placeholder
 from mobile.store.rows_file import RowsFile
 
@@ -55,7 +56,7 @@ class DiskStore:
     ) -> None:
         self.layout = layout
         self.file = RowsFile(path, layout, layers, experts)
-        self._filling: dict[int, dict[str, torch.Tensor]] = {}  # by layer, its weights as views of rows in memory
+        self._filling: dict[int, dict[str, Weights]] = {}  # by layer, its weights as views of rows in memory
         self._rows: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
         self._end = weakref.finalize(self, self.file.close)
@@ -69,7 +70,7 @@ class DiskStore:
         """Bytes of all rows."""
         return self.file.nbytes
 
-    def weights(self, layer: int, name: str) -> torch.Tensor:
+    def weights(self, layer: int, name: str) -> Weights:
         """Return one stacked weight of a layer that is to be filled, (experts, ...), in memory until `complete`."""
         with self._lock:  # several threads fill one layer
             if layer not in self._filling:
@@ -93,7 +94,7 @@ class DiskStore:
             self.file.commit()
             self.is_complete = True
 
-    def views(self, layer: int) -> dict[str, torch.Tensor]:
+    def views(self, layer: int) -> dict[str, Weights]:
         """Return all stacked weights of a layer by name, (experts, ...) each, read into memory of their own."""
         rows = page_aligned_rows(self.file.experts, self.layout)
         for expert in range(self.file.experts):
@@ -139,7 +140,7 @@ class DiskStore:
                     weight = getattr(module, name)
                     if not weight.numel():
                         with torch.inference_mode(weight.is_inference()):
-                            weight.data = views[name].to(weight.device, copy=True).contiguous()
+                            weight.data = unpacked(views[name]).to(weight.device, copy=True).contiguous()
             for name in names:
                 getattr(module, name).__class__ = nn.Parameter
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mobile.store.layout import ExpertLayout
+from mobile.store.packed import Scratch, Weights, unpacked
 from mobile.store.placeholder import Placeholder
 
 
@@ -22,18 +23,19 @@ class HostStore:
     def __init__(self, layout: ExpertLayout, layers: int, experts: int) -> None:
         self.layout = layout
         self.rows = [torch.empty(experts, layout.numel, dtype=layout.dtype, device="cpu") for _ in range(layers)]
-        self._views = [layout.views(rows) for rows in self.rows]
+        scratch: Scratch = {}  # shared by all layers, and taken only if an expert is decoded here
+        self._views = [layout.views(rows, scratch) for rows in self.rows]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return sum(rows.nbytes for rows in self.rows)
 
-    def weights(self, layer: int, name: str) -> torch.Tensor:
+    def weights(self, layer: int, name: str) -> Weights:
         """Return one stacked weight of a layer, (experts, ...): a view of its rows, to read or to fill."""
         return self._views[layer][name]
 
-    def views(self, layer: int) -> dict[str, torch.Tensor]:
+    def views(self, layer: int) -> dict[str, Weights]:
         """Return all stacked weights of a layer by name, (experts, ...) each, as views of its rows."""
         return self._views[layer]
 
@@ -78,15 +80,15 @@ class HostStore:
     def give_back(self, modules: Sequence[nn.Module]) -> None:
         """Put every expert back into its module's own parameters, bit for bit, on their own device.
 
-        Each layer's rows are let go of before the next: the peak is again the model plus one layer. Broken off
-        anywhere, it can be called again, and goes on.
+        Packed rows are decoded: they give back what was computed with. Each layer's rows are let go of before the next:
+        the peak is again the model plus one layer. Broken off anywhere, it can be called again, and goes on.
         """
         for layer, module in enumerate(modules):
             for name, view in self._views[layer].items():
                 weight = getattr(module, name)
                 if not weight.numel():  # else it was given back before, or never taken
                     with torch.inference_mode(weight.is_inference()):
-                        weight.data = view.to(weight.device, copy=True).contiguous()
+                        weight.data = unpacked(view).to(weight.device, copy=True).contiguous()
                 weight.__class__ = nn.Parameter
             # All of the layer's parameters are whole: only now are its rows let go of. Without views, the layer is
             # passed over when this is called again.

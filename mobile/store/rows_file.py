@@ -26,7 +26,13 @@ from mobile.inputs import open_regular
 from mobile.store.layout import PAGE, ExpertLayout
 
 FORMAT = "mobile-rows-1"
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",  # packed rows
+}
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors allows
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes that lie in the page cache at most while a file is written
 
@@ -71,6 +77,7 @@ class RowsFile:
             "__metadata__": {
                 "format": FORMAT,
                 "fields": json.dumps([asdict(field) for field in self.layout.fields]),
+                **self._packing(),
                 "source": source,
                 "checksums": "".join(f"{value:08x}" for sums in self.sums for value in sums),
             }
@@ -85,6 +92,19 @@ class RowsFile:
         text = json.dumps(entries).encode()
         nbytes = -(-(8 + len(text)) // PAGE) * PAGE
         return (nbytes - 8).to_bytes(8, "little") + text.ljust(nbytes - 8)
+
+    def _packing(self) -> dict[str, str]:
+        """Return the header's entries on packed rows, the format and where its parts lie; none for rows as they are."""
+        packing = self.layout.packing
+        if packing is None:
+            return {}
+        parts = [[asdict(part) | {"dtype": str(part.dtype)} for part in of] for of in packing.parts]
+        return {
+            "rows": packing.format.name,
+            "of": str(packing.dtype),
+            "inputs": str(packing.inputs),
+            "parts": json.dumps(parts),
+        }
 
     # --- writing ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from reports.data.compare import paired_items, strategy_name, total
-from reports.data.results import Results
+from reports.data.results import AS_IS, Results, rows_of
 from suites.record import Record
 
 VIRTUAL, DISK = "cpu+virtual", "cpu+disk"
@@ -27,6 +27,9 @@ def label(record: Record) -> str:
         link, rate = record.config["link_gb_per_s"], record.config["fallback_asked"]
         parts += (f"{record.scope} {'native' if link is None else f'{link:g} GB/s'}",)
         parts += () if rate is None else (f"fallback {rate:g}",)
+    parts += () if rows_of(record) == AS_IS else (f"rows {rows_of(record)}",)
+    if record.config.get("kind") == "signals":
+        parts += ("signals",)
     return " / ".join((*parts, *((str(record.config["control"]),) if record.config.get("control") else ())))
 
 

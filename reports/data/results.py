@@ -9,10 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reports.data.compare import strategy_name
 from suites.record import LATEST, Record, RunFolder, load
 from suites.run_files import PlannedCell, read_failure, read_plan
 from suites.strict_json import read_bytes
 from suites.typed_json import WrongField
+
+AS_IS = "as-is"  # rows of the weights' own numbers
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,10 @@ class Results:
     """The records of a run in the order of the plan, by the tables that may hold them.
 
     `records` are scored cells, `controls` cells that must fail (a scrambled router), `synthetic` cells that played a
-    script on synthetic weights, `references` plain Transformers on the same sizes. `absent` are planned cells without
-    a record as (label, reason), `logs` the ends of failed cells' logs as (label, text).
+    script on synthetic weights, `references` plain Transformers on the same sizes, `signals` cells that compare
+    confidence signals. `packed` and `packed_synthetic` are the cells of the first and the third kind whose rows are
+    packed. `absent` are planned cells without a record as (label, reason), `logs` the ends of failed cells' logs as
+    (label, text).
     """
 
     preset: str
@@ -31,11 +36,24 @@ class Results:
     logs: tuple[tuple[str, str], ...] = ()
     synthetic: tuple[Record, ...] = ()
     references: tuple[Record, ...] = ()
+    signals: tuple[Record, ...] = ()
+    packed: tuple[Record, ...] = ()
+    packed_synthetic: tuple[Record, ...] = ()
 
     @property
     def all_records(self) -> tuple[Record, ...]:
         """Return every record of the run."""
-        return (*self.records, *self.controls, *self.synthetic, *self.references)
+        return (*self.scored, *self.controls, *self.scripted, *self.references, *self.signals)
+
+    @property
+    def scored(self) -> tuple[Record, ...]:
+        """Return all scored cells, whatever their rows."""
+        return (*self.records, *self.packed)
+
+    @property
+    def scripted(self) -> tuple[Record, ...]:
+        """Return all cells that played a script, whatever their rows."""
+        return (*self.synthetic, *self.packed_synthetic)
 
     def select(self, **wanted: Any) -> list[Record]:
         """Return the records whose fields equal `wanted`, in order."""
@@ -99,6 +117,16 @@ def family(record: Record) -> str:
     return record.config.get("family") or re.sub(r"-seed-?\d+$", "", record.model)
 
 
+def rows_of(record: Record) -> str:
+    """Return the row format of a record's experts."""
+    return record.config.get("rows") or AS_IS
+
+
+def strategy_and_rows(record: Record) -> str:
+    """Return a record's strategy as tables write it, and its rows where they are packed."""
+    return strategy_name(record) if rows_of(record) == AS_IS else f"{strategy_name(record)}, {rows_of(record)}"
+
+
 class NoResults(ValueError):
     """The folder holds no run that can be reported on; the message says what to do."""
 
@@ -135,17 +163,22 @@ def read(run: Path) -> Results:
     if not records:
         raise NoResults(f"No cell of {run} has a record; look at {run}/logs and run again.")
     controls = tuple(record for record in records if record.config.get("control"))
-    synthetic = tuple(record for record in records if record.config.get("kind") == "shape")
+    synthetic = [record for record in records if record.config.get("kind") == "shape"]
     references = tuple(record for record in records if record.config.get("kind") == "beside")
-    apart = {record.id for record in (*controls, *synthetic, *references)}
+    signals = tuple(record for record in records if record.config.get("kind") == "signals")
+    apart = {record.id for record in (*controls, *synthetic, *references, *signals)}
+    scored = [record for record in records if record.id not in apart]
     return Results(
         plan.preset,
-        tuple(record for record in records if record.id not in apart),
+        tuple(record for record in scored if rows_of(record) == AS_IS),
         tuple((label, gap.reason) for label, gap in absent),
         controls,
         tuple((label, gap.log_tail) for label, gap in absent if gap.log_tail),
-        synthetic,
+        tuple(record for record in synthetic if rows_of(record) == AS_IS),
         references,
+        signals,
+        tuple(record for record in scored if rows_of(record) != AS_IS),
+        tuple(record for record in synthetic if rows_of(record) != AS_IS),
     )
 
 

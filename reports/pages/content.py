@@ -9,7 +9,7 @@ from typing import Any
 from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
 from reports.plots import forest
-from reports.sections import clock, controls, references, sentences, synthetic
+from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic
 from reports.sections.family_sections import family_sections
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, machine_identity
@@ -25,9 +25,11 @@ def build(results: Results) -> Report:
     sections = [
         *(_overview(results, paper, trusted=not broken) if results.records else ()),
         *(section for model in results.models for section in family_sections(results, model, paper)),
+        *past_paper.sections(results, paper["accuracy"]["margin_points"]),
         *synthetic.sections(results, paper, trusted=not broken),
         *clock.sections(results),
         *references.sections(results),
+        *signals.sections(results),
         *_by_seed(results, paper["accuracy"]["margin_points"]),
         _controls(results),
         _telemetry(results),
@@ -46,6 +48,9 @@ def build(results: Results) -> Report:
 
 def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
     paragraphs = sentences.opening(results, paper)
+    past = past_paper.opening(results, paper["accuracy"]["margin_points"])
+    if past:
+        paragraphs = (*(each for each in paragraphs if each != sentences.LACKS), past)
     if not results.synthetic:
         return paragraphs
     return (*(paragraphs if results.records else paragraphs[:1]), synthetic.opening(results))
@@ -151,7 +156,7 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     """Return the (name, value) facts that a reader needs to repeat the run; none changes when it is repeated."""
     record = results.all_records[0]
     packages = record.environment["packages"]
-    made = (*results.records, *results.synthetic, *results.references)
+    made = (*results.scored, *results.scripted, *results.references, *results.signals)
     machines = {machine_identity(r) for r in made}
     dirty = any(r.environment["git_dirty"] for r in made)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)

@@ -10,6 +10,7 @@ from reports.data.results import Results
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, label_points, legend_above
 from reports.stats.intervals import Interval
+from reports.stats.pareto import front
 
 CAPTION = (
     "Accuracy, all tasks, less full K's on the same items, against speedup over on-demand-overlap with the fewest "
@@ -23,15 +24,6 @@ KINDS = {
 }
 
 
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the Pareto front of (x, y) points, larger being better in both, by x."""
-    kept: list[tuple[float, float]] = []
-    for x, y in sorted(set(points), reverse=True):
-        if not kept or y > kept[-1][1]:
-            kept.append((x, y))
-    return kept[::-1]
-
-
 def accuracy_against_speed(results: Results, model: str) -> Figure | None:
     """Draw accuracy by speedup; None where the baseline, full K or every other strategy is missing."""
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
@@ -43,7 +35,7 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         first, speed_up = group[0], speedup(group, base)
         if first.strategy == "resident" or speed_up is None:
             continue
-        kind = "mobile" if first.gamma is not None else "lossless" if first.lossless else "lossy"
+        kind = "mobile" if first.strategy == "mobile" else "lossless" if first.lossless else "lossy"
         loss = Interval(0, 0, 0) if first.lossless else accuracy(group, reference).difference
         points.append((strategy_name(first), kind, speed_up, loss))
     if not points:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from reports.data.compare import strategy_name, total
-from reports.data.results import Results
+from reports.data.compare import total
+from reports.data.results import Results, strategy_and_rows
 from reports.elements.numbers import percent
 from reports.elements.page import Section, Table
 from reports.tables.synthetic import fallback_rate, link_title
@@ -43,8 +43,8 @@ LINK = (
 
 def sections(results: Results) -> list[Section]:
     """Return the sections on the clock; none where no cell was predicted."""
-    cells = [record for record in results.synthetic if record.config.get("predicted")]
-    unpredicted = tuple(_unpredicted(record) for record in results.synthetic if record.config.get("unpredicted"))
+    cells = [record for record in results.scripted if record.config.get("predicted")]
+    unpredicted = tuple(_unpredicted(record) for record in results.scripted if record.config.get("unpredicted"))
     if not cells:
         return [Section("Virtual clock against wall clock", unpredicted)] if unpredicted else []
     paced = (PACED,) if any(record.scope == "cpu+paced" for record in cells) else ()
@@ -64,7 +64,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def _unpredicted(record: Record) -> str:
-    where = f"{record.model}, {strategy_name(record)}, {record.task}, {record.budget}, {link_title(record)}"
+    where = f"{record.model}, {strategy_and_rows(record)}, {record.task}, {record.budget}, {link_title(record)}"
     return f"Measured and not predicted: {where} ({record.config['unpredicted']})"
 
 
@@ -105,7 +105,7 @@ def _summary(cells: Sequence[Record]) -> str:
     worst, record = max(found, key=lambda pair: pair[0])
     return (
         f"TPOT of {len(found)} cells: the median error is {percent(median(sizes))}, the worst {percent(worst)} "
-        f"({record.model}, {strategy_name(record)}, {record.task}, {record.budget}, {link_title(record)}); "
+        f"({record.model}, {strategy_and_rows(record)}, {record.task}, {record.budget}, {link_title(record)}); "
         f"{sum(size <= TPOT_AIM for size in sizes)} lie within {TPOT_AIM:.0%}."
     )
 
@@ -143,7 +143,7 @@ def _error_row(record: Record) -> tuple[str, ...]:
     return (
         record.model,
         link_title(record),
-        strategy_name(record),
+        strategy_and_rows(record),
         record.task.removesuffix(" routing"),
         record.budget,
         percent(fallback_rate(record)) if record.gamma is not None else "-",
@@ -187,7 +187,7 @@ def _link_use_row(record: Record, of: str, gb_per_s: float, aimed: bool) -> tupl
     return (
         record.model,
         link_title(record),
-        strategy_name(record),
+        strategy_and_rows(record),
         record.task.removesuffix(" routing"),
         record.budget,
         of,

@@ -20,6 +20,9 @@ SHOWN = {
 }
 
 
+LACKS = "This run lacks the cells to say how far that holds; see what is missing below."
+
+
 def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
     """Return an introduction for someone new to MoBiLE, then this run's main numbers."""
     introduction = (
@@ -32,7 +35,7 @@ def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
     )
     found = [family for model in results.models if (family := _measure(results, model))]
     if not found:
-        return introduction, "This run lacks the cells to say how far that holds; see what is missing below."
+        return introduction, LACKS
     margin = paper["accuracy"]["margin_points"]
     findings = _one_family(found[0], margin) if len(found) == 1 else _all_families(found, margin)
     return introduction, f"{_scope_sentence(stamp_of(results.records))} {findings}"

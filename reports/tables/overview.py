@@ -25,6 +25,8 @@ def families(results: Results, margin_points: float) -> Table:
         full_k, mobile = groups.full_k(results, model), groups.mobile(results, model)
         static_half = results.select_complete(model=model, strategy="static-half", budget="smallest")
         baselines = groups.baselines(results, "smallest", model)
+        if not (mobile or static_half or baselines):
+            continue  # a run whose budgets are all bytes
         record = results.select(model=model)[0]
         scored = full_score(results, model)
         loss = accuracy(mobile, full_k) if mobile and full_k else None

@@ -8,6 +8,7 @@ from typing import Any
 from reports import verdict
 from reports.data.compare import hit_rate, speedup, strategy_name, tokens_per_s, total
 from reports.data.groups import ON_DEMAND
+from reports.data.results import AS_IS, rows_of
 from reports.elements.numbers import percent, ratio
 from reports.elements.page import Table
 from reports.stats.intervals import Interval
@@ -140,10 +141,53 @@ def by_fallback_rate(records: list[Record]) -> Table:
     return Table("MoBiLE against its fallback rate", head, rows, note)
 
 
+def over_plain(records: list[Record], record: Record, rows: str = AS_IS) -> Interval | None:
+    """Return the speedup of a cell over on-demand-overlap on such rows, paired by repeat; None if that was not run."""
+    return speedup_over([other for other in records if rows_of(other) == rows], record, "on-demand-overlap")
+
+
+def by_rows(records: list[Record]) -> Table:
+    """Return the cells of one geometry on recorded routing by budget and row format, fastest first in each budget."""
+    cells = on_recorded_routing(records)
+    budgets = dict.fromkeys(record.budget for record in cells if record.budget != "smallest")
+    head = (
+        "memory",
+        "strategy",
+        "rows",
+        "slots",
+        "fallbacks",
+        "TPOT ms",
+        "MB/token",
+        "over on-demand-overlap",
+        "the same, on its own rows",
+    )
+    found = []
+    for budget in budgets:
+        # What keeps nothing between tokens needs its few slots whatever the budget.
+        here = [r for r in cells if r.budget == budget or r.strategy in ON_DEMAND]
+        for record in sorted(here, key=lambda r: -(tokens_per_s([r]) or 0)):
+            tokens, rate = total([record], "decode_tokens"), tokens_per_s([record])
+            found.append(
+                (
+                    budget,
+                    strategy_name(record),
+                    rows_of(record),
+                    "-" if record.slots is None else f"{record.slots:,}",
+                    percent(fallback_rate(record)) if record.gamma is not None else "-",
+                    "-" if rate is None else f"{1000 / rate:.2f}",
+                    f"{total([record], 'decode_bytes') / tokens / 1e6:,.1f}" if tokens else "-",
+                    ratio(over_plain(records, record)),
+                    ratio(over_plain(records, record, rows_of(record))),
+                )
+            )
+    title = records[0].model if records else "-"
+    return Table(f"{title} over the disk, measured, by strategy and rows", head, tuple(found))
+
+
 def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Table:
     """Return the verdicts on synthetic cells beside the published band; none of them can be REPRODUCED."""
     rows = []
-    for record in [r for r in on_recorded_routing(records) if r.gamma is not None]:
+    for record in [r for r in on_recorded_routing(records) if r.strategy == "mobile"]:
         for baseline in ON_DEMAND:
             measured = speedup_over(records, record, baseline)
             stamp = verdict.stamp_of([record], baseline_cell(records, record, baseline))
@@ -158,7 +202,7 @@ def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Tab
 def families(records: list[Record]) -> Table:
     """Return one row a geometry and link: MoBiLE at its fewest slots, with the shipped model's own fallbacks."""
     rows = []
-    for record in [r for r in on_recorded_routing(records) if r.gamma is not None]:
+    for record in [r for r in on_recorded_routing(records) if r.strategy == "mobile"]:
         if record.budget == "smallest":
             rate = tokens_per_s([record])
             rows.append(

@@ -29,7 +29,7 @@ HEAD = (
 def by_strategy(results: Results) -> Table:
     """Return one row a strategy, model and budget with telemetry; a dash where the GPU reported nothing."""
     watched: dict[tuple, list[Record]] = {}
-    for record in results.records:
+    for record in results.scored:
         if record.environment.get("telemetry") and not record.config["swept"]:
             watched.setdefault((record.model, strategy_name(record), record.budget), []).append(record)
     rows = tuple((f"{strategy}, {budget}", model, *_row(group)) for (model, strategy, budget), group in watched.items())

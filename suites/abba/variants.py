@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mobile
 from mobile.errors import Refused
+from mobile.policies.strategy import resolve
 from mobile.suggest import offer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,6 +74,9 @@ def named(first: str, second: str, strategies: tuple[str, ...]) -> tuple[Variant
 
 def _kind(name: str) -> str:
     known, commit = name in mobile.strategies(), commit_of(name)
+    if "+" in name and commit is None:
+        resolve(name)  # a composed one, or a sentence that says why there is none
+        return "strategy"
     if known and commit is not None:
         raise Refused(
             f"{name!r} is a strategy and a revision; write the revision as {commit[:12]} or refs/heads/{name}."

@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import mobile
+from mobile.checkpoints.examine import skeleton
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import profile
+from mobile.costs.rows import AS_IS
 from mobile.live_model.compat import MoeLayer, common_layout, geometry_of, moe_layers
-from mobile.policies.strategy import resolve, strategies
+from mobile.policies.strategy import Strategy, resolve, strategies
 from mobile.replay import trace
 from mobile.replay.replay import time_requests
 from suites.budget import replay_setup
@@ -37,16 +39,9 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
     begun = time.monotonic()
     torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     strategy = resolve(generation.strategy, generation.gamma)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        generation.model.folder, dtype=torch.float32, use_safetensors=True
-    ).eval()
+    model, native = _attached(generation, strategy)
     tokenizer = AutoTokenizer.from_pretrained(generation.model.folder)
-    layers = moe_layers(model)
-    native = geometry_of(model, layers, common_layout(layers))
-    if generation.scrambled:
-        scramble(layers, generation.seed)
     # 2. Answer and score every item in batches, recording routing.
-    mobile.attach(model, strategy, slots=strategy.min_slots(native))
     lm = EngineLM(model, tokenizer, BATCH)
     answers = evaluate(lm, generation.task, generation.docs, generation.folder)
     mobile.detach(model)
@@ -87,6 +82,34 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
             "wall_seconds": time.monotonic() - begun,
         },
     )
+
+
+def _attached(generation: Generation, strategy: Strategy) -> tuple[Any, Geometry]:
+    """Return the model with the strategy attached, and its own sizes, those of rows as they are.
+
+    Detached, it has the weights that it answered with: of packed rows those that they were unpacked to.
+    """
+    folder = generation.model.folder
+    empty = skeleton(folder, dtype=torch.float32)
+    layers = moe_layers(empty)
+    native = geometry_of(empty, layers, common_layout(layers))
+    slots = strategy.min_slots(native)
+    if generation.rows != AS_IS:
+        loaded = mobile.load(
+            folder,
+            strategy,
+            slots=slots,
+            rows=generation.rows,
+            link="virtual",
+            device="cpu",
+            dtype=torch.float32,
+            progress=False,
+        )
+        return loaded, native
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    if generation.scrambled:
+        scramble(moe_layers(model), generation.seed)
+    return mobile.attach(model, strategy, slots=slots), native
 
 
 def scramble(layers: Sequence[MoeLayer], seed: int) -> None:

@@ -129,7 +129,8 @@ def load(cells: Sequence[Cell], run: RunFolder) -> Loaded:
     if is_memory(cell.budget) and real:
         capacity = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
     if not is_memory(cell.budget):
-        capacity = {"slots": replay_setup(strategy, native, charged, card, cell.budget).slots}
+        setup = replay_setup(strategy, native, charged, card, cell.budget, rows=cell.generation.rows)
+        capacity = {"slots": setup.slots}
     measured = link_rates() if real else None
     if not real:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
@@ -140,6 +141,7 @@ def load(cells: Sequence[Cell], run: RunFolder) -> Loaded:
         hardware=cell.hardware,
         link=str(cell.link),
         geometry=charged,
+        rows=cell.generation.rows,
         progress=False,
         device="cuda" if real else "cpu",
         dtype=dtype,
@@ -208,7 +210,7 @@ def record(cell: Cell, loaded: Loaded) -> Record:
             "warmup": {"tokens": len(lm.warm_up.times), "ns": lm.warm_up.times[-1] - lm.warm_up.begun},
             "link_measured_gb_per_s": loaded.link_gb_per_s if needs_gpu(cell.link) else None,
             "link_page_locked": getattr(getattr(engine.link, "channel", None), "page_locked", None),
-            "dtype": str(engine.store.layout.dtype).removeprefix("torch."),
+            "dtype": str(engine.store.layout.weight_dtype).removeprefix("torch."),
             "profile_sources": [] if needs_gpu(cell.link) else list(engine.hardware.sources),
             "hub": generation.model.hub,
             "revision": loaded.source if generation.model.hub is not None else None,

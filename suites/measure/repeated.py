@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mobile.cli.replay import Trace, open_trace
 from mobile.costs.hardware import PROFILES, HardwareProfile
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 from mobile.policies.strategy import resolve
 from mobile.replay.replay import replay_requests, why_not_replayable
@@ -100,9 +101,9 @@ def _wrong(
     if on is None:
         raise Refused(f"its hardware {record.hardware!r} is known by no name; give its profile with --hardware FILE")
     native = recorded.geometry
-    setup = replay_setup(
-        strategy, native, None if record.geometry == native.name else record.geometry, on, record.budget
-    )
+    dressed = None if record.geometry == native.name else record.geometry
+    rows = record.config.get("rows") or AS_IS
+    setup = replay_setup(strategy, native, dressed, on, record.budget, rows=rows)
     taken, ledger, _ = replay_requests(setup, requests)
     size = setup.geometry
     made: dict[str, Any] = {

@@ -53,7 +53,7 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
     native = Geometry.from_record(about["geometry"])
-    setup = replay_setup(strategy, native, generation.model.geometry, card, cell.budget)
+    setup = replay_setup(strategy, native, generation.model.geometry, card, cell.budget, rows=generation.rows)
     taken, ledger, training = replay_requests(setup, requests)
     items = tuple(
         Item(
@@ -135,6 +135,9 @@ def record_of(cell: Cell, strategy: Strategy, measured: Measured, *, config: dic
             "top_k": geometry.top_k,
             "link": cell.link,
             "link_gb_per_s": rate,
+            "rows": generation.rows,
+            "answers_of": generation.strategy,
+            "needs_future": strategy.needs_future,
             "strategy_source": strategy.source,
             "data": sources(generation.task, generation.folder),
             **config,

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from mobile.costs.hardware import profile
+from mobile.costs.rows import AS_IS
 from mobile.links.registry import scope_of
 from suites.identity import Model, code_hash, digest, model_hash, task_hash, versions
 from suites.record import VIRTUAL, RunFolder, intact_zip, is_record, sound
@@ -32,6 +33,7 @@ class Generation:
     scrambled: bool = False  # the canary: every router's rows shuffled
     data: str | None = None
     hardware: str = field(default="auto", compare=False)
+    rows: str = AS_IS  # how the experts' rows are packed; other rows are other weights, and may answer otherwise
 
     kind = "generate"
     scope = VIRTUAL  # alike on any machine
@@ -130,11 +132,12 @@ class Cell:
         if self.link is None:
             return (self.generation.id,)
         one = self.generation
-        return one.model.name, one.seed, self.strategy, self.gamma or 0, self.hardware, self.budget, self.scope
+        served = one.rows, self.strategy, self.gamma or 0, self.hardware, self.budget, self.scope
+        return one.model.name, one.seed, *served
 
     @property
     def online(self) -> bool:
-        return self.link is not None
+        return self.link is not None and (self.model.hub is not None or self.generation.online)
 
     def needs(self, run: RunFolder) -> Path | None:
         return run.answers(self.generation.id) if self.link is None else None
@@ -158,4 +161,6 @@ def cell_from(data: dict[str, Any]) -> Cell:
 
 def _label(of: Generation, strategy: str, gamma: float | None, *budget: str) -> str:
     threshold = () if gamma is None else ("gamma", str(gamma))
-    return " ".join((of.model.name, of.task, strategy, *threshold, *budget, *(["canary"] if of.scrambled else [])))
+    packed = () if of.rows == AS_IS else ("rows", of.rows)
+    control = ("canary",) if of.scrambled else ()
+    return " ".join((of.model.name, of.task, strategy, *threshold, *packed, *budget, *control))

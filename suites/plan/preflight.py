@@ -15,7 +15,7 @@ from mobile.checkpoints.source import cache_folder, cached_whole, disk_shortage
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import parse_nbytes, profile
 from mobile.errors import Refused
-from mobile.links.registry import needs_gpu
+from mobile.links.registry import LINKS, needs_gpu
 from mobile.machine.host import host
 from mobile.policies.strategy import resolve
 from suites.budget import SHOWN_SHARE, is_memory, replay_setup
@@ -47,9 +47,10 @@ class Cost:
 
 
 def costs(preset: Preset) -> list[Cost]:
-    """Return the cost of each model with cells that are timed live, in order."""
-    models = dict.fromkeys(cell.generation.model for cell in preset.live)
-    return [_cost(model, [cell for cell in preset.live if cell.generation.model == model]) for model in models]
+    """Return the cost of each model with cells that are timed live, in order; shipped ones on a virtual clock: none."""
+    real = [cell for cell in preset.live if cell.generation.model.weights != SHIPPED or LINKS[str(cell.link)].real_time]
+    models = dict.fromkeys(cell.generation.model for cell in real)
+    return [_cost(model, [cell for cell in real if cell.generation.model == model]) for model in models]
 
 
 def _cost(model: Model, cells: Sequence[Cell]) -> Cost:

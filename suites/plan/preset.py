@@ -13,6 +13,7 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES, slots_for
 from mobile.costs.hardware import parse_nbytes, profile
+from mobile.costs.rows import AS_IS, check_rows
 from mobile.errors import Refused, one_line
 from mobile.links.registry import LINKS, in_words, needs_gpu
 from mobile.policies.strategy import Strategy, resolve
@@ -22,6 +23,7 @@ from suites.budget import percent_of
 from suites.identity import HERE, SHIPPED, Model, check_name, lists_shipped_files, model_hash
 from suites.plan import preset_file
 from suites.plan.cells import Cell, Generation
+from suites.plan.signal_cells import SignalCell, signal_cells_of
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
 from suites.synthetic.reference_cells import ReferenceCell
 from suites.tasks.catalogue import GROUPS, PUBLISHED, TASKS, expand
@@ -30,10 +32,13 @@ from suites.tasks.files import items_of
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 MOST_CELLS = 20_000
+AnyCell = Cell | SyntheticCell | ReferenceCell | SignalCell
 OVERRIDABLE = (  # keys of a preset that a model may set for itself
     "strategies",
     "budgets",
     "gammas",
+    "swept",
+    "rows",
     "caches",
     "shares",
     "canaries",
@@ -48,7 +53,7 @@ class Preset:
 
     name: str
     minutes: int
-    cells: tuple[Cell | SyntheticCell | ReferenceCell, ...]
+    cells: tuple[AnyCell, ...]
 
     @property
     def scored(self) -> list[Cell]:
@@ -79,6 +84,11 @@ class Preset:
     def references(self) -> list[ReferenceCell]:
         """Return the measurements that those are held against."""
         return [cell for cell in self.cells if isinstance(cell, ReferenceCell)]
+
+    @property
+    def signals(self) -> list[SignalCell]:
+        """Return the cells that compare confidence signals."""
+        return [cell for cell in self.cells if isinstance(cell, SignalCell)]
 
     def only(self, pattern: str | None) -> Preset:
         """Return the preset with the cells whose label holds the pattern (as it is, or with * and ? as in file names).
@@ -130,7 +140,7 @@ def read_preset(
         raise Refused(f"Preset {path} lacks {error}; suites/presets/smoke.toml shows what a preset holds.") from error
 
 
-def _preset(name: str, data: dict[str, Any], asked: Iterable[Cell | SyntheticCell | ReferenceCell]) -> Preset:
+def _preset(name: str, data: dict[str, Any], asked: Iterable[AnyCell]) -> Preset:
     """Return the preset of these cells. Raise Refused where there are none, too many, or one twice; KeyError."""
     cells = tuple(islice(asked, MOST_CELLS + 1))
     if not cells:
@@ -149,8 +159,8 @@ def _preset(name: str, data: dict[str, Any], asked: Iterable[Cell | SyntheticCel
     return Preset(name, data["minutes"], cells)
 
 
-def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> Iterator[Cell]:
-    """Yield the cells of a preset whose answers are scored. Raise Refused, KeyError."""
+def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path]) -> Iterator[Cell | SignalCell]:
+    """Yield the cells of a preset whose answers are scored, then those of `signals`. Raise Refused, KeyError."""
     tasks = expand(data["tasks"])
     available = {task: items_of(task, folder) for task in tasks}
     most = max(available.values(), default=max(task.items for task in TASKS.values()))
@@ -167,6 +177,7 @@ def _cells(data: dict[str, Any], folder: Path | None, folders: Mapping[str, Path
     task_folders = {task: str(folder.absolute()) for task in tasks if folder is not None and task in PUBLISHED}
     for model in data["models"]:
         yield from _cells_of(models[model["name"]], {**data, **model}, link, at_most, task_folders)
+    yield from signal_cells_of(data, list(models.values()), at_most)
 
 
 def _placed(model: Model, folders: Mapping[str, Path]) -> Model:
@@ -199,7 +210,7 @@ def _cells_of(
     model_hash(model)
     items, few, timed = data["items"], data.get("swept_items", data["items"]), data.get("timed_items")
     chosen = [resolve(name) for name in data["strategies"]]
-    gammas = [strategy.gamma for strategy in chosen]
+    own_gammas = [strategy.gamma for strategy in chosen]
     fewer = data.get("fewer_items", {})
     if unknown := set(fewer) - {strategy.name for strategy in chosen}:
         raise Refused(f"fewer_items names {sorted(unknown)[0]!r}, which is not among the strategies of {model.name}.")
@@ -211,28 +222,47 @@ def _cells_of(
     if min((items, *fewer.values())) < 1:
         raise Refused(f"Model {model.name} must be asked at least one item, also under {', '.join(fewer) or 'any'}.")
     # 2. List (strategy, budget, swept, items): the strategies at every budget, then the sweeps of gamma and of caches.
+    first, gammas = next(iter(data["budgets"]), "smallest"), data["gammas"]
     runs = [
         (strategy, budget, False, min(items, fewer.get(strategy.name, items)))
         for strategy in chosen
         for budget in _budgets(strategy, data["budgets"])
     ]
-    runs += [(resolve("mobile", gamma), "smallest", True, few) for gamma in data["gammas"] if gamma not in gammas]
+    for sweeping in map(resolve, data.get("swept", ["mobile"])):
+        runs += [(resolve(sweeping, gamma), first, True, few) for gamma in gammas if gamma not in own_gammas]
     runs += [(resolve(name), share, True, items) for name in data.get("caches", []) for share in data.get("shares", [])]
 
-    # 3. For each seed, task and card: a cell for each of them, then the canary's.
-    for seed, task, card in product(data["seeds"], at_most, cards):
-        generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card)
+    # 3. For each seed, task, card and row format: a cell for each of them, then the canary's.
+    formats = _formats(data)
+    for seed, task, card, rows in product(data["seeds"], at_most, cards, formats):
+        generation = partial(Generation, model, task, seed=seed, data=task_folders.get(task), hardware=card, rows=rows)
         for strategy, budget, swept, count in runs:
             # Every item is timed once for each way to answer. A part of them is timed otherwise, and where a lossless
             # strategy repeats full K's answers; one that needs a live run for that is asked no more than that part.
-            name = ORACLE if strategy.routes_as_full_k else strategy.name
-            whole = strategy.name == ORACLE if strategy.lossless else swept or budget == data["budgets"][0]
+            name = ORACLE if strategy.routes_as_full_k else strategy.routed_by
+            answers = strategy.name == name and (swept or budget == first)
+            whole = strategy.name == ORACLE if strategy.lossless else answers
             asked = min(count, timed or count) if strategy.lossless and name != ORACLE else count
             live = generation(name, strategy.gamma, min(asked, at_most[task]))
-            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, link)
-        if task in data.get("canaries", []):
+            over = link
+            # No trace says what one that knows the cache would have chosen: it answers in each cell itself, one prompt
+            # at a time, which takes long. So it has one budget and one row format, the first ones.
+            if strategy.knows_cache:
+                whole, over = True, link or "virtual"
+                if (budget, rows) != (first, formats[0]):
+                    continue
+            yield Cell(live, strategy.name, strategy.gamma, card, budget, swept, None if whole else timed, over)
+        if task in data.get("canaries", []) and rows == AS_IS:
             scrambled = generation(ORACLE, None, min(data["canary_items"], at_most[task]), scrambled=True)
             yield Cell(scrambled, CANARY, None, card, "smallest", link=link)
+
+
+def _formats(data: dict[str, Any]) -> list[str]:
+    """Return the row formats of a preset. Raise Refused for one that is unknown."""
+    formats: list[str] = data.get("rows", [AS_IS])
+    for rows in formats:
+        check_rows(rows)
+    return formats
 
 
 def _card(name: str, link: str | None) -> str:

@@ -35,6 +35,8 @@ class ModelRow:
     strategies: Words = ()
     budgets: Words = ()
     gammas: tuple[Amount, ...] = ()
+    swept: Words = ()
+    rows: Words = ()
     caches: Words = ()
     shares: Words = ()
     canaries: Words = ()
@@ -54,6 +56,8 @@ class ScoredPreset:
     budgets: Words = ()
     strategies: Words = ()
     gammas: tuple[Amount, ...] = ()
+    swept: Words = ()
+    rows: Words = ()
     models: tuple[ModelRow, ...] = ()
     measured: Word = ""
     timed_items: int = 0
@@ -65,6 +69,8 @@ class ScoredPreset:
     caches: Words = ()
     shares: Words = ()
     canaries: Words = ()
+    signals: Words = ()
+    signal_items: Some = 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class RunRow:
     strategies: Words = ()
     rates: tuple[Amount, ...] = ()
     budgets: Words = ()
+    rows: Words = ()
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,10 @@ def describe(preset: Preset, run: RunFolder) -> str:
         lines += preflight.describe(preset)
     if preset.synthetic:
         lines += plan.describe([(cell, sound(cell.output(run))) for cell in preset.synthetic])
+    if preset.signals:
+        lines.append(
+            f"{len(preset.signals)} of the cells compare confidence signals: some answers more, not among the above"
+        )
     if preset.references:
         left = [cell for cell in preset.references if not sound(cell.output(run))]
         lines.append(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from suites.plan.cells import cell_from, generation_from
+from suites.plan.signal_cells import signal_cell_from
 from suites.record import RunFolder
 from suites.synthetic.cells import synthetic_cell_from
 from suites.synthetic.reference_cells import reference_cell_from
@@ -116,6 +117,12 @@ def _reference() -> Measurer:
     return reference
 
 
+def _signals() -> Measurer:
+    from suites.measure import signals
+
+    return signals
+
+
 KINDS = {
     # A process takes seconds to import what answers and scores; few live runs are spread over some processors.
     "generate": Kind(generation_from, _generate, most=15, jobs=8),
@@ -123,6 +130,7 @@ KINDS = {
     "live": Kind(cell_from, _live),  # all tasks of one attached model
     "synthetic": Kind(synthetic_cell_from, _timing),  # of one model: to make 61 GB of experts takes longer than a cell
     "in turn": Kind(synthetic_cell_from, _in_turn),  # of one model: a noisy machine hurts all of them alike
+    "signals": Kind(signal_cell_from, _signals),  # all tasks of one attached model
     "reference": Kind(reference_cell_from, _reference, most=1),  # each makes a model of its own
 }
 

@@ -78,6 +78,22 @@ class EngineLM(LM):
     loglikelihood_rolling = loglikelihood
 
 
+class Written(LM):
+    """lm-eval's view of texts that are there already, by prompt."""
+
+    def __init__(self, texts: dict[str, str]) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return [self.texts[request.args[0]] for request in requests]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        raise NotImplementedError("only texts are there")
+
+    loglikelihood_rolling = loglikelihood
+
+
 @torch.inference_mode()
 def generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any], streamer: Any = None
@@ -180,7 +196,7 @@ def evaluate(lm: EngineLM, task: str, docs: list[int], folder: Path | None = Non
     return score(lm, task_config(task, folder), docs)
 
 
-def score(lm: EngineLM, config: dict[str, Any], docs: list[int]) -> list[Answer]:
+def score(lm: LM, config: dict[str, Any], docs: list[int]) -> list[Answer]:
     """Score the given items of a configured task by the first of its filters; in the order of `docs`.
 
     This is lm-eval's simple_evaluate without the 0.6 s in which it asks the machine about itself.

@@ -101,14 +101,21 @@ def _kept(run: RunFolder, settings: list[Any], make: Any) -> Measurements:
 
 
 def predicted(
-    scripts: Sequence[Script], strategy: Strategy, geometry: Geometry, slots: int, card: HardwareProfile
+    scripts: Sequence[Script],
+    strategy: Strategy,
+    geometry: Geometry,
+    slots: int,
+    card: HardwareProfile,
+    *,
+    in_place: bool = False,
 ) -> list[Played]:
     """Return the scripts, one after another from cold slots, on the virtual clock of that profile, with as many slots.
 
-    Raise Refused for a strategy that decides by what a script does not hold.
+    `in_place` says that packed rows are multiplied as they are. Raise Refused for a strategy that decides by what a
+    script does not hold.
     """
     layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
-    residency = ReplaySetup(strategy, geometry, layer_map, card, slots).residency()
+    residency = ReplaySetup(strategy, geometry, layer_map, card, slots, in_place).residency()
     return [_replayed(script, steps_of(script, strategy), residency, layer_map) for script in scripts]
 
 
@@ -119,14 +126,17 @@ def predicted_at(
     geometry: Geometry,
     slots: int,
     card: HardwareProfile,
+    *,
+    in_place: bool = False,
 ) -> list[Played]:
     """Return each script from cold slots on the clock of that profile, its rows coming at a rate of its own.
 
     `rates` are decimal GB/s of whole rows. Raise Refused as `predicted` does.
     """
+    cards = (replace(card, link_gb_per_s=rate, link_latency_seconds=0.0) for rate in rates)
     return [
-        predicted([script], strategy, geometry, slots, replace(card, link_gb_per_s=rate, link_latency_seconds=0.0))[0]
-        for rate, script in zip(rates, scripts, strict=True)
+        predicted([script], strategy, geometry, slots, at_rate, in_place=in_place)[0]
+        for at_rate, script in zip(cards, scripts, strict=True)
     ]
 
 

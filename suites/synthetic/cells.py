@@ -10,6 +10,7 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import parse_nbytes, profile, shown
+from mobile.costs.rows import AS_IS, check_rows
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import Strategy, resolve
@@ -28,7 +29,8 @@ class SyntheticCell:
     The script of a repeat follows from `routing`, `rate`, `seed` and the tokens alone, so every strategy plays the
     same. `rate` is the share of decode steps that fall back, None where a recorded run fixes it, or the strategy never
     falls back. `link_gb_per_s` is what the link is throttled to, None: as it is. `layers` are the MoE layers made,
-    None: as many as fit the host memory, or over a disk all; `shrink` divides every width, for tests.
+    None: as many as fit the host memory, or over a disk all; `shrink` divides every width, for tests. `rows` is the
+    experts' row format.
     """
 
     model: Model
@@ -48,6 +50,7 @@ class SyntheticCell:
     layers: int | None = None
     shrink: int = 1
     swept: bool = False  # a point of a sweep over fallback rates
+    rows: str = AS_IS
 
     @property
     def id(self) -> str:
@@ -72,8 +75,9 @@ class SyntheticCell:
 
     @property
     def shared(self) -> tuple:
-        """Return which model is made."""
-        return self.model.name, self.layers or 0, self.shrink, self.link
+        """Return which model is made. Over a disk, all row formats are timed in turn, so it is made in each."""
+        made = self.model.name, self.layers or 0, self.shrink, self.link
+        return made if self.kind == "in turn" else (*made, self.rows)
 
     def needs(self, run: RunFolder) -> None:
         return None
@@ -92,9 +96,9 @@ class SyntheticCell:
     @property
     def label(self) -> str:
         rate = () if self.rate is None else (f"fallback {self.rate:g}",)
-        return " ".join(
-            (self.model.name, speed_of(self.link_gb_per_s), self.routing, self.strategy, *rate, self.budget)
-        )
+        rows = () if self.rows == AS_IS else ("rows", self.rows)
+        link = speed_of(self.link_gb_per_s)
+        return " ".join((self.model.name, link, self.routing, self.strategy, *rate, *rows, self.budget))
 
 
 def speed_of(link_gb_per_s: float | None) -> str:
@@ -145,8 +149,9 @@ def _cells_of_run(
     rates = run.get("rates", [None])
     if above := [rate for rate in rates if rate is not None and rate > 1]:
         raise Refused(f"A rate of fallbacks is a share of the decode steps, and cannot be {above[0]:g}.")
-    for rate_of_link, name in product(run["links"], run["strategies"]):
+    for rate_of_link, rows, name in product(run["links"], run.get("rows", [AS_IS]), run["strategies"]):
         strategy = resolve(name)
+        check_rows(rows)
         falls_back = strategy.gamma is not None
         if falls_back and None in rates and run["routing"] != RECORDED:
             raise Refused(
@@ -162,6 +167,7 @@ def _cells_of_run(
                 budget=budget,
                 link_gb_per_s=_gb_per_s(rate_of_link),
                 swept="rates" in run and run["routing"] == RECORDED,
+                rows=rows,
                 **shared,
             )
 

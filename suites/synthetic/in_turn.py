@@ -28,6 +28,7 @@ from suites.synthetic.calibrate import calibrated
 from suites.synthetic.cells import SyntheticCell
 from suites.synthetic.link_use import LinkUse, copying_ns
 from suites.synthetic.measurement import Measurement, record_of
+from suites.synthetic.models import Synthetic
 from suites.synthetic.script_player import Played, play
 from suites.synthetic.timing import Loaded, attached, memory_of, scripts_for, use_of
 from suites.typed_json import Count, Rate, Some, typed
@@ -56,24 +57,30 @@ class Turn:
 
 @dataclass(frozen=True)
 class Together(Loaded):
-    """The cells of one model, the profile of this machine or why there is none, and why a cell could not be played."""
+    """The cells of one model, which is made once for each row format that they ask for.
 
+    `here` is the profile of this machine, or why there is none, and `failed` why a cell could not be played.
+    """
+
+    by_rows: dict[str, Synthetic] = field(default_factory=dict)
     cells: Sequence[SyntheticCell] = ()
     here: HardwareProfile | Refused | None = None
     failed: dict[str, Exception] = field(default_factory=dict)
 
 
 def load(cells: Sequence[SyntheticCell], run: RunFolder) -> Together:
-    """Make the model of these cells, its experts in a file of the run folder, and calibrate the machine."""
+    """Make the model of these cells, its experts in a file of the run folder for each format, and calibrate."""
     torch.set_num_threads(1)  # a core computes, another one reads
-    cell = cells[0]
-    made = models.make(cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device="cpu", folder=run.path)
+    cell, formats = cells[0], dict.fromkeys(each.rows for each in cells)
+    size: dict[str, Any] = {"layers": cell.layers, "shrink": cell.shrink, "device": "cpu", "folder": run.path}
+    by_rows = {rows: models.make(cell.model.geometry, **size, rows=rows) for rows in formats}
+    made = by_rows[cell.rows]
     here: HardwareProfile | Refused | None
     try:
-        here = calibrated(cell, made.layout.dtype, run)
+        here = calibrated(cell, made.layout.weight_dtype, run)
     except Refused as refused:
         here = refused
-    return Together(made, cells=cells, here=here)
+    return Together(made, by_rows=by_rows, cells=cells, here=here)
 
 
 def measure(cell: SyntheticCell, loaded: Together, run: RunFolder) -> None:
@@ -82,8 +89,9 @@ def measure(cell: SyntheticCell, loaded: Together, run: RunFolder) -> None:
     if cell.id in loaded.failed:
         raise loaded.failed[cell.id]
     turns = [read_turn(run, cell.id, repeat) for repeat in range(cell.repeats)]
-    measured = together(turns, loaded.made.geometry.expert_nbytes, memory_of(cell, loaded.made.device))
-    record_of(cell, loaded.made, scripts_for(cell, loaded), measured, loaded.here).save(cell.output(run))
+    made = loaded.by_rows[cell.rows]
+    measured = together(turns, made.geometry.expert_nbytes, memory_of(cell, made.device))
+    record_of(cell, made, scripts_for(cell, loaded), measured, loaded.here).save(cell.output(run))
 
 
 def play_in_turn(loaded: Together, run: RunFolder) -> None:
@@ -103,7 +111,7 @@ def play_in_turn(loaded: Together, run: RunFolder) -> None:
 
 def turn(cell: SyntheticCell, loaded: Together, repeat: int) -> Turn:
     """Play one script from cold slots. Raise Refused as attach does, and for a row that cannot be read."""
-    made, script = loaded.made, scripts_for(cell, loaded)[repeat]
+    made, script = loaded.by_rows[cell.rows], scripts_for(cell, loaded)[repeat]
     with attached(cell, made) as engine:
         probe_ns(engine)  # the first reads of a while are slower
         before = probe_ns(engine)

@@ -10,6 +10,7 @@ from typing import Any
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
 from mobile.errors import Refused
+from mobile.kernels.packed import IN_PLACE
 from mobile.ledger import Event
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import FullK, HalfK, Strategy, resolve
@@ -64,7 +65,7 @@ def record_of(
         if isinstance(here, Refused):
             raise here
         if here is not None:
-            prediction |= _predictions(measured, scripts, strategy, geometry, here)
+            prediction |= _predictions(measured, scripts, strategy, geometry, here, in_place=in_place(cell))
     except Refused as refused:
         prediction["unpredicted"] = str(refused)
     return Record(
@@ -106,7 +107,8 @@ def record_of(
             "experts": geometry.experts,
             "top_k": geometry.top_k,
             "expert_nbytes": geometry.expert_nbytes,
-            "dtype": str(made.layout.dtype).removeprefix("torch."),
+            "dtype": str(made.layout.weight_dtype).removeprefix("torch."),
+            "rows": cell.rows,
             "link": cell.link,
             "link_gb_per_s": cell.link_gb_per_s,
             "link_native_gb_per_s": None,
@@ -149,16 +151,27 @@ def record_of(
 
 
 def _predictions(
-    measured: Measurement, scripts: list[Script], strategy: Strategy, geometry: Geometry, card: HardwareProfile
+    measured: Measurement,
+    scripts: list[Script],
+    strategy: Strategy,
+    geometry: Geometry,
+    card: HardwareProfile,
+    *,
+    in_place: bool,
 ) -> dict[str, Any]:
     """Return the fields of what the virtual clock says of the scripts. Raise Refused where it can say nothing."""
     played = scripts, strategy, geometry, measured.slots, card
     if not measured.rates:
-        return {"predicted": prediction_fields(card, predicted(*played))}
+        return {"predicted": prediction_fields(card, predicted(*played, in_place=in_place))}
     return {
-        "predicted": prediction_fields(card, predicted_at(measured.rates, *played)),
-        "predicted_at_own_rates": prediction_fields(card, predicted_at(measured.own_rates, *played)),
+        "predicted": prediction_fields(card, predicted_at(measured.rates, *played, in_place=in_place)),
+        "predicted_at_own_rates": prediction_fields(card, predicted_at(measured.own_rates, *played, in_place=in_place)),
     }
+
+
+def in_place(cell: SyntheticCell) -> bool:
+    """Return whether a cell's experts are multiplied as they lie in packed rows: where they are computed on the CPU."""
+    return cell.rows in IN_PLACE and LINKS[cell.link].usual_device == "cpu" and cell.shrink == 1
 
 
 def copy_gb_per_s(events: Iterable[Event], row_nbytes: int) -> float | None:

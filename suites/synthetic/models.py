@@ -9,7 +9,7 @@ given; both compute what a trained one computes, in the same time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from mobile.residency.prefill import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
 from mobile.runtime.attachment import install
 from mobile.runtime.engine import Engine
-from mobile.store import DiskStore, ExpertLayout, HostStore, Store
+from mobile.store import DiskStore, ExpertLayout, HostStore, Store, Weights
 from mobile.suggest import offer
 from suites.families import BY_GEOMETRY
 
@@ -72,12 +72,12 @@ def config_of(geometry: str, layers: int | None = None, shrink: int = 1) -> Any:
     return family.config_class(**{**fields, **narrow, **small, **ends, "num_hidden_layers": dense + layers})
 
 
-def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+def layers_that_fit(geometry: str, shrink: int = 1, dtype: torch.dtype = torch.bfloat16, rows: str = "as-is") -> int:
     """Return the largest number of MoE layers whose experts fit the host memory that is free now.
 
     Raise Refused where not one does.
     """
-    *_, layout = _empty(config_of(geometry, 1, shrink), dtype)
+    *_, layout = _empty(config_of(geometry, 1, shrink), dtype, rows)
     real = GEOMETRIES[geometry]
     usable = host().usable_nbytes
     if usable is None:
@@ -150,8 +150,9 @@ def make(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     folder: Path | None = None,
+    rows: str = "as-is",
 ) -> Synthetic:
-    """Make the model; `layers` None makes as many MoE layers as host memory holds.
+    """Make the model; `layers` None makes as many MoE layers as host memory holds. `rows` is the experts' row format.
 
     With `folder` the experts lie in a file there, which has no name and goes with the process; then `layers` None makes
     all of them. Raise Refused for an unknown geometry, too many layers, or too little host memory or disk.
@@ -159,13 +160,13 @@ def make(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if folder is None:
-        fit = layers_that_fit(geometry, shrink, dtype)
+        fit = layers_that_fit(geometry, shrink, dtype, rows)
         if layers is not None and layers > fit:
             config_of(geometry, layers)
             raise Refused(f"The free host memory holds {fit} layers of {geometry} and not {layers}; ask for less.")
         layers = layers or fit
     config = config_of(geometry, layers, shrink)
-    empty, described, layout = _empty(config, dtype)
+    empty, described, layout = _empty(config, dtype, rows)
     torch.manual_seed(seed)
     model = _dense(config, dtype, torch.device(device))
     made = compat.moe_layers(model)
@@ -183,12 +184,12 @@ def make(
     return Synthetic(model, empty, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
 
 
-def _empty(config: Any, dtype: torch.dtype) -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
+def _empty(config: Any, dtype: torch.dtype, rows: str = "as-is") -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
     """Return the model on the meta device, its MoE layers, and the layout of their experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = compat.moe_layers(model)
-    return model, layers, compat.common_layout(layers)
+    return model, layers, compat.packed_layout(compat.common_layout(layers), layers, rows)
 
 
 def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -211,17 +212,26 @@ def _dense(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 
 def _fill(store: Store, layers: int, experts: int) -> None:
-    """Fill the store with one random row, rotated for each expert by a number of elements of its own."""
+    """Fill the store with one random expert, whose parts are rotated for each other one by a number of its own."""
     layout = store.layout
-    base = torch.empty(layout.numel, dtype=layout.dtype).normal_(0, 0.02)
+    like = {field.name: torch.empty(1, *field.shape).normal_(0, 0.02) for field in layout.fields}
+    base = layout.views(torch.zeros(1, layout.numel, dtype=layout.dtype))
+    for name, weights in base.items():
+        weights.copy_(like[name])
     for layer in range(layers):
-        weights = {field.name: store.weights(layer, field.name) for field in layout.fields}
-        for expert in range(experts):
-            row = base.roll(-(layer * experts + expert) * 64)
-            for name, view in layout.views(row[None]).items():
-                weights[name][expert].copy_(view[0])
+        for name, one in base.items():
+            parts, target = _parts(one), _parts(store.weights(layer, name))
+            for part, values in parts.items():
+                for expert in range(experts):
+                    turned = values[0].flatten().roll(-(layer * experts + expert) * 65)
+                    target[part][expert].copy_(turned.view(values.shape[1:]))
         store.complete(layer)
     store.finish()
+
+
+def _parts(weights: Weights) -> Mapping[str, torch.Tensor]:
+    """Return the tensors that weights consist of in their rows."""
+    return {"": weights} if isinstance(weights, torch.Tensor) else weights.parts
 
 
 def _let_go(device: torch.device) -> None:

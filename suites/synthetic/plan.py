@@ -6,7 +6,7 @@ Arithmetic from published sizes; no torch until a GPU is asked for.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -40,12 +40,14 @@ def describe(cells: Sequence[tuple[SyntheticCell, bool]]) -> list[str]:
         seconds = seconds_of(left)
         total += seconds
         lines.append(
-            f"{name}: {len(of_model)} cells, {len(of_model) - len(left)} done; {_memory(of_model[0][0])}; "
-            f"about {seconds / 60:.0f} minutes"
+            f"{name}: {len(of_model)} cells, {len(of_model) - len(left)} done; "
+            f"{_memory([cell for cell, _ in of_model])}; about {seconds / 60:.0f} minutes"
         )
     first = cells[0][0]
     room = (
-        f"{max(file_nbytes(cell) for cell, _ in cells) / GB:.0f} GB while it runs" if _on_disk(first) else "under 10 MB"
+        f"{max(map(files_nbytes, of_models(cell for cell, _ in cells))) / GB:.0f} GB while it runs"
+        if _on_disk(first)
+        else "under 10 MB"
     )
     return [
         *lines,
@@ -64,19 +66,34 @@ def _native_gb_per_s(cell: SyntheticCell) -> float:
 
 
 def file_nbytes(cell: SyntheticCell) -> int:
-    """Return the bytes of the file that holds the experts of the cell's model."""
-    geometry = GEOMETRIES[cell.model.geometry]
+    """Return the bytes of the file that holds the experts of the cell's model in its row format."""
+    geometry = GEOMETRIES[cell.model.geometry].with_rows(cell.rows)
     return (cell.layers or geometry.moe_layers) * geometry.experts * geometry.expert_nbytes // cell.shrink**2
 
 
-def _memory(cell: SyntheticCell) -> str:
-    geometry = GEOMETRIES[cell.model.geometry]
+def files_nbytes(cells: Sequence[SyntheticCell]) -> int:
+    """Return the bytes of the files of one model's cells: one for each row format."""
+    return sum(map(file_nbytes, {cell.rows: cell for cell in cells}.values()))
+
+
+def of_models(cells: Iterable[SyntheticCell]) -> list[list[SyntheticCell]]:
+    """Return the cells of each model."""
+    found: dict[str, list[SyntheticCell]] = {}
+    for cell in cells:
+        found.setdefault(cell.model.name, []).append(cell)
+    return list(found.values())
+
+
+def _memory(cells: Sequence[SyntheticCell]) -> str:
+    cell = cells[0]
+    geometry = GEOMETRIES[cell.model.geometry].with_rows(cell.rows)
     whole = geometry.total_experts * geometry.expert_nbytes
     if cell.shrink > 1:
         return f"every width divided by {cell.shrink}"
     layers = cell.layers or geometry.moe_layers
     if _on_disk(cell):
-        return f"a file of {file_nbytes(cell) / GB:.0f} GB for the experts of {layers} layers, gone afterwards"
+        files = "a file" if len({each.rows for each in cells}) == 1 else "files"
+        return f"{files} of {files_nbytes(cells) / GB:.0f} GB for the experts of {layers} layers, gone afterwards"
     usable = host().usable_nbytes
     if cell.layers is None and usable is not None and usable < whole:
         return (
@@ -89,7 +106,7 @@ def seconds_of(cells: Sequence[SyntheticCell]) -> float:
     """Estimate the seconds that cells of one model take."""
     if not cells:
         return 0.0
-    making = file_nbytes(cells[0]) / ((DISK_GB_PER_S if _on_disk(cells[0]) else MAKE_GB_PER_S) * GB)
+    making = files_nbytes(cells) / ((DISK_GB_PER_S if _on_disk(cells[0]) else MAKE_GB_PER_S) * GB)
     predicted = [cell for cell in cells if cell.is_predicted]
     clock = CALIBRATION_SECONDS if predicted else 0
     attach = sum(cell.repeats * IN_TURN_SECONDS if _on_disk(cell) else ATTACH_SECONDS for cell in cells)
@@ -125,7 +142,7 @@ def _playing(cell: SyntheticCell) -> float:
     half = isinstance(strategy.gating, HalfK | BigLittle)
     share = 0.5 * (1 + (cell.rate or 0)) if half else 1.0
     made = (cell.layers or geometry.moe_layers) / geometry.moe_layers
-    token = share * made / geometry.on_demand_ceiling(rate) / cell.shrink**2
+    token = share * made / geometry.with_rows(cell.rows).on_demand_ceiling(rate) / cell.shrink**2
     return (cell.repeats + 1) * prefill + steps * token
 
 
@@ -155,10 +172,10 @@ def check(name: str, cells: Sequence[SyntheticCell]) -> list[str]:
 
 def _too_large(cells: Sequence[SyntheticCell], free_nbytes: int) -> Iterator[str]:
     """Yield a sentence on each model whose experts the disk has no room for."""
-    for cell in {cell.model.name: cell for cell in cells if _on_disk(cell)}.values():
-        if file_nbytes(cell) > free_nbytes:
+    for of_model in of_models(cell for cell in cells if _on_disk(cell)):
+        if files_nbytes(of_model) > free_nbytes:
             yield (
-                f"The experts of {cell.model.name} take {file_nbytes(cell) / GB:.0f} GB of disk and "
+                f"The experts of {of_model[0].model.name} take {files_nbytes(of_model) / GB:.0f} GB of disk and "
                 f"{free_nbytes / GB:.0f} GB are free: its cells will fail. Free some, or pick others with --only."
             )
 

@@ -24,7 +24,7 @@ from mobile.live_model import compat
 from mobile.machine.gpu import cuda_uuid
 from mobile.machine.measure.steps import EVERYTHING
 from mobile.machine.measure.timing import idle
-from mobile.store import HostStore
+from mobile.store import HostStore, unpacked
 from suites.budget import memory_on
 from suites.environment import environment
 from suites.record import Item, Record, RunFolder
@@ -154,7 +154,7 @@ def plain(made: Synthetic) -> Any:
     assert isinstance(made.store, HostStore), "a file is not emptied"
     for number, layer in enumerate(made.layers):
         for name, view in made.store.views(number).items():
-            weight = view.clone(memory_format=torch.contiguous_format)
+            weight = unpacked(view).clone(memory_format=torch.contiguous_format)
             setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
         made.store.rows[number] = made.store.rows[number].new_empty(0)
         made.store.views(number).clear()
@@ -238,7 +238,7 @@ def engine_cost(made: Synthetic, implementation: str, blocks: int = BLOCKS) -> E
     theirs = copy.deepcopy(made.model)
     for number, layer in enumerate(compat.moe_layers(theirs)):
         for name, view in made.store.views(number).items():
-            weight = view.to(made.device, copy=True).contiguous()
+            weight = unpacked(view).to(made.device, copy=True).contiguous()
             setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
     theirs.set_experts_implementation(implementation)
     with made.attached(EVERYTHING, slots=made.geometry.total_experts, link=real_time_link(made.device.type)):

@@ -78,7 +78,8 @@ def steps_of(script: Script, strategy: Strategy) -> Request:
     Raise Refused for a strategy that also decides by what a script does not hold.
     """
     gating = strategy.gating
-    if not isinstance(gating, FullK | HalfK | BigLittle) or strategy.lookahead is not None:
+    known = isinstance(gating, FullK | HalfK | BigLittle) and not strategy.knows_cache
+    if not known or strategy.lookahead is not None:
         raise Refused(f"Strategy {strategy.name} decides by router logits, which a script does not hold.")
     half = script.full.shape[2] // 2
     active = [np.unique(chosen, return_counts=True) for chosen in script.prompt.swapaxes(0, 1)]

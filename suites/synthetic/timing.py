@@ -29,7 +29,7 @@ from suites.synthetic import models
 from suites.synthetic.calibrate import calibrated
 from suites.synthetic.cells import RECORDED, SyntheticCell
 from suites.synthetic.link_use import LinkUse, fallback_use
-from suites.synthetic.measurement import Measurement, copy_gb_per_s, record_of
+from suites.synthetic.measurement import Measurement, copy_gb_per_s, in_place, record_of
 from suites.synthetic.models import Synthetic
 from suites.synthetic.routing import scripts_of
 from suites.synthetic.script import Script, ScriptLength, drawn, with_rate
@@ -53,14 +53,15 @@ def load(cells: Sequence[SyntheticCell], run: RunFolder) -> Loaded:
     if not LINKS[cell.link].needs_gpu:
         torch.set_num_threads(1)  # so that results do not depend on the machine's cores
     device = LINKS[cell.link].usual_device
-    return Loaded(models.make(cell.model.geometry, layers=cell.layers, shrink=cell.shrink, device=device))
+    size: dict[str, Any] = {"layers": cell.layers, "shrink": cell.shrink, "device": device}
+    return Loaded(models.make(cell.model.geometry, **size, rows=cell.rows))
 
 
 def measure(cell: SyntheticCell, loaded: Loaded, run: RunFolder) -> None:
     """Calibrate the machine unless this run has, and write the record; without a prediction where that fails."""
     here: HardwareProfile | Refused | None
     try:
-        here = calibrated(cell, loaded.made.layout.dtype, run)
+        here = calibrated(cell, loaded.made.layout.weight_dtype, run)
     except Refused as refused:
         here = refused
     record(cell, loaded, here).save(cell.output(run))
@@ -124,7 +125,7 @@ def memory_or_slots(
         return {"slots": strategy.min_slots(made.geometry)}
     if cell.shrink == 1 and made.geometry.moe_layers == made.real_layers:
         return {"memory": memory_nbytes}
-    real = GEOMETRIES[cell.model.geometry]
+    real = GEOMETRIES[cell.model.geometry].with_rows(cell.rows)
     slots = slots_for(real, memory_nbytes, card.reserve_nbytes, PREFILL_BUFFERS)
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
@@ -174,6 +175,7 @@ def attached(cell: SyntheticCell, made: Synthetic) -> AbstractContextManager[Eng
         hardware=cell.hardware,
         link=cell.link,
         link_gb_per_s=cell.link_gb_per_s,
+        kernel="packed" if in_place(cell) else "auto",
     )
 
 

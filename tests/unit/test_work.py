@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from suites.plan.preset import read_preset
+from suites.plan.signal_cells import SignalCell
 from suites.record import VIRTUAL, RunFolder, write_json
 from suites.run.jobs import jobs
 from suites.run.work import KINDS
@@ -18,7 +19,8 @@ from suites.run.work import KINDS
 def pieces() -> list:
     smoke, shapes = read_preset("smoke"), read_preset("shapes", link="paced")
     live = [replace(cell, link="virtual") for cell in smoke.replayed]
-    return [*smoke.generations, *smoke.cells, *live, *shapes.cells, *read_preset("measured").cells]
+    signals = [SignalCell(cell.model, cell.task, ("probability", "margin"), 2, 0) for cell in smoke.replayed[:1]]
+    return [*smoke.generations, *smoke.cells, *live, *shapes.cells, *read_preset("measured").cells, *signals]
 
 
 def test_a_piece_is_the_same_after_its_way_to_a_worker(pieces):

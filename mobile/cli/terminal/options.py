@@ -8,6 +8,7 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import PROFILES
+from mobile.costs.rows import ROW_COSTS
 from mobile.links.registry import described
 
 CARDS = f"{', '.join(PROFILES)}, or a FILE.json of `mobile doctor --calibrate`"
@@ -25,6 +26,7 @@ LOADING = (
     "link_gb_per_s",
     "store",
     "geometry",
+    "rows",
     "kernel",
     "device",
     "dtype",
@@ -45,21 +47,29 @@ def trust(parser: Any) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
 
 
+def rows(parser: Any, default: str | None = None) -> None:
+    """Add --rows; a default of None leaves the choice to `mobile.load`."""
+    help = f"how experts are kept and copied: {', '.join(ROW_COSTS)} (default: as-is)"
+    parser.add_argument("--rows", default=default, metavar="FORMAT", help=help)
+
+
 def json(parser: Any, help: str = "one JSON object on stdout") -> None:
     """Add --json."""
     parser.add_argument("--json", action="store_true", help=help)
 
 
-def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
+def loading(parser: argparse.ArgumentParser, *, geometry: bool = True, gamma: bool = True) -> None:
     """Add MODEL and the options of `mobile.load`, whose defaults apply."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder or a hub id")
     group = parser.add_argument_group("engine")
-    group.add_argument("--strategy", metavar="NAME", help="`mobile strategies` lists them (default: mobile)")
+    group.add_argument(
+        "--strategy", metavar="NAME", help="one of `mobile strategies`, or several joined by + (default: mobile)"
+    )
     group.add_argument("--memory", metavar="SIZE", help=f"memory to use, {SIZES} (default: all of the card)")
     group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
-    group.add_argument(
-        "--gamma", type=float, metavar="P", help="run all experts for a token of less confidence than this"
-    )
+    if gamma:
+        says = "run all experts for a token of less confidence than this; or a FILE of `mobile tune`"
+        group.add_argument("--gamma", type=number_or_file, metavar="P", help=says)
     group.add_argument("--link", metavar="KIND", help=described())
     group.add_argument("--link-gb-per-s", type=float, metavar="RATE", help="slow the link down to this rate")
     group.add_argument("--store", metavar="FOLDER", help="keep the experts in a file there, or `disk`: in the cache")
@@ -67,7 +77,8 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True) -> None:
     if geometry:
         named = f"compute virtual time as if the model were NAME: {', '.join(GEOMETRIES)}"
         group.add_argument("--geometry", metavar="NAME", help=named)
-    group.add_argument("--kernel", metavar="KIND", help="the kernel for experts: auto, loop, grouped or triton")
+    rows(group)
+    group.add_argument("--kernel", metavar="KIND", help="the kernel for experts: auto, loop, grouped, triton or packed")
     group.add_argument("--device", type=_device, metavar="NAME", help=f"{DEVICES} (default: a GPU if there is one)")
     group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"dtype of the weights: {', '.join(DTYPES)}")
     trust(group)
@@ -85,6 +96,14 @@ def text(parser: argparse.ArgumentParser) -> None:
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--chat", action="store_true", help="use the chat template; an error if there is none")
     choice.add_argument("--raw", action="store_true", help="pass the prompt to the model without a chat template")
+
+
+def number_or_file(word: str) -> float | str:
+    """Return the number, or the word itself, which is then the name of a file."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _device(word: str) -> str:

@@ -9,18 +9,18 @@ from reports.stats.power import PUBLISHED
 
 def answers_are_kept(evidence: Evidence) -> str:
     """Count the answers. Raise Missing where a record has none, or a wrong score, or the page no paired difference."""
-    if empty := [r.id for r in evidence.results.records if not r.items]:
+    if empty := [r.id for r in evidence.results.scored if not r.items]:
         raise Missing(f"{len(empty)} records hold no item")
     if "McNemar" not in evidence.page or "difference to full K" not in evidence.page:
         raise Missing("the page shows no paired difference")
-    made = (*evidence.results.records, *evidence.results.controls)
+    made = (*evidence.results.scored, *evidence.results.controls)
     if wrong := next((f"record {r.id}: {why}" for r in made if (why := recomputed.wrong_scores(r))), None):
         raise Missing(wrong)
     if others := {r.task for r in made if recomputed.is_of_other_items(r)}:
         raise NeedsReader(f"{', '.join(sorted(others))}: other items than those shipped here, so no score was repeated")
-    again = sum(len(r.items) for r in evidence.results.records if recomputed.is_of_other_items(r) is False)
+    again = sum(len(r.items) for r in evidence.results.scored if recomputed.is_of_other_items(r) is False)
     return (
-        f"{sum(len(r.items) for r in evidence.results.records):,} answers; {again:,} scored again; "
+        f"{sum(len(r.items) for r in evidence.results.scored):,} answers; {again:,} scored again; "
         "differences are paired"
     )
 
@@ -35,7 +35,7 @@ def margin_is_stated(evidence: Evidence) -> str:
 
 def items_are_sampled(evidence: Evidence) -> str:
     """Raise Missing where a cell's items are the first of its task; NeedsReader where the task's size is unknown."""
-    for record in evidence.results.records:
+    for record in evidence.results.scored:
         docs, task_items = [item.doc for item in record.items], record.config.get("task_items")
         if len(docs) < 8 or docs != list(range(len(docs))) or len(docs) == task_items:
             continue

@@ -39,9 +39,9 @@ def deviations_are_listed(evidence: Evidence) -> str:
 
 def every_record_is_stamped(evidence: Evidence) -> str:
     """List the stamps. Raise Missing where a record has none, or the page does not print one."""
-    if bare := [r.id for r in evidence.results.records if not (r.scope and r.weights)]:
+    if bare := [r.id for r in evidence.results.scored if not (r.scope and r.weights)]:
         raise Missing(f"{len(bare)} records have no stamp")
-    stamps = {f"{r.scope}, {r.weights}" for r in evidence.results.records}
+    stamps = {f"{r.scope}, {r.weights}" for r in evidence.results.scored}
     if not all(stamp in evidence.page for stamp in stamps):
         raise Missing("the page does not print the stamp of every record; build it again")
     return "; ".join(sorted(stamps))

@@ -35,19 +35,19 @@ class Evidence:
     @property
     def measured(self) -> list[Record]:
         """Return the records whose times come from a GPU's clock."""
-        return [record for record in self.results.records if record.scope.startswith("gpu")]
+        return [record for record in self.results.scored if record.scope.startswith("gpu")]
 
     def same_work(self) -> Iterator[list[Record]]:
         """Yield the groups of cells that must have had the same work: one model, task, hardware and seed."""
         groups: dict[tuple, list[Record]] = {}
-        for record in self.results.records:
+        for record in self.results.scored:
             groups.setdefault((record.model, record.task, record.hardware, record.seed), []).append(record)
         yield from groups.values()
 
     def require_config(self, *names: str) -> None:
         """Raise Missing unless every record's config has all of these names."""
         for name in names:
-            lacking = [r.id for r in self.results.records if r.config.get(name) is None]
+            lacking = [r.id for r in self.results.scored if r.config.get(name) is None]
             if lacking:
                 raise Missing(f"{len(lacking)} records do not say their {name}")
 

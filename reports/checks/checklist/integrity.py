@@ -10,12 +10,12 @@ from reports.sections import controls
 def everything_is_hashed(evidence: Evidence) -> str:
     """Raise Missing where a record lacks its generation's hash, or was made with uncommitted code."""
     if not all(
-        r.config.get("generation") or r.config.get("timing", "").startswith("live") for r in evidence.results.records
+        r.config.get("generation") or r.config.get("timing", "").startswith("live") for r in evidence.results.scored
     ):
         raise Missing("some records, timed by replay, do not name the live run, whose name is a hash of all inputs")
-    if any(r.environment.get("git_dirty") is None for r in evidence.results.records):
+    if any(r.environment.get("git_dirty") is None for r in evidence.results.scored):
         raise Missing("some records do not say whether the code was committed")
-    dirty = sum(bool(r.environment["git_dirty"]) for r in evidence.results.records)
+    dirty = sum(bool(r.environment["git_dirty"]) for r in evidence.results.scored)
     if dirty:
         raise Missing(f"{dirty} records were made with changes that were not committed")
     return "cells are named by a hash of code, weights, data and versions; the tree was clean"
@@ -34,7 +34,7 @@ def bundle_is_sealed(evidence: Evidence) -> str:
 
 def offloading_keeps_tokens(evidence: Evidence) -> str:
     """Count the checks that live runs made. Raise Missing where there are none, or one failed."""
-    outcomes = [(name, ok) for record in evidence.results.records for name, ok in record.checks.items()]
+    outcomes = [(name, ok) for record in evidence.results.scored for name, ok in record.checks.items()]
     if not outcomes:
         raise Missing("no record holds a check")
     if broken := sorted({name for name, ok in outcomes if not ok}):

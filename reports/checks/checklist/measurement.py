@@ -17,7 +17,7 @@ NOISE = 0.02  # of a measured bandwidth
 
 
 def _only_virtual(evidence: Evidence) -> bool:
-    return all(record.scope == VIRTUAL for record in evidence.results.records)
+    return all(record.scope == VIRTUAL for record in evidence.results.scored)
 
 
 def _measured(evidence: Evidence, *names: str) -> str:
@@ -57,12 +57,12 @@ def averaging_is_stated(evidence: Evidence) -> str:
 def phases_are_timed_apart(evidence: Evidence) -> str:
     """Raise Missing where an item lacks the time of prefill or of decode, or the counters are not their sums."""
     if bare := [
-        r.id for r in evidence.results.records if any(i.ttft_ns is None or i.decode_ns is None for i in r.items)
+        r.id for r in evidence.results.scored if any(i.ttft_ns is None or i.decode_ns is None for i in r.items)
     ]:
         raise Missing(f"{len(bare)} records lack one of the two times")
     results = evidence.results
-    faults = [(r, recomputed.wrong_sums(r)) for r in (*results.records, *results.controls)]
-    faults += [(r, recomputed.longer_than_it_took(r)) for r in (*results.synthetic, *results.references)]
+    faults = [(r, recomputed.wrong_sums(r)) for r in (*results.scored, *results.controls)]
+    faults += [(r, recomputed.longer_than_it_took(r)) for r in (*results.scripted, *results.references)]
     if wrong := next((f"record {r.id}: {why}" for r, why in faults if why), None):
         raise Missing(wrong)
     return "ttft_ns and decode_ns in every item; the counters are the items' sums"
@@ -81,7 +81,7 @@ def link_is_checked(evidence: Evidence) -> str:
     """Raise Missing where no bandwidth is recorded, or a cell's bytes exceed what the link can carry."""
     if _only_virtual(evidence):
         evidence.require_config("link_gb_per_s")
-        _not_faster(evidence.results.records, "link_gb_per_s", 1 + 1e-6)
+        _not_faster(evidence.results.scored, "link_gb_per_s", 1 + 1e-6)
         return "an assumed bandwidth, stated in every record, which no cell's bytes pass"
     found = _measured(evidence, "link_measured_gb_per_s")
     _not_faster(evidence.measured, "link_measured_gb_per_s", 1 + NOISE)

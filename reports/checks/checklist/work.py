@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reports.checks.checklist import recomputed
 from reports.checks.checklist.evidence import Evidence, Missing, NeedsReader
+from reports.data.results import rows_of
 from suites.record import Record
 
 
@@ -18,26 +19,26 @@ def same_prompts(evidence: Evidence) -> str:
             raise Missing(f"{cells[0].model} on {cells[0].task}: one number stands for several prompts")
         if len({cell.config.get("dtype") for cell in cells}) > 1:
             raise Missing(f"{cells[0].model} on {cells[0].task}: cells differ in precision")
-    if any(r.slots is None and r.strategy != "resident" for r in evidence.results.records):
+    if any(r.slots is None and r.strategy != "resident" for r in evidence.results.scored):
         raise Missing("some records do not say how many slots they had")
     return f"{len(groups)} groups of cells, items paired by number and prompt hash; slots in every record"
 
 
 def lengths_are_equal(evidence: Evidence) -> str:
-    """Raise Missing where lossless cells decode different numbers of tokens for one item."""
+    """Raise Missing where lossless cells on one row format decode different numbers of tokens for one item."""
     for cells in evidence.same_work():
-        lengths: dict[int, set[int]] = {}
+        lengths: dict[tuple[str, int], set[int]] = {}
         for cell in (c for c in cells if c.lossless):
             for item in cell.items:
-                lengths.setdefault(item.doc, set()).add(item.decode_tokens)
-        if uneven := [doc for doc, found in lengths.items() if len(found) > 1]:
+                lengths.setdefault((rows_of(cell), item.doc), set()).add(item.decode_tokens)
+        if uneven := [doc for (_, doc), found in lengths.items() if len(found) > 1]:
             raise Missing(f"{cells[0].model} on {cells[0].task}: items {uneven[:3]} differ in length between cells")
     return "lossless cells decode the same tokens; others are compared by time per token"
 
 
 def timing_modes_are_stated(evidence: Evidence) -> str:
     """List the ways in which records were timed. Raise Missing where a record does not say."""
-    modes = {_mode(record) for record in evidence.results.records}
+    modes = {_mode(record) for record in evidence.results.scored}
     return " and ".join(sorted(modes))
 
 
@@ -53,7 +54,7 @@ def scored_runs_are_timed(evidence: Evidence) -> str:
     """Raise Missing unless every item holds the live run's answer and a time, and live runs equal their replays."""
     loose = [
         r.id
-        for r in evidence.results.records
+        for r in evidence.results.scored
         for item in r.items
         if item.decode_tokens is None or not item.prompt_sha256
     ]
@@ -62,10 +63,10 @@ def scored_runs_are_timed(evidence: Evidence) -> str:
     results, run = evidence.results, evidence.run
     if wrong := next(recomputed.unlike_answers(results.all_records, run), None):
         raise Missing(wrong)
-    turned = ((r.id, recomputed.wrong_turns(r, run)) for r in results.synthetic)
+    turned = ((r.id, recomputed.wrong_turns(r, run)) for r in results.scripted)
     if wrong := next((f"record {name}: {why}" for name, why in turned if why), None):
         raise Missing(wrong)
-    live = [name for r in evidence.results.records for name in r.checks if "live ledger equals replay" in name]
+    live = [name for r in evidence.results.scored for name in r.checks if "live ledger equals replay" in name]
     if not live and not evidence.measured:
         raise Missing("no live run was held against its replay")
     return "each item holds its score and its time; live runs equal their replays"
