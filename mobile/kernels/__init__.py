@@ -91,5 +91,5 @@ def kernel_named(name: str, device: torch.device, dtype: torch.dtype, rows: str 
         if reason is not None:
             raise Refused(f"Kernel triton cannot run on {device}: {reason}; use the kernel loop.")
         return triton_gemv
-    listed = "choose auto, loop, grouped or triton, or packed for int8 rows"
+    listed = "choose auto, loop, grouped or triton, or packed for int8 and int4-cpu rows"
     raise Refused(f"Unknown kernel {name!r}; {offer(name, KERNELS, listed)}.")

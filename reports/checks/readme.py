@@ -183,6 +183,7 @@ BLOCKS: dict[tuple[str, str], Callable[[str, Tables], str]] = {
         "MoBiLE",
         "fastest",
         "fastest that loses at most 1 point",
+        "worst task of each",
     ),
     ("suites/README.md", "seeds"): _quoted(SEEDS, "model", "training seed", "n", "full K %", *LESS, "fallbacks", OVER),
 }

@@ -79,6 +79,11 @@ class Setting:
         return task, by_task[task]
 
 
+def worst_in_words(setting: Setting) -> str:
+    """Return the task on which a setting loses most, and the points; empty where its answers are the stock model's."""
+    return "" if setting.worst_task is None else f"{setting.worst_task[0]} {setting.worst_task[1]:+.1f}"
+
+
 def memory_budgets(results: Results, model: str) -> list[str]:
     """Return the budgets of a model that are bytes, and so the same for every strategy and row format."""
     return [budget for budget in results.budgets(model) if budget != "smallest"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from reports.data.compare import count, share, tokens_per_s, total
 from reports.data.results import AS_IS, family, rows_of, strategy_and_rows
-from reports.data.settings import Setting
+from reports.data.settings import Setting, worst_in_words
 from reports.elements.numbers import percent, points, ratio
 from reports.elements.page import Table
 from reports.stats.intervals import Interval
@@ -55,7 +55,6 @@ def _row(setting: Setting, margin_points: float) -> tuple[str, ...]:
     first, tokens, speed = setting.cells[0], total(setting.cells, "decode_tokens"), tokens_per_s(setting.cells)
     every = first.config["moe_layers"] * first.config["experts"]
     slots = "-" if first.slots is None else f"all {every:,}" if first.slots >= every else f"{first.slots:,}"
-    worst = setting.worst_task
     return (
         setting.strategy,
         setting.rows,
@@ -63,7 +62,7 @@ def _row(setting: Setting, margin_points: float) -> tuple[str, ...]:
         f"{count(setting.answers):,}",
         "0" if setting.exact else points(setting.points),
         "yes" if setting.exact else setting.loss.within(margin_points),
-        "-" if worst is None else f"{worst[0]} {worst[1]:+.1f}",
+        worst_in_words(setting) or "-",
         slots,
         "-" if first.gamma is None else percent(share(setting.cells, "fallbacks", "tokens")),
         f"{total(setting.cells, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
@@ -123,9 +122,9 @@ def champions(found: Sequence[tuple[str, str, Sequence[Setting]]], margin_points
         f"fastest if all rows are {SMALLEST_ROWS} for everyone",
     )
     note = (
-        "Over on-demand-overlap with rows as they are at the same memory, points less full K's on the same items in "
-        "brackets; the last column over on-demand-overlap on the same packed rows. The fastest is chosen on the items "
-        "that it is shown on, which flatters it."
+        "Over on-demand-overlap with rows as they are at the same memory; in brackets points less full K's on the same "
+        "items, all tasks together, then the worst one; the last column over on-demand-overlap on the same packed "
+        "rows. The fastest is chosen on the items that it is shown on, which flatters it."
     )
     return Table("The fastest of each kind", head, tuple(rows), note)
 
@@ -147,15 +146,16 @@ def measured(records: Sequence[Record], found: Sequence[tuple[str, str, Sequence
             own = [each for each in timed if each[1].strategy == "mobile" and rows_of(each[1]) == AS_IS]
             kept = [each for each in timed if each[3] is not None and each[3] >= -margin]
             made, real = cells[0].config["moe_layers"], cells[0].config["real_moe_layers"]
-            best = max(kept, key=lambda each: each[0], default=None)
+            shown = [max(group, key=lambda each: each[0], default=None) for group in (own, timed, kept)]
+            best = shown[2]
             rows.append(
                 (
                     model,
                     f"{made} of {real}",
                     budget,
-                    *(_timed(max(group, key=lambda each: each[0], default=None)) for group in (own, timed)),
-                    _timed(best),
+                    *map(_timed, shown),
                     "-" if best is None else "yes" if best[0] >= WANTED else "no",
+                    "; ".join("-" if each is None else _worst(each[1], found) for each in shown),
                 )
             )
     head = (
@@ -166,6 +166,7 @@ def measured(records: Sequence[Record], found: Sequence[tuple[str, str, Sequence
         "fastest",
         f"fastest that loses at most {margin:g} point",
         f"{WANTED:g}x reached",
+        "worst task of each",
     )
     note = (
         "Over on-demand-overlap with rows as they are, measured, paired by script; in brackets points less full K's, "
@@ -179,15 +180,27 @@ Timed = tuple[float, Record, Interval, float | None]  # speedup, cell, its inter
 
 def _points(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> float | None:
     """Return the points less full K's of the same strategy, gamma and rows in the record's family; None if unknown."""
-    rows = rows_of(record).removesuffix("-cpu")
-    if record.lossless and rows == AS_IS:
+    if record.lossless and rows_of(record) == AS_IS:
         return 0.0
+    scored = _scored(record, found)
+    return None if scored is None else scored.points.value
+
+
+def _worst(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> str:
+    """Return the worst task of the same setting and its points; a dash where nothing is lost or it is not known."""
+    scored = _scored(record, found)
+    return "-" if scored is None else worst_in_words(scored) or "-"
+
+
+def _scored(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> Setting | None:
+    """Return the setting of the same strategy, gamma and rows in the record's family; None if none was scored."""
+    rows = rows_of(record).removesuffix("-cpu")
     for _, _, settings in found:
         for each in settings:
             first = each.cells[0]
             same = (first.strategy, first.gamma, each.rows) == (record.strategy, record.gamma, rows)
             if same and family(first) == family(record):
-                return each.points.value
+                return each
     return None
 
 
@@ -206,8 +219,12 @@ def _swept(setting: Setting) -> bool:
 def _text(setting: Setting | None) -> str:
     if setting is None:
         return "-"
-    lost = "0" if setting.exact else f"{setting.points.value:+.1f}"
-    return f"{setting.over_base.value:.2f}x {setting.name} ({lost})"
+    return f"{setting.over_base.value:.2f}x {setting.name} ({_lost(setting)})"
+
+
+def _lost(setting: Setting) -> str:
+    """Return the pooled points less full K's, never without those of the worst task."""
+    return "0" if setting.exact else f"{setting.points.value:+.1f}, {worst_in_words(setting)}"
 
 
 def _on_own_rows(settings: Sequence[Setting], margin_points: float) -> str:
@@ -220,4 +237,4 @@ def _on_own_rows(settings: Sequence[Setting], margin_points: float) -> str:
     if not left:
         return "-"
     speed_up, best = max(left, key=lambda pair: pair[0])
-    return f"{speed_up:.2f}x {best.strategy} ({best.points.value:+.1f})"
+    return f"{speed_up:.2f}x {best.strategy} ({_lost(best)})"
