@@ -248,6 +248,14 @@ def _check_kind(record: Record, name: str) -> None:
             raise ValueError(f"{name}: config.doubts must have a number for every token of config.agree")
         if "probability" not in config["doubts"] or len(config["docs"]) != len(lengths):
             raise ValueError(f"{name}: config.doubts must be of each of config.docs, the probability's among them")
+    elif kind == "accuracy":
+        hold("config", config, record_fields.Accuracy)
+        asked = 0 if config["ended"] else config["items"]
+        if {len(config["keys"]), *map(len, config["right"].values())} != {asked}:
+            raise ValueError(f"{name}: config.right and config.keys must have {asked} items")
+        named = {gating["gating"] for gating in config["gatings"]}
+        if named != set(config["right"]) or (asked and "full K" not in named):
+            raise ValueError(f"{name}: config.right and config.gatings must name the same gatings, full K among them")
     else:
         hold("config", config, record_fields.Scored)
         hold("counters", record.counters, record_fields.Counters)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from suites.typed_json import Amount, Count, Holding, Name, Rate, Some
+from suites.typed_json import Amount, Count, Holding, Matching, Name, Rate, Some
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,43 @@ class Signals:
     agree: tuple[tuple[Count, ...], ...]
     doubts: dict[str, tuple[tuple[Amount, ...], ...]]
     live: tuple[Annotated[dict[str, Any], Holding(SignalAlone)], ...]
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How one gating answered the items of an accuracy cell; `outputs` is the SHA-256 of all texts."""
+
+    gating: str
+    outputs: Annotated[str, Matching(r"[0-9a-f]{64}", "a SHA-256")]
+    tokens: Count
+    fallbacks: Count
+
+
+@dataclass(frozen=True)
+class Ended:
+    """After which round the verdict of the family was settled, and how."""
+
+    after: Some
+    verdict: Literal["yes", "no"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What the record of an accuracy cell says besides what every record does.
+
+    By gating, `right` has a 1 or a 0 for each item; `keys` has what names the item's substance. A cell that came after
+    the verdict was settled has no items, and says so in `ended`.
+    """
+
+    items: Some
+    round: Some
+    rounds: Some
+    margin_points: Rate
+    ended: Annotated[dict[str, Any], Holding(Ended)] | None
+    prompts: Annotated[str, Matching(r"[0-9a-f]{64}", "a SHA-256")]
+    keys: tuple[Annotated[str, Matching(r"[0-9a-f]{8}", "8 hexadecimal digits")], ...]
+    right: dict[str, Annotated[str, Matching(r"[01]*", "a 1 or a 0 for each item")]]
+    gatings: tuple[Annotated[dict[str, Any], Holding(Gating)], ...]
 
 
 @dataclass(frozen=True)

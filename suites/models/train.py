@@ -1,8 +1,8 @@
-"""Train one shipped checkpoint from nothing: tokenizer, stock Transformers model, log, model card, hashes.
+"""Train one shipped checkpoint, from nothing or on from another: tokenizer, stock Transformers model, log, hashes.
 
     python -m suites.models.train olmoe --out suites/models/olmoe-tiny
 
-The recipe is the file: every number that shapes the result stands in `RECIPE` and is written beside the
+The recipe is the file: every number that shapes the result stands in `RECIPE` or `LONGER` and is written beside the
 weights. Nothing here runs during `reproduce`.
 """
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from suites.families import FAMILIES, VOCABULARY
 from suites.models.training_experts import register as register_training_experts
@@ -52,6 +52,19 @@ RECIPE: dict[str, Any] = {
         "web_of_lies": 0.23,
     },
     "tokenizer_items": 30_000,
+}
+LONGER: dict[str, Any] = {  # where a checkpoint is trained on: other items, and more of the tasks it is weak in
+    "seed": 100,
+    "tokens": 25_000_000,
+    "batch_tokens": [4096, 4096],
+    "learning_rate": 3e-3,
+    "task_mix": {
+        "arithmetic": 0.4,
+        "boolean_expressions": 0.06,
+        "object_counting": 0.34,
+        "python_functions": 0.08,
+        "web_of_lies": 0.12,
+    },
 }
 
 
@@ -221,18 +234,27 @@ def main() -> None:
     )
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--seed", type=int, default=RECIPE["seed"], help="of weights and order; not of the tokenizer")
+    parser.add_argument("--seed", type=int, help="of weights and order; not of the tokenizer (default: the recipe's)")
     parser.add_argument("--tokens", type=int, help="train on fewer tokens than the recipe says (a trial)")
+    parser.add_argument(
+        "--longer", type=Path, metavar="FOLDER", help="train this checkpoint on, with its tokenizer, on other items"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads; another number changes rounding")
     options = parser.parse_args()
-    recipe = {**RECIPE, "seed": options.seed, "tokens": options.tokens or RECIPE["tokens"]}
+    recipe = RECIPE if options.longer is None else {**RECIPE, **LONGER, "longer": options.longer.name}
+    asked = {"seed": options.seed, "tokens": options.tokens}
+    recipe = {**recipe, **{name: value for name, value in asked.items() if value is not None}}
     torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(recipe["seed"])
     options.out.mkdir(parents=True, exist_ok=True)
     family = FAMILIES[options.family]
-    model: Any = family.model_class(family.config)
-    initialise(model)
-    tokenizer = train_tokenizer(Random(0), recipe)  # the same for every family and seed
+    if options.longer is None:
+        model: Any = family.model_class(family.config)
+        initialise(model)
+        tokenizer = train_tokenizer(Random(0), recipe)  # the same for every family and seed
+    else:
+        model = family.model_class.from_pretrained(options.longer, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(options.longer)
     register_training_experts()
     model.set_experts_implementation("training")
     took = train(model, tokenizer, recipe, options.out / "training_log.jsonl")

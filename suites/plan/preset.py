@@ -22,6 +22,7 @@ from mobile.suggest import offer
 from suites.budget import percent_of
 from suites.identity import HERE, SHIPPED, Model, check_name, lists_shipped_files, model_hash
 from suites.plan import preset_file
+from suites.plan.accuracy_cells import AccuracyCell, accuracy_cells_of
 from suites.plan.cells import Cell, Generation
 from suites.plan.signal_cells import SignalCell, signal_cells_of
 from suites.synthetic.cells import SyntheticCell, synthetic_cells_of
@@ -32,7 +33,7 @@ from suites.tasks.files import items_of
 ORACLE = "resident"  # its run is the full-K run whose trace every lossless strategy replays
 CANARY = "on-demand-overlap"  # what the scrambled router is timed under: a copy for every expert, whichever it is
 MOST_CELLS = 20_000
-AnyCell = Cell | SyntheticCell | ReferenceCell | SignalCell
+AnyCell = Cell | SyntheticCell | ReferenceCell | SignalCell | AccuracyCell
 OVERRIDABLE = (  # keys of a preset that a model may set for itself
     "strategies",
     "budgets",
@@ -90,6 +91,11 @@ class Preset:
         """Return the cells that compare confidence signals."""
         return [cell for cell in self.cells if isinstance(cell, SignalCell)]
 
+    @property
+    def accuracy(self) -> list[AccuracyCell]:
+        """Return the cells that answer rounds of fresh items."""
+        return [cell for cell in self.cells if isinstance(cell, AccuracyCell)]
+
     def only(self, pattern: str | None) -> Preset:
         """Return the preset with the cells whose label holds the pattern (as it is, or with * and ? as in file names).
 
@@ -130,6 +136,9 @@ def read_preset(
             raise Refused(f"Preset {path.stem} makes its models itself; leave --model out.")
         if link is not None:
             raise Refused(f"Preset {path.stem} says itself how it is timed; leave --link out.")
+        if "rounds" in data:
+            models = [_placed(Model(**_model_fields(model)), folders) for model in data["models"]]
+            return _preset(path.stem, data, accuracy_cells_of(data, models))
         measured = read_preset(data["measured"]).cells if "measured" in data else ()
         return _preset(path.stem, data, chain(_cells(data, folder, folders), measured))
     except Refused:

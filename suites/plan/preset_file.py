@@ -74,6 +74,20 @@ class ScoredPreset:
 
 
 @dataclass(frozen=True)
+class AccuracyPreset:
+    """A preset of rounds of fresh items."""
+
+    minutes: Rate = 1
+    tasks: Words = ()
+    fresh_items: Some = 1
+    rounds: Some = 1
+    margin_points: Rate = 1
+    gammas: tuple[Amount, ...] = ()
+    seeds: tuple[int, ...] = ()
+    models: tuple[ModelRow, ...] = ()
+
+
+@dataclass(frozen=True)
 class SyntheticModelRow:
     """A model of a preset with runs."""
 
@@ -131,7 +145,8 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deep to be read") from error
     _hold_numbers(data)
-    typed(data, SyntheticPreset if "runs" in data else ScoredPreset, "it holds")
+    shape = SyntheticPreset if "runs" in data else AccuracyPreset if "rounds" in data else ScoredPreset
+    typed(data, shape, "it holds")
     return data
 
 

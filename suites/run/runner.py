@@ -88,6 +88,13 @@ def describe(preset: Preset, run: RunFolder) -> str:
         lines.append(
             f"{len(preset.signals)} of the cells compare confidence signals: some answers more, not among the above"
         )
+    if preset.accuracy:
+        most = sum(cell.items for cell in preset.accuracy)
+        lines.append(
+            f"at most {most:,} fresh items, each answered by full K, static K/2, MoBiLE at "
+            f"{len(preset.accuracy[0].gammas)} gammas and a control; a family whose verdict is settled is asked no more"
+        )
+        lines.append(f"allowed: {preset.minutes} minutes on 2 cores; no GPU and no network needed")
     if preset.references:
         left = [cell for cell in preset.references if not sound(cell.output(run))]
         lines.append(

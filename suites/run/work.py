@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
+from suites.plan.accuracy_cells import accuracy_cell_from
 from suites.plan.cells import cell_from, generation_from
 from suites.plan.signal_cells import signal_cell_from
 from suites.record import RunFolder
@@ -123,6 +124,12 @@ def _signals() -> Measurer:
     return signals
 
 
+def _accuracy() -> Measurer:
+    from suites.measure import accuracy
+
+    return accuracy
+
+
 KINDS = {
     # A process takes seconds to import what answers and scores; few live runs are spread over some processors.
     "generate": Kind(generation_from, _generate, most=15, jobs=8),
@@ -131,6 +138,7 @@ KINDS = {
     "synthetic": Kind(synthetic_cell_from, _timing),  # of one model: to make 61 GB of experts takes longer than a cell
     "in turn": Kind(synthetic_cell_from, _in_turn),  # of one model: a noisy machine hurts all of them alike
     "signals": Kind(signal_cell_from, _signals),  # all tasks of one attached model
+    "accuracy": Kind(accuracy_cell_from, _accuracy),  # all rounds of a family: each looks at those before it
     "reference": Kind(reference_cell_from, _reference, most=1),  # each makes a model of its own
 }
 

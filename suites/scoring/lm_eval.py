@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,16 @@ def sha256(text: str) -> str:
 
 
 class EngineLM(LM):
-    """lm-eval's view of an attached model: generation only, in batches, each row's routing recorded.
+    """lm-eval's view of an attached model: generation only, in batches; if `traced`, each row's routing is recorded.
 
     Log-likelihood requests are one prefill each; no strategy acts there, so they are refused.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, traced: bool = True
+    ) -> None:
         super().__init__()
+        self.traced = traced
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model, self.hf_tokenizer, self._batch_size = model, tokenizer, batch_size
@@ -64,12 +68,13 @@ class EngineLM(LM):
         outputs = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):
             chunk = order[start : start + self._batch_size]
-            with self.model.mobile.recording(ahead=True) as recorded:
+            with self.model.mobile.recording(ahead=True) if self.traced else nullcontext([]) as recorded:
                 answered = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
-            for i, (text, ids), request in zip(chunk, answered, recorded, strict=True):
+            for i, (text, ids) in zip(chunk, answered, strict=True):
                 outputs[i], name = text, sha256(prompts[i])
                 self.prompts[name], self.written[name] = prompts[i], ids
-                self.traces[name] = first_tokens(request, len(ids))
+            for i, (_, ids), request in zip(chunk, answered, recorded, strict=self.traced):
+                self.traces[sha256(prompts[i])] = first_tokens(request, len(ids))
         return outputs
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:

@@ -26,12 +26,14 @@ class ShippedTask:
     """A task whose items are generated and lie in data/NAME.jsonl; NAME.yaml says how lm-eval asks and scores them.
 
     `train` makes items to learn from, `test` those that are shipped: where the task saturates, these are longer.
+    `verdict` makes those of the preset accuracy, None where they are made as `test` makes them.
     `chance_level` is the share that answering at random gets right, None where there are no choices to pick from.
     `runs_code`: items are judged by running what the model wrote.
     """
 
     train: Generator
     test: Generator
+    verdict: Generator | None = None
     items: int = 250
     chance_level: float | None = None
     runs_code: bool = False
@@ -64,6 +66,7 @@ SHIPPED: dict[str, ShippedTask] = {
     "boolean_expressions": ShippedTask(
         train=boolean_expressions.generate,
         test=partial(boolean_expressions.generate, operators=boolean_expressions.TESTED),
+        verdict=partial(boolean_expressions.generate, operators=boolean_expressions.LONG),
         chance_level=1 / 2,
     ),
     "object_counting": ShippedTask(
