@@ -30,6 +30,8 @@ def label(record: Record) -> str:
     parts += () if rows_of(record) == AS_IS else (f"rows {rows_of(record)}",)
     if record.config.get("kind") == "signals":
         parts += ("signals",)
+    if record.config.get("kind") == "accuracy":
+        parts += (f"accuracy round {record.config['round']}",)
     return " / ".join((*parts, *((str(record.config["control"]),) if record.config.get("control") else ())))
 
 
@@ -39,7 +41,9 @@ def fingerprint(record: Record) -> dict[str, Any]:
     They are the same on every machine unless the arithmetic of its model differs. Over a disk, whether a prefetch is
     late depends on the machine, so that only what a script fixes is among them.
     """
-    outputs = [[item.doc, item.prompt_sha256, item.output, item.correct] for item in record.items]
+    outputs: list[Any] = [[item.doc, item.prompt_sha256, item.output, item.correct] for item in record.items]
+    if record.config.get("kind") == "accuracy":
+        outputs = [record.config["prompts"], record.config["right"], record.config["gatings"], record.config["ended"]]
     kept = {
         "items": len(record.items),
         "outputs": hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:32],

@@ -24,7 +24,7 @@ class Results:
 
     `records` are scored cells, `controls` cells that must fail (a scrambled router), `synthetic` cells that played a
     script on synthetic weights, `references` plain Transformers on the same sizes, `signals` cells that compare
-    confidence signals. `packed` and `packed_synthetic` are the cells of the first and the third kind whose rows are
+    confidence signals, `accuracy` rounds of fresh items under several gatings. `packed` and `packed_synthetic` are the cells of the first and the third kind whose rows are
     packed. `absent` are planned cells without a record as (label, reason), `logs` the ends of failed cells' logs as
     (label, text).
     """
@@ -37,13 +37,14 @@ class Results:
     synthetic: tuple[Record, ...] = ()
     references: tuple[Record, ...] = ()
     signals: tuple[Record, ...] = ()
+    accuracy: tuple[Record, ...] = ()
     packed: tuple[Record, ...] = ()
     packed_synthetic: tuple[Record, ...] = ()
 
     @property
     def all_records(self) -> tuple[Record, ...]:
         """Return every record of the run."""
-        return (*self.scored, *self.controls, *self.scripted, *self.references, *self.signals)
+        return (*self.scored, *self.controls, *self.scripted, *self.references, *self.signals, *self.accuracy)
 
     @property
     def scored(self) -> tuple[Record, ...]:
@@ -166,7 +167,8 @@ def read(run: Path) -> Results:
     synthetic = [record for record in records if record.config.get("kind") == "shape"]
     references = tuple(record for record in records if record.config.get("kind") == "beside")
     signals = tuple(record for record in records if record.config.get("kind") == "signals")
-    apart = {record.id for record in (*controls, *synthetic, *references, *signals)}
+    accuracy = tuple(record for record in records if record.config.get("kind") == "accuracy")
+    apart = {record.id for record in (*controls, *synthetic, *references, *signals, *accuracy)}
     scored = [record for record in records if record.id not in apart]
     return Results(
         plan.preset,
@@ -177,6 +179,7 @@ def read(run: Path) -> Results:
         tuple(record for record in synthetic if rows_of(record) == AS_IS),
         references,
         signals,
+        accuracy,
         tuple(record for record in scored if rows_of(record) != AS_IS),
         tuple(record for record in synthetic if rows_of(record) != AS_IS),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
 from reports.plots import forest
-from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic
+from reports.sections import accuracy, clock, controls, past_paper, references, sentences, signals, synthetic
 from reports.sections.family_sections import family_sections
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, machine_identity
@@ -24,6 +24,8 @@ def build(results: Results) -> Report:
     broken = controls.broken(results)
     sections = [
         *(_overview(results, paper, trusted=not broken) if results.records else ()),
+        *accuracy.sections(results),
+        *accuracy.cited(results),
         *(section for model in results.models for section in family_sections(results, model, paper)),
         *past_paper.sections(results, paper["accuracy"]["margin_points"]),
         *synthetic.sections(results, paper, trusted=not broken),
@@ -48,6 +50,8 @@ def build(results: Results) -> Report:
 
 def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
     paragraphs = sentences.opening(results, paper)
+    if results.accuracy:
+        paragraphs = (*(each for each in paragraphs if each != sentences.LACKS), accuracy.opening(results))
     past = past_paper.opening(results, paper["accuracy"]["margin_points"])
     if past:
         paragraphs = (*(each for each in paragraphs if each != sentences.LACKS), past)
@@ -156,7 +160,7 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     """Return the (name, value) facts that a reader needs to repeat the run; none changes when it is repeated."""
     record = results.all_records[0]
     packages = record.environment["packages"]
-    made = (*results.scored, *results.scripted, *results.references, *results.signals)
+    made = (*results.scored, *results.scripted, *results.references, *results.signals, *results.accuracy)
     machines = {machine_identity(r) for r in made}
     dirty = any(r.environment["git_dirty"] for r in made)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)

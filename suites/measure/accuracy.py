@@ -22,7 +22,7 @@ from mobile.policies.strategy import BigLittle, Strategy, resolve
 from suites.environment import environment
 from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC, AccuracyCell, called
 from suites.record import Record, RunFolder
-from suites.scoring.lm_eval import Answer, EngineLM, score, task_config
+from suites.scoring.lm_eval import Answer, EngineLM, generate, score, task_config
 from suites.tasks.fresh import test_side
 from suites.tasks.item import Item
 
@@ -65,10 +65,8 @@ def measure(cell: AccuracyCell, loaded: Loaded, run: RunFolder) -> None:
     """Answer the round's items by every gating and write the record; without items once the verdict is settled."""
     begun = time.monotonic()
     if settled := cell.settled(run):
-        after, verdict = settled
-        _record(cell, loaded, (), {}, {"after": after, "verdict": verdict}, time.monotonic() - begun).save(
-            cell.output(run)
-        )
+        ended = dict(zip(("after", "verdict"), settled, strict=True))
+        _record(cell, loaded, (), {}, {}, ended, time.monotonic() - begun).save(cell.output(run))
         return
     drawn = test_side(cell.task, cell.items * cell.rounds, cell.seed)
     items = drawn[cell.items * (cell.round - 1) : cell.items * cell.round]
@@ -86,7 +84,8 @@ def measure(cell: AccuracyCell, loaded: Loaded, run: RunFolder) -> None:
         # The control falls back as often as MoBiLE at the paper's gamma did on these items, at tokens drawn by lot.
         at_random = replace(MOBILE, gating=BigLittle(found[PAPERS].rate, "random"))
         found[RANDOM] = _answered(loaded, at_random, task, len(items))
-    _record(cell, loaded, items, found, None, time.monotonic() - begun).save(cell.output(run))
+    checks = _checks(loaded, items[0].prompt, task["generation_kwargs"], found)
+    _record(cell, loaded, items, found, checks, None, time.monotonic() - begun).save(cell.output(run))
 
 
 def _answered(loaded: Loaded, strategy: Strategy, task: dict[str, Any], items: int) -> Answered:
@@ -99,11 +98,32 @@ def _answered(loaded: Loaded, strategy: Strategy, task: dict[str, Any], items: i
         mobile.detach(loaded.model)
 
 
+def _checks(loaded: Loaded, prompt: str, options: dict[str, Any], found: dict[str, Answered]) -> dict[str, bool]:
+    """Answer the first item again, alone: by the stock model, and by MoBiLE. Return what has to hold."""
+
+    def alone() -> str:
+        [(text, _)] = generate(loaded.model, loaded.tokenizer, [prompt], options)
+        return text
+
+    stock, strategy = alone(), resolve("mobile")
+    mobile.attach(loaded.model, strategy, slots=strategy.min_slots(loaded.native))
+    try:
+        again = alone()
+    finally:
+        mobile.detach(loaded.model)
+    return {
+        f"{FULL_K}: the first text of the batch equals the stock model's alone": found[FULL_K].answers[0].output
+        == stock,
+        f"{PAPERS}: the first text of the batch equals that alone": found[PAPERS].answers[0].output == again,
+    }
+
+
 def _record(
     cell: AccuracyCell,
     loaded: Loaded,
     items: Sequence[Item],
     found: dict[str, Answered],
+    checks: dict[str, bool],
     ended: dict[str, Any] | None,
     seconds: float,
 ) -> Record:
@@ -153,5 +173,6 @@ def _record(
         },
         environment=environment(),
         counters=counters,
+        checks=checks,
         wall_seconds=seconds,
     )

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobile.live_model.compat import MoeLayer, moe_layers
 from suites.families import FAMILIES
+from suites.plan.accuracy_cells import FULL_K, PAPERS, STATIC
 from suites.record import Record, RunFolder, load
 from suites.tasks.catalogue import SHIPPED
 from suites.tasks.files import shipped
 
-SHOWN = ("resident", "static-half", "mobile")
+SHOWN = {"resident": FULL_K, "static-half": STATIC, "mobile": PAPERS}
 ROUTED_ITEMS = 50  # test items of each task whose routing is counted
 
 
@@ -57,31 +58,40 @@ def expert_use(folder: Path) -> list[tuple[float, int, int]]:
 
 
 def scores(run: Path, model: str) -> Iterator[dict[str, Any]]:
-    """Yield a row for each task and strategy shown: items, score, its Wilson interval, and share of whole answers."""
+    """Yield a row for each task and gating shown: items, score, its Wilson interval, and share of whole answers.
+
+    The last is None where a run kept scores and no texts: fresh items, of the preset accuracy.
+    """
     records = [load(path) for path in sorted((RunFolder(run).path / "records").glob("*.json"))]
     for task in SHIPPED:
         worked = [item["worked"].strip() for item in shipped(task)]
-        for strategy in SHOWN:
+        fresh = [r.config["right"] for r in records if (r.model, r.task) == (model, task) and "right" in r.config]
+        for strategy, gating in SHOWN.items():
             record = next((r for r in records if _shown(r, model, task, strategy)), None)
-            if record is None:
+            whole = None
+            if record is not None:
+                right, items = sum(item.correct is True for item in record.items), len(record.items)
+                whole = 100 * sum(item.output.strip() == worked[item.doc] for item in record.items) / items
+            else:
+                marks = "".join(right.get(gating, "") for right in fresh)
+                right, items = marks.count("1"), len(marks)
+            if not items:
                 continue
-            right = sum(item.correct is True for item in record.items)
-            whole = sum(item.output.strip() == worked[item.doc] for item in record.items)
-            interval = binomtest(right, len(record.items)).proportion_ci(method="wilson")
+            interval = binomtest(right, items).proportion_ci(method="wilson")
             yield {
                 "task": task,
-                "strategy": strategy,
-                "items": len(record.items),
-                "score": 100 * right / len(record.items),
+                "gating": gating,
+                "items": items,
+                "score": 100 * right / items,
                 "low": 100 * interval.low,
                 "high": 100 * interval.high,
-                "whole": 100 * whole / len(record.items),
+                "whole": whole,
             }
 
 
 def _shown(record: Record, model: str, task: str, strategy: str) -> bool:
     """Return whether a record is the strategy's answers of all items, and neither a point of a sweep nor a control."""
-    named = (record.model, record.task, record.strategy) == (model, task, strategy)
+    named = (record.model, record.task, record.strategy) == (model, task, strategy) and bool(record.items)
     return named and record.budget in ("smallest", "all") and not (record.config["swept"] or record.config["control"])
 
 

@@ -49,9 +49,7 @@ class EngineLM(LM):
     Log-likelihood requests are one prefill each; no strategy acts there, so they are refused.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, traced: bool = True
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, traced: bool = True) -> None:
         super().__init__()
         self.traced = traced
         if tokenizer.pad_token is None:
