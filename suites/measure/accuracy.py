@@ -23,7 +23,7 @@ from suites.environment import environment
 from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC, AccuracyCell, called
 from suites.record import Record, RunFolder
 from suites.scoring.lm_eval import Answer, EngineLM, generate, score, task_config
-from suites.tasks.fresh import test_side
+from suites.tasks.fresh import verdict_items
 from suites.tasks.item import Item
 
 BATCH = 200
@@ -68,7 +68,7 @@ def measure(cell: AccuracyCell, loaded: Loaded, run: RunFolder) -> None:
         ended = dict(zip(("after", "verdict"), settled, strict=True))
         _record(cell, loaded, (), {}, {}, ended, time.monotonic() - begun).save(cell.output(run))
         return
-    drawn = test_side(cell.task, cell.items * cell.rounds, cell.seed)
+    drawn = verdict_items(cell.task, cell.items * cell.rounds, cell.seed)
     items = drawn[cell.items * (cell.round - 1) : cell.items * cell.round]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{cell.task}.jsonl"

@@ -27,7 +27,7 @@ def training_side(task: str, count: int, seed: int = SEED) -> list[Item]:
 
 
 @cache
-def test_side(task: str, count: int, seed: int = SEED) -> tuple[Item, ...]:
+def verdict_items(task: str, count: int, seed: int) -> tuple[Item, ...]:
     """Return `count` different items on the test side of the split, none of them shipped and none ever trained on.
 
     They are drawn by the task's generator for verdicts: where its test items are too easy, by harder ones. More items
