@@ -24,9 +24,9 @@ class Results:
 
     `records` are scored cells, `controls` cells that must fail (a scrambled router), `synthetic` cells that played a
     script on synthetic weights, `references` plain Transformers on the same sizes, `signals` cells that compare
-    confidence signals, `accuracy` rounds of fresh items under several gatings. `packed` and `packed_synthetic` are the cells of the first and the third kind whose rows are
-    packed. `absent` are planned cells without a record as (label, reason), `logs` the ends of failed cells' logs as
-    (label, text).
+    confidence signals, `accuracy` rounds of fresh items under several gatings. `packed` and `packed_synthetic` are the
+    cells of the first and the third kind whose rows are packed. `absent` are planned cells without a record as (label,
+    reason), `logs` the ends of failed cells' logs as (label, text).
     """
 
     preset: str

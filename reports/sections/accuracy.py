@@ -13,7 +13,7 @@ from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC
 
 KEPT = Path(__file__).parents[1] / "measured" / "accuracy"  # the committed run that other pages cite
 METHOD = (
-    "Every gating answered the same fresh items: on the test side, never trained on, none of them shipped and no prompt "
+    "Every gating answered the same fresh items: on the test side, never trained on, none of them shipped, no prompt "
     "twice. The rule was fixed before the run: the loss is within the margin where the whole interval of the paired "
     "difference lies above it, beyond it where the whole interval lies below, and else not shown. The items came in "
     "rounds with a look after each, and a family was asked no more once its verdict was settled. The intervals of the "
