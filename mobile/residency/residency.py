@@ -341,9 +341,23 @@ class Residency:
     def _stream_layer(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
         """Run a prompt's layer, or a step wider than the pool, through the prefill buffers; evict nothing."""
         keys, absent, on_cpu = self._plan_stream(layer, experts, counts)
-        yield from self._prefill.stream(keys, absent, on_cpu, [self.cost.expert_ns(count) for count in counts])
+        ns = [self.cost.expert_ns(count) for count in counts]
+        if all(key in self.pool.ready for key in keys):
+            yield from self._run_ready(keys, ns)
+            return
+        yield from self._prefill.stream(keys, absent, on_cpu, ns)
         if on_cpu:
             self.link.join_cpu(keys[on_cpu[-1]])
+
+    def _run_ready(self, keys: Sequence[Key], ns: Sequence[int]) -> Iterator[Wave]:
+        """Run a streamed layer whose experts are all in the pool in one wave, at the times that `stream` has."""
+        slots = [self.pool.slot(key) for key in keys]
+        for key, each_ns in zip(keys, ns, strict=True):
+            self.link.compute(each_ns, key)
+        yield list(enumerate(slots))
+        self.link.used(slots)
+        if not self.strategy.overlap:
+            self.link.join()
 
     def _plan_stream(
         self, layer: int, experts: Sequence[int], counts: Sequence[int]

@@ -32,6 +32,11 @@ class Recorder:
         finally:
             self._requests, self.keeps_next_layer_logits = None, False
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the last batch alone, the others have left it."""
+        if self._rows:
+            self._rows = [self._rows[row] for row in rows]
+
     def add(
         self,
         done: ForwardPass,

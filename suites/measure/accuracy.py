@@ -20,6 +20,7 @@ from mobile.live_model.compat import common_layout, geometry_of, moe_layers
 from mobile.policies.big_little import MOBILE
 from mobile.policies.strategy import BigLittle, Strategy, resolve
 from suites.environment import environment
+from suites.measure.generate import all_resident
 from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC, AccuracyCell, called
 from suites.record import Record, RunFolder
 from suites.scoring.lm_eval import Answer, EngineLM, generate, score, task_config
@@ -89,8 +90,9 @@ def measure(cell: AccuracyCell, loaded: Loaded, run: RunFolder) -> None:
 
 
 def _answered(loaded: Loaded, strategy: Strategy, task: dict[str, Any], items: int) -> Answered:
-    """Return the answers to all items under a strategy, and its ledger's counts."""
-    engine = mobile.attach(loaded.model, strategy, slots=strategy.min_slots(loaded.native)).mobile
+    """Return the answers to all items under a strategy's gating with every expert in slots, and its ledger's counts."""
+    resident, slots = all_resident(strategy), loaded.native.total_experts
+    engine = mobile.attach(loaded.model, resident, slots=slots, kernel="grouped").mobile
     try:
         lm = EngineLM(loaded.model, loaded.tokenizer, BATCH, traced=False)
         return Answered(score(lm, task, list(range(items))), engine.stats())

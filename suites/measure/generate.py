@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import profile
 from mobile.costs.rows import AS_IS
 from mobile.live_model.compat import MoeLayer, common_layout, geometry_of, moe_layers
-from mobile.policies.strategy import Strategy, resolve, strategies
+from mobile.policies.strategy import LeastRecentlyUsed, Strategy, resolve, strategies
 from mobile.replay import trace
 from mobile.replay.replay import time_requests
 from suites.budget import replay_setup
@@ -26,6 +26,7 @@ from suites.scoring.lm_eval import EngineLM, evaluate, first_tokens, generate, t
 from suites.tasks.catalogue import PUBLISHED
 
 BATCH = 100
+RESIDENT_NBYTES = 2**30  # of experts that are answered with from slots; of more there is not a second copy in memory
 CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy that replays it
 
 
@@ -109,7 +110,25 @@ def _attached(generation: Generation, strategy: Strategy) -> tuple[Any, Geometry
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     if generation.scrambled:
         scramble(moe_layers(model), generation.seed)
+    if native.total_experts * native.expert_nbytes <= RESIDENT_NBYTES:
+        return mobile.attach(model, all_resident(strategy), slots=native.total_experts, kernel="grouped"), native
     return mobile.attach(model, strategy, slots=slots), native
+
+
+def all_resident(strategy: Strategy) -> Strategy:
+    """Return a strategy of the same tokens and routing that keeps all experts in slots, so that nothing is copied.
+
+    `strategy` must not choose by what is in slots, see `Strategy.knows_cache`.
+    """
+    return replace(
+        strategy,
+        retain="everything",
+        evict=LeastRecentlyUsed,
+        lookahead=None,
+        on_cpu=None,
+        prefetch_on_fallback=False,
+        guess_slots=0,
+    )
 
 
 def scramble(layers: Sequence[MoeLayer], seed: int) -> None:

@@ -15,9 +15,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from mobile.replay.trace import Request
+from suites.scoring.batched import Batch
 from suites.scoring.judging import by_check
 from suites.scoring.sandbox.tester import PASSED
 from suites.tasks.catalogue import PUBLISHED
@@ -66,8 +67,9 @@ class EngineLM(LM):
         outputs = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):
             chunk = order[start : start + self._batch_size]
+            asked, batch = [prompts[i] for i in chunk], Batch(self.model.mobile.recorder)
             with self.model.mobile.recording(ahead=True) if self.traced else nullcontext([]) as recorded:
-                answered = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
+                answered = generate(self.model, self.hf_tokenizer, asked, requests[0].args[1], batch=batch)
             for i, (text, ids) in zip(chunk, answered, strict=True):
                 outputs[i], name = text, sha256(prompts[i])
                 self.prompts[name], self.written[name] = prompts[i], ids
@@ -99,34 +101,42 @@ class Written(LM):
 
 @torch.inference_mode()
 def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: dict[str, Any], streamer: Any = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    options: dict[str, Any],
+    streamer: Any = None,
+    batch: Batch | None = None,
 ) -> list[tuple[str, list[int]]]:
     """Return greedy continuations of a batch, cut at the first of the `until` strings, and the ids that were written.
 
     As with lm-eval's own model class, a prompt that leaves no room for `max_gen_toks` loses its beginning. Only a model
-    with fewer than twice as many positions, to which that class says no, writes half of its positions at most.
+    with fewer than twice as many positions, to which that class says no, writes half of its positions at most. With
+    `batch` rows that have ended leave it, and no `streamer` is called.
     """
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     most = min(options["max_gen_toks"], positions // 2) if positions else options["max_gen_toks"]
     room = most - positions if positions else None
     prompt_ids, mask = encoded["input_ids"][:, room:], encoded["attention_mask"][:, room:]
+    ending: dict[str, Any] = {"stop_strings": options["until"], "tokenizer": tokenizer, "streamer": streamer}
+    if batch is not None:  # Transformers gives such a loop no tokenizer, so that its stop strings are made here
+        criteria = [StopStringCriteria(tokenizer, options["until"])] if options["until"] else []
+        ending = {"custom_generate": batch, "stopping_criteria": StoppingCriteriaList(criteria)}
     tokens = model.generate(
         input_ids=prompt_ids,
         attention_mask=mask,
         max_new_tokens=most,
         do_sample=False,
-        stop_strings=options["until"],
-        tokenizer=tokenizer,
-        streamer=streamer,
+        **ending,
     )
-    written = tokens[:, prompt_ids.shape[1] :]
+    written = tokens[:, prompt_ids.shape[1] :].tolist() if batch is None else batch.ids
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     for stop in options["until"]:
         texts = [text.split(stop)[0] for text in texts]
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    ids = [_without_padding(row, tokenizer.pad_token_id, ends) for row in written.tolist()]
+    ids = written if batch is not None else [_without_padding(row, tokenizer.pad_token_id, ends) for row in written]
     return list(zip(texts, ids, strict=True))
 
 
