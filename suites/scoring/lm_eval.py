@@ -17,6 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from mobile.replay.trace import Request
+from suites.scoring.agreement import BothPasses, fallback_steps
 from suites.scoring.judging import by_check
 from suites.scoring.sandbox.tester import PASSED
 from suites.tasks.catalogue import PUBLISHED
@@ -53,23 +54,27 @@ class EngineLM(LM):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model, self.hf_tokenizer, self._batch_size = model, tokenizer, batch_size
-        # By the prompt's SHA-256: the prompt, its routing, and the ids of what was written.
+        # By the prompt's SHA-256: the prompt, its routing, the ids of what was written, and by fallback whether the
+        # little pass would have written the same token.
         self.prompts: dict[str, str] = {}
         self.traces: dict[str, Request] = {}
         self.written: dict[str, list[int]] = {}
+        self.agreed: dict[str, list[bool]] = {}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = [request.args[0] for request in requests]
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         outputs = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):
-            chunk = order[start : start + self._batch_size]
-            with self.model.mobile.recording(ahead=True) as recorded:
+            chunk, both = order[start : start + self._batch_size], BothPasses()
+            with self.model.mobile.recording(ahead=True) as recorded, self.model.mobile.comparing(both):
                 answered = generate(self.model, self.hf_tokenizer, [prompts[i] for i in chunk], requests[0].args[1])
-            for i, (text, ids), request in zip(chunk, answered, recorded, strict=True):
+            agreed = both.by_row(recorded)
+            for i, (text, ids), request, alike in zip(chunk, answered, recorded, agreed, strict=True):
                 outputs[i], name = text, sha256(prompts[i])
                 self.prompts[name], self.written[name] = prompts[i], ids
                 self.traces[name] = first_tokens(request, len(ids))
+                self.agreed[name] = alike[: len(fallback_steps(self.traces[name]))]
         return outputs
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
