@@ -1,4 +1,4 @@
-"""Where little and big pass write the same token: known of fallbacks only, and by row of a batch as of the row alone."""
+"""Where little and big pass write the same token: known of fallbacks only, and by row as of the row alone."""
 
 from __future__ import annotations
 

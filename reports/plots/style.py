@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from reports.elements.escapes import on_one_line
@@ -114,8 +115,10 @@ def label_points(
             drawn = axes.annotate(named(text), (x, y), textcoords="offset points", color=INK, **spot)
             box = drawn.get_window_extent()
         if away:
-            beside = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-            axes.annotate("", (x, y), textcoords="offset points", arrowprops=beside, xytext=spot["xytext"])
+            start = axes.transData.transform((x, y))
+            end = start + [each * axes.figure.dpi / 72 for each in spot["xytext"]]
+            ends = axes.transData.inverted().transform([start + 0.2 * (end - start), end])
+            axes.add_artist(Line2D(*ends.T, color=GREY, linewidth=0.6))
         taken.append(box)
 
 
