@@ -34,19 +34,20 @@ def of_answers(records: Sequence[Record]) -> list[Bin]:
     A big pass ran only where a token fell back, so both passes are known of these tokens only.
     """
     kept = [record.config.get("doubt_histogram") for record in records]
-    if not records or any(rows is None for rows in kept):
+    rows = [row for histogram in kept if histogram is not None for row in histogram]
+    if not rows or None in kept:
         return _of_older(records)
     sums: dict[float, list[int]] = {}
-    known = all(row[3] is not None for rows in kept for row in rows)
-    for low, tokens, fell, wrong in (row for rows in kept for row in rows):
+    known = all(wrong is not None for *_, wrong in rows)
+    for low, tokens, fell, wrong in rows:
         found = sums.setdefault(low, [0, 0, 0])
         for place, count in enumerate((tokens, fell, wrong or 0)):
             found[place] += count
-    edges = sorted(sums)
-    return [
-        Bin(low, high, *sums[low][:2], sums[low][1] if known else 0, sums[low][2])
-        for low, high in pairwise((*edges, 1.0))
-    ]
+    bins = []
+    for low, high in pairwise((*sorted(sums), 1.0)):
+        tokens, fell, wrong = sums[low]
+        bins.append(Bin(low, high, tokens, fell, fell if known else 0, wrong))
+    return bins
 
 
 def _of_older(records: Sequence[Record]) -> list[Bin]:

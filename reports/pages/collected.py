@@ -21,9 +21,10 @@ HOW = (
     "is averaged over machines."
 )
 APART = (
-    "Runs stand in one table only if preset, code, scope and cells are the same. These differ from the first, so no "
-    "number of them may be set beside one of another table:"
+    "Runs stand in one table only if preset, code, scope and cells are the same. Some of these are unlike, and no "
+    "number of one group may be set beside one of another."
 )
+TWICE = "Counted once, since another archive holds the same records"
 MEASURED = "Measured on the wall clock of each machine: differences between columns are differences of machines."
 PROJECTED = (
     "Projected on a virtual clock, which is alike on every machine: columns differ only where processors round a "
@@ -35,9 +36,11 @@ def report(submitted: Sequence[Submitted], twice: Sequence[str] = ()) -> Report:
     """Return the page. `twice` are archives that hold a run of another one, and are not counted again."""
     names = dict(zip((each.sha256 for each in submitted), _letters(len(submitted)), strict=True))
     found = alike(list(submitted))
-    sections = [Section("Submissions", _odd(found, names, twice), (_submissions(submitted, names),))]
+    said = (*((APART,) if len(found) > 1 else ()), *((f"{TWICE}: {', '.join(twice)}.",) if twice else ()))
+    about = (_submissions(submitted, names), _apart(found, names), _missing(submitted, names))
+    sections = [Section("Submissions", said, tuple(table for table in about if table.rows))]
     for number, group in enumerate(found, 1):
-        heading = f"Group {number}: {group[0].results.preset}, {' and '.join(names[each.sha256] for each in group)}"
+        heading = f"Group {number}: {group[0].results.preset}, {_named(group, names)}"
         tables = tuple(
             table
             for table in (
@@ -70,52 +73,52 @@ def _letters(number: int) -> list[str]:
     return [f"{letter}{'' if again == 1 else again}" for again in rounds for letter in ascii_uppercase][:number]
 
 
-def _odd(found: Sequence[Sequence[Submitted]], names: dict[str, str], twice: Sequence[str]) -> tuple[str, ...]:
-    """Return what a reader has to know of runs that are not in one table, and of archives that were not counted."""
-    said = []
-    if len(found) > 1:
-        first = found[0][0]
-        differences = "; ".join(
-            f"{' and '.join(names[each.sha256] for each in group)}: {', '.join(unlike(first, group[0]))}"
-            for group in found[1:]
-        )
-        said.append(f"{APART} {differences}.")
-    if twice:
-        said.append(f"Counted once, since another archive holds the same records: {', '.join(twice)}.")
-    return tuple(said)
+def _apart(found: Sequence[Sequence[Submitted]], names: dict[str, str]) -> Table:
+    """Return in what the runs of each further group differ from the first one's."""
+    first = found[0][0]
+    rows = tuple((_named(group, names), "; ".join(unlike(first, group[0]))) for group in found[1:])
+    return Table("Apart", ("", f"differs from {names[first.sha256]} by"), rows)
+
+
+def _named(group: Sequence[Submitted], names: dict[str, str]) -> str:
+    return " and ".join(names[each.sha256] for each in group)
 
 
 def _submissions(submitted: Sequence[Submitted], names: dict[str, str]) -> Table:
-    """Return one row an archive: whose it is, on what, and how it stands to what is here."""
+    """Return a column an archive: whose it is, on what, and how it stands to what is here."""
     first_by_machine: dict[tuple[str, ...], str] = {}
-    rows = []
+    columns = []
     for each in submitted:
         name, environment = names[each.sha256], each.results.all_records[0].environment
         before = first_by_machine.setdefault(each.identities, name)
-        versions = ", ".join(f"{what} {environment['packages'].get(what) or '-'}" for what in ("torch", "transformers"))
-        rows.append(
-            (
-                name,
-                each.by or "-",
-                "; ".join(each.machines) + ("" if before == name else f" (alike with {before})"),
-                str(environment.get("platform") or "-"),
-                versions,
-                "; ".join(each.scopes),
-                each.results.preset,
-                f"{each.code[:12]}{' (as here)' if each.same_code else ' (other than here)'}",
-                f"{environment['git_commit'] or '-'}{' with changes' if environment['git_dirty'] else ''}",
-                str(len(each.results.all_records)),
-                each.gate,
-                "; ".join(each.missing) or "none",
-                each.sha256[:12],
-            )
+        columns.append(
+            {
+                "sent by": each.by or "-",
+                "machine": "; ".join(each.machines) + ("" if before == name else f" (one like that of {before})"),
+                "system": str(environment.get("platform") or "-"),
+                "packages": ", ".join(
+                    f"{k} {environment['packages'].get(k) or '-'}" for k in ("torch", "transformers")
+                ),
+                "scope, weights": "; ".join(each.scopes),
+                "preset": each.results.preset,
+                "cells": str(len(each.results.all_records)),
+                "code": f"{each.code[:12]} ({'as' if each.same_code else 'not as'} here)",
+                "commit": f"{(environment['git_commit'] or '-')[:12]}{' with changes' if environment['git_dirty'] else ''}",
+                "records": each.sha256[:12],
+                "held to what is expected here": each.gate,
+                "lines of the checklist missing": str(len(each.missing)),
+                "archive": each.archive,
+            }
         )
-    head = (
-        *("", "by", "machine", "system", "packages", "scope", "preset", "code", "commit", "cells"),
-        *("against what is expected here", "lines of the checklist missing", "records"),
-    )
-    note = "Code and records are the beginnings of SHA-256. A machine is what its records say of it."
-    return Table("Who ran what", head, tuple(rows), note)
+    rows = tuple((fact, *(column[fact] for column in columns)) for fact in columns[0])
+    note = "Code, commit and records are the beginnings of hashes. A machine is what its records say of it."
+    return Table("Who ran what", ("", *(names[each.sha256] for each in submitted)), rows, note)
+
+
+def _missing(submitted: Sequence[Submitted], names: dict[str, str]) -> Table:
+    """Return one row for each line of the checklist that a sender found missing."""
+    rows = tuple((names[each.sha256], *line.partition(": ")[::2]) for each in submitted for line in each.missing)
+    return Table("Lines of the checklist that a sender found missing", ("", "line", "why"), rows)
 
 
 def _clocks(group: Sequence[Submitted]) -> tuple[str, ...]:
