@@ -22,11 +22,11 @@ from reports.checks import bundle, expected, readme, submission
 from reports.checks.checklist import evidence, lines
 from reports.checks.difference import difference
 from reports.data.results import latest_run, read
-from reports.data.submitted import Submitted
 from reports.elements.console import console as new_console
 from reports.elements.escapes import on_one_line, visible
 from reports.elements.page import Table
 from reports.pages import collected, content, write
+from reports.pages.submitted import Submitted
 from suites.record import write_json
 
 SHOWN = 40  # lines of a long list on the screen

@@ -21,8 +21,8 @@ import pytest
 from reports.checks import bundle, expected, plain_zip, submission
 from reports.checks.submission import ABOUT, Unsubmittable, pack, unpacked
 from reports.data.results import read
-from reports.data.submitted import alike, unlike
 from reports.pages import collected, content, write
+from reports.pages.submitted import alike, unlike
 from suites.record import RunFolder, load, write_json
 from tests import report_runs
 from tests.report_runs import Rule

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from reports.checks import bundle, expected, plain_zip
 from reports.checks.checklist import evidence, lines, recomputed
 from reports.data.results import Results, read
-from reports.data.submitted import Submitted, machine_in_words
 from reports.elements.slug import slug
+from reports.pages.submitted import Submitted, machine_in_words
 from reports.sections import controls
 from suites.strict_json import parse, read_bytes
 from suites.typed_json import Count, Sha256, typed

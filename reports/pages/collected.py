@@ -8,9 +8,9 @@ from string import ascii_uppercase
 from reports.data import groups
 from reports.data.compare import accuracy, count, share, speedup
 from reports.data.results import Results
-from reports.data.submitted import Submitted, alike, unlike
 from reports.elements.numbers import percent, points, ratio
 from reports.elements.page import Report, Section, Table
+from reports.pages.submitted import Submitted, alike, unlike
 from reports.tables import synthetic
 
 Cells = dict[tuple[str, ...], str]  # a value by the words of its row
@@ -103,7 +103,8 @@ def _submissions(submitted: Sequence[Submitted], names: dict[str, str]) -> Table
                 "preset": each.results.preset,
                 "cells": str(len(each.results.all_records)),
                 "code": f"{each.code[:12]} ({'as' if each.same_code else 'not as'} here)",
-                "commit": f"{(environment['git_commit'] or '-')[:12]}{' with changes' if environment['git_dirty'] else ''}",
+                "commit": (environment["git_commit"] or "-")[:12]
+                + (" with changes" if environment["git_dirty"] else ""),
                 "records": each.sha256[:12],
                 "held to what is expected here": each.gate,
                 "lines of the checklist missing": str(len(each.missing)),
