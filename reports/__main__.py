@@ -16,12 +16,26 @@ from reports.checks import expected
 from reports.checks.abba import Unjudgeable
 from reports.checks.benchmarks import UnlikeMachines
 from reports.checks.bundle import NoManifest
+from reports.checks.submission import Unsubmittable
 from reports.data.compare import UnlikePrompts
 from reports.data.results import NoResults
 from reports.elements.console import error, prepare
 
+SUBMIT = (
+    "Pack plan, records, page and manifest of a finished run into one zip file, with size and SHA-256 of each file in "
+    "submission.json. The same run gives the same bytes. Refused are a run that is not finished, that changed since "
+    "its page was built, whose controls broke, or whose `check` or `gate` fails. Prompts, answers, host name, "
+    "processor, system and versions of packages are in the records, and so in the archive; traces and logs are not, "
+    "and a file that names your home folder is refused."
+)
+COLLECT = (
+    "Check each archive that `submit` wrote and write one page, HTML and Markdown, with the machines side by side. "
+    "Runs of another preset, code, scope or other cells stand apart and nothing is pooled; a run that is in two "
+    "archives counts once. An archive that is damaged, contradicts itself or holds what no submission holds is "
+    "refused, and nothing is written."
+)
 EPILOG = "A verb that takes a run takes the one that was started last from here if no folder is named."
-REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, expected.NoExpectation)
+REFUSALS = (NoResults, NoManifest, UnlikePrompts, Unjudgeable, UnlikeMachines, Unsubmittable, expected.NoExpectation)
 
 
 class Refused(ValueError):
@@ -70,6 +84,21 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("diff", commands.diff, "say what changed between two runs, and whether it matters")
     sub.add_argument("first", type=Path, help="run folder")
     sub.add_argument("second", type=Path, help="run folder")
+    sub = verb(
+        "submit", commands.submit, "pack a finished run into one archive, for others to check and set beside theirs"
+    )
+    sub.description = SUBMIT
+    sub.add_argument("run", nargs="?", type=Path, help="run folder (default: that of the last run)")
+    sub.add_argument("--out", type=Path, metavar="FILE.zip", help="the archive (default: PRESET-HASH.zip, here)")
+    sub.add_argument("--by", default="", metavar="NAME", help="who sends it, as the page is to say (default: nobody)")
+    sub.add_argument("--as-it-is", action="store_true", help="pack a run whose check or gate fails, with that said")
+    sub = verb(
+        "collect", commands.collect, "check archives of `submit`, and write a page with their results side by side"
+    )
+    sub.description = COLLECT
+    sub.epilog = "For example: python -m reports collect mine.zip theirs.zip --out collected"
+    sub.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="a file that `submit` wrote")
+    sub.add_argument("--out", type=Path, default=Path("collected"), metavar="FOLDER", help="default: collected")
     sub = verb("abba", commands.abba, "judge a comparison of two sides; a regression is exit code 1")
     sub.add_argument("trial", nargs="?", type=Path, help="folder of a trial (default: that of the last one)")
     sub.add_argument("--summary", type=Path, metavar="FILE", help="append the page to this Markdown file, too")

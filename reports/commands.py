@@ -5,6 +5,7 @@ Exit codes: 0 all well, 1 something to heed, 2 (by __main__) nothing to work on.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from argparse import Namespace
 from collections import Counter
@@ -17,14 +18,15 @@ from rich.text import Text
 
 from reports.checks import abba as trials
 from reports.checks import benchmarks as micro
-from reports.checks import bundle, expected, readme
+from reports.checks import bundle, expected, readme, submission
 from reports.checks.checklist import evidence, lines
 from reports.checks.difference import difference
 from reports.data.results import latest_run, read
 from reports.elements.console import console as new_console
 from reports.elements.escapes import on_one_line, visible
 from reports.elements.page import Table
-from reports.pages import content, write
+from reports.pages import collected, content, write
+from reports.pages.submitted import Submitted
 from suites.record import write_json
 
 SHOWN = 40  # lines of a long list on the screen
@@ -148,6 +150,42 @@ def gate(options: Namespace) -> int:
     if found.t0:
         console.print("Other processors may round a model's arithmetic otherwise; see made_on in the expectation.")
     return 1 if found.t0 or found.t1 else 0
+
+
+def submit(options: Namespace) -> int:
+    """Pack a finished run into one archive, and print what others will read of it. Raise Unsubmittable."""
+    run: Path = options.run or latest_run()
+    path = options.out or submission.default_path(run)
+    about = submission.pack(run, path, options.by, options.as_it_is)
+    print(f"{visible(str(path))}: {len(about.files)} files, {path.stat().st_size / 2**20:.1f} MiB", end="; ")
+    print(f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    for environment in submission.environments(read(run)):
+        print(f"it names this machine as: {visible(environment)}")
+    for line in about.missing:
+        print(f"it says that the checklist misses line {visible(line)}")
+    return 0
+
+
+def collect(options: Namespace) -> int:
+    """Write the page of several archives, each run of which counts once, and print its path. Raise Unsubmittable."""
+    found: dict[str, Submitted] = {}
+    twice = []
+    for path in options.archives:
+        one = submission.unpacked(path)
+        if one.sha256 in found:
+            twice.append(path.name)
+            print(f"{visible(str(path))}: the same run as {visible(found[one.sha256].archive)}, counted once")
+        found.setdefault(one.sha256, one)
+    report = collected.report(list(found.values()), twice)
+    console = new_console()
+    for section in report.sections:
+        console.print(section.heading, style="bold")
+        for paragraph in section.paragraphs:
+            console.print(paragraph)
+        for table in section.tables:
+            _print(console, table)
+    print(f"report: {visible(str(write.write_pages(report, options.out)[0]))} (beside it report.md)")
+    return 0
 
 
 def abba(options: Namespace) -> int:

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from suites.typed_json import Amount, Count, Holding, Matching, Name, Rate, Some
 
+# Lower edges of the bins of 1 - confidence: a quarter of a decade each, the first from 0.
+DOUBT_EDGES = (0.0, *(float(f"{10 ** (quarter / 4):.4g}") for quarter in range(-24, 0)))
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -116,6 +119,8 @@ class Resolved:
     link_page_locked: bool | None = None
     link_measured_gb_per_s: Amount | None = None
     confidence_histogram: tuple[tuple[Amount, Count], ...] | None = None
+    # Lower edge of 1 - confidence, tokens, those of them that fell back, those of these on which the passes disagree.
+    doubt_histogram: tuple[tuple[Amount, Count, Count, Count | None], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a live run wrote and scored; `generation` is its id, and like model and task it is null in older runs."""
+    """What a live run wrote and scored; `generation` is its id, and like model and task it is null in older runs.
+
+    `agreed` has by answer and fallback 1 where the little pass would have written the same token; null in older runs.
+    """
 
     answers: tuple[Answered, ...]
     checks: dict[str, bool]
@@ -81,6 +84,7 @@ class Answers:
     generation: Name | None = None
     model: str | None = None
     task: str | None = None
+    agreed: tuple[tuple[Count, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

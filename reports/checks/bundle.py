@@ -63,13 +63,13 @@ class Manifest:
 
 def seal(run: Path, results: Results) -> str:
     """Write the manifest over the run folder, the code and the installed packages; return its SHA-256."""
-    made = Manifest(1, results.preset, file_hashes(run), _said(run, results), code_hashes(), package_hashes())
+    made = Manifest(1, results.preset, file_hashes(run), said_of(run, results), code_hashes(), package_hashes())
     path = run / MANIFEST
     path.write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return _hash(path.read_bytes())
 
 
-def _said(run: Path, results: Results) -> Sealed:
+def said_of(run: Path, results: Results) -> Sealed:
     """Return what the records of a run say. Raise ValueError for a plan that cannot be read."""
     record = results.all_records[0]
     cells = {one.id for one in results.all_records}
@@ -107,7 +107,7 @@ def manifest(run: Path) -> Manifest:
 def _contradictions(run: Path, sealed: Manifest) -> Iterator[str]:
     """Yield a line wherever the manifest, the plan, the records and the live runs do not say the same."""
     results, folder = read(run), RunFolder(run)
-    said = _said(run, results)
+    said = said_of(run, results)
     if sealed.preset != results.preset:
         yield f"the manifest is of preset {sealed.preset!r} and the plan of {results.preset!r}"
     for name, value in asdict(said).items():

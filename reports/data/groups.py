@@ -44,6 +44,12 @@ def mobile(results: Results, model: str, budget: str = "smallest", **wanted: Any
     return results.select_complete(model=model, strategy="mobile", gamma=gamma, budget=budget, **wanted)
 
 
+def holds_all(records: Group) -> bool:
+    """Return whether the cells had a slot for every expert, so that a cache loads each once and then nothing."""
+    every = [r.config["moe_layers"] * r.config["experts"] for r in records]
+    return bool(records) and all((r.slots or 0) >= experts for r, experts in zip(records, every, strict=True))
+
+
 def full_k(results: Results, model: str, **wanted: Any) -> Group:
     """Return the cells of the model with everything resident: full K, the reference that others are paired with."""
     return results.select_complete(model=model, strategy="resident", **wanted)

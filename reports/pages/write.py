@@ -40,6 +40,15 @@ def write(report: Report, results: Results, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
+def write_pages(report: Report, folder: Path) -> list[Path]:
+    """Write the HTML page and the Markdown of a report without figures into `folder`; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"report.html": _render("report.html.j2", report), "report.md": markdown(report)}
+    for name, text in texts.items():
+        write_anew(folder / name, text)
+    return [folder / name for name in texts]
+
+
 def write_anew(path: Path, text: str) -> None:
     """Write a file anew: a link of that name in a folder that was passed around would lead to another file."""
     if path.is_symlink():

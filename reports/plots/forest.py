@@ -21,6 +21,7 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
     """Draw MoBiLE over each baseline, at each budget, for each family; None if there is no speedup."""
     low, high = paper["speedup"]["low"], paper["speedup"]["high"]
     lines: list[tuple[str, str, str, Interval]] = []
+    whole: set[tuple[str, str]] = set()
     for model in results.models:
         for budget in results.budgets(model):
             mobile = groups.mobile(results, model, budget)
@@ -28,6 +29,8 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
                 measured = speedup(mobile, group) if mobile else None
                 if measured:
                     lines.append((model, budget, base, measured))
+                    if groups.holds_all(mobile):
+                        whole.add((model, budget))
     if not lines:
         return None
     places = list(dict.fromkeys((model, budget) for model, budget, *_ in lines))
@@ -42,7 +45,8 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
             axes.errorbar(
                 measured.value, row, xerr=bars, fmt=mark, color=colour, markersize=6, capsize=2.5, elinewidth=1
             )
-        axes.set_yticks(range(len(places)), [named(f"{model}, {budget}") for model, budget in places])
+        shown = [f"{model}, {budget}{' (all fits)' if (model, budget) in whole else ''}" for model, budget in places]
+        axes.set_yticks(range(len(places)), [named(label) for label in shown])
         axes.set_ylim(len(places) - 0.5, -0.5)
         axes.set_xscale("log", base=2)  # twice as fast lies as far from 1 as half as fast
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
@@ -60,4 +64,6 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
             "Speedup of MoBiLE at its own threshold, with 95 % intervals, beside the band that was published. A "
             "projection may stand beside the band but is never judged by it."
         )
+        if whole:
+            caption += ' "All fits": the budget holds every expert, so that whoever caches loads each once and no more.'
         return figure("speedups", caption, drawn, Table("Speedups of MoBiLE", head, rows))

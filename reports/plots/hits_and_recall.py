@@ -21,6 +21,7 @@ HITS = (
 def hits_by_memory(results: Results, model: str) -> Figure | None:
     """Draw the decode hit rate by the share of all experts that have a slot, for strategies that only cache."""
     lines: dict[str, list[tuple[float, float]]] = {}
+    whole: list[str] = []
     for strategy in dict.fromkeys(r.strategy for r in results.select(model=model) if r.budget.endswith("%")):
         for budget in results.distinct("budget"):
             group = results.select_complete(model=model, strategy=strategy, budget=budget)
@@ -29,7 +30,9 @@ def hits_by_memory(results: Results, model: str) -> Figure | None:
                 config = group[0].config
                 slots_percent = 100 * (group[0].slots or 0) / (config["moe_layers"] * config["experts"])
                 lines.setdefault(strategy, []).append((slots_percent, 100 * rate))
-    return curves(f"hits-{model}", HITS, lines, "slots, % of all experts", "decode hit rate (%)")
+                whole += [budget] if groups.holds_all(group) and budget not in whole else []
+    caption = f"{HITS} The rightmost points are the whole model: {' and '.join(whole)} holds it." if whole else HITS
+    return curves(f"hits-{model}", caption, lines, "slots, % of all experts", "decode hit rate (%)")
 
 
 def recall_by_depth(results: Results, model: str) -> Figure | None:

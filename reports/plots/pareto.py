@@ -15,7 +15,7 @@ from reports.stats.pareto import front
 CAPTION = (
     "Accuracy, all tasks, less full K's on the same items, against speedup over on-demand-overlap with the fewest "
     "slots. Lossless strategies lie on the line of no difference by construction. The line joins what nothing beats in "
-    "both; bars are 95 % intervals. MoBiLE's points are labelled with gamma."
+    "both; bars are 95 % intervals. MoBiLE's points are labelled with gamma, all others with the strategy."
 )
 KINDS = {
     "mobile": ("o", BLUE, "MoBiLE, by gamma"),
@@ -54,14 +54,13 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
         axes.set_xlabel("speedup over on-demand-overlap (decode)")
         axes.set_ylabel("accuracy less full K's (points)")
         legend_above(axes, 2)
-        _, fastest = max(((x.value, label) for label, kind, x, _ in points if kind == "lossless"), default=(0, ""))
         label_points(
             axes,
             [
                 (label.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value)
-                for label, kind, x, y in points
-                if kind != "lossless" or label == fastest
+                for label, _, x, y in sorted(points, key=lambda point: point[2].value, reverse=True)
             ],
+            [(x.value, y.low, y.high) for _, kind, x, y in points if kind != "lossless"],
         )
         rows = tuple(
             (

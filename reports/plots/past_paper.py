@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 
+from reports.data.groups import holds_all
 from reports.data.results import AS_IS
 from reports.data.settings import Setting
 from reports.elements.page import Figure, Table
@@ -28,6 +29,7 @@ def accuracy_against_speed(settings: Sequence[Setting], model: str, budget: str)
         return None
     points = [(each, each.over_base.value, each.points.value) for each in settings]
     formats = list(dict.fromkeys(each.rows for each in settings))
+    whole = [rows for rows in formats if holds_all([r for each in settings if each.rows == rows for r in each.cells])]
     with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(7.5, 5.2))
         axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
@@ -37,6 +39,7 @@ def accuracy_against_speed(settings: Sequence[Setting], model: str, budget: str)
                 chosen = [(x, y) for each, x, y in points if each.rows == rows and each.of_full_k == of_full_k]
                 if chosen:
                     kind = "all experts" if of_full_k else "fewer or other experts"
+                    kind += " (all fit)" if rows in whole else ""
                     axes.plot(*zip(*chosen, strict=True), mark, color=colour, markersize=5, label=f"{named}, {kind}")
         edge = front([(x, y) for _, x, y in points])
         exact = front([(x, y) for each, x, y in points if each.exact])
@@ -52,7 +55,7 @@ def accuracy_against_speed(settings: Sequence[Setting], model: str, budget: str)
             for each, x, y in points
             if (x, y) in ahead or (each.cells[0].strategy == "mobile" and each.rows == AS_IS)
         ]
-        label_points(axes, named_points)
+        label_points(axes, named_points, [(x, y, y) for _, x, y in points])
         head = ("strategy", "rows", "speedup", "low", "high", "points", "low", "high", "on the front")
         rows_of_data = tuple(
             (
@@ -65,4 +68,8 @@ def accuracy_against_speed(settings: Sequence[Setting], model: str, budget: str)
             for each, x, y in points
         )
         caption = CAPTION.format(budget=budget)
+        if whole:
+            caption += (
+                f" {budget} holds every expert with rows {' and '.join(whole)}, so whoever caches loads each once."
+            )
         return figure(f"past-{model}-{budget}", caption, drawn, Table("Accuracy against speed", head, rows_of_data))

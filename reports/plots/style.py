@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from reports.elements.escapes import on_one_line
@@ -50,6 +51,7 @@ STYLE: Any = {
 }
 COLOURS, DASHES, MARKS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, INK, GREY), ("-", "--", "-.", ":") * 2, "osD^vPXd"
 LINES = tuple(zip(COLOURS, DASHES, MARKS, strict=True))
+LABEL_STEPS = range(0, 127, 14)  # points of height that a label is moved from its point
 LONGEST = 80  # characters of a name in a picture, which is as wide as its longest text
 TAG = re.compile(r"<[^>]+>")
 ID = re.compile(r'\bid="|url\(#|href="#')
@@ -84,22 +86,39 @@ def legend_above(axes: Any, columns: int) -> None:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=columns)
 
 
-def label_points(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
-    """Write each (text, x, y) beside its point, where it covers no other and none that was written before.
+def label_points(
+    axes: Any, labels: Sequence[tuple[str, float, float]], bars: Sequence[tuple[float, float, float]] = ()
+) -> None:
+    """Write each (text, x, y) beside its point, inside the axes' height, where it covers no other and none before it.
 
-    Right of the point and above it if that is free, else below, left, or farther off. Nothing more may be drawn after.
+    Right of the point and above it if that is free, else below, farther off with a line to the point, or left. `bars`
+    (x, low, high) are kept free, too. Nothing more may be drawn after.
     """
     axes.autoscale_view()  # now: matplotlib would do it at the first draw, after the places below were measured
     at = axes.transData.transform([(x, y) for _, x, y in labels])
     taken: list[Any] = [Bbox.from_bounds(left - 4, below - 4, 8, 8) for left, below in at]
+    for x, low, high in bars:
+        ends = axes.transData.transform([(x, low), (x, high)])
+        taken.append(Bbox([ends[0] - 3, ends[1] + 3]))
+    inside = axes.get_window_extent()
     for text, x, y in labels:
-        for away, (right, up) in product((0, 14, 28), ((6, 5), (6, -13), (-6, 5), (-6, -13))):
+        for right, away, up in product((6, -6), LABEL_STEPS, (5, -13)):
             spot = {"xytext": (right, up + (away if up > 0 else -away)), "ha": "left" if right > 0 else "right"}
             drawn = axes.annotate(named(text), (x, y), textcoords="offset points", color=INK, **spot)
             box = drawn.get_window_extent()
-            if away == 28 or not any(box.overlaps(other) for other in taken):
+            within = inside.y0 <= box.y0 and box.y1 <= inside.y1 and inside.x0 <= box.x0
+            if within and not any(box.overlaps(other) for other in taken):
                 break
             drawn.remove()
+        else:  # nowhere is free: above its point, over whatever is there
+            away, spot = 0, {"xytext": (6, 5), "ha": "left"}
+            drawn = axes.annotate(named(text), (x, y), textcoords="offset points", color=INK, **spot)
+            box = drawn.get_window_extent()
+        if away:
+            start = axes.transData.transform((x, y))
+            end = start + [each * axes.figure.dpi / 72 for each in spot["xytext"]]
+            ends = axes.transData.inverted().transform([start + 0.2 * (end - start), end])
+            axes.add_artist(Line2D(*ends.T, color=GREY, linewidth=0.6))
         taken.append(box)
 
 

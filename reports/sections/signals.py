@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from reports.data.results import Results
 from reports.elements.page import Section
+from reports.plots import confidence
 from reports.tables import signals as tables
 
 METHOD = (
@@ -27,8 +28,17 @@ def sections(results: Results) -> list[Section]:
     if not results.signals:
         return []
     found = tables.rows(results.signals)
+    drawn = (confidence.by_signal_cells(group) for group in tables.by_family(results.signals).values())
     return [
         Section("Better than the highest probability?", (METHOD, in_words(found)), (tables.caught_table(found),)),
+        Section(
+            "Where the little pass is wrong, by its confidence",
+            (),
+            (),
+            tuple(filter(None, drawn)),
+            level=3,
+            folded=True,
+        ),
         Section(
             "Answers at equal fallback rate", (ALONE,), (tables.alone_table(results.signals),), level=3, folded=True
         ),

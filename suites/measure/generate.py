@@ -76,6 +76,7 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
                 for answer, prompt, fell in zip(answers, prompts, spans, strict=True)
             ],
             "checks": checks,
+            "agreed": [[int(alike) for alike in lm.agreed[answer.prompt_sha256]] for answer in answers],
             "batch": BATCH,
             "generation": generation.id,
             "model": generation.model.name,

@@ -5,7 +5,7 @@ The virtual clock is exact, so the tolerance is zero, on any machine. Neither pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mobile.cli.replay import Trace, open_trace
@@ -16,7 +16,7 @@ from mobile.policies.strategy import resolve
 from mobile.replay.replay import replay_requests, why_not_replayable
 from mobile.replay.trace import Request
 from suites.budget import replay_setup
-from suites.measure.replayed import confidences
+from suites.measure.replayed import confidences, doubts
 from suites.record import VIRTUAL, Record, RunFolder, load
 from suites.run_files import read_plan, read_trace_about
 
@@ -116,7 +116,13 @@ def _wrong(
     }
     said = {name: getattr(record, name) for name in made}
     config = {name: getattr(size, name) for name in ("expert_nbytes", "moe_layers", "experts", "top_k")}
-    config |= {"link_gb_per_s": on.link_gb_per_s, "confidence_histogram": confidences(requests)}
+    config["link_gb_per_s"] = on.link_gb_per_s
+    said_doubts = record.config.get("doubt_histogram")
+    if said_doubts is None:  # of an older record, or of no little pass
+        config["confidence_histogram"] = confidences(requests, ("little", "big"))
+    else:
+        config["confidence_histogram"] = confidences(requests)
+        config["doubt_histogram"] = _without_last(doubts(requests, [None] * len(requests)))  # a trace knows no more
     for prefix, ours, theirs in (
         ("", made, said),
         *(
@@ -124,9 +130,13 @@ def _wrong(
             for at, (item, counted) in enumerate(zip(record.items, taken, strict=True))
         ),
         ("counters.", ledger.stats(), record.counters),
-        ("config.", config, record.config),
+        ("config.", config, {**record.config, "doubt_histogram": _without_last(said_doubts)}),
     ):
         for name, value in ours.items():
             if theirs.get(name) != value:
                 return f"{prefix}{name} is {str(theirs.get(name))[:60]}, and its trace gives {str(value)[:60]}"
     return None
+
+
+def _without_last(rows: Iterable[Sequence[Any]] | None) -> list[list[Any]] | None:
+    return None if rows is None else [list(row[:-1]) for row in rows]

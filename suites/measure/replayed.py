@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from suites.budget import replay_setup, timeline
 from suites.environment import environment
 from suites.plan.cells import Cell
 from suites.record import Item, Record, RunFolder
+from suites.record_fields import DOUBT_EDGES
 from suites.run_files import read_answers
 from suites.tasks.files import items_of, sources
 
@@ -48,8 +50,10 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
     live = read_answers(run, generation.id)
     requests, about = recorded
     chosen = set(cell.docs)
-    answered = [pair for pair in zip(live.answers, requests, strict=True) if pair[0].doc in chosen]
-    requests = [request for _, request in answered]
+    agreed = live.agreed or [None] * len(requests)
+    whole = zip(live.answers, requests, agreed, strict=True)
+    answered = [(answer, request, alike) for answer, request, alike in whole if answer.doc in chosen]
+    requests = [request for _, request, _ in answered]
     strategy = resolve(cell.strategy, cell.gamma)
     card = profile(cell.hardware)
     native = Geometry.from_record(about["geometry"])
@@ -65,7 +69,7 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
             decode_ns=counters.decode_ns,
             decode_bytes=counters.decode_bytes,
         )
-        for (answer, _), counters in zip(answered, taken, strict=True)
+        for (answer, *_), counters in zip(answered, taken, strict=True)
     )
     shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
     drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(setup, shown, TIMELINE_TOKENS))
@@ -79,6 +83,7 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
             "timing": "replay of recorded routing",
             "batch_of_generation": live.batch,
             "confidence_histogram": confidences(requests),
+            "doubt_histogram": doubts(requests, [alike for *_, alike in answered]),
             "dtype": "float32",
             "profile_sources": list(card.sources),
         },
@@ -149,10 +154,45 @@ def record_of(cell: Cell, strategy: Strategy, measured: Measured, *, config: dic
     )
 
 
-def confidences(requests: list[trace.Request]) -> list[list[float]] | None:
-    """Return [lower edge, count] of 20 equal bins of the little passes' confidence; None without a little pass."""
-    sure = [step.confidence for request in requests for step in request if step.confidence is not None]
+def confidences(
+    requests: Sequence[trace.Request], kinds: Sequence[trace.Kind] = ("little",)
+) -> list[list[float]] | None:
+    """Return [lower edge, count] of 20 equal bins of the little passes' confidence; None without a little pass.
+
+    Records without a doubt_histogram counted a token that fell back twice: their `kinds` are little and big.
+    """
+    steps = [step for request in requests for step in request if step.kind in kinds]
+    sure = [step.confidence for step in steps if step.confidence is not None]
     counts = [0] * BINS
     for value in sure:
         counts[min(int(value * BINS), BINS - 1)] += 1
     return [[edge / BINS, count] for edge, count in enumerate(counts)] if sure else None
+
+
+def doubts(
+    requests: Sequence[trace.Request], agreed: Sequence[Sequence[int] | None]
+) -> list[list[float | None]] | None:
+    """Return by bin of 1 - confidence its lower edge, tokens, fallbacks, and on how many of these the passes disagree.
+
+    `agreed` has by request and fallback whether both passes write the same token; None where that was not recorded, and
+    then disagreements are None, too. None without a little pass that was judged.
+    """
+    known = all(alike is not None for alike in agreed)
+    counts = [[0, 0, 0] for _ in DOUBT_EDGES]
+    for request, alike in zip(requests, agreed, strict=True):
+        same = iter(alike or ())
+        for step in request:
+            if step.confidence is None:
+                continue
+            found = counts[bisect_right(DOUBT_EDGES, 1 - step.confidence) - 1]
+            if step.kind == "little":
+                found[0] += 1
+            else:
+                found[1] += 1
+                found[2] += known and not next(same)
+    if not any(tokens for tokens, *_ in counts):
+        return None
+    return [
+        [edge, tokens, fell, wrong if known else None]
+        for edge, (tokens, fell, wrong) in zip(DOUBT_EDGES, counts, strict=True)
+    ]

@@ -19,11 +19,15 @@ PER_ROW = ("attention_mask", "position_ids", "token_type_ids")
 
 
 class Batch:
-    """The decoding loop of one call of generate(), as its `custom_generate`; `ids` are by row what was written."""
+    """The decoding loop of one call of generate(), as its `custom_generate`.
+
+    `ids` are by row what was written, `going` the rows that have not left: each row's number when the batch began.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.ids: list[list[int]] = []
+        self.going: list[int] = []
 
     def __call__(
         self,
@@ -38,17 +42,17 @@ class Batch:
         for of_loop in ("synced_gpus", "streamer"):
             kwargs.pop(of_loop, None)
         self.ids = [[] for _ in range(len(input_ids))]
-        going = list(range(len(input_ids)))  # the row of the caller that each row of the batch is
-        ended = torch.zeros(len(going), dtype=torch.bool, device=input_ids.device)
+        self.going = list(range(len(input_ids)))
+        ended = torch.zeros(len(self.going), dtype=torch.bool, device=input_ids.device)
         begun = False
         while not bool(ended.all()):
             # 1. Drop the rows that have ended, once that is worth it.
-            if int(ended.sum()) > DROPPED_SHARE * len(going) and hasattr(kwargs.get(CACHE), "reorder_cache"):
+            if int(ended.sum()) > DROPPED_SHARE * len(self.going) and hasattr(kwargs.get(CACHE), "reorder_cache"):
                 kept = (~ended).nonzero()[:, 0]
                 input_ids, ended = input_ids[kept], ended[kept]
                 kwargs = _rows(kwargs, kept)
                 self.recorder.keep(kept.tolist())
-                going = [going[row] for row in kept.tolist()]
+                self.going = [self.going[row] for row in kept.tolist()]
             # 2. Write one token more of each row.
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=1 if begun else None, is_first_iteration=not begun, **kwargs
@@ -57,7 +61,7 @@ class Batch:
             kwargs, begun = model._update_model_kwargs_for_generation(output, kwargs), True
             tokens = logits_processor(input_ids, output.logits[:, -1].float()).argmax(-1)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            for row, token, over in zip(going, tokens.tolist(), ended.tolist(), strict=True):
+            for row, token, over in zip(self.going, tokens.tolist(), ended.tolist(), strict=True):
                 if not over:
                     self.ids[row].append(token)
             ended = ended | stopping_criteria(input_ids, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from mobile.replay.trace import Request
+from suites.scoring.agreement import BothPasses, fallback_steps
 from suites.scoring.batched import Batch
 from suites.scoring.judging import by_check
 from suites.scoring.sandbox.tester import PASSED
@@ -56,10 +56,12 @@ class EngineLM(LM):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.model, self.hf_tokenizer, self._batch_size = model, tokenizer, batch_size
-        # By the prompt's SHA-256: the prompt, its routing, and the ids of what was written.
+        # By the prompt's SHA-256: the prompt, its routing, the ids of what was written, and by fallback whether the
+        # little pass would have written the same token.
         self.prompts: dict[str, str] = {}
         self.traces: dict[str, Request] = {}
         self.written: dict[str, list[int]] = {}
+        self.agreed: dict[str, list[bool]] = {}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = [request.args[0] for request in requests]
@@ -67,15 +69,27 @@ class EngineLM(LM):
         outputs = [""] * len(prompts)
         for start in range(0, len(order), self._batch_size):
             chunk = order[start : start + self._batch_size]
-            asked, batch = [prompts[i] for i in chunk], Batch(self.model.mobile.recorder)
-            with self.model.mobile.recording(ahead=True) if self.traced else nullcontext([]) as recorded:
-                answered = generate(self.model, self.hf_tokenizer, asked, requests[0].args[1], batch=batch)
+            batch = Batch(self.model.mobile.recorder)
+            answered, recorded, agreed = self._answer([prompts[i] for i in chunk], requests[0].args[1], batch)
             for i, (text, ids) in zip(chunk, answered, strict=True):
                 outputs[i], name = text, sha256(prompts[i])
                 self.prompts[name], self.written[name] = prompts[i], ids
-            for i, (_, ids), request in zip(chunk, answered, recorded, strict=self.traced):
-                self.traces[sha256(prompts[i])] = first_tokens(request, len(ids))
+            for i, (_, ids), request, alike in zip(chunk, answered, recorded, agreed, strict=self.traced):
+                name = sha256(prompts[i])
+                self.traces[name] = first_tokens(request, len(ids))
+                self.agreed[name] = alike[: len(fallback_steps(self.traces[name]))]
         return outputs
+
+    def _answer(
+        self, prompts: list[str], options: dict[str, Any], batch: Batch
+    ) -> tuple[list[tuple[str, list[int]]], list[Request], list[list[bool]]]:
+        """Return the answers to a batch, and by row its routing and whether both passes agreed; untraced no rows."""
+        if not self.traced:
+            return generate(self.model, self.hf_tokenizer, prompts, options, batch=batch), [], []
+        engine, both = self.model.mobile, BothPasses(batch)
+        with engine.recording(ahead=True) as recorded, engine.comparing(both):
+            answered = generate(self.model, self.hf_tokenizer, prompts, options, batch=batch)
+        return answered, recorded, both.by_row(recorded)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
         raise NotImplementedError("log-likelihood tasks are all prefill; use a generate_until task")
