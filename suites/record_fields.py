@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from suites.typed_json import Amount, Count, Holding, Name, Rate, Some
+from suites.typed_json import Amount, Count, Holding, Matching, Name, Rate, Some
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Environment:
     python: str | None = None
     platform: str | None = None
     fingerprint: str | None = None
+    date: Annotated[str, Matching(r"\d{4}-\d\d-\d\d", "a day as 2026-01-31")] | None = None
     telemetry: Annotated[dict[str, Any], Holding(Telemetry)] | None = None
     training: Annotated[dict[str, Any], Holding(Training)] | None = None
 

@@ -97,6 +97,28 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A few numbers under one name; each line is a number and what it is of."""
+
+    name: str
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class FirstScreen:
+    """The part of a page that answers in thirty seconds: one sentence, tiles, and where it all comes from.
+
+    `made` says when and on which machine, `links` are (text, address) of our own, `command` repeats the run.
+    """
+
+    verdict: str
+    tiles: tuple[Tile, ...]
+    made: str
+    links: tuple[tuple[str, str], ...]
+    command: str
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole page; `alarm` is set when nothing below it can be trusted."""
 
@@ -105,6 +127,7 @@ class Report:
     alarm: str | None
     sections: tuple[Section, ...]
     facts: tuple[tuple[str, str], ...]
+    first: FirstScreen | None = None
 
     @property
     def figures(self) -> tuple[Figure, ...]:

@@ -11,6 +11,7 @@ from reports.elements.page import Report, Section, Table
 from reports.plots import forest
 from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic
 from reports.sections.family_sections import family_sections
+from reports.sections.first_screen import first_screen
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, machine_identity
 
@@ -43,6 +44,7 @@ def build(results: Results) -> Report:
         alarm=_alarm(broken),
         sections=tuple(section for section in sections if not section.empty),
         facts=_facts(results),
+        first=first_screen(results, paper, trusted=not broken),
     )
 
 
