@@ -49,7 +49,7 @@ class Figure:
     @property
     def link(self) -> str:
         """Return the numbers as a data: link, so that the page needs no other file."""
-        return f"data:text/csv;charset=utf-8,{quote(self.data.csv)}"
+        return f"data:text/csv;charset=utf-8,{quote(self.data.csv, safe='/,()+:;=')}"
 
 
 @dataclass(frozen=True)
