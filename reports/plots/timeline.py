@@ -77,7 +77,7 @@ def _draw(axes: Any, record: Record) -> Iterator[tuple[str, ...]]:
             continue
         kinds = (UNDER[kind], kind) if kind in UNDER else (kind,)
         spans = _merged([(event[1], event[2]) for event in record.timeline if event[0] in kinds])
-        axes.add_patch(PathPatch(_bars(spans, row), facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0))
+        axes.add_artist(PathPatch(_bars(spans, row), facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0))
         for start, width in spans:
             yield strategy_name(record), " or ".join(kinds), f"{start:.4f}", f"{width:.4f}"
 
