@@ -84,6 +84,7 @@ class Section:
     logs: tuple[tuple[str, str], ...] = ()  # label, end of the log
     level: int = 2
     folded: bool = False
+    words: tuple[tuple[str, str], ...] = ()  # that first stand here, each with a few words on it
 
     @property
     def empty(self) -> bool:
@@ -128,6 +129,7 @@ class Report:
     sections: tuple[Section, ...]
     facts: tuple[tuple[str, str], ...]
     first: FirstScreen | None = None
+    words: tuple[tuple[str, str], ...] = ()  # of the first screen and the opening
 
     @property
     def figures(self) -> tuple[Figure, ...]:

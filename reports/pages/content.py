@@ -12,6 +12,7 @@ from reports.plots import forest
 from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic
 from reports.sections.family_sections import family_sections
 from reports.sections.first_screen import first_screen
+from reports.sections.words import with_words
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, machine_identity
 
@@ -38,7 +39,7 @@ def build(results: Results) -> Report:
         _provenance(paper),
         Section("Limits", (*sentences.limits(results), *(synthetic.LIMITS if results.synthetic else ()))),
     ]
-    return Report(
+    report = Report(
         title=f"How far does MoBiLE hold? ({results.preset})",
         opening=_opening(results, paper),
         alarm=_alarm(broken),
@@ -46,6 +47,7 @@ def build(results: Results) -> Report:
         facts=_facts(results),
         first=first_screen(results, paper, trusted=not broken),
     )
+    return with_words(report)
 
 
 def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
