@@ -20,6 +20,6 @@ def compact(tag: str) -> str:
 
 
 def _path(data: str) -> str:
-    data = NUMBER.sub(lambda found: f"{round(float(found[0]), 2):g}", data)
+    data = NUMBER.sub(lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), data)
     data = re.sub(r"\s*([A-Za-z])\s*", r"\1", " ".join(data.split()))
     return RECTANGLE.sub(r"M\1 \2H\3V\4H\1z", data)

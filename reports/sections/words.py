@@ -38,7 +38,11 @@ GLOSSES: tuple[tuple[str, str, str], ...] = (  # word, pattern, gloss
     ("cpu-hybrid", r"cpu-hybrid", "computes some absent experts on the processor instead of copying them"),
     ("MoE layer", r"MoE layers?", "a layer with experts"),
     ("geometry", r"geometr(?:y|ies)", "the sizes and numbers of layers and experts of a real model"),
-    ("rows", r"rows as they are|packed rows|(?:int[48]) rows|row formats?", "the weights of one expert, as stored"),
+    (
+        "rows",
+        r"rows as they are|packed rows|int[48]|row formats?",
+        "the weights of an expert as they are stored: as they are, or packed into int8 or int4",
+    ),
     ("hits", r"hits?", "experts that were in a slot already when they were needed"),
     ("TPOT", r"TPOT", "time per output token, decode only"),
     ("TTFT", r"TTFT", "time to first token: prefill"),
@@ -46,7 +50,9 @@ GLOSSES: tuple[tuple[str, str, str], ...] = (  # word, pattern, gloss
     ("belady", r"belady|oracle-prefetch", "limits that know the future, which no system does"),
     ("recall", r"recall", "the share of the needed experts that was foreseen"),
 )
-PATTERNS = tuple((word, re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE), gloss) for word, pattern, gloss in GLOSSES)
+PATTERNS = tuple(
+    (word, re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE), gloss) for word, pattern, gloss in GLOSSES
+)
 
 
 def with_words(report: Report) -> Report:
