@@ -91,6 +91,7 @@ def test_the_verdict_is_one_sentence_and_calls_a_projection_so():
     measured = first(results(Rule(scope="gpu+pcie", weights="real"))).verdict
     assert measured.startswith("Measured (gpu+pcie, real weights)")
     assert "the published speed is REPRODUCED 1x" in measured
+    assert "REPRODUCED" not in first(results(Rule(scope="gpu+pcie", weights="shipped-tiny"))).verdict
 
 
 def test_a_broken_control_leaves_no_verdict():

@@ -8,7 +8,6 @@ PATH = re.compile(r'(?<=[\s"]d=")[^"]*')
 NUMBER = re.compile(r"-?\d+\.\d+")
 N = r"(-?[\d.]+)"
 RECTANGLE = re.compile(rf"M{N} {N}L{N} \2L\3 {N}L\1 \4(?:L\1 \2)?z")
-INDENTED = re.compile(r"\n\s+(?=<)")
 
 
 def compact(tag: str) -> str:

@@ -39,6 +39,7 @@ class Case:
     model: str
     memory: str
     mobile: Group
+    base: Group
     over_base: Interval
     rival: Group
     rival_over_base: Interval | None
@@ -109,8 +110,8 @@ def _case(model: str, memory: str, mobile: Group, over_base: Interval, others: S
     timed = [(faster, group) for group in others if (faster := speedup(group, base))]
     best = max(timed, key=lambda each: each[0].value, default=None)
     if best is None:
-        return Case(model, memory, mobile, over_base, [], None, None)
-    return Case(model, memory, mobile, over_base, best[1], best[0], speedup(best[1], mobile))
+        return Case(model, memory, mobile, base, over_base, [], None, None)
+    return Case(model, memory, mobile, base, over_base, best[1], best[0], speedup(best[1], mobile))
 
 
 def _speed(least: Sequence[Case], timed: Sequence[Case], paper: dict[str, Any]) -> Tile | None:
@@ -222,7 +223,7 @@ def _loss_clause(losses: dict[str, Paired], margin: float) -> str:
 
 def _band_clause(least: Sequence[Case], paper: dict[str, Any]) -> str:
     """Return how many cases reproduce the published speed; empty where they may not be held against it."""
-    stamp = verdict.stamp_of(*(case.mobile for case in least))
+    stamp = verdict.stamp_of(*(group for case in least for group in (case.mobile, case.base)))
     if not least or stamp.refusal:
         return ""
     claim = paper["speedup"]
@@ -294,6 +295,6 @@ def links(paper: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def command(preset: str) -> str:
     """Return the command line that runs the preset and builds its page; a preset that is not shipped is a file."""
-    shipped = (ROOT / "suites" / "presets" / f"{Path(preset).name}.toml").is_file()
-    named = shlex.quote(preset if shipped else f"{preset}.toml")
+    shipped = {path.stem for path in (ROOT / "suites" / "presets").glob("*.toml")}
+    named = shlex.quote(preset if preset in shipped else f"{preset}.toml")
     return f"python -m suites run --preset {named} && python -m reports build"
