@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def fingerprint(seen: dict[str, Any]) -> str:
 
 @cache
 def environment() -> dict[str, Any]:
-    """Return a JSON-ready description of this machine and checkout."""
+    """Return a JSON-ready description of this machine and checkout, and the day (UTC) of its first call."""
     status = _git("status", "--porcelain")
     seen = {
         "host": platform.node() or None,
@@ -79,4 +80,4 @@ def environment() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
     }
-    return {**seen, "fingerprint": fingerprint(seen)}
+    return {**seen, "fingerprint": fingerprint(seen), "date": f"{datetime.now(UTC):%Y-%m-%d}"}

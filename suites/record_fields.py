@@ -58,6 +58,7 @@ class Environment:
     python: str | None = None
     platform: str | None = None
     fingerprint: str | None = None
+    date: Annotated[str, Matching(r"\d{4}-\d\d-\d\d", "a day as 2026-01-31")] | None = None
     telemetry: Annotated[dict[str, Any], Holding(Telemetry)] | None = None
     training: Annotated[dict[str, Any], Holding(Training)] | None = None
 

@@ -47,7 +47,7 @@ def test_rows_that_end_or_fall_back_in_other_steps_keep_their_own():
         {0: True, 1: False},
         {0: False, 1: True},
         {1: True},
-    ]  # big passes of the steps 0, 2 and 3, before which row 0 left
+    ]  # row 0 left before the last
     ends = [step("prefill"), step("little"), step("big"), step("little")]
     goes_on = [step("prefill"), step("little"), step("little"), step("little"), step("big"), step("little")]
     assert both.by_row([ends, [*goes_on, step("big")]]) == [[True], [True, True]]

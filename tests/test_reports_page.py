@@ -222,7 +222,8 @@ def test_every_output_of_one_record_set_can_be_read(four, page_of_four, tmp_path
     tags.feed(html)
     assert tags.open == []
     assert len(tags.ids) == len(set(tags.ids)), "an id stands twice"
-    assert not re.search(r"""(src|href)=["']?https?:|url\(https?:|@import""", html), "the page must open offline"
+    loaded = re.sub(r'<a href="https:[^"]*">', "", html)  # a link of ours loads nothing
+    assert not re.search(r"""(src|href)=["']?https?:|url\(https?:|@import""", loaded), "the page must open offline"
     assert "What is 2 + 1? &lt;b&gt;&amp;" in html
     assert "<mark>2 </mark>" in html
     text = (tmp_path / "report.md").read_text(encoding="utf-8")

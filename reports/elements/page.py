@@ -49,7 +49,7 @@ class Figure:
     @property
     def link(self) -> str:
         """Return the numbers as a data: link, so that the page needs no other file."""
-        return f"data:text/csv;charset=utf-8,{quote(self.data.csv)}"
+        return f"data:text/csv;charset=utf-8,{quote(self.data.csv, safe='/,()+:;=')}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Section:
     logs: tuple[tuple[str, str], ...] = ()  # label, end of the log
     level: int = 2
     folded: bool = False
+    words: tuple[tuple[str, str], ...] = ()  # that first stand here, each with a few words on it
 
     @property
     def empty(self) -> bool:
@@ -97,6 +98,28 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A few numbers under one name; each line is a number and what it is of."""
+
+    name: str
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class FirstScreen:
+    """The part of a page that answers in thirty seconds: one sentence, tiles, and where it all comes from.
+
+    `made` says when and on which machine, `links` are (text, address) of our own, `command` repeats the run.
+    """
+
+    verdict: str
+    tiles: tuple[Tile, ...]
+    made: str
+    links: tuple[tuple[str, str], ...]
+    command: str
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole page; `alarm` is set when nothing below it can be trusted."""
 
@@ -105,6 +128,8 @@ class Report:
     alarm: str | None
     sections: tuple[Section, ...]
     facts: tuple[tuple[str, str], ...]
+    first: FirstScreen | None = None
+    words: tuple[tuple[str, str], ...] = ()  # of the first screen and the opening
 
     @property
     def figures(self) -> tuple[Figure, ...]:

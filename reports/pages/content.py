@@ -11,6 +11,8 @@ from reports.elements.page import Report, Section, Table
 from reports.plots import forest
 from reports.sections import accuracy, clock, controls, past_paper, references, sentences, signals, synthetic
 from reports.sections.family_sections import family_sections
+from reports.sections.first_screen import first_screen
+from reports.sections.words import with_words
 from reports.tables import overview, scores, telemetry
 from reports.verdict import RULE, machine_identity
 
@@ -39,13 +41,15 @@ def build(results: Results) -> Report:
         _provenance(paper),
         Section("Limits", (*sentences.limits(results), *(synthetic.LIMITS if results.synthetic else ()))),
     ]
-    return Report(
+    report = Report(
         title=f"How far does MoBiLE hold? ({results.preset})",
         opening=_opening(results, paper),
         alarm=_alarm(broken),
         sections=tuple(section for section in sections if not section.empty),
         facts=_facts(results),
+        first=first_screen(results, paper, trusted=not broken),
     )
+    return with_words(report)
 
 
 def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:

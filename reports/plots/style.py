@@ -19,6 +19,7 @@ from matplotlib.transforms import Bbox
 from reports.elements.escapes import on_one_line
 from reports.elements.page import Figure, Table
 from reports.elements.slug import slug
+from reports.plots.compact import compact
 
 # A picture keeps its text, which whoever shows it draws in a font of theirs.
 warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
@@ -71,7 +72,7 @@ def figure(name: str, caption: str, drawn: Any, data: Table) -> Figure:
     prefix = slug(name)
 
     def ours(tag: re.Match[str]) -> str:
-        return ID.sub(lambda found: f"{found[0]}{prefix}-", tag[0].replace(INK, "currentColor"))
+        return compact(ID.sub(lambda found: f"{found[0]}{prefix}-", tag[0].replace(INK, "currentColor")))
 
     out = io.StringIO()
     drawn.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)

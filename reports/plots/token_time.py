@@ -15,7 +15,7 @@ PARTS = (
     ("waiting for the link", ORANGE, "//"),
     ("waiting for the CPU", PURPLE, "xx"),
     ("experts", BLUE, ""),
-    ("attention, router, shared experts, head", GREEN, ".."),
+    ("attention, router, shared experts, head", GREEN, "--"),
     ("waiting", ORANGE, "//"),
     ("everything else", SKY, "\\\\"),
 )

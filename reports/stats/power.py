@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from scipy.stats import binom, norm
+from scipy.special import bdtr, gammaln, ndtri, xlog1py, xlogy
 
 from reports.stats.intervals import LEVEL, bonett_price
 
@@ -29,11 +30,19 @@ def power(items: int, discordant: float, margin_points: float, true_points: floa
         return float(bonett_price(0, 0, items)[0] > -margin_points / 100)
     # Sum over the number of discordant items, then over how many of them were gained; both are binomial.
     total = 0.0
-    for count in range(int(binom.ppf(1e-9, items, discordant)), int(binom.isf(1e-9, items, discordant)) + 1):
+    sizes = np.arange(items + 1)
+    below = bdtr(sizes, items, discordant)
+    for count in sizes[(below >= 1e-9) & (np.concatenate([[0.0], below[:-1]]) < 1 - 1e-9)]:
         up = np.arange(count + 1)
         shown = bonett_price(count - up, up, items)[0] > -margin_points / 100
-        total += binom.pmf(count, items, discordant) * binom.pmf(up[shown], count, gained / discordant).sum()
+        total += binomial(count, items, discordant) * binomial(up[shown], count, gained / discordant).sum()
     return float(total)
+
+
+def binomial(successes: Any, trials: int, share: float) -> Any:
+    """Return the probability of so many successes (a number or an array), each of probability `share`."""
+    ways = gammaln(trials + 1) - gammaln(successes + 1) - gammaln(trials - successes + 1)
+    return np.exp(ways + xlogy(successes, share) + xlog1py(trials - successes, -share))
 
 
 def half_width(items: int, discordant: float) -> float:
@@ -52,5 +61,5 @@ def fewest_items(margin_points: float) -> int:
 
 def items_needed(discordant: float, margin_points: float) -> int:
     """Return about how many items clear the margin four times in five without a difference (normal approximation)."""
-    z = norm.ppf((1 + LEVEL) / 2) + norm.ppf(WANTED)
+    z = ndtri((1 + LEVEL) / 2) + ndtri(WANTED)
     return max(fewest_items(margin_points), math.ceil(discordant * (100 * z / margin_points) ** 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -36,3 +37,9 @@ def test_git_is_asked_without_a_lock_that_a_killed_run_would_leave(repository, a
     index = (repository / ".git/index").read_bytes()
     assert ask("status", "--porcelain") == ""
     assert (repository / ".git/index").read_bytes() == index, "it was written anew, under a lock"
+
+
+def test_the_day_is_kept_and_is_no_part_of_the_fingerprint():
+    seen = environment.environment()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", seen["date"])
+    assert environment.fingerprint({**seen, "date": "2001-01-01"}) == seen["fingerprint"]

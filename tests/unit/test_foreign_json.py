@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -14,6 +15,7 @@ from reports.data.results import NoResults, read
 from suites.record import RunFolder, load, read_json, sound, write_json
 from suites.run_files import read_answers, read_failure, read_plan, read_turn_times
 from suites.strict_json import MOST_NBYTES, parse
+from suites.typed_json import WrongField, typed
 from tests import absurd
 from tests.report_runs import Rule, live_run, record
 
@@ -227,3 +229,33 @@ def test_absurd_answers_notes_and_turns_are_refused_or_read(folder):
     assert read_turn_times(folder, "1", 0) == (3, 4, 5)
     counts = _refused_or_without_effect(lambda: read_turn_times(folder, "1", 0), folder.turn("1", 0), turn, seed=5)
     assert counts["refused"] > TRIES / 3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["idle", 0, 1, "a"], "[0] must be"),
+        (["load", True, 1, "a"], "[1] must be a whole number"),
+        (["load", 0, 1.5, "a"], "[2] must be a whole number"),
+        (["load", 0, 1, None], "[3] must be text"),
+        (["load", 0, 1], "must be a list of 4, not of 3"),
+        ("load", "must be a list"),
+    ],
+)
+def test_one_wrong_value_among_many_rows_is_named_where_it_stands(rows, wrong, says):
+    """Sound rows are taken a column at a time; that changes neither what is refused nor how."""
+    kind = tuple[tuple[Literal["load", "stall"], int, int, str], ...]
+    sound = [["stall", 0, 1, "a"]] * rows
+    assert typed(sound, kind, "f") == (("stall", 0, 1, "a"),) * rows
+    assert typed([], kind, "f") == ()
+    with pytest.raises(WrongField, match=re.escape(f"[{rows}]")) as refused:
+        typed([*sound, wrong], kind, "f")
+    assert says in str(refused.value)
+
+
+def test_a_number_beyond_64_bits_is_refused_and_a_long_row_of_digits_in_a_text_is_none():
+    assert parse(b'{"a": 9223372036854775807, "b": "99999999999999999999"}', "f")["a"] == 2**63 - 1
+    for digits in ("9223372036854775808", "-99999999999999999999"):
+        with pytest.raises(ValueError, match="beyond 64 bits"):
+            parse(b'{"a": %s}' % digits.encode(), "f")
