@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from reports.stats.intervals import Interval
 
 
 def ratio(interval: Interval | None) -> str:
     """Write a ratio with its interval."""
     return "-" if interval is None else f"{interval.value:.2f}x [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def bare_ratio(interval: Interval) -> str:
+    """Write a ratio with its interval, without a unit, for a sentence."""
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def span(numbers: Sequence[float], spec: str, unit: str = "") -> str:
+    """Write the range of some numbers, or the one that all are once they are written."""
+    low, high = format(min(numbers), spec), format(max(numbers), spec)
+    return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
 
 def points(interval: Interval) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from reports.data import groups
-from reports.data.compare import accuracy, hit_rate, share, speedup
+from reports.data.compare import hit_rate, share
+from reports.data.families import Family, families, worst_family
 from reports.data.results import Results
-from reports.elements.numbers import percent
-from reports.stats.intervals import Interval, Paired
+from reports.elements.numbers import bare_ratio, percent, span
+from reports.sections import controls, past_paper, synthetic
+from reports.tables import overview
 from reports.verdict import Stamp, stamp_of
 
 SHOWN = {
@@ -33,7 +35,7 @@ def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
         f"of the token, write it again with all of them. Its authors report {paper['speedup']['low']:.2f} to "
         f"{paper['speedup']['high']:.2f} times the speed of plain offloading with negligible loss of accuracy."
     )
-    found = [family for model in results.models if (family := _measure(results, model))]
+    found = families(results)
     if not found:
         return introduction, LACKS
     margin = paper["accuracy"]["margin_points"]
@@ -55,59 +57,81 @@ def _scope_sentence(stamp: Stamp) -> str:
     return f"This run used {models} ({stamp})."
 
 
-@dataclass(frozen=True)
-class Family:
-    """MoBiLE's main numbers for one model, at its own threshold and the fewest slots."""
-
-    model: str
-    geometry: str
-    fallbacks: float
-    speed_up: Interval
-    loss: Paired
-
-
-def _measure(results: Results, model: str) -> Family | None:
-    mobile, full_k = groups.mobile(results, model), groups.full_k(results, model)
-    base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
-    speed_up = speedup(mobile, base) if mobile and base else None
-    if not full_k or speed_up is None:
-        return None
-    rate = share(mobile, "fallbacks", "tokens") or 0.0
-    return Family(model, mobile[0].geometry, rate, speed_up, accuracy(mobile, full_k))
-
-
 def _one_family(family: Family, margin: float) -> str:
-    lost = family.loss.difference
     return (
         f"{family.model}, timed as {family.geometry}, fell back on {percent(family.fallbacks)} of tokens, ran "
-        f"{bare_ratio(family.speed_up)} times as fast as overlapped plain offloading, and changed accuracy by "
-        f"{lost.value:+.1f} points [{lost.low:+.1f}, {lost.high:+.1f}] over {family.loss.items:,} questions: "
+        f"{_speed([family])} times as fast as overlapped plain offloading, and changed accuracy by {_lost([family])} "
+        f"over {family.loss.items:,} questions{_worst([family])}: "
         f"{SHOWN[family.loss.within(margin)].format(margin=margin)}."
     )
 
 
-def _all_families(families: list[Family], margin: float) -> str:
+def _all_families(found: Sequence[Family], margin: float) -> str:
     """Return the range of each number over families, and for how many the loss was shown to be small."""
-
-    def span(numbers: list[float], spec: str, unit: str = "") -> str:
-        low, high = format(min(numbers), spec), format(max(numbers), spec)
-        return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
-
-    shown = Counter(family.loss.within(margin) for family in families)
-    fallbacks = span([100 * family.fallbacks for family in families], ".1f", " %")
-    speed_up = span([family.speed_up.value for family in families], ".2f")
-    lost = span([family.loss.difference.value for family in families], "+.1f")
+    shown = Counter(family.loss.within(margin) for family in found)
+    fallbacks = span([100 * family.fallbacks for family in found], ".1f", " %")
     return (
-        f"Over {len(families)} families MoBiLE fell back on {fallbacks} of tokens, ran {speed_up} times as fast as "
-        f"overlapped plain offloading, and changed accuracy by {lost} points. The loss was shown to be within "
-        f"{margin:g} point, which we call negligible, for {shown['yes']} of them, to be more for {shown['no']}, and "
-        f"neither for {shown['not shown']}."
+        f"Over {len(found)} families MoBiLE fell back on {fallbacks} of tokens, ran {_speed(found)} times as "
+        f"fast as overlapped plain offloading, and changed accuracy by {_lost(found)}{_worst(found)}. The "
+        f"loss was shown to be within {margin:g} point, which we call negligible, for {shown['yes']} of them, to be "
+        f"more for {shown['no']}, and neither for {shown['not shown']}."
     )
 
 
-def bare_ratio(interval: Interval) -> str:
-    """Write a ratio with its interval, without a unit."""
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+def verdict(results: Results, paper: dict[str, Any]) -> str:
+    """Return one sentence: how fast MoBiLE was, at what loss with its worst task, and whether that may be judged."""
+    found = families(results)
+    if controls.broken(results):
+        return "Nothing on this page can be trusted: a control of this run is broken."
+    margin, disk = paper["accuracy"]["margin_points"], synthetic.speed_over_a_disk(results)
+    if found:
+        kept = sum(family.loss.within(margin) == "yes" for family in found)
+        shown = f"{kept} of {len(found)} families" if len(found) > 1 else "it" if kept else "no family"
+        return (
+            f"{_judged(results, paper)}: MoBiLE ran {_speed(found)} times as fast as overlapped plain offloading"
+            f"{f' (measured over a disk: {disk})' if disk else ''} and changed accuracy by {_lost(found)}"
+            f"{_worst(found)}; that the loss is within {margin:g} point is shown for {shown}."
+        )
+    if past := past_paper.in_short(results, margin):
+        return f"Projected, so not judged by the paper: {past}."
+    if disk:
+        return (
+            f"Measured over a disk, MoBiLE ran {disk} times as fast as overlapped plain offloading; nothing was scored."
+        )
+    return LACKS
+
+
+def _judged(results: Results, paper: dict[str, Any]) -> str:
+    """Return how the numbers are judged: as a projection not at all, a measurement by its verdicts on speed."""
+    stamp = stamp_of(results.records)
+    if stamp.refusal:
+        return f"{'Projected' if stamp.scope == 'cpu+virtual' else f'Measured ({stamp})'}, so not judged by the paper"
+    rows = overview.verdicts(results, paper, trusted=True).rows
+    counted = Counter(row[5] for row in rows if row[0] == "speedup")
+    return f"Measured ({stamp}), speed {', '.join(f'{word} in {times}' for word, times in counted.items())}"
+
+
+def _speed(found: Sequence[Family]) -> str:
+    """Return one family's speedup with its interval, or the range over several."""
+    return bare_ratio(found[0].speed_up) if len(found) == 1 else span([each.speed_up.value for each in found], ".2f")
+
+
+def _lost(found: Sequence[Family]) -> str:
+    """Return one family's difference in points with its interval, or the range over several."""
+    differences = [each.loss.difference for each in found]
+    if len(found) > 1:
+        return span([each.value for each in differences], "+.1f", " points")
+    [one] = differences
+    return f"{one.value:+.1f} points [{one.low:+.1f}, {one.high:+.1f}]"
+
+
+def _worst(found: Sequence[Family]) -> str:
+    """Return in brackets the worst task of all families; empty where there is one task, whose numbers are all."""
+    family = worst_family(found)
+    if family is None or family.worst is None or family.worst.loss == family.loss:
+        return ""
+    whose = f", {family.model}" if len(found) > 1 else ""
+    return f" (worst task {family.worst.in_words}{whose})"
 
 
 def fallback_arithmetic(results: Results, model: str) -> str:

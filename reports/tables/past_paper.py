@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from reports.data.compare import count, share, tokens_per_s, total
 from reports.data.results import AS_IS, family, rows_of, strategy_and_rows
-from reports.data.settings import Setting, worst_in_words
+from reports.data.settings import Setting
 from reports.elements.numbers import percent, points, ratio
 from reports.elements.page import Table
 from reports.stats.intervals import Interval
@@ -62,7 +62,7 @@ def _row(setting: Setting, margin_points: float) -> tuple[str, ...]:
         f"{count(setting.answers):,}",
         "0" if setting.exact else points(setting.points),
         "yes" if setting.exact else setting.loss.within(margin_points),
-        worst_in_words(setting) or "-",
+        setting.worst.in_words if setting.worst else "-",
         slots,
         "-" if first.gamma is None else percent(share(setting.cells, "fallbacks", "tokens")),
         f"{total(setting.cells, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
@@ -189,7 +189,7 @@ def _points(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]])
 def _worst(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> str:
     """Return the worst task of the same setting and its points; a dash where nothing is lost or it is not known."""
     scored = _scored(record, found)
-    return "-" if scored is None else worst_in_words(scored) or "-"
+    return "-" if scored is None or scored.worst is None else scored.worst.short
 
 
 def _scored(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> Setting | None:
@@ -224,7 +224,7 @@ def _text(setting: Setting | None) -> str:
 
 def _lost(setting: Setting) -> str:
     """Return the pooled points less full K's, never without those of the worst task."""
-    return "0" if setting.exact else f"{setting.points.value:+.1f}, {worst_in_words(setting)}"
+    return f"{setting.points.value:+.1f}, {setting.worst.short}" if setting.worst else "0"
 
 
 def _on_own_rows(settings: Sequence[Setting], margin_points: float) -> str:
