@@ -54,8 +54,11 @@ def build(options: Namespace) -> int:
         console.print(report.alarm, style="bold red")
     for paragraph in report.opening[1:]:
         console.print(f"\n{paragraph}\n")
-    for table in (table for section in report.sections[:2] for table in section.tables):
-        _print(console, table)
+    for section in report.sections[:2]:
+        for table in (table for table in section.tables if table.rows):
+            _print(console, table)
+        if not any(table.rows for table in section.tables):
+            console.print(f"{section.heading}: {section.paragraphs[0]}" if section.paragraphs else section.heading)
     for cell, why in results.absent[:SHOWN]:
         _say(console, "no record", "red", f" {on_one_line(cell)}: {why}")
     if len(results.absent) > SHOWN:

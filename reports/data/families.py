@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports.data import groups
-from reports.data.compare import Worst, accuracy, share, speedup, worst_task
+from reports.data.compare import Worst, accuracy, speedup, total, worst_task
+from reports.data.groups import Group
 from reports.data.results import Results
 from reports.stats.intervals import Interval, Paired
 
@@ -34,12 +35,25 @@ def worst_family(found: Sequence[Family]) -> Family | None:
     return min(losses, key=lambda pair: pair[0])[1] if losses else None
 
 
+def answered(results: Results, model: str) -> tuple[Group, Group, Group]:
+    """Return full K, static K/2 and MoBiLE at its own threshold, over the items that all of them have.
+
+    Each is empty where it was not run.
+    """
+    static_half = results.select_complete(model=model, strategy="static-half", budget="smallest")
+    full_k, half, mobile = groups.on_common_items(
+        [groups.full_k(results, model), static_half, groups.mobile(results, model)]
+    )
+    return full_k, half, mobile
+
+
 def _measure(results: Results, model: str) -> Family | None:
-    mobile, full_k = groups.mobile(results, model), groups.full_k(results, model)
+    full_k, _, mobile = answered(results, model)
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
     speed_up = speedup(mobile, base) if mobile and base else None
     if not full_k or speed_up is None:
         return None
-    rate = share(mobile, "fallbacks", "tokens") or 0.0
+    tokens = total(mobile, "decode_tokens")
+    rate = total(mobile, "fallbacks") / tokens if tokens else 0.0
     loss, worst = accuracy(mobile, full_k), worst_task(mobile, full_k)
     return Family(model, mobile[0].geometry, rate, speed_up, loss, worst)

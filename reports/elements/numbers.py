@@ -43,8 +43,14 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def budget_title(budget: str) -> str:
+def budget_name(budget: str, holds_all: bool = False) -> str:
+    """Write a memory budget as it is, and that it holds the whole model where it does."""
+    return f"{budget} (holds all of it)" if holds_all else budget
+
+
+def budget_title(budget: str, holds_all: bool = False) -> str:
     """Write a memory budget (`smallest`, `16GiB`, `25%`) in words."""
     if budget.endswith("%"):
         return f"slots for {budget} of all experts"
-    return {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {budget}")
+    named = budget_name(budget, holds_all)
+    return {"smallest": "the fewest slots each strategy needs"}.get(budget, f"a card of {named}")

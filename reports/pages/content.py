@@ -9,10 +9,10 @@ from typing import Any
 from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
 from reports.plots import forest
-from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic
+from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic, verdicts
 from reports.sections.family_sections import family_sections
 from reports.tables import overview, scores, telemetry
-from reports.verdict import RULE, machine_identity
+from reports.verdict import machine_identity
 
 ALARMS = 5  # that the first line names
 PAPER = Path(__file__).parents[1] / "paper.toml"
@@ -78,7 +78,7 @@ def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Se
             (overview.families(results, margin),),
             (drawn,) if drawn else (),
         ),
-        Section("Verdicts", (RULE,), (overview.verdicts(results, paper, trusted),)),
+        verdicts.section("Verdicts", overview.verdicts(results, paper, trusted)),
         Section(
             "What so many questions can show", (), (overview.power_of_items(results, margin),), level=3, folded=True
         ),

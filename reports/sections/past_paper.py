@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from reports.data.groups import holds_all
 from reports.data.results import AS_IS, Results, rows_of
 from reports.data.settings import Setting, answered_itself, at_memory, memory_budgets
+from reports.elements.numbers import budget_name
 from reports.elements.page import Section
 from reports.plots import past_paper as plots
 from reports.tables import past_paper as tables
@@ -74,7 +76,7 @@ def in_short(results: Results, margin_points: float) -> str:
 def _found(results: Results) -> Found:
     """Return the settings of every model and memory budget that has a baseline and something beside it."""
     return [
-        (model, budget, settings)
+        (model, budget_name(budget, holds_all(results, model, budget)), settings)
         for model in results.models
         for budget in memory_budgets(results, model)
         if len(settings := at_memory(results, model, budget)) > 1

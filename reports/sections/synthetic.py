@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from reports import verdict
@@ -10,6 +11,7 @@ from reports.data.results import Results
 from reports.elements.numbers import bare_ratio, percent, span
 from reports.elements.page import Section
 from reports.plots import fallback_rate
+from reports.sections import verdicts
 from reports.stats.intervals import Interval
 from reports.tables import synthetic as tables
 from suites.record import Record
@@ -103,12 +105,8 @@ def sections(results: Results, paper: dict[str, Any], trusted: bool) -> list[Sec
             (METHOD, *((IN_TURN,) if DISK in scopes else ())),
             (tables.families(list(results.synthetic)),),
         ),
-        Section(
-            "Beside the published band",
-            (verdict.RULE,),
-            (type(judged)(judged.caption, judged.head, rows),),
-            level=3,
-            folded=True,
+        verdicts.section(
+            "Beside the published band", replace(judged, rows=rows), level=3, folded=True, rule=not results.records
         ),
         *(section for cells in by_model.values() for section in _geometry_sections(cells, paper)),
     ]
