@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,10 +37,21 @@ def _say(console: Console, word: str, style: str, rest: str) -> None:
 
 
 def _print(console: Console, table: Table) -> None:
-    shown = RichTable(*table.head, title=table.caption, title_justify="left")
-    for row in table.rows:
+    """Print a table, turned on its side where its words are wider than the console and would be cut."""
+    lines = (table.head, *table.rows)
+    turned = tuple(zip(*lines, strict=True))
+    if _narrowest(lines) > console.width >= _narrowest(turned):
+        lines = turned
+    shown = RichTable(*lines[0], title=table.caption, title_justify="left")
+    for row in lines[1:]:
         shown.add_row(*row)
     console.print(shown)
+
+
+def _narrowest(lines: Sequence[Sequence[str]]) -> int:
+    """Return the fewest columns of a console that show every word of a table whole."""
+    words = [[len(word) for cell in column for word in cell.split()] for column in zip(*lines, strict=True)]
+    return sum(3 + max(column, default=0) for column in words) + 1
 
 
 def build(options: Namespace) -> int:

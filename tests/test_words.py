@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from reports import commands
+from reports.data import own
 from reports.data.compare import worst_task
-from reports.pages import content
-from reports.sections import sentences
+from reports.pages import content, latex
+from reports.sections import sentences, signals
+from reports.stats.intervals import Interval
+from reports.tables import overview
+from reports.tables.signals import Row
 from tests.report_runs import ITEMS, Rule, results
 
+ROOT = Path(__file__).parent.parent
 PAPER = tomllib.loads(content.PAPER.read_text(encoding="utf-8"))
 TWO = (("olmoe-tiny", "olmoe", 0), ("qwen2-moe-tiny", "qwen2-moe", 0))
 
@@ -169,8 +177,129 @@ def test_a_budget_that_holds_the_whole_model_is_said_to():
     held = tuple(replace(r, slots=16 * 64) if r.budget == "16GiB" else r for r in found.records)
     page = content.build(replace(found, records=held))
     assert table(page, "olmoe-tiny: speed", "Decode speed, a card of 16GiB (holds all of it)").rows
-    forest = next(figure for figure in page.figures if figure.name == "speedups")
-    assert "olmoe-tiny, 16GiB (holds all of it)" in forest.svg
     [row] = rows(table(page, "Overview", "The families")).values()
     assert row["over lru, same memory"] == "-", "where all is held there is nothing to cache"
     assert "holds all of it" not in str(content.build(found))
+
+
+def with_own(found, name, like="lru", faster=2.0, **changed):
+    """Return the results with one more strategy, timed so many times as fast as another, its answers the same."""
+    made = tuple(
+        replace(
+            r,
+            id=f"own-{r.id}",
+            strategy=name,
+            items=tuple(replace(i, decode_ns=round(i.decode_ns / faster)) for i in r.items),
+            **changed,
+        )
+        for r in found.records
+        if r.strategy == like and r.gamma in (None, 0.7)
+    )
+    return replace(found, records=(*found.records, *made))
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "says"),
+    [
+        ("strangers-fifo", "lru", "ran 2.29 times as fast as overlapped plain offloading and answers as full K does."),
+        ("mobile+strangers-fifo", "mobile", "and changed accuracy by -5.0 points (worst task arithmetic -5.0 ["),
+        (
+            "mobile+lfu",
+            "mobile",
+            "ran 3.20 times as fast as overlapped plain offloading and changed accuracy by -5.0 po",
+        ),
+    ],
+)
+def test_a_users_own_strategy_stands_in_the_opening_the_overview_and_the_headline_figure(name, like, says):
+    page = content.build(with_own(results(Rule()), name, like))
+    label = name if like == "lru" else f"{name} (gamma 0.7)"
+    assert f" {label}, a strategy of this run's own, " in page.opening[1]
+    assert says in page.opening[1]
+    [row] = table(page, "Overview", "Strategies of this run's own").rows
+    shown = dict(zip(table(page, "Overview", "Strategies of this run's own").head, row, strict=True))
+    assert shown["strategy"] == label
+    assert shown["over lru"].startswith("2.00x [" if like == "lru" else "2.80x [")
+    assert shown["over MoBiLE"].startswith("1.43x [" if like == "lru" else "2.00x [")
+    assert (shown["worst task"] == "-") == (like == "lru")
+    [headline] = [figure for figure in page.figures if figure.name == "summary"]
+    assert label in headline.svg
+    assert [line[1] for line in headline.data.rows] == ["lru", "static-half", "mobile", label]
+
+
+def test_an_own_strategy_stands_there_in_a_run_without_mobile():
+    found = with_own(results(Rule()), "strangers-fifo")
+    page = content.build(replace(found, records=tuple(r for r in found.records if r.strategy != "mobile")))
+    assert "strangers-fifo, a strategy of this run's own, ran 2.29 times" in page.opening[1]
+    assert sentences.LACKS not in page.opening[1]
+
+
+def test_what_is_shipped_is_not_a_users_own():
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["mobile.strategies"]
+    assert set(shipped) == own.SHIPPED
+    assert {path.stem for path in (ROOT / "suites/presets").glob("*.toml")} <= own.PRESETS
+    assert own.is_own("mobile+lfu", "mine")
+    assert not own.is_own("mobile+lfu", "past")
+    assert not any(own.is_own(name, "mine") for name in shipped)
+    page = content.build(results(Rule()))
+    assert not any(each.caption.startswith("Strategies of") and each.rows for s in page.sections for each in s.tables)
+
+
+def test_which_is_faster_is_said_budget_by_budget_and_never_at_large():
+    found = with_own(results(Rule()), "cpu-hybrid", faster=2.0)
+    slower = tuple(
+        replace(r, items=tuple(replace(i, decode_ns=4 * i.decode_ns) for i in r.items))
+        if (r.strategy, r.budget) == ("cpu-hybrid", "16GiB")
+        else r
+        for r in found.records
+    )
+    page = content.build(replace(found, records=slower))
+    assert (
+        "On rtx4080-pcie4, beside the fastest strategy that answers as full K does: cpu-hybrid is faster with the "
+        "fewest slots each needs (olmoe-tiny); MoBiLE is faster than lru with 16GiB (olmoe-tiny)."
+    ) in section(page, "Overview").paragraphs
+
+
+def test_a_strategy_that_knows_the_future_is_no_rival():
+    found = with_own(results(Rule()), "belady", faster=9.0)
+    assert {row[2] for row in table(content.build(found), "Overview", "MoBiLE beside").rows} == {"lru"}
+
+
+def test_the_opening_is_two_paragraphs():
+    page = content.build(results(Rule(models=TWO)))
+    assert len(page.opening) == 2
+    assert page.opening[1].count("published numbers") == 1
+
+
+def test_the_figure_of_accuracy_by_speed_is_over_the_items_that_all_were_asked():
+    found = few(results(Rule(lost=(2, 3, 7))), "mobile", 0.9, lambda doc: doc % 4 == 3)
+    figure = next(each for each in content.build(found).figures if each.name == "pareto-olmoe-tiny")
+    assert figure.caption.endswith(f"over the {2 * ITEMS // 4} questions that all of them were asked.")
+    assert {row[4] for row in figure.data.rows if row[0].startswith("mobile")} == {"-20.0000"}
+
+
+def test_random_fallbacks_stand_in_words_beside_the_papers_signal():
+    def row(name, share):
+        whole = Interval(share, share, share)
+        return Row("olmoe", name, 10, 100, (0.1, 0.2), whole, None, (whole, whole), None)
+
+    rows_found = [row("probability", 0.7), row("random", 0.1)]
+    assert "it caught 10 % of the disagreements, the paper's signal 70 %." in signals.control_in_words(rows_found)
+    assert signals.control_in_words(rows_found[:1]) == ""
+
+
+def test_a_table_too_wide_for_the_console_is_turned_and_loses_no_word(capsys):
+    wide = overview.families(results(Rule(models=TWO)), 1.0)
+    commands._print(Console(width=80), wide)
+    printed = capsys.readouterr().out
+    assert all(word in printed for name in (*wide.head, *wide.rows[0]) for word in name.split())
+    assert "…" not in printed
+
+
+def test_the_latex_tables_are_over_the_same_items_and_have_the_worst_task():
+    found = results(Rule(lost=(2, 3, 7)))
+    on_few = latex.tables(few(found, "static-half", None, lambda doc: doc % 4 == 3), None)
+    assert "full K & 100.0 & 100.0 " in on_few
+    assert "mobile (gamma 0.7) & 80.0 & 80.0 " in on_few
+    assert "mobile (gamma 0.7) & 1.60$\\times$ & $-20.0$ & $-20.0$ & 20.0 " in on_few
+    on_all = latex.tables(losing(found, "olmoe-tiny", "web_of_lies", 3), None)
+    assert "mobile (gamma 0.7) & 1.60$\\times$ & $-11.2$ & $-15.0$ & 20.0 " in on_all

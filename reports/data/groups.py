@@ -12,6 +12,7 @@ from suites.record import Record
 
 ON_DEMAND = ("on-demand", "on-demand-overlap")
 BASELINES = (*ON_DEMAND, "lru")  # lru only caches: what the cache alone gives of a speedup
+LIMITS = frozenset(("belady", "oracle-prefetch"))
 
 Group = list[Record]
 
@@ -47,9 +48,20 @@ def mobile(results: Results, model: str, budget: str = "smallest", **wanted: Any
     return results.select_complete(model=model, strategy="mobile", gamma=gamma, budget=budget, **wanted)
 
 
+def holds_all(records: Group) -> bool:
+    """Return whether the cells had a slot for every expert, so that a cache loads each once and then nothing."""
+    every = [r.config["moe_layers"] * r.config["experts"] for r in records]
+    return bool(records) and all((r.slots or 0) >= experts for r, experts in zip(records, every, strict=True))
+
+
 def full_k(results: Results, model: str, **wanted: Any) -> Group:
     """Return the cells of the model with everything resident: full K, the reference that others are paired with."""
     return results.select_complete(model=model, strategy="resident", **wanted)
+
+
+def knows_future(record: Record) -> bool:
+    """Return whether a cell's strategy needs the future, which no system has; older records say it by name alone."""
+    return bool(record.config.get("needs_future")) or not LIMITS.isdisjoint(record.strategy.split("+"))
 
 
 def on_common_items(groups: Sequence[Group]) -> list[Group]:
@@ -70,15 +82,11 @@ def _with_items(record: Record, docs: set[int]) -> Record:
     return record if len(kept) == len(record.items) else replace(record, items=kept)
 
 
-def holds_all(results: Results, model: str, budget: str) -> bool:
+def budget_holds_all(results: Results, model: str, budget: str) -> bool:
     """Return whether a memory budget holds every expert of a model: some strategy has a slot for each under it."""
-    return any(map(_has_every_slot, results.select(model=model, budget=budget)))
+    return any(holds_all([record]) for record in results.select(model=model, budget=budget))
 
 
 def memory(record: Record) -> str:
     """Return the memory budget of a cell, and that it holds the whole model where it does."""
-    return budget_name(record.budget, record.budget != "all" and _has_every_slot(record))
-
-
-def _has_every_slot(record: Record) -> bool:
-    return record.slots is not None and record.slots >= record.config["moe_layers"] * record.config["experts"]
+    return budget_name(record.budget, record.budget != "all" and holds_all([record]))

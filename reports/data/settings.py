@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from reports.data.compare import Worst, accuracy, count, speedup, strategy_name, worst_task
-from reports.data.groups import Group, full_k
+from reports.data.groups import Group, full_k, knows_future
 from reports.data.results import AS_IS, Results, rows_of
 from reports.stats.intervals import Interval, Paired
 from suites.record import Record
@@ -57,7 +57,7 @@ class Setting:
     @property
     def is_a_limit(self) -> bool:
         """Return whether it knows the future, which no system does."""
-        return bool(self.cells[0].config.get("needs_future"))
+        return knows_future(self.cells[0])
 
     @cached_property
     def loss(self) -> Paired:

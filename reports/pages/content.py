@@ -8,10 +8,10 @@ from typing import Any
 
 from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
-from reports.plots import forest
+from reports.plots import forest, summary
 from reports.sections import clock, controls, past_paper, references, sentences, signals, synthetic, verdicts
 from reports.sections.family_sections import family_sections
-from reports.tables import overview, scores, telemetry
+from reports.tables import overview, own, rivals, scores, telemetry
 from reports.verdict import machine_identity
 
 ALARMS = 5  # that the first line names
@@ -46,14 +46,14 @@ def build(results: Results) -> Report:
     )
 
 
-def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
-    paragraphs = sentences.opening(results, paper)
+def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, str]:
+    """Return two paragraphs: what MoBiLE is, and what this run found, whatever kinds of cells it has."""
+    introduction, found = sentences.opening(results, paper)
     past = past_paper.opening(results, paper["accuracy"]["margin_points"])
-    if past:
-        paragraphs = (*(each for each in paragraphs if each != sentences.LACKS), past)
-    if not results.synthetic:
-        return paragraphs
-    return (*(paragraphs if results.records else paragraphs[:1]), synthetic.opening(results))
+    more = [each for each in (past, synthetic.opening(results) if results.synthetic else "") if each]
+    if found == sentences.LACKS and more:
+        return introduction, " ".join(more)
+    return introduction, " ".join((found, *more))
 
 
 def _alarm(broken: list[str]) -> str | None:
@@ -66,7 +66,8 @@ def _alarm(broken: list[str]) -> str | None:
 
 def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
     margin = paper["accuracy"]["margin_points"]
-    drawn = forest.speedups(results, paper)
+    figures = (summary.of_run(results, paper), forest.speedups(results, paper))
+    beside = rivals.beside_lossless(results)
     return [
         Section(
             "Overview",
@@ -74,9 +75,10 @@ def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Se
                 f"The margin was fixed before the run: a loss is negligible if the whole 95 % interval of the paired "
                 f'difference to full K lies above -{margin:g} point. "Not shown" means that it reaches below. No '
                 "speed stands here without its accuracy.",
+                *((rivals.in_words(beside.rows),) if beside.rows else ()),
             ),
-            (overview.families(results, margin),),
-            (drawn,) if drawn else (),
+            (overview.families(results, margin), own.families(results, margin), beside),
+            tuple(figure for figure in figures if figure),
         ),
         verdicts.section("Verdicts", overview.verdicts(results, paper, trusted)),
         Section(

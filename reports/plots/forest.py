@@ -10,7 +10,6 @@ from reports.data import groups
 from reports.data.compare import speedup
 from reports.data.groups import BASELINES
 from reports.data.results import Results
-from reports.elements.numbers import budget_name
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, legend_above, named
 from reports.stats.intervals import Interval
@@ -25,11 +24,10 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
     for model in results.models:
         for budget in results.budgets(model):
             mobile = groups.mobile(results, model, budget)
-            shown = budget_name(budget, groups.holds_all(results, model, budget))
             for base, group in groups.baselines(results, budget, model).items():
                 measured = speedup(mobile, group) if mobile else None
                 if measured:
-                    lines.append((model, shown, base, measured))
+                    lines.append((model, budget, base, measured))
     if not lines:
         return None
     places = list(dict.fromkeys((model, budget) for model, budget, *_ in lines))

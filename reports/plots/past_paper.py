@@ -65,9 +65,4 @@ def accuracy_against_speed(settings: Sequence[Setting], model: str, budget: str)
             for each, x, y in points
         )
         caption = CAPTION.format(budget=budget)
-        return figure(
-            f"past-{model}-{settings[0].cells[0].budget}",
-            caption,
-            drawn,
-            Table("Accuracy against speed", head, rows_of_data),
-        )
+        return figure(f"past-{model}-{budget}", caption, drawn, Table("Accuracy against speed", head, rows_of_data))

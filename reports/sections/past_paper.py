@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.data.groups import holds_all
+from reports.data.groups import budget_holds_all
 from reports.data.results import AS_IS, Results, rows_of
 from reports.data.settings import Setting, answered_itself, at_memory, memory_budgets
 from reports.elements.numbers import budget_name
@@ -48,7 +48,11 @@ def sections(results: Results, margin_points: float) -> list[Section]:
             f"{model} past the paper, {budget}",
             (),
             (tables.by_setting(settings, model, budget, margin_points),),
-            tuple(drawn for drawn in (plots.accuracy_against_speed(settings, model, budget),) if drawn),
+            tuple(
+                drawn
+                for drawn in (plots.accuracy_against_speed(settings, model, settings[0].cells[0].budget),)
+                if drawn
+            ),
             level=3,
             folded=True,
         )
@@ -76,7 +80,7 @@ def in_short(results: Results, margin_points: float) -> str:
 def _found(results: Results) -> Found:
     """Return the settings of every model and memory budget that has a baseline and something beside it."""
     return [
-        (model, budget_name(budget, holds_all(results, model, budget)), settings)
+        (model, budget_name(budget, budget_holds_all(results, model, budget)), settings)
         for model in results.models
         for budget in memory_budgets(results, model)
         if len(settings := at_memory(results, model, budget)) > 1

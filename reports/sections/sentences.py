@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from reports.data import groups
-from reports.data.compare import hit_rate, share
+from reports.data.compare import accuracy, hit_rate, share, speedup, strategy_name, worst_task
 from reports.data.families import Family, families, worst_family
+from reports.data.groups import Group
+from reports.data.own import own_strategies
 from reports.data.results import Results
 from reports.elements.numbers import bare_ratio, percent, span
 from reports.sections import controls, past_paper, synthetic
@@ -25,22 +27,50 @@ SHOWN = {
 LACKS = "This run lacks the cells to say how far that holds; see what is missing below."
 
 
-def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
-    """Return an introduction for someone new to MoBiLE, then this run's main numbers."""
+def opening(results: Results, paper: dict[str, Any]) -> tuple[str, str]:
+    """Return an introduction for someone new to MoBiLE, and this run's main numbers."""
     introduction = (
-        "A Mixture-of-Experts language model has many small networks, its experts, and uses only a few of "
-        "them for each word it writes. When the experts do not fit in a graphics card's memory they wait in "
-        "main memory, and copying the chosen ones over for every token takes most of the time. MoBiLE is an "
-        "idea to copy less: write each token with half of its experts, and only if the model is then unsure "
-        f"of the token, write it again with all of them. Its authors report {paper['speedup']['low']:.2f} to "
-        f"{paper['speedup']['high']:.2f} times the speed of plain offloading with negligible loss of accuracy."
+        "A Mixture-of-Experts language model has many small networks, its experts, and uses a few of them for each "
+        "token it writes. Experts that do not fit in a graphics card's memory wait in main memory, and copying the "
+        "chosen ones takes most of the time. MoBiLE copies less: it writes each token with half of its experts, and "
+        "only where the model is then unsure, again with all of them. Its authors report "
+        f"{paper['speedup']['low']:.2f} to {paper['speedup']['high']:.2f} times the speed of plain offloading with "
+        "negligible loss of accuracy."
     )
-    found = families(results)
-    if not found:
+    found, own = families(results), _own(results)
+    if not (found or own):
         return introduction, LACKS
     margin = paper["accuracy"]["margin_points"]
-    findings = _one_family(found[0], margin) if len(found) == 1 else _all_families(found, margin)
-    return introduction, f"{_scope_sentence(stamp_of(results.records))} {findings}"
+    findings = (
+        () if not found else (_one_family(found[0], margin) if len(found) == 1 else _all_families(found, margin),)
+    )
+    return introduction, " ".join((_scope_sentence(stamp_of(results.records)), *findings, *own))
+
+
+def _own(results: Results) -> tuple[str, ...]:
+    """Return a sentence on each strategy of the run's own: its speed beside MoBiLE's baseline, and its loss."""
+    found: dict[str, list[tuple[str, Group]]] = {}
+    for model in results.models:
+        for group in own_strategies(results, model):
+            found.setdefault(strategy_name(group[0]), []).append((model, group))
+    said = []
+    for name, measured in found.items():
+        speeds, losses, worst = [], [], []
+        for model, group in measured:
+            base = groups.baselines(results, group[0].budget, model).get("on-demand-overlap")
+            if base and (faster := speedup(group, base)):
+                speeds.append(faster.value)
+            full_k = groups.full_k(results, model)
+            if full_k and not group[0].lossless and (lost := accuracy(group, full_k)).items:
+                losses.append(lost.difference.value)
+                worst += [each for each in [worst_task(group, full_k)] if each]
+        speed = f"ran {span(speeds, '.2f')} times as fast as overlapped plain offloading" if speeds else "was not timed"
+        loss = "answers as full K does" if measured[0][1][0].lossless else "was not scored beside full K"
+        if losses:
+            most = min(worst, key=lambda each: each.loss.difference.value)
+            loss = f"changed accuracy by {span(losses, '+.1f')} points (worst task {most.in_words})"
+        said.append(f"{name}, a strategy of this run's own, {speed} and {loss}.")
+    return tuple(said)
 
 
 def _scope_sentence(stamp: Stamp) -> str:
@@ -52,7 +82,7 @@ def _scope_sentence(stamp: Stamp) -> str:
     if stamp.scope == "cpu+virtual":
         return (
             f"This run used {models} on a simulated card with the sizes of real models: a projection, not a "
-            "measurement, and nothing on this page is judged by the published numbers."
+            "measurement, and not judged by the published numbers."
         )
     return f"This run used {models} ({stamp})."
 

@@ -51,14 +51,13 @@ LIMITS = (
 
 
 def opening(results: Results) -> str:
-    """Return the opening paragraph on a run's synthetic cells."""
+    """Return the sentences of a page's opening on a run's synthetic cells."""
     models = len({record.model for record in results.synthetic})
     scopes = "; ".join(dict.fromkeys(str(verdict.stamp_of([record])) for record in results.synthetic))
     measured = "".join(f" {sentence}" for sentence in _measured(results))
     return (
         f"This run timed {models} {'geometry' if models == 1 else 'geometries'} of real models with synthetic weights "
-        f"({scopes}). It says how fast offloading is at these sizes, and nothing of accuracy; nothing on this page is "
-        f"judged by the published numbers.{measured}"
+        f"({scopes}), which says how fast offloading is at these sizes, and nothing of accuracy.{measured}"
     )
 
 

@@ -84,7 +84,7 @@ def _over_lru_at_equal_memory(results: Results, model: str) -> str:
     """Return MoBiLE's speedup over lru under the first budget of bytes that has both and does not hold the model."""
     for budget in results.budgets(model):
         mobile, lru = groups.mobile(results, model, budget), groups.baselines(results, budget, model).get("lru")
-        if budget == "smallest" or not (mobile and lru) or groups.holds_all(results, model, budget):
+        if budget == "smallest" or not (mobile and lru) or groups.budget_holds_all(results, model, budget):
             continue
         if measured := speedup(mobile, lru):
             return f"{ratio(measured)}, {budget}"
@@ -104,7 +104,7 @@ def _speed_rows(results: Results, model: str, claim: dict[str, Any], trusted: bo
     """Return rows over both on-demand baselines at every budget, since the paper does not say which it means."""
     rows: list[Row] = []
     for budget in results.budgets(model):
-        named = budget_name(budget, groups.holds_all(results, model, budget))
+        named = budget_name(budget, groups.budget_holds_all(results, model, budget))
         mobile, baselines = groups.mobile(results, model, budget), groups.baselines(results, budget, model)
         for baseline in ON_DEMAND:
             base = baselines.get(baseline, [])

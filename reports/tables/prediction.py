@@ -45,7 +45,7 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
     )
     alike = len({count(group) for group in timed}) < 2
     note = "" if alike else "Each strategy over all the prompts that it was timed on, which are not the same for all."
-    title = budget_title(budget, groups.holds_all(results, model, budget))
+    title = budget_title(budget, groups.budget_holds_all(results, model, budget))
     return Table(f"What was foreseen, {title}", head, tuple(rows), note)
 
 

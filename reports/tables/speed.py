@@ -59,7 +59,7 @@ def by_strategy(results: Results, model: str, budget: str) -> Table:
         "prompts",
     )
     notes = (unlike_prompts(timed, "hits and stalled are"), _training(results, model, budget))
-    title = budget_title(budget, groups.holds_all(results, model, budget))
+    title = budget_title(budget, groups.budget_holds_all(results, model, budget))
     return Table(f"Decode speed, {title}", head, tuple(rows), " ".join(note for note in notes if note))
 
 
@@ -107,7 +107,9 @@ def by_task(results: Results, model: str, budget: str) -> Table:
                 )
             )
     head = ("task", *(f"over {base}" for base in BASELINES), "tokens/s", "fallbacks", "tokens/answer", "prompts")
-    return Table(f"MoBiLE by task, {budget_title(budget, groups.holds_all(results, model, budget))}", head, tuple(rows))
+    return Table(
+        f"MoBiLE by task, {budget_title(budget, groups.budget_holds_all(results, model, budget))}", head, tuple(rows)
+    )
 
 
 def against_ceiling(results: Results, model: str) -> Table:
