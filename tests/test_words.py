@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from reports import commands
+from reports.checks import readme
 from reports.data import own
 from reports.data.compare import worst_task
-from reports.pages import content, latex
+from reports.data.markdown_tables import read_tables
+from reports.pages import content, latex, write
 from reports.sections import sentences, signals
 from reports.stats.intervals import Interval
 from reports.tables import overview
@@ -303,3 +305,26 @@ def test_the_latex_tables_are_over_the_same_items_and_have_the_worst_task():
     assert "mobile (gamma 0.7) & 1.60$\\times$ & $-20.0$ & $-20.0$ & 20.0 " in on_few
     on_all = latex.tables(losing(found, "olmoe-tiny", "web_of_lies", 3), None)
     assert "mobile (gamma 0.7) & 1.60$\\times$ & $-11.2$ & $-15.0$ & 20.0 " in on_all
+
+
+def test_the_points_of_a_readme_are_over_the_same_items_and_have_the_worst_task():
+    found = few(losing(results(Rule(lost=(2, 3, 7))), "olmoe-tiny", "web_of_lies", 3), "mobile", 0.9, lambda _: True)
+    for run, said in (
+        (found, "-11.2 points (web_of_lies -15.0)"),
+        (few(found, "static-half", None, lambda doc: doc % 4 == 3), "-20.0 points (arithmetic -20.0)"),
+    ):
+        page = write.markdown(content.build(run), figures=False)
+        assert readme._lost(read_tables(page))["mobile"] == said
+
+
+def test_the_overview_quoted_by_the_front_page_has_the_worst_task_beside_the_pooled_difference():
+    page = read_tables(write.markdown(content.build(results(Rule(models=TWO))), figures=False))
+    quoted = readme.BLOCKS["README.md", "families"]("", page)
+    head, _, *quoted_rows = quoted.splitlines()
+    assert head.startswith(
+        "| model | MoBiLE less full K | worst task | static K/2 less full K | MoBiLE less static K/2 |"
+    )
+    assert all(" arithmetic -5.0 [" in row for row in quoted_rows)
+    assert len(quoted_rows) == len(TWO)
+    figure = readme._figure(page)
+    assert [row[8] for row in figure.data.rows if row[1] == "mobile"] == ["-5"] * len(TWO)
