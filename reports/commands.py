@@ -10,6 +10,7 @@ import hashlib
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,10 +40,21 @@ def _say(console: Console, word: str, style: str, rest: str) -> None:
 
 
 def _print(console: Console, table: Table) -> None:
-    shown = RichTable(*table.head, title=table.caption, title_justify="left")
-    for row in table.rows:
+    """Print a table, turned on its side where its words are wider than the console and would be cut."""
+    lines = (table.head, *table.rows)
+    turned = tuple(zip(*lines, strict=True))
+    if _narrowest(lines) > console.width >= _narrowest(turned):
+        lines = turned
+    shown = RichTable(*lines[0], title=table.caption, title_justify="left")
+    for row in lines[1:]:
         shown.add_row(*row)
     console.print(shown)
+
+
+def _narrowest(lines: Sequence[Sequence[str]]) -> int:
+    """Return the fewest columns of a console that show every word of a table whole."""
+    words = [[len(word) for cell in column for word in cell.split()] for column in zip(*lines, strict=True)]
+    return sum(3 + max(column, default=0) for column in words) + 1
 
 
 def build(options: Namespace) -> int:
@@ -58,8 +70,11 @@ def build(options: Namespace) -> int:
         console.print(report.alarm, style="bold red")
     for paragraph in report.opening[1:]:
         console.print(f"\n{paragraph}\n")
-    for table in (table for section in report.sections[:2] for table in section.tables):
-        _print(console, table)
+    for section in report.sections[:2]:
+        for table in (table for table in section.tables if table.rows):
+            _print(console, table)
+        if not any(table.rows for table in section.tables):
+            console.print(f"{section.heading}: {section.paragraphs[0]}" if section.paragraphs else section.heading)
     for cell, why in results.absent[:SHOWN]:
         _say(console, "no record", "red", f" {on_one_line(cell)}: {why}")
     if len(results.absent) > SHOWN:

@@ -58,7 +58,8 @@ def test_a_composed_strategy_has_the_answers_of_the_run_that_wrote_them():
     assert found["mobile+lfu (gamma 0.7)"].loss == found["mobile (gamma 0.7)"].loss
     assert found["mobile+lfu (gamma 0.7)"].loss.items == 2 * ITEMS
     assert found["mobile (gamma 0.7)"].points.value == -100 * 2 / ITEMS
-    assert found["mobile (gamma 0.7)"].worst_task == ("arithmetic", -100 * 2 / ITEMS)
+    assert found["mobile (gamma 0.7)"].worst.short == "arithmetic -5.0"
+    assert found["lru"].worst is None
 
 
 def test_rows_as_they_are_lose_nothing_and_packed_ones_what_all_experts_lose_in_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from reports.stats.intervals import Interval, Paired, geometric_mean, paired
 from suites.record import Item, Record
@@ -55,6 +56,31 @@ def accuracy(records: Sequence[Record], reference: Sequence[Record]) -> Paired:
     pairs = [(a.correct, b.correct) for group in paired_items(reference, records) for a, b in group]
     scored = [(first, second) for first, second in pairs if first is not None and second is not None]
     return paired([first for first, _ in scored], [second for _, second in scored])
+
+
+class Worst(NamedTuple):
+    """The task on which some cells lose most against others, and how they differ there."""
+
+    task: str
+    loss: Paired
+
+    @property
+    def short(self) -> str:
+        """Return the task and its difference in points."""
+        return f"{self.task} {self.loss.difference.value:+.1f}"
+
+    @property
+    def in_words(self) -> str:
+        """Return the task and its difference in points with the interval."""
+        lost = self.loss.difference
+        return f"{self.short} [{lost.low:+.1f}, {lost.high:+.1f}]"
+
+
+def worst_task(records: Sequence[Record], reference: Sequence[Record]) -> Worst | None:
+    """Return the task with the lowest difference of accuracy, the first of equals; None if nothing was scored twice."""
+    by_task = [Worst(record.task, accuracy([record], reference)) for record in records]
+    scored = [each for each in by_task if each.loss.items]
+    return min(scored, key=lambda each: each.loss.difference.value, default=None)
 
 
 def total(records: Sequence[Record], field: str) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from reports.data.results import Results
+from reports.elements.numbers import budget_name
 from suites.record import Record
 
 ON_DEMAND = ("on-demand", "on-demand-overlap")
 BASELINES = (*ON_DEMAND, "lru")  # lru only caches: what the cache alone gives of a speedup
+LIMITS = frozenset(("belady", "oracle-prefetch"))
 
 Group = list[Record]
 
@@ -53,3 +57,36 @@ def holds_all(records: Group) -> bool:
 def full_k(results: Results, model: str, **wanted: Any) -> Group:
     """Return the cells of the model with everything resident: full K, the reference that others are paired with."""
     return results.select_complete(model=model, strategy="resident", **wanted)
+
+
+def knows_future(record: Record) -> bool:
+    """Return whether a cell's strategy needs the future, which no system has; older records say it by name alone."""
+    return bool(record.config.get("needs_future")) or not LIMITS.isdisjoint(record.strategy.split("+"))
+
+
+def on_common_items(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups with only the items that all of them have, by task and number: like stands beside like.
+
+    What items hold may be summed over them; the counters of a record stay those of its whole cell.
+    """
+    by_task: dict[str, set[int]] = {}
+    for group in groups:
+        for record in group:
+            docs = {item.doc for item in record.items}
+            by_task[record.task] = by_task.get(record.task, docs) & docs
+    return [[_with_items(record, by_task[record.task]) for record in group] for group in groups]
+
+
+def _with_items(record: Record, docs: set[int]) -> Record:
+    kept = tuple(item for item in record.items if item.doc in docs)
+    return record if len(kept) == len(record.items) else replace(record, items=kept)
+
+
+def budget_holds_all(results: Results, model: str, budget: str) -> bool:
+    """Return whether a memory budget holds every expert of a model: some strategy has a slot for each under it."""
+    return any(holds_all([record]) for record in results.select(model=model, budget=budget))
+
+
+def memory(record: Record) -> str:
+    """Return the memory budget of a cell, and that it holds the whole model where it does."""
+    return budget_name(record.budget, record.budget != "all" and holds_all([record]))

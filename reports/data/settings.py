@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from reports.data.compare import accuracy, count, speedup, strategy_name
-from reports.data.groups import Group, full_k
+from reports.data.compare import Worst, accuracy, count, speedup, strategy_name, worst_task
+from reports.data.groups import Group, full_k, knows_future
 from reports.data.results import AS_IS, Results, rows_of
 from reports.stats.intervals import Interval, Paired
 from suites.record import Record
@@ -57,7 +57,7 @@ class Setting:
     @property
     def is_a_limit(self) -> bool:
         """Return whether it knows the future, which no system does."""
-        return bool(self.cells[0].config.get("needs_future"))
+        return knows_future(self.cells[0])
 
     @cached_property
     def loss(self) -> Paired:
@@ -70,18 +70,9 @@ class Setting:
         return Interval(0, 0, 0) if self.exact else self.loss.difference
 
     @cached_property
-    def worst_task(self) -> tuple[str, float] | None:
-        """Return the task on which most is lost, and the points; None where the answers are the stock model's."""
-        if self.exact:
-            return None
-        by_task = {record.task: accuracy([record], self.full_k).difference.value for record in self.answers}
-        task = min(by_task, key=lambda each: by_task[each])
-        return task, by_task[task]
-
-
-def worst_in_words(setting: Setting) -> str:
-    """Return the task on which a setting loses most, and the points; empty where its answers are the stock model's."""
-    return "" if setting.worst_task is None else f"{setting.worst_task[0]} {setting.worst_task[1]:+.1f}"
+    def worst(self) -> Worst | None:
+        """Return the task on which most is lost; None where the answers are the stock model's."""
+        return None if self.exact else worst_task(self.answers, self.full_k)
 
 
 def memory_budgets(results: Results, model: str) -> list[str]:

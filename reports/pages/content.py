@@ -8,13 +8,13 @@ from typing import Any
 
 from reports.data.results import Results
 from reports.elements.page import Report, Section, Table
-from reports.plots import forest
-from reports.sections import accuracy, clock, controls, past_paper, references, sentences, signals, synthetic
+from reports.plots import forest, summary
+from reports.sections import accuracy, clock, controls, past_paper, references, sentences, signals, synthetic, verdicts
 from reports.sections.family_sections import family_sections
 from reports.sections.first_screen import first_screen
 from reports.sections.words import with_words
-from reports.tables import overview, scores, telemetry
-from reports.verdict import RULE, machine_identity
+from reports.tables import overview, own, rivals, scores, telemetry
+from reports.verdict import machine_identity
 
 ALARMS = 5  # that the first line names
 PAPER = Path(__file__).parents[1] / "paper.toml"
@@ -52,16 +52,15 @@ def build(results: Results) -> Report:
     return with_words(report)
 
 
-def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
-    paragraphs = sentences.opening(results, paper)
-    if results.accuracy:
-        paragraphs = (*(each for each in paragraphs if each != sentences.LACKS), accuracy.opening(results))
+def _opening(results: Results, paper: dict[str, Any]) -> tuple[str, str]:
+    """Return two paragraphs: what MoBiLE is, and what this run found, whatever kinds of cells it has."""
+    introduction, found = sentences.opening(results, paper)
     past = past_paper.opening(results, paper["accuracy"]["margin_points"])
-    if past:
-        paragraphs = (*(each for each in paragraphs if each != sentences.LACKS), past)
-    if not results.synthetic:
-        return paragraphs
-    return (*(paragraphs if results.records else paragraphs[:1]), synthetic.opening(results))
+    scripted = synthetic.opening(results) if results.synthetic else ""
+    more = [each for each in (accuracy.opening(results), past, scripted) if each]
+    if found == sentences.LACKS and more:
+        return introduction, " ".join(more)
+    return introduction, " ".join((found, *more))
 
 
 def _alarm(broken: list[str]) -> str | None:
@@ -74,7 +73,8 @@ def _alarm(broken: list[str]) -> str | None:
 
 def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Section]:
     margin = paper["accuracy"]["margin_points"]
-    drawn = forest.speedups(results, paper)
+    figures = (summary.of_run(results, paper), forest.speedups(results, paper))
+    beside = rivals.beside_lossless(results)
     return [
         Section(
             "Overview",
@@ -82,11 +82,12 @@ def _overview(results: Results, paper: dict[str, Any], trusted: bool) -> list[Se
                 f"The margin was fixed before the run: a loss is negligible if the whole 95 % interval of the paired "
                 f'difference to full K lies above -{margin:g} point. "Not shown" means that it reaches below. No '
                 "speed stands here without its accuracy.",
+                *((rivals.in_words(beside.rows),) if beside.rows else ()),
             ),
-            (overview.families(results, margin),),
-            (drawn,) if drawn else (),
+            (overview.families(results, margin), own.families(results, margin), beside),
+            tuple(figure for figure in figures if figure),
         ),
-        Section("Verdicts", (RULE,), (overview.verdicts(results, paper, trusted),)),
+        verdicts.section("Verdicts", overview.verdicts(results, paper, trusted)),
         Section(
             "What so many questions can show", (), (overview.power_of_items(results, margin),), level=3, folded=True
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 
 from reports.data import groups
-from reports.data.compare import accuracy, speedup, strategy_name
+from reports.data.compare import accuracy, count, speedup, strategy_name
 from reports.data.results import Results
 from reports.elements.page import Figure, Table
 from reports.plots.style import BLUE, GREEN, GREY, INK, ORANGE, STYLE, figure, label_points, legend_above
@@ -31,12 +31,18 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
     if not base or not reference:
         return None
     points: list[tuple[str, str, Interval, Interval]] = []
-    for group in groups.by_strategy(results, "smallest", model):
+    shown = groups.by_strategy(results, "smallest", model)
+    reference, *alike = groups.on_common_items([reference, *(g for g in shown if not g[0].lossless)])
+    answered = {(group[0].strategy, group[0].gamma): group for group in alike}
+    for group in shown:
         first, speed_up = group[0], speedup(group, base)
         if first.strategy == "resident" or speed_up is None:
             continue
         kind = "mobile" if first.strategy == "mobile" else "lossless" if first.lossless else "lossy"
-        loss = Interval(0, 0, 0) if first.lossless else accuracy(group, reference).difference
+        alike_group = answered.get((first.strategy, first.gamma), [])
+        if not (first.lossless or count(alike_group)):
+            continue  # it shares no item with the others
+        loss = Interval(0, 0, 0) if first.lossless else accuracy(alike_group, reference).difference
         points.append((strategy_name(first), kind, speed_up, loss))
     if not points:
         return None
@@ -71,4 +77,5 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
             for label, _, x, y in points
         )
         head = ("strategy", "speedup", "low", "high", "points", "low", "high", "on the front")
-        return figure(f"pareto-{model}", CAPTION, drawn, Table("Accuracy against speed", head, rows))
+        caption = f"{CAPTION} Accuracy is over the {count(reference):,} questions that all of them were asked."
+        return figure(f"pareto-{model}", caption, drawn, Table("Accuracy against speed", head, rows))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 
 from reports.data.compare import total
+from reports.data.groups import memory
 from reports.data.results import Results, strategy_and_rows
 from reports.elements.numbers import percent
 from reports.elements.page import Section, Table
@@ -145,7 +146,7 @@ def _error_row(record: Record) -> tuple[str, ...]:
         link_title(record),
         strategy_and_rows(record),
         record.task.removesuffix(" routing"),
-        record.budget,
+        memory(record),
         percent(fallback_rate(record)) if record.gamma is not None else "-",
         *(("-", "-") if tpot is None else (f"{each / 1e6:,.3f}" for each in tpot)),
         _signed(relative_error(record)),
@@ -189,7 +190,7 @@ def _link_use_row(record: Record, of: str, gb_per_s: float, aimed: bool) -> tupl
         link_title(record),
         strategy_and_rows(record),
         record.task.removesuffix(" routing"),
-        record.budget,
+        memory(record),
         of,
         f"{gb_per_s:.3f}",
         f"{copies:.3f}",

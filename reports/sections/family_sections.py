@@ -45,7 +45,7 @@ def family_sections(results: Results, model: str, paper: dict[str, Any]) -> list
     )
     examples = tuple(e for task in results.tasks(model) for e in disagreements(results, model, task))
     parts_of = [
-        Section(f"{model}: accuracy", (ACCURACY,), (scores.by_task(results, model, margin),), level=3),
+        Section(f"{model}: accuracy", (ACCURACY,), scores.by_task(results, model, margin), level=3),
         Section(
             f"{model}: accuracy against speed",
             (),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from reports.data.groups import budget_holds_all
 from reports.data.results import AS_IS, Results, rows_of
-from reports.data.settings import Setting, answered_itself, at_memory, memory_budgets, worst_in_words
+from reports.data.settings import Setting, answered_itself, at_memory, memory_budgets
+from reports.elements.numbers import budget_name
 from reports.elements.page import Section
 from reports.plots import past_paper as plots
 from reports.tables import past_paper as tables
@@ -46,7 +48,11 @@ def sections(results: Results, margin_points: float) -> list[Section]:
             f"{model} past the paper, {budget}",
             (),
             (tables.by_setting(settings, model, budget, margin_points),),
-            tuple(drawn for drawn in (plots.accuracy_against_speed(settings, model, budget),) if drawn),
+            tuple(
+                drawn
+                for drawn in (plots.accuracy_against_speed(settings, model, settings[0].cells[0].budget),)
+                if drawn
+            ),
             level=3,
             folded=True,
         )
@@ -61,10 +67,20 @@ def opening(results: Results, margin_points: float) -> str:
     return f"{verdict(found, margin_points)} A projection, like all speeds beside accuracy here." if found else ""
 
 
+def in_short(results: Results, margin_points: float) -> str:
+    """Return in how many cases the aim was reached, in one clause; empty for a run without such a chapter."""
+    found = _found(results) if goes_past(results) else []
+    best = [tables.fastest(settings, margin_points) for _, _, settings in found]
+    reached = [each for each in best if each is not None and each.over_base.value >= tables.WANTED]
+    losses = [(each.worst.loss.difference.value, each.worst) for each in reached if each.worst]
+    beside = f" (worst task {min(losses)[1].in_words})" if losses else ""
+    return f"{_aim(margin_points)}{beside} was reached in {len(reached)} of {len(found)} cases" if found else ""
+
+
 def _found(results: Results) -> Found:
     """Return the settings of every model and memory budget that has a baseline and something beside it."""
     return [
-        (model, budget, settings)
+        (model, budget_name(budget, budget_holds_all(results, model, budget)), settings)
         for model in results.models
         for budget in memory_budgets(results, model)
         if len(settings := at_memory(results, model, budget)) > 1
@@ -83,19 +99,22 @@ def verdict(found: Found, margin_points: float) -> str:
     for model, budget, settings in found:
         best = tables.fastest(settings, margin_points)
         if best is not None and best.over_base.value >= tables.WANTED:
-            worst = worst_in_words(best)
-            lost = f", worst task {worst}" if worst else ""
+            lost = f", worst task {best.worst.short}" if best.worst else ""
             reached.append(f"{model} with {budget} ({best.over_base.value:.2f}x, {best.name}{lost})")
         else:
             missed.append(f"{model} with {budget}")
-    aim = (
-        f"at least {tables.WANTED:g} times on-demand-overlap at the same memory for at most {margin_points:g} point "
-        "over all tasks together"
-    )
+    aim = _aim(margin_points)
     if not reached:
         return f"Projected, {aim} was reached nowhere."
     return f"Projected, {aim} was reached by {'; '.join(reached)}" + (
         f". It was not reached by {'; '.join(missed)}." if missed else ", in every case."
+    )
+
+
+def _aim(margin_points: float) -> str:
+    return (
+        f"at least {tables.WANTED:g} times on-demand-overlap at the same memory for at most {margin_points:g} point "
+        "over all tasks together"
     )
 
 

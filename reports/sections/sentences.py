@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from reports.data import groups
-from reports.data.compare import accuracy, hit_rate, share, speedup
+from reports.data.compare import accuracy, hit_rate, share, speedup, strategy_name, worst_task
+from reports.data.families import Family, families, worst_family
+from reports.data.groups import Group
+from reports.data.own import own_strategies
 from reports.data.results import Results
-from reports.elements.numbers import percent
-from reports.stats.intervals import Interval, Paired
+from reports.elements.numbers import bare_ratio, percent, span
+from reports.sections import controls, past_paper, synthetic
+from reports.tables import overview
 from reports.verdict import Stamp, stamp_of
 
 SHOWN = {
@@ -23,22 +27,50 @@ SHOWN = {
 LACKS = "This run lacks the cells to say how far that holds; see what is missing below."
 
 
-def opening(results: Results, paper: dict[str, Any]) -> tuple[str, ...]:
-    """Return an introduction for someone new to MoBiLE, then this run's main numbers."""
+def opening(results: Results, paper: dict[str, Any]) -> tuple[str, str]:
+    """Return an introduction for someone new to MoBiLE, and this run's main numbers."""
     introduction = (
-        "A Mixture-of-Experts language model has many small networks, its experts, and uses only a few of "
-        "them for each word it writes. When the experts do not fit in a graphics card's memory they wait in "
-        "main memory, and copying the chosen ones over for every token takes most of the time. MoBiLE is an "
-        "idea to copy less: write each token with half of its experts, and only if the model is then unsure "
-        f"of the token, write it again with all of them. Its authors report {paper['speedup']['low']:.2f} to "
-        f"{paper['speedup']['high']:.2f} times the speed of plain offloading with negligible loss of accuracy."
+        "A Mixture-of-Experts language model has many small networks, its experts, and uses a few of them for each "
+        "token it writes. Experts that do not fit in a graphics card's memory wait in main memory, and copying the "
+        "chosen ones takes most of the time. MoBiLE copies less: it writes each token with half of its experts, and "
+        "only where the model is then unsure, again with all of them. Its authors report "
+        f"{paper['speedup']['low']:.2f} to {paper['speedup']['high']:.2f} times the speed of plain offloading with "
+        "negligible loss of accuracy."
     )
-    found = [family for model in results.models if (family := _measure(results, model))]
-    if not found:
+    found, own = families(results), _own(results)
+    if not (found or own):
         return introduction, LACKS
     margin = paper["accuracy"]["margin_points"]
-    findings = _one_family(found[0], margin) if len(found) == 1 else _all_families(found, margin)
-    return introduction, f"{_scope_sentence(stamp_of(results.records))} {findings}"
+    findings = (
+        () if not found else (_one_family(found[0], margin) if len(found) == 1 else _all_families(found, margin),)
+    )
+    return introduction, " ".join((_scope_sentence(stamp_of(results.records)), *findings, *own))
+
+
+def _own(results: Results) -> tuple[str, ...]:
+    """Return a sentence on each strategy of the run's own: its speed beside MoBiLE's baseline, and its loss."""
+    found: dict[str, list[tuple[str, Group]]] = {}
+    for model in results.models:
+        for group in own_strategies(results, model):
+            found.setdefault(strategy_name(group[0]), []).append((model, group))
+    said = []
+    for name, measured in found.items():
+        speeds, losses, worst = [], [], []
+        for model, group in measured:
+            base = groups.baselines(results, group[0].budget, model).get("on-demand-overlap")
+            if base and (faster := speedup(group, base)):
+                speeds.append(faster.value)
+            full_k = groups.full_k(results, model)
+            if full_k and not group[0].lossless and (lost := accuracy(group, full_k)).items:
+                losses.append(lost.difference.value)
+                worst += [each for each in [worst_task(group, full_k)] if each]
+        speed = f"ran {span(speeds, '.2f')} times as fast as overlapped plain offloading" if speeds else "was not timed"
+        loss = "answers as full K does" if measured[0][1][0].lossless else "was not scored beside full K"
+        if losses:
+            most = min(worst, key=lambda each: each.loss.difference.value)
+            loss = f"changed accuracy by {span(losses, '+.1f')} points (worst task {most.in_words})"
+        said.append(f"{name}, a strategy of this run's own, {speed} and {loss}.")
+    return tuple(said)
 
 
 def _scope_sentence(stamp: Stamp) -> str:
@@ -50,64 +82,86 @@ def _scope_sentence(stamp: Stamp) -> str:
     if stamp.scope == "cpu+virtual":
         return (
             f"This run used {models} on a simulated card with the sizes of real models: a projection, not a "
-            "measurement, and nothing on this page is judged by the published numbers."
+            "measurement, and not judged by the published numbers."
         )
     return f"This run used {models} ({stamp})."
 
 
-@dataclass(frozen=True)
-class Family:
-    """MoBiLE's main numbers for one model, at its own threshold and the fewest slots."""
-
-    model: str
-    geometry: str
-    fallbacks: float
-    speed_up: Interval
-    loss: Paired
-
-
-def _measure(results: Results, model: str) -> Family | None:
-    mobile, full_k = groups.mobile(results, model), groups.full_k(results, model)
-    base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
-    speed_up = speedup(mobile, base) if mobile and base else None
-    if not full_k or speed_up is None:
-        return None
-    rate = share(mobile, "fallbacks", "tokens") or 0.0
-    return Family(model, mobile[0].geometry, rate, speed_up, accuracy(mobile, full_k))
-
-
 def _one_family(family: Family, margin: float) -> str:
-    lost = family.loss.difference
     return (
         f"{family.model}, timed as {family.geometry}, fell back on {percent(family.fallbacks)} of tokens, ran "
-        f"{bare_ratio(family.speed_up)} times as fast as overlapped plain offloading, and changed accuracy by "
-        f"{lost.value:+.1f} points [{lost.low:+.1f}, {lost.high:+.1f}] over {family.loss.items:,} questions: "
+        f"{_speed([family])} times as fast as overlapped plain offloading, and changed accuracy by {_lost([family])} "
+        f"over {family.loss.items:,} questions{_worst([family])}: "
         f"{SHOWN[family.loss.within(margin)].format(margin=margin)}."
     )
 
 
-def _all_families(families: list[Family], margin: float) -> str:
+def _all_families(found: Sequence[Family], margin: float) -> str:
     """Return the range of each number over families, and for how many the loss was shown to be small."""
-
-    def span(numbers: list[float], spec: str, unit: str = "") -> str:
-        low, high = format(min(numbers), spec), format(max(numbers), spec)
-        return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
-
-    shown = Counter(family.loss.within(margin) for family in families)
-    fallbacks = span([100 * family.fallbacks for family in families], ".1f", " %")
-    speed_up = span([family.speed_up.value for family in families], ".2f")
-    lost = span([family.loss.difference.value for family in families], "+.1f")
+    shown = Counter(family.loss.within(margin) for family in found)
+    fallbacks = span([100 * family.fallbacks for family in found], ".1f", " %")
     return (
-        f"Over {len(families)} families MoBiLE fell back on {fallbacks} of tokens, ran {speed_up} times as fast as "
-        f"overlapped plain offloading, and changed accuracy by {lost} points. The loss was shown to be within "
-        f"{margin:g} point, which we call negligible, for {shown['yes']} of them, to be more for {shown['no']}, and "
-        f"neither for {shown['not shown']}."
+        f"Over {len(found)} families MoBiLE fell back on {fallbacks} of tokens, ran {_speed(found)} times as "
+        f"fast as overlapped plain offloading, and changed accuracy by {_lost(found)}{_worst(found)}. The "
+        f"loss was shown to be within {margin:g} point, which we call negligible, for {shown['yes']} of them, to be "
+        f"more for {shown['no']}, and neither for {shown['not shown']}."
     )
 
 
-def bare_ratio(interval: Interval) -> str:
-    """Write a ratio with its interval, without a unit."""
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+def verdict(results: Results, paper: dict[str, Any]) -> str:
+    """Return one sentence: how fast MoBiLE was, at what loss with its worst task, and whether that may be judged."""
+    found = families(results)
+    if controls.broken(results):
+        return "Nothing on this page can be trusted: a control of this run is broken."
+    margin, disk = paper["accuracy"]["margin_points"], synthetic.speed_over_a_disk(results)
+    if found:
+        kept = sum(family.loss.within(margin) == "yes" for family in found)
+        shown = f"{kept} of {len(found)} families" if len(found) > 1 else "it" if kept else "no family"
+        return (
+            f"{_judged(results, paper)}: MoBiLE ran {_speed(found)} times as fast as overlapped plain offloading"
+            f"{f' (measured over a disk: {disk})' if disk else ''} and changed accuracy by {_lost(found)}"
+            f"{_worst(found)}; that the loss is within {margin:g} point is shown for {shown}."
+        )
+    if past := past_paper.in_short(results, margin):
+        return f"Projected, so not judged by the paper: {past}."
+    if disk:
+        return (
+            f"Measured over a disk, MoBiLE ran {disk} times as fast as overlapped plain offloading; nothing was scored."
+        )
+    return LACKS
+
+
+def _judged(results: Results, paper: dict[str, Any]) -> str:
+    """Return how the numbers are judged: as a projection not at all, a measurement by its verdicts on speed."""
+    stamp = stamp_of(results.records)
+    if stamp.refusal:
+        return f"{'Projected' if stamp.scope == 'cpu+virtual' else f'Measured ({stamp})'}, so not judged by the paper"
+    rows = overview.verdicts(results, paper, trusted=True).rows
+    counted = Counter(row[5] for row in rows if row[0] == "speedup")
+    return f"Measured ({stamp}), speed {', '.join(f'{word} in {times}' for word, times in counted.items())}"
+
+
+def _speed(found: Sequence[Family]) -> str:
+    """Return one family's speedup with its interval, or the range over several."""
+    return bare_ratio(found[0].speed_up) if len(found) == 1 else span([each.speed_up.value for each in found], ".2f")
+
+
+def _lost(found: Sequence[Family]) -> str:
+    """Return one family's difference in points with its interval, or the range over several."""
+    differences = [each.loss.difference for each in found]
+    if len(found) > 1:
+        return span([each.value for each in differences], "+.1f", " points")
+    [one] = differences
+    return f"{one.value:+.1f} points [{one.low:+.1f}, {one.high:+.1f}]"
+
+
+def _worst(found: Sequence[Family]) -> str:
+    """Return in brackets the worst task of all families; empty where there is one task, whose numbers are all."""
+    family = worst_family(found)
+    if family is None or family.worst is None or family.worst.loss == family.loss:
+        return ""
+    whose = f", {family.model}" if len(found) > 1 else ""
+    return f" (worst task {family.worst.in_words}{whose})"
 
 
 def fallback_arithmetic(results: Results, model: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reports.data.results import Results
+from reports.elements.numbers import span
 from reports.elements.page import Section
 from reports.plots import confidence
 from reports.tables import signals as tables
@@ -16,6 +17,10 @@ METHOD = (
     "a signal that names them all first. Intervals are 95 %, from a bootstrap over items, and differences are paired. "
     '"Better" means that both intervals of the difference lie above 0; with so many rows one or two in part may be '
     "luck. Coverage and product ask every router again on every token, which costs time that this table does not show."
+)
+CONTROL = (
+    "Random is the control: as many fallbacks, wherever chance puts them. At the rate of gamma {gamma:g} it caught "
+    "{random} of the disagreements, the paper's signal {paper}."
 )
 ALONE = (
     "The gamma of each signal was taken on other items, of the training side, so that as many tokens fall back there "
@@ -30,7 +35,11 @@ def sections(results: Results) -> list[Section]:
     found = tables.rows(results.signals)
     drawn = (confidence.by_signal_cells(group) for group in tables.by_family(results.signals).values())
     return [
-        Section("Better than the highest probability?", (METHOD, in_words(found)), (tables.caught_table(found),)),
+        Section(
+            "Better than the highest probability?",
+            tuple(text for text in (METHOD, in_words(found), control_in_words(found)) if text),
+            (tables.caught_table(found),),
+        ),
         Section(
             "Where the little pass is wrong, by its confidence",
             (),
@@ -43,6 +52,17 @@ def sections(results: Results) -> list[Section]:
             "Answers at equal fallback rate", (ALONE,), (tables.alone_table(results.signals),), level=3, folded=True
         ),
     ]
+
+
+def control_in_words(found: Sequence[tables.Row]) -> str:
+    """Return what fallbacks at random caught beside the paper's signal, at equal rate; empty where none were tried."""
+    caught = {
+        name: [100 * row.caught[0].value for row in found if row.signal == name] for name in ("random", tables.PAPERS)
+    }
+    if not all(caught.values()):
+        return ""
+    random, paper = (span(shares, ".0f", " %") for shares in caught.values())
+    return CONTROL.format(gamma=tables.GAMMAS[0], random=random, paper=paper)
 
 
 def in_words(found: Sequence[tables.Row]) -> str:

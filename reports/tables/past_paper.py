@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from reports.data.compare import count, share, tokens_per_s, total
+from reports.data import groups
+from reports.data.compare import accuracy, count, share, tokens_per_s, total
 from reports.data.results import AS_IS, family, rows_of, strategy_and_rows
-from reports.data.settings import Setting, worst_in_words
+from reports.data.settings import Setting
 from reports.elements.numbers import percent, points, ratio
 from reports.elements.page import Table
-from reports.stats.intervals import Interval
+from reports.stats.intervals import Interval, Paired
 from reports.stats.pareto import front
 from reports.tables.synthetic import on_recorded_routing, over_plain
 from suites.record import Record
@@ -20,56 +21,67 @@ SMALLEST_ROWS = "int4"
 
 def by_setting(settings: Sequence[Setting], model: str, budget: str, margin_points: float) -> Table:
     """Return a row for each setting of a model under a budget, the fastest first."""
-    ahead = on_the_front(settings)
-    ordered = sorted(settings, key=lambda each: -each.over_base.value)
+    ahead, alike = on_the_front(settings), _on_common_items(settings)
+    fewest = min((each.items for each in alike), default=0)
     head = (
         "strategy",
         "rows",
-        "answers",
-        "n",
-        "less full K, points",
-        f"within {margin_points:g} point",
-        "worst task",
-        "slots",
-        "fallbacks",
-        "GB/token",
-        "tokens/s",
         "over on-demand-overlap",
         "over lru",
         "over on-demand-overlap on its own rows",
+        "less full K, points",
+        f"within {margin_points:g} point",
+        "worst task",
+        f"the points on the {fewest:,} questions that all were asked",
         "on the front",
+        "answers",
+        "fallbacks",
+        "GB/token",
+        "tokens/s",
+        "slots",
+        "n",
     )
-    rows = tuple(
-        (*_row(each, margin_points), "a limit" if each.is_a_limit else "yes" if each in ahead else "no")
-        for each in ordered
-    )
+    rows = [
+        _row(each, margin_points, common, "a limit" if each.is_a_limit else "yes" if each in ahead else "no")
+        for each, common in zip(settings, alike, strict=True)
+    ]
+    speed = [-each.over_base.value for each in settings]
+    ordered = tuple(row for _, row in sorted(zip(speed, rows, strict=True), key=lambda pair: pair[0]))
     note = (
         "Speedups are over rows as they are at the same memory, unless said. n is the questions that points are of, "
-        "fewer where a strategy answers by itself. On the front: none is faster and more accurate. A limit knows the "
-        "future."
+        "fewer where a strategy answers by itself; one column has all on the same. On the front: none is faster and "
+        "more accurate. A limit knows the future."
     )
-    return Table(f"{model} with {budget}, fastest first", head, rows, note)
+    return Table(f"{model} with {budget}, fastest first", head, ordered, note)
 
 
-def _row(setting: Setting, margin_points: float) -> tuple[str, ...]:
+def _on_common_items(settings: Sequence[Setting]) -> list[Paired]:
+    """Return each setting's difference to full K over the items that all of them answered."""
+    alike = groups.on_common_items([each.answers for each in settings])
+    return [accuracy(answers, each.full_k) for answers, each in zip(alike, settings, strict=True)]
+
+
+def _row(setting: Setting, margin_points: float, common: Paired, front: str) -> tuple[str, ...]:
     first, tokens, speed = setting.cells[0], total(setting.cells, "decode_tokens"), tokens_per_s(setting.cells)
     every = first.config["moe_layers"] * first.config["experts"]
     slots = "-" if first.slots is None else f"all {every:,}" if first.slots >= every else f"{first.slots:,}"
     return (
         setting.strategy,
         setting.rows,
-        "full K's" if setting.exact else f"full K's of {setting.rows} rows" if setting.of_full_k else "may differ",
-        f"{count(setting.answers):,}",
-        "0" if setting.exact else points(setting.points),
-        "yes" if setting.exact else setting.loss.within(margin_points),
-        worst_in_words(setting) or "-",
-        slots,
-        "-" if first.gamma is None else percent(share(setting.cells, "fallbacks", "tokens")),
-        f"{total(setting.cells, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
-        "-" if speed is None else f"{speed:.1f}",
         ratio(setting.over_base),
         ratio(setting.over_lru),
         ratio(setting.over_own_rows),
+        "0" if setting.exact else points(setting.points),
+        "yes" if setting.exact else setting.loss.within(margin_points),
+        setting.worst.in_words if setting.worst else "-",
+        "0" if setting.exact else points(common.difference) if common.items else "-",
+        front,
+        "full K's" if setting.exact else f"full K's of {setting.rows} rows" if setting.of_full_k else "may differ",
+        "-" if first.gamma is None else percent(share(setting.cells, "fallbacks", "tokens")),
+        f"{total(setting.cells, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
+        "-" if speed is None else f"{speed:.1f}",
+        slots,
+        f"{count(setting.answers):,}",
     )
 
 
@@ -189,7 +201,7 @@ def _points(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]])
 def _worst(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> str:
     """Return the worst task of the same setting and its points; a dash where nothing is lost or it is not known."""
     scored = _scored(record, found)
-    return "-" if scored is None else worst_in_words(scored) or "-"
+    return "-" if scored is None or scored.worst is None else scored.worst.short
 
 
 def _scored(record: Record, found: Sequence[tuple[str, str, Sequence[Setting]]]) -> Setting | None:
@@ -223,8 +235,9 @@ def _text(setting: Setting | None) -> str:
 
 
 def _lost(setting: Setting) -> str:
-    """Return the pooled points less full K's, never without those of the worst task."""
-    return "0" if setting.exact else f"{setting.points.value:+.1f}, {worst_in_words(setting)}"
+    """Return the pooled points less full K's, never without those of the worst task; over how many, where not all."""
+    asked = "" if setting.loss.items == count(setting.full_k) else f", n = {setting.loss.items:,}"
+    return f"{setting.points.value:+.1f}, {setting.worst.short}{asked}" if setting.worst else "0"
 
 
 def _on_own_rows(settings: Sequence[Setting], margin_points: float) -> str:

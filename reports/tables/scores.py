@@ -2,69 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import mean, stdev
 
 from reports.data import groups
 from reports.data.chance_levels import chance_level
-from reports.data.compare import accuracy, count, share, speedup, strategy_name, total
+from reports.data.compare import accuracy, count, speedup, strategy_name, total, worst_task
 from reports.data.groups import Group
 from reports.data.results import Results
 from reports.elements.numbers import p_value, percent, points, ratio, score
 from reports.elements.page import Table
-from reports.stats.intervals import Interval, wilson
+from reports.stats.intervals import wilson
 from reports.tables.speed import speedup_text
 
-SUMMED = "all tasks"
+SUMMED, STATIC_HALF, WORST = "all tasks", "static-half", "worst task"
+ALIKE, FEWER = "Accuracy on the same items", "Accuracy on the items that all were asked"
 
 
 def head(margin_points: float) -> tuple[str, ...]:
     """Return the column heads of `row`."""
     return (
         "strategy",
-        "n",
         "score %",
         "difference to full K",
+        f"within {margin_points:g} point",
+        "difference to static K/2",
+        "over on-demand-overlap",
+        "fallbacks",
         "lost / gained",
         "McNemar p",
-        f"within {margin_points:g} point",
-        "fallbacks",
-        "over on-demand-overlap",
+        "n",
     )
 
 
-def row(group: Group, reference: Group, base: Group | None, margin_points: float) -> tuple[str, ...]:
-    """Return a strategy's score, its paired difference to full K, and its speedup over `base`."""
-    scored = (str(count(group)), score(wilson(total(group, "correct"), count(group))))
+def row(
+    group: Group, reference: Group, static_half: Group, base: Group | None, margin_points: float
+) -> tuple[str, ...]:
+    """Return a strategy's score, its paired differences to full K and to static K/2, and its speedup over `base`."""
+    scored, items = score(wilson(total(group, "correct"), count(group))), str(count(group))
     if group[0].strategy == "resident":
-        return ("full K", *scored, "-", "-", "-", "-", "-", "-")
-    paired = accuracy(group, reference)
+        return ("full K", scored, "-", "-", "-", "-", "-", "-", "-", items)
+    paired, tokens = accuracy(group, reference), total(group, "decode_tokens")
+    over_half = accuracy(group, static_half) if static_half and group[0].strategy != STATIC_HALF else None
     return (
         strategy_name(group[0]),
-        *scored,
+        scored,
         points(paired.difference),
+        paired.within(margin_points),
+        points(over_half.difference) if over_half and over_half.items else "-",
+        speedup_text(group, base),
+        "-" if group[0].gamma is None else percent(total(group, "fallbacks") / tokens if tokens else None),
         f"{paired.lost} / {paired.gained}",
         p_value(paired.p_value),
-        paired.within(margin_points),
-        "-" if group[0].gamma is None else percent(share(group, "fallbacks", "tokens")),
-        speedup_text(group, base),
+        items,
     )
 
 
-def by_task(results: Results, model: str, margin_points: float) -> Table:
-    """Return full K and every lossy strategy, by task and all tasks together, at the smallest budget."""
-    rows = []
+def by_task(results: Results, model: str, margin_points: float) -> tuple[Table, ...]:
+    """Return tables of full K and every lossy strategy, by task and all tasks together, at the smallest budget.
+
+    Every row of a task is over the same items. The first table has the strategies that were asked all that full K was;
+    where others were asked fewer, a second has all of them, over the items that all were asked.
+    """
+    most: list[tuple[str, ...]] = []
+    fewer: list[tuple[str, ...]] = []
     for task in (*results.tasks(model), None):
         wanted = {"task": task} if task else {}
-        reference = groups.full_k(results, model, **wanted)
         base = groups.baselines(results, "smallest", model, **wanted).get("on-demand-overlap")
-        shown = [
+        answered = [
             group
             for group in groups.unswept(results, "smallest", model, **wanted)
             if group[0].strategy == "resident" or not group[0].lossless
         ]
-        for group in shown if reference else []:
-            rows.append((_with_chance_level(task) if task else SUMMED, *row(group, reference, base, margin_points)))
-    return Table("Accuracy on the same items", ("task", *head(margin_points)), tuple(rows))
+        asked = count(_named(answered, "resident"))
+        whole = [g for g in answered if count(groups.on_common_items([g, _named(answered, "resident")])[0]) == asked]
+        label = _with_chance_level(task) if task else SUMMED
+        most += [(label, *each) for each in _rows(whole, base, margin_points)]
+        if len(whole) < len(answered):
+            fewer += [(label, *each) for each in _rows(answered, base, margin_points)]
+    columns = ("task", *head(margin_points))
+    found = (Table(ALIKE, columns, tuple(most)), Table(FEWER, columns, tuple(fewer)))
+    return tuple(table for table in found if table.rows)
+
+
+def _rows(answered: list[Group], base: Group | None, margin_points: float) -> list[tuple[str, ...]]:
+    """Return a row a group, over the items that all have; none where full K is not among them or there is no item."""
+    alike = groups.on_common_items(answered)
+    reference, static_half = (_named(alike, name) for name in ("resident", STATIC_HALF))
+    return [row(group, reference, static_half, base, margin_points) for group in alike] if count(reference) else []
+
+
+def _named(found: list[Group], strategy: str) -> Group:
+    """Return the group of a strategy, empty where there is none."""
+    return next((group for group in found if group and group[0].strategy == strategy), [])
 
 
 def _with_chance_level(task: str) -> str:
@@ -73,14 +103,25 @@ def _with_chance_level(task: str) -> str:
 
 
 def by_gamma(results: Results, model: str, margin_points: float) -> Table:
-    """Return accuracy and speed by gamma, all tasks together, at the smallest budget."""
-    reference = groups.full_k(results, model)
+    """Return accuracy and speed by gamma, beside full K and static K/2, over the items that all were asked."""
+    sweep, reference = gamma_sweep(results, model), groups.full_k(results, model)
+    static_half = results.select_complete(model=model, strategy=STATIC_HALF, budget="smallest")
     base = groups.baselines(results, "smallest", model).get("on-demand-overlap")
     rows = []
-    if reference:
-        for group in gamma_sweep(results, model):
-            rows.append(row(group, reference, base, margin_points))
-    return Table("Sweep over gamma, all tasks, smallest budget", head(margin_points), tuple(rows))
+    if sweep and reference:
+        alike = groups.on_common_items([reference, *([static_half] if static_half else []), *sweep])
+        for group, shown in zip(alike, _rows(alike, base, margin_points), strict=False):
+            worst = worst_task(group, alike[0])
+            rows.append(_with_worst(shown, "-" if worst is None or group is alike[0] else worst.in_words))
+    note = "Every row is over the same items, those that were asked at every gamma."
+    return Table(
+        "Sweep over gamma, all tasks, smallest budget", _with_worst(head(margin_points), WORST), tuple(rows), note
+    )
+
+
+def _with_worst(columns: tuple[str, ...], worst: str) -> tuple[str, ...]:
+    """Return the columns of `row` with one on the worst task, behind the difference to full K and its judgement."""
+    return (*columns[:4], worst, *columns[4:])
 
 
 def gamma_sweep(results: Results, model: str) -> list[Group]:
@@ -98,29 +139,26 @@ def by_seed(results: Results, models: list[str], margin_points: float) -> Table:
     tasks = [task for task in results.tasks(models[0]) if all(task in results.tasks(other) for other in models)]
     rows: list[tuple[str, ...]] = []
     numbers: list[tuple[float, float, float, float | None]] = []
-    for model in models:
-        full_k = _of_tasks(tasks, groups.full_k(results, model))
-        mobile = _of_tasks(tasks, groups.mobile(results, model))
-        static_half = results.select_complete(model=model, strategy="static-half", budget="smallest")
-        static_half = _of_tasks(tasks, static_half)
+    for model, (full_k, mobile, static_half) in _alike_by_seed(results, models, tasks):
         base = _of_tasks(tasks, groups.baselines(results, "smallest", model).get("on-demand-overlap", []))
-        if not (full_k and mobile and count(mobile)):
-            continue
         seed = full_k[0].config.get("training_seed")
         paired, speed_up = accuracy(mobile, full_k), speedup(mobile, base) if base else None
-        full_score = wilson(total(full_k, "correct"), count(full_k))
-        fallbacks = share(mobile, "fallbacks", "tokens")
+        full_score, worst = wilson(total(full_k, "correct"), count(full_k)), worst_task(mobile, full_k)
+        tokens = total(mobile, "decode_tokens")
+        fallbacks = total(mobile, "fallbacks") / tokens if tokens else None
         rows.append(
             (
                 model,
                 "-" if seed is None else str(seed),
-                str(count(mobile)),
-                score(full_score),
-                points(accuracy(static_half, full_k).difference) if static_half else "-",
                 points(paired.difference),
                 paired.within(margin_points),
-                percent(fallbacks),
+                worst.in_words if worst else "-",
+                points(accuracy(static_half, full_k).difference) if static_half else "-",
+                points(accuracy(mobile, static_half).difference) if static_half else "-",
                 ratio(speed_up),
+                percent(fallbacks),
+                score(full_score),
+                str(count(mobile)),
             )
         )
         numbers.append(
@@ -131,16 +169,39 @@ def by_seed(results: Results, models: list[str], margin_points: float) -> Table:
     columns = (
         "model",
         "training seed",
-        "n",
-        "full K %",
-        "static K/2 less full K",
         "MoBiLE less full K",
         f"within {margin_points:g} point",
-        "fallbacks",
+        WORST,
+        "static K/2 less full K",
+        "MoBiLE less static K/2",
         "over on-demand-overlap",
+        "fallbacks",
+        "full K %",
+        "n",
     )
-    note = f"On {', '.join(tasks)}; the last row is mean ± standard deviation over the trainings."
+    note = (
+        f"On {', '.join(tasks)}, the items that every training was asked; the last row is mean ± standard deviation "
+        "over the trainings."
+    )
     return Table("Trainings of one family", columns, tuple(rows), note)
+
+
+def _alike_by_seed(
+    results: Results, models: list[str], tasks: list[str]
+) -> Iterator[tuple[str, tuple[Group, Group, Group]]]:
+    """Yield each training's full K, MoBiLE and static K/2 (or nothing), over the items that all were asked."""
+    found: dict[str, list[Group]] = {}
+    for model in models:
+        static_half = results.select_complete(model=model, strategy=STATIC_HALF, budget="smallest")
+        three = (groups.full_k(results, model), groups.mobile(results, model), static_half)
+        of_tasks = [_of_tasks(tasks, group) for group in three]
+        if of_tasks[0] and of_tasks[1] and count(of_tasks[1]):
+            found[model] = of_tasks
+    alike = iter(groups.on_common_items([group for three in found.values() for group in three]))
+    for model in found:
+        full_k, mobile, static_half = next(alike), next(alike), next(alike)
+        if count(mobile):
+            yield model, (full_k, mobile, static_half)
 
 
 def _spread(numbers: list[tuple[float, float, float, float | None]]) -> tuple[str, ...]:
@@ -150,21 +211,17 @@ def _spread(numbers: list[tuple[float, float, float, float | None]]) -> tuple[st
     return (
         "mean ± sd",
         "-",
-        "-",
-        f"{mean(full_k):.1f} ± {stdev(full_k):.1f}",
-        "-",
         f"{mean(lost):+.1f} ± {stdev(lost):.1f}",
         "-",
-        f"{mean(fallbacks):.1f} ± {stdev(fallbacks):.1f} %",
+        "-",
+        "-",
+        "-",
         ratios,
+        f"{mean(fallbacks):.1f} ± {stdev(fallbacks):.1f} %",
+        f"{mean(full_k):.1f} ± {stdev(full_k):.1f}",
+        "-",
     )
 
 
 def _of_tasks(tasks: list[str], group: Group) -> Group:
     return [record for record in group if record.task in tasks]
-
-
-def full_score(results: Results, model: str) -> Interval | None:
-    """Return full K's score over all tasks of a model, in percent; None if it was not run."""
-    full_k = groups.full_k(results, model)
-    return wilson(total(full_k, "correct"), count(full_k)) if full_k else None

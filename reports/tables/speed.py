@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from reports.data import groups
 from reports.data.compare import count, hit_rate, share, speedup, strategy_name, tokens_per_s, total
 from reports.data.groups import BASELINES, ON_DEMAND, Group
@@ -24,39 +26,51 @@ def rate_text(tokens_per_second: float | None) -> str:
 
 def by_strategy(results: Results, model: str, budget: str) -> Table:
     """Return speed and speedups of every strategy at one budget, all tasks together, default gamma."""
-    bases = groups.baselines(results, budget, model)
+    bases, timed = groups.baselines(results, budget, model), groups.unswept(results, budget, model)
     rows = []
-    for group in groups.unswept(results, budget, model):
-        tokens = total(group, "decode_tokens")
+    for group, alike in zip(timed, groups.on_common_items(timed), strict=True):
+        tokens = total(alike, "decode_tokens")
         rows.append(
             (
                 strategy_name(group[0]),
                 "full K's" if group[0].lossless else "may differ",
-                "-" if group[0].slots is None else f"{group[0].slots:,}",
-                str(count(group)),
-                rate_text(tokens_per_s(group)),
+                rate_text(tokens_per_s(alike)),
                 *(speedup_text(group, bases.get(base)) for base in BASELINES),
-                f"{total(group, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
+                f"{total(alike, 'decode_bytes') / tokens / 1e9:.3f}" if tokens else "-",
+                percent(total(alike, "fallbacks") / tokens) if group[0].gamma is not None and tokens else "-",
                 percent(hit_rate(group)),
-                percent(share(group, "fallbacks", "tokens")) if group[0].gamma is not None else "-",
                 percent(share(group, "decode_stall_seconds", "decode_seconds")),
-                f"{total(group, 'ttft_ns') / 1e6 / count(group):,.0f}",
+                f"{total(alike, 'ttft_ns') / 1e6 / count(alike):,.0f}" if count(alike) else "-",
+                "-" if group[0].slots is None else f"{group[0].slots:,}",
+                str(count(alike)),
             )
         )
     head = (
         "strategy",
         "answers",
-        "slots",
-        "prompts",
         "tokens/s",
         *(f"over {base}" for base in BASELINES),
         "GB/token",
-        "hits",
         "fallbacks",
+        "hits",
         "stalled",
         "TTFT ms",
+        "slots",
+        "prompts",
     )
-    return Table(f"Decode speed, {budget_title(budget)}", head, tuple(rows), _training(results, model, budget))
+    notes = (unlike_prompts(timed, "hits and stalled are"), _training(results, model, budget))
+    title = budget_title(budget, groups.budget_holds_all(results, model, budget))
+    return Table(f"Decode speed, {title}", head, tuple(rows), " ".join(note for note in notes if note))
+
+
+def unlike_prompts(timed: Sequence[Group], counted: str) -> str:
+    """Return the note that some columns are over all prompts of each strategy; empty where all have the same."""
+    sizes = sorted({count(group) for group in timed})
+    if len(sizes) < 2:
+        return ""
+    return (
+        f"All strategies on the same prompts; only {counted} over all prompts of each, {sizes[0]:,} to {sizes[-1]:,}."
+    )
 
 
 def _training(results: Results, model: str, budget: str) -> str:
@@ -85,15 +99,17 @@ def by_task(results: Results, model: str, budget: str) -> Table:
             rows.append(
                 (
                     task,
-                    str(count(group)),
-                    rate_text(tokens_per_s(group)),
                     *(speedup_text(group, bases.get(base)) for base in BASELINES),
+                    rate_text(tokens_per_s(group)),
                     percent(share(group, "fallbacks", "tokens")),
                     f"{total(group, 'decode_tokens') / count(group):.1f}",
+                    str(count(group)),
                 )
             )
-    head = ("task", "prompts", "tokens/s", *(f"over {base}" for base in BASELINES), "fallbacks", "tokens/answer")
-    return Table(f"MoBiLE by task, {budget_title(budget)}", head, tuple(rows))
+    head = ("task", *(f"over {base}" for base in BASELINES), "tokens/s", "fallbacks", "tokens/answer", "prompts")
+    return Table(
+        f"MoBiLE by task, {budget_title(budget, groups.budget_holds_all(results, model, budget))}", head, tuple(rows)
+    )
 
 
 def against_ceiling(results: Results, model: str) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 from reports import verdict
 from reports.data.compare import hit_rate, speedup, strategy_name, tokens_per_s, total
-from reports.data.groups import ON_DEMAND
+from reports.data.groups import ON_DEMAND, memory
 from reports.data.results import AS_IS, rows_of
 from reports.elements.numbers import percent, ratio
 from reports.elements.page import Table
@@ -15,6 +15,7 @@ from reports.stats.intervals import Interval
 from suites.record import Record
 
 RECORDED = "recorded routing"
+ROW = ("strategy", "budget", "TPOT ms", "tokens/s", *(f"over {b}" for b in ON_DEMAND), "fallbacks", "MB/token", "hits")
 
 
 def link_title(record: Record) -> str:
@@ -49,64 +50,47 @@ def by_link(records: list[Record], link: str) -> Table:
     """Return the speed of every strategy over one link, on the shipped models' routing."""
     chosen = [r for r in on_recorded_routing(records) if link_title(r) == link]
     head = (
-        "strategy",
-        "budget",
-        "slots",
-        "fallbacks",
-        "TPOT ms",
-        "tokens/s",
-        *(f"over {b}" for b in ON_DEMAND),
-        "MB/token",
-        "hits",
+        *ROW,
         "ceiling tokens/s",
         "of the ceiling",
         "copies GB/s",
         "TTFT ms",
+        "slots",
     )
     return Table(f"Decode speed, {link}", head, tuple(_row(records, record) for record in chosen))
 
 
 def _row(records: list[Record], record: Record) -> tuple[str, ...]:
+    """Return the columns of `ROW`, then those against the link, and the slots."""
     tokens, rate = total([record], "decode_tokens"), tokens_per_s([record])
     ceiling, copies = record.ceiling_tokens_per_s, record.config["link_measured_gb_per_s"]
     return (
         strategy_name(record),
-        record.budget,
-        "-" if record.slots is None else f"{record.slots:,}",
-        percent(total([record], "fallbacks") / tokens) if record.gamma is not None and tokens else "-",
+        memory(record),
         "-" if rate is None else f"{1000 / rate:.2f}",
         "-" if rate is None else f"{rate:.2f}",
         *(
             "1" if record.strategy == baseline else ratio(speedup_over(records, record, baseline))
             for baseline in ON_DEMAND
         ),
+        percent(total([record], "fallbacks") / tokens) if record.gamma is not None and tokens else "-",
         f"{total([record], 'decode_bytes') / tokens / 1e6:,.3f}" if tokens else "-",
         percent(hit_rate([record])),
         "-" if ceiling is None else f"{ceiling:.2f}",
         percent(rate / ceiling) if rate and ceiling else "-",
         "-" if copies is None else f"{copies:.2f}",
         f"{total([record], 'ttft_ns') / 1e6 / len(record.items):,.1f}",
+        "-" if record.slots is None else f"{record.slots:,}",
     )
 
 
 def by_routing(records: list[Record]) -> Table:
     """Return the speed of every strategy on routing drawn from a distribution."""
-    sampled = [r for r in records if r.task != RECORDED]
-    rows = tuple((r.task.removesuffix(" routing"), link_title(r), *_row(records, r)[:10]) for r in sampled)
-    head = (
-        "routing",
-        "link",
-        "strategy",
-        "budget",
-        "slots",
-        "fallbacks",
-        "TPOT ms",
-        "tokens/s",
-        *(f"over {b}" for b in ON_DEMAND),
-        "MB/token",
-        "hits",
-    )
-    return Table("Routing drawn from a distribution", head, rows)
+    rows = []
+    for record in [r for r in records if r.task != RECORDED]:
+        *columns, slots = _row(records, record)
+        rows.append((record.task.removesuffix(" routing"), link_title(record), *columns[: len(ROW)], slots))
+    return Table("Routing drawn from a distribution", ("routing", "link", *ROW, "slots"), tuple(rows))
 
 
 def fallback_sweep(records: list[Record]) -> list[Record]:
@@ -126,7 +110,7 @@ def by_fallback_rate(records: list[Record]) -> Table:
             percent(record.config["fallback_asked"]),
             percent(fallback_rate(record)),
             link_title(record),
-            record.budget,
+            memory(record),
             *(ratio(speedup_over(records, record, baseline)) for baseline in ON_DEMAND),
             f"{2 / (1 + fallback_rate(record)):.2f}x",
             percent(hit_rate([record])),
@@ -154,12 +138,12 @@ def by_rows(records: list[Record]) -> Table:
         "memory",
         "strategy",
         "rows",
-        "slots",
-        "fallbacks",
-        "TPOT ms",
-        "MB/token",
         "over on-demand-overlap",
         "the same, on its own rows",
+        "TPOT ms",
+        "MB/token",
+        "fallbacks",
+        "slots",
     )
     found = []
     for budget in budgets:
@@ -169,15 +153,15 @@ def by_rows(records: list[Record]) -> Table:
             tokens, rate = total([record], "decode_tokens"), tokens_per_s([record])
             found.append(
                 (
-                    budget,
+                    memory(record) if record.budget == budget else budget,
                     strategy_name(record),
                     rows_of(record),
-                    "-" if record.slots is None else f"{record.slots:,}",
-                    percent(fallback_rate(record)) if record.gamma is not None else "-",
-                    "-" if rate is None else f"{1000 / rate:.2f}",
-                    f"{total([record], 'decode_bytes') / tokens / 1e6:,.1f}" if tokens else "-",
                     ratio(over_plain(records, record)),
                     ratio(over_plain(records, record, rows_of(record))),
+                    "-" if rate is None else f"{1000 / rate:.2f}",
+                    f"{total([record], 'decode_bytes') / tokens / 1e6:,.1f}" if tokens else "-",
+                    percent(fallback_rate(record)) if record.gamma is not None else "-",
+                    "-" if record.slots is None else f"{record.slots:,}",
                 )
             )
     title = records[0].model if records else "-"
@@ -192,7 +176,7 @@ def verdicts(records: list[Record], claim: dict[str, Any], trusted: bool) -> Tab
             measured = speedup_over(records, record, baseline)
             stamp = verdict.stamp_of([record], baseline_cell(records, record, baseline))
             outcome = verdict.speedup_verdict(measured, claim["low"], claim["high"], stamp, trusted)
-            here = f"over {baseline}, {record.budget}, {link_title(record)}"
+            here = f"over {baseline}, {memory(record)}, {link_title(record)}"
             band = f"{claim['low']:.2f}x to {claim['high']:.2f}x"
             rows.append(("speedup", band, record.model, here, ratio(measured), outcome, str(stamp)))
     head = ("claim", "published", "model", "here", "value", "verdict", "scope")
@@ -208,24 +192,24 @@ def families(records: list[Record]) -> Table:
             rows.append(
                 (
                     record.model,
-                    f"{record.config['moe_layers']} of {record.config['real_moe_layers']}",
                     link_title(record),
-                    record.scope,
-                    percent(fallback_rate(record)),
-                    "-" if rate is None else f"{1000 / rate:.2f}",
                     *(
                         ratio(speedup_over([r for r in records if r.model == record.model], record, b))
                         for b in ON_DEMAND
                     ),
+                    "-" if rate is None else f"{1000 / rate:.2f}",
+                    percent(fallback_rate(record)),
+                    record.scope,
+                    f"{record.config['moe_layers']} of {record.config['real_moe_layers']}",
                 )
             )
     head = (
         "geometry",
-        "MoE layers made",
         "link",
-        "scope",
-        "fallbacks",
-        "MoBiLE's TPOT ms",
         *(f"over {b}" for b in ON_DEMAND),
+        "MoBiLE's TPOT ms",
+        "fallbacks",
+        "scope",
+        "MoE layers made",
     )
     return Table("Geometries and links at a glance", head, tuple(rows))

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from reports.data.compare import strategy_name
+from reports.data.groups import memory
 from reports.data.results import Results
 from reports.elements.numbers import percent
 from reports.elements.page import Table
@@ -31,7 +32,7 @@ def by_strategy(results: Results) -> Table:
     watched: dict[tuple, list[Record]] = {}
     for record in results.scored:
         if record.environment.get("telemetry") and not record.config["swept"]:
-            watched.setdefault((record.model, strategy_name(record), record.budget), []).append(record)
+            watched.setdefault((record.model, strategy_name(record), memory(record)), []).append(record)
     rows = tuple((f"{strategy}, {budget}", model, *_row(group)) for (model, strategy, budget), group in watched.items())
     return Table("What the card did while cells were timed", HEAD, rows)
 
