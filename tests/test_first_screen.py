@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from reports.pages import content, write
-from reports.sections.first_screen import LACKS, NO_VERDICT, command, first_screen
+from reports.sections.accuracy import LACKS
+from reports.sections.first_screen import NO_VERDICT, command, first_screen
 from tests.report_runs import ITEMS, Rule, record, results
 
 MODEL = ("olmoe-tiny", "olmoe", 0)

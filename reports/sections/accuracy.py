@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from reports.data.results import NoResults, Results, family, read
-from reports.elements.page import Section
+from reports.elements.page import Section, Tile
 from reports.tables import accuracy as tables
 from reports.tables.accuracy import BAND, Judged, headroom, in_points, judged, levels
 from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC
 
 KEPT = Path(__file__).parents[1] / "measured" / "accuracy"  # the committed run that other pages cite
+LACKS = "This run lacks the cells for a verdict."
 METHOD = (
     "Every gating answered the same fresh items: on the test side, never trained on, none of them shipped, no prompt "
     "twice. The rule was fixed before the run: the loss is within the margin where the whole interval of the paired "
@@ -61,6 +63,67 @@ def cited(results: Results) -> list[Section]:
         f"reports/measured/accuracy; repeat it with: nox -s reproduce -- --preset accuracy. {_verdict(found)}"
     )
     return [Section("The loss, with enough questions", (text,), (tables.verdicts(found),))]
+
+
+def cited_clause(results: Results) -> str:
+    """Return what the committed accuracy run says, as a clause of another run's verdict; empty where it is lacking."""
+    kept = _kept()
+    if results.accuracy or not results.records or kept is None:
+        return ""
+    found = judged(kept.accuracy)
+    least, most = (f"{end(one.items for one in found):,}" for end in (min, max))
+    asked = least if least == most else f"{least} to {most}"
+    return f"; asked {asked} questions a family, in the committed run of the preset accuracy, {counted(found)}"
+
+
+def counted(found: Sequence[Judged]) -> str:
+    """Return for how many families the loss is within the margin, and for how many beyond it."""
+    said, margin = [one.verdict for one in found], found[0].margin_points
+    return (
+        f"it is shown to be at most {margin:g} point for {said.count('yes')} of {len(said)} families and to be more for "
+        f"{said.count('no')}"
+    )
+
+
+def screen(results: Results) -> tuple[str, tuple[Tile, ...]]:
+    """Return the sentence and the tiles that the page of an accuracy run begins with."""
+    found = judged(results.accuracy)
+    if not found:
+        return LACKS, ()
+    worst = min(((one, *one.worst(PAPERS)) for one in found), key=lambda each: each[2].value)
+    pooled = min(found, key=lambda one: one.difference(PAPERS).value)
+    best = max(found, key=lambda one: one.difference(PAPERS).value)
+    said = f"Answered in full, not projected: MoBiLE's loss of accuracy against {FULL_K} at the paper's gamma: "
+    return f"{said}{counted(found)}.", (
+        Tile(
+            "Loss, all tasks together",
+            tuple(
+                (f"{in_points(one.difference(PAPERS))} points", f"{where}, {family(one.records[0])}, n = {one.items:,}")
+                for where, one in (("largest", pooled), ("smallest", best))
+            ),
+        ),
+        Tile(
+            "Worst loss on one task",
+            (
+                (
+                    f"{in_points(worst[2])} points",
+                    f"{family(worst[0].records[0])} on {worst[1]}, n = {worst[2].items:,}",
+                ),
+            ),
+        ),
+        Tile(
+            "Added by falling back",
+            tuple(
+                (_ends([one.difference(PAPERS, against).value for one in found]), f"points, {PAPERS} less {against}")
+                for against in (STATIC, RANDOM)
+            ),
+        ),
+    )
+
+
+def _ends(values: Sequence[float]) -> str:
+    low, high = f"{min(values):+.2f}", f"{max(values):+.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 @cache

@@ -20,6 +20,7 @@ from reports.data.groups import ON_DEMAND, Group
 from reports.data.results import Results
 from reports.elements.numbers import points, ratio
 from reports.elements.page import FirstScreen, Tile
+from reports.sections import accuracy as rounds
 from reports.stats.intervals import Interval, Paired
 from reports.tables import synthetic
 from suites.record import Record
@@ -29,7 +30,6 @@ NO_RIVALS = ("resident", *ON_DEMAND)
 KNOWS_FUTURE = ("belady", "oracle-prefetch")  # for records that do not say so themselves
 ROOT = Path(__file__).parents[2]
 NO_VERDICT = "No verdict: a control of this run is broken, as said above."
-LACKS = "This run lacks the cells for a verdict."
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Case:
 
 def first_screen(results: Results, paper: dict[str, Any], trusted: bool = True) -> FirstScreen:
     """Return the first screen; tiles that this run has no numbers for are left out, and the sentence says so."""
+    if results.accuracy and not results.records:
+        said, tiles = rounds.screen(results)
+        return FirstScreen(
+            said if trusted else NO_VERDICT, tiles, _made(results), links(paper), command(results.preset)
+        )
     least = [case for model in results.models if (case := scored_case(results, model, least_memory(results, model)))]
     timed = timed_cases(results)
     losses = {case.model: accuracy(case.mobile, groups.full_k(results, case.model)) for case in least}
@@ -57,7 +62,7 @@ def first_screen(results: Results, paper: dict[str, Any], trusted: bool = True) 
         _worst_loss(results, losses),
         _rival(results, least, timed),
     )
-    said = _verdict(least, timed, losses, paper) if trusted else NO_VERDICT
+    said = _verdict(least, timed, losses, paper, rounds.cited_clause(results)) if trusted else NO_VERDICT
     made = _made(results)
     return FirstScreen(said, tuple(tile for tile in tiles if tile), made, links(paper), command(results.preset))
 
@@ -179,18 +184,20 @@ def _most_memory(results: Results, model: str) -> str:
     return max(slots, key=lambda budget: slots[budget], default=least_memory(results, model))
 
 
-def _verdict(least: Sequence[Case], timed: Sequence[Case], losses: dict[str, Paired], paper: dict[str, Any]) -> str:
-    """Return the one sentence."""
+def _verdict(
+    least: Sequence[Case], timed: Sequence[Case], losses: dict[str, Paired], paper: dict[str, Any], cited: str
+) -> str:
+    """Return the one sentence; `cited` is a clause on the loss from another run."""
     cases = least or timed
     if not cases:
-        return LACKS
+        return rounds.LACKS
     how = _how(cases)
     speed = (
         f"{how[:1].upper()}{how[1:]}, with {_memory(cases, 'the ')}, MoBiLE decodes "
         f"{_span([c.over_base for c in cases])} as fast as plain offloading ({BASE})"
     )
     loss = _loss_clause(losses, paper["accuracy"]["margin_points"])
-    return f"{speed}{loss}{_rival_clause(cases)}{_band_clause(least, paper)}."
+    return f"{speed}{loss}{cited}{_rival_clause(cases)}{_band_clause(least, paper)}."
 
 
 def _rival_clause(cases: Sequence[Case]) -> str:
