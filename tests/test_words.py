@@ -328,3 +328,14 @@ def test_the_overview_quoted_by_the_front_page_has_the_worst_task_beside_the_poo
     assert len(quoted_rows) == len(TWO)
     figure = readme._figure(page)
     assert [row[8] for row in figure.data.rows if row[1] == "mobile"] == ["-5"] * len(TWO)
+
+
+def test_static_half_on_other_items_leaves_mobile_and_full_k_as_they_are():
+    found = results(Rule())
+    apart = tuple(
+        replace(r, items=tuple(replace(i, doc=i.doc + 1000) for i in r.items)) if r.strategy == "static-half" else r
+        for r in found.records
+    )
+    [row] = rows(overview.families(replace(found, records=apart), 1.0)).values()
+    assert row["MoBiLE less full K"].startswith("-5.0 [")
+    assert (row["static K/2 less full K"], row["MoBiLE less static K/2"]) == ("-", "-")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports.data import groups
-from reports.data.compare import Worst, accuracy, speedup, total, worst_task
+from reports.data.compare import Worst, accuracy, count, speedup, total, worst_task
 from reports.data.groups import Group
 from reports.data.results import Results
 from reports.stats.intervals import Interval, Paired
@@ -38,13 +38,15 @@ def worst_family(found: Sequence[Family]) -> Family | None:
 def answered(results: Results, model: str) -> tuple[Group, Group, Group]:
     """Return full K, static K/2 and MoBiLE at its own threshold, over the items that all of them have.
 
-    Each is empty where it was not run.
+    Each is empty where it was not run, static K/2 also where it shares no item with the others.
     """
     static_half = results.select_complete(model=model, strategy="static-half", budget="smallest")
-    full_k, half, mobile = groups.on_common_items(
-        [groups.full_k(results, model), static_half, groups.mobile(results, model)]
-    )
-    return full_k, half, mobile
+    whole = [groups.full_k(results, model), groups.mobile(results, model)]
+    full_k, mobile, half = groups.on_common_items([*whole, static_half])
+    if count(half) or not static_half:
+        return full_k, half, mobile
+    full_k, mobile = groups.on_common_items(whole)
+    return full_k, [], mobile
 
 
 def _measure(results: Results, model: str) -> Family | None:
@@ -56,4 +58,6 @@ def _measure(results: Results, model: str) -> Family | None:
     tokens = total(mobile, "decode_tokens")
     rate = total(mobile, "fallbacks") / tokens if tokens else 0.0
     loss, worst = accuracy(mobile, full_k), worst_task(mobile, full_k)
+    if not loss.items:
+        return None
     return Family(model, mobile[0].geometry, rate, speed_up, loss, worst)

@@ -72,8 +72,9 @@ def in_short(results: Results, margin_points: float) -> str:
     found = _found(results) if goes_past(results) else []
     best = [tables.fastest(settings, margin_points) for _, _, settings in found]
     reached = [each for each in best if each is not None and each.over_base.value >= tables.WANTED]
-    losses = [(each.worst.loss.difference.value, each.worst) for each in reached if each.worst]
-    beside = f" (worst task {min(losses)[1].in_words})" if losses else ""
+    worst = [each.worst for each in reached if each.worst]
+    lowest = min(worst, key=lambda each: each.loss.difference.value, default=None)
+    beside = f" (worst task {lowest.in_words})" if lowest else ""
     return f"{_aim(margin_points)}{beside} was reached in {len(reached)} of {len(found)} cases" if found else ""
 
 

@@ -27,7 +27,7 @@ def families(results: Results, margin_points: float) -> Table:
         if not (mobile or half or baselines):
             continue  # a run whose budgets are all bytes
         record = results.select(model=model)[0]
-        loss = accuracy(mobile, full_k) if mobile and full_k else None
+        loss = accuracy(mobile, full_k) if count(mobile) and full_k else None
         worst = worst_task(mobile, full_k) if loss else None
         tokens = total(mobile, "decode_tokens")
         rows.append(
@@ -36,8 +36,8 @@ def families(results: Results, margin_points: float) -> Table:
                 points(loss.difference) if loss else "-",
                 loss.within(margin_points) if loss else "-",
                 worst.in_words if worst else "-",
-                points(accuracy(half, full_k).difference) if half and full_k else "-",
-                points(accuracy(mobile, half).difference) if mobile and half else "-",
+                points(accuracy(half, full_k).difference) if count(half) and full_k else "-",
+                points(accuracy(mobile, half).difference) if count(half) and mobile else "-",
                 percent(total(mobile, "fallbacks") / tokens) if tokens else "-",
                 *(
                     ratio(speedup(mobile, baselines[base])) if mobile and base in baselines else "-"
