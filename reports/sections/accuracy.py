@@ -80,8 +80,8 @@ def counted(found: Sequence[Judged]) -> str:
     """Return for how many families the loss is within the margin, and for how many beyond it."""
     said, margin = [one.verdict for one in found], found[0].margin_points
     return (
-        f"it is shown to be at most {margin:g} point for {said.count('yes')} of {len(said)} families and to be more for "
-        f"{said.count('no')}"
+        f"it is shown to be at most {margin:g} point for {said.count('yes')} of {len(said)} families, and to be more "
+        f"for {said.count('no')}"
     )
 
 
@@ -90,7 +90,8 @@ def screen(results: Results) -> tuple[str, tuple[Tile, ...]]:
     found = judged(results.accuracy)
     if not found:
         return LACKS, ()
-    worst = min(((one, *one.worst(PAPERS)) for one in found), key=lambda each: each[2].value)
+    whose = min(found, key=lambda one: one.worst(PAPERS)[1].value)
+    task, loss = whose.worst(PAPERS)
     pooled = min(found, key=lambda one: one.difference(PAPERS).value)
     best = max(found, key=lambda one: one.difference(PAPERS).value)
     said = f"Answered in full, not projected: MoBiLE's loss of accuracy against {FULL_K} at the paper's gamma: "
@@ -104,12 +105,7 @@ def screen(results: Results) -> tuple[str, tuple[Tile, ...]]:
         ),
         Tile(
             "Worst loss on one task",
-            (
-                (
-                    f"{in_points(worst[2])} points",
-                    f"{family(worst[0].records[0])} on {worst[1]}, n = {worst[2].items:,}",
-                ),
-            ),
+            ((f"{in_points(loss)} points", f"{family(whose.records[0])} on {task}, n = {loss.items:,}"),),
         ),
         Tile(
             "Added by falling back",
