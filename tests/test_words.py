@@ -48,30 +48,11 @@ def test_the_worst_task_is_the_one_with_the_lowest_difference():
 
 
 @pytest.mark.parametrize("models", [TWO[:1], TWO])
-def test_the_worst_task_stands_beside_the_pooled_difference_of_the_opening_and_the_verdict(models):
+def test_the_worst_task_stands_beside_the_pooled_difference_of_the_opening(models):
     found = losing(results(Rule(models=models)), models[-1][0], "web_of_lies", 3)
-    for text in (sentences.opening(found, PAPER)[1], sentences.verdict(found, PAPER)):
-        assert "(worst task web_of_lies -12.5 [" in text
-        assert (f"], {models[-1][0]})" in text) == (len(models) > 1)
-
-
-def test_the_verdict_is_one_sentence_and_a_projection_says_so():
-    text = sentences.verdict(results(Rule(models=TWO)), PAPER)
-    assert text.startswith("Projected, so not judged by the paper: MoBiLE ran 1.60 times as fast")
-    assert text.endswith("that the loss is within 1 point is shown for 0 of 2 families.")
-    assert ". " not in text
-
-
-def test_the_verdict_of_a_measurement_counts_what_was_judged():
-    text = sentences.verdict(results(Rule(scope="gpu+pcie", weights="real", gpu={"name": "a card"})), PAPER)
-    assert text.startswith("Measured (gpu+pcie, real), speed ")
-    assert "REPRODUCED in " in text
-    other = sentences.verdict(results(Rule(scope="gpu+throttled", weights="real")), PAPER)
-    assert other.startswith("Measured (gpu+throttled, real), so not judged by the paper: ")
-
-
-def test_a_broken_control_leaves_no_verdict():
-    assert "can be trusted" in sentences.verdict(results(Rule(canary_correct=ITEMS)), PAPER)
+    text = sentences.opening(found, PAPER)[1]
+    assert "(worst task web_of_lies -12.5 [" in text
+    assert (f"], {models[-1][0]})" in text) == (len(models) > 1)
 
 
 def section(page, heading):

@@ -148,7 +148,7 @@ def _speedups(results: Results) -> tuple[tuple[str, ...], Cells]:
             mobile = groups.mobile(results, model, budget)
             for base, group in groups.baselines(results, budget, model).items():
                 if mobile and (measured := speedup(mobile, group)):
-                    fits = " (all fits)" if groups.holds_all(mobile) else ""
+                    fits = " (holds all of it)" if groups.holds_all(mobile) else ""
                     found[model, mobile[0].scope, f"{budget}{fits}", base] = ratio(measured)
     return ("model", "scope", "budget", "over"), found
 

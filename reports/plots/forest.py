@@ -45,7 +45,9 @@ def speedups(results: Results, paper: dict[str, Any]) -> Figure | None:
             axes.errorbar(
                 measured.value, row, xerr=bars, fmt=mark, color=colour, markersize=6, capsize=2.5, elinewidth=1
             )
-        shown = [f"{model}, {budget}{' (all fits)' if (model, budget) in whole else ''}" for model, budget in places]
+        shown = [
+            f"{model}, {budget}{' (holds all of it)' if (model, budget) in whole else ''}" for model, budget in places
+        ]
         axes.set_yticks(range(len(places)), [named(label) for label in shown])
         axes.set_ylim(len(places) - 0.5, -0.5)
         axes.set_xscale("log", base=2)  # twice as fast lies as far from 1 as half as fast

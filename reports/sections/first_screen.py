@@ -21,6 +21,7 @@ from reports.data.results import Results
 from reports.elements.numbers import points, ratio
 from reports.elements.page import FirstScreen, Tile
 from reports.sections import accuracy as rounds
+from reports.sections import past_paper
 from reports.stats.intervals import Interval, Paired
 from reports.tables import synthetic
 from suites.record import Record
@@ -62,7 +63,9 @@ def first_screen(results: Results, paper: dict[str, Any], trusted: bool = True) 
         _worst_loss(results, losses),
         _rival(results, least, timed),
     )
-    said = _verdict(least, timed, losses, paper, rounds.cited_clause(results)) if trusted else NO_VERDICT
+    past = past_paper.in_short(results, paper["accuracy"]["margin_points"])
+    more = f"{rounds.cited_clause(results)}{f'; {past}' if past else ''}"
+    said = _verdict(least, timed, losses, paper, more) if trusted else NO_VERDICT
     made = _made(results)
     return FirstScreen(said, tuple(tile for tile in tiles if tile), made, links(paper), command(results.preset))
 
@@ -185,9 +188,9 @@ def _most_memory(results: Results, model: str) -> str:
 
 
 def _verdict(
-    least: Sequence[Case], timed: Sequence[Case], losses: dict[str, Paired], paper: dict[str, Any], cited: str
+    least: Sequence[Case], timed: Sequence[Case], losses: dict[str, Paired], paper: dict[str, Any], more: str
 ) -> str:
-    """Return the one sentence; `cited` is a clause on the loss from another run."""
+    """Return the one sentence; `more` are clauses that other chapters add."""
     cases = least or timed
     if not cases:
         return rounds.LACKS
@@ -197,7 +200,7 @@ def _verdict(
         f"{_span([c.over_base for c in cases])} as fast as plain offloading ({BASE})"
     )
     loss = _loss_clause(losses, paper["accuracy"]["margin_points"])
-    return f"{speed}{loss}{cited}{_rival_clause(cases)}{_band_clause(least, paper)}."
+    return f"{speed}{loss}{more}{_rival_clause(cases)}{_band_clause(least, paper)}."
 
 
 def _rival_clause(cases: Sequence[Case]) -> str:

@@ -13,8 +13,6 @@ from reports.data.groups import Group
 from reports.data.own import own_strategies
 from reports.data.results import Results
 from reports.elements.numbers import bare_ratio, percent, span
-from reports.sections import controls, past_paper, synthetic
-from reports.tables import overview
 from reports.verdict import Stamp, stamp_of
 
 SHOWN = {
@@ -106,39 +104,6 @@ def _all_families(found: Sequence[Family], margin: float) -> str:
         f"loss was shown to be within {margin:g} point, which we call negligible, for {shown['yes']} of them, to be "
         f"more for {shown['no']}, and neither for {shown['not shown']}."
     )
-
-
-def verdict(results: Results, paper: dict[str, Any]) -> str:
-    """Return one sentence: how fast MoBiLE was, at what loss with its worst task, and whether that may be judged."""
-    found = families(results)
-    if controls.broken(results):
-        return "Nothing on this page can be trusted: a control of this run is broken."
-    margin, disk = paper["accuracy"]["margin_points"], synthetic.speed_over_a_disk(results)
-    if found:
-        kept = sum(family.loss.within(margin) == "yes" for family in found)
-        shown = f"{kept} of {len(found)} families" if len(found) > 1 else "it" if kept else "no family"
-        return (
-            f"{_judged(results, paper)}: MoBiLE ran {_speed(found)} times as fast as overlapped plain offloading"
-            f"{f' (measured over a disk: {disk})' if disk else ''} and changed accuracy by {_lost(found)}"
-            f"{_worst(found)}; that the loss is within {margin:g} point is shown for {shown}."
-        )
-    if past := past_paper.in_short(results, margin):
-        return f"Projected, so not judged by the paper: {past}."
-    if disk:
-        return (
-            f"Measured over a disk, MoBiLE ran {disk} times as fast as overlapped plain offloading; nothing was scored."
-        )
-    return LACKS
-
-
-def _judged(results: Results, paper: dict[str, Any]) -> str:
-    """Return how the numbers are judged: as a projection not at all, a measurement by its verdicts on speed."""
-    stamp = stamp_of(results.records)
-    if stamp.refusal:
-        return f"{'Projected' if stamp.scope == 'cpu+virtual' else f'Measured ({stamp})'}, so not judged by the paper"
-    rows = overview.verdicts(results, paper, trusted=True).rows
-    counted = Counter(row[5] for row in rows if row[0] == "speedup")
-    return f"Measured ({stamp}), speed {', '.join(f'{word} in {times}' for word, times in counted.items())}"
 
 
 def _speed(found: Sequence[Family]) -> str:

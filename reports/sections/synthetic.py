@@ -8,7 +8,7 @@ from typing import Any
 
 from reports import verdict
 from reports.data.results import Results
-from reports.elements.numbers import bare_ratio, percent, span
+from reports.elements.numbers import bare_ratio, percent
 from reports.elements.page import Section
 from reports.plots import fallback_rate
 from reports.sections import verdicts
@@ -68,12 +68,6 @@ def _over_a_disk(results: Results) -> Iterator[tuple[Record, Interval]]:
             others = [other for other in results.synthetic if other.model == record.model]
             if faster := tables.speedup_over(others, record, "on-demand-overlap"):
                 yield record, faster
-
-
-def speed_over_a_disk(results: Results) -> str:
-    """Return MoBiLE's measured speedup at the fewest slots, a range for several geometries; empty if none was timed."""
-    found = [faster for _, faster in _over_a_disk(results)]
-    return bare_ratio(found[0]) if len(found) == 1 else span([each.value for each in found], ".2f") if found else ""
 
 
 def _measured(results: Results) -> Iterator[str]:

@@ -110,6 +110,6 @@ def test_a_budget_that_holds_every_expert_is_said_to():
     whole = replace(found, records=tuple(slots(r, 1) if r.budget == "16GiB" else r for r in found.records))
     figure = forest.speedups(whole, PAPER)
     assert '"All fits"' in figure.caption
-    assert "olmoe-tiny, 16GiB (all fits)" in figure.svg
-    assert "olmoe-tiny, smallest (all fits)" not in figure.svg
+    assert "olmoe-tiny, 16GiB (holds all of it)" in figure.svg
+    assert "olmoe-tiny, smallest (holds all of it)" not in figure.svg
     assert not holds_all([slots(r, 0.99) for r in found.records[:2]])
