@@ -65,6 +65,15 @@ class SlotPool:
             slots[keys[number]] = free.pop()
         return taken
 
+    def take_free_slots(self, most: int) -> list[int]:
+        """Return the numbers of so many free slots, or of as many as there are; the caller assigns them."""
+        if not self._free:
+            return []
+        taken = self._free[-most:]
+        del self._free[-most:]
+        self.free_taken += len(taken)
+        return taken
+
     def arrived(self, key: Key) -> None:
         """Mark `key` as ready: its copy has ended."""
         self.ready.add(key)

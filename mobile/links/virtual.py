@@ -110,16 +110,24 @@ class VirtualLink:
         Compute runs for `resident_ns` meanwhile, and then waits for each and runs for `each_ns`. Keeps no events, and
         calls no `arrived`.
         """
-        ended = self.now
-        now = ended + resident_ns
-        stalled = 0
+        taken, stalled = self.loads_in_turn(copies, resident_ns, each_ns)
+        self.charge(taken, copies, stalled)
+
+    def loads_in_turn(self, copies: int, resident_ns: int, each_ns: int) -> tuple[int, int]:
+        """Return what `load_in_turn` charges: nanoseconds in all, and those of stall."""
+        ended = stalled = 0
+        now = resident_ns
         for _ in range(copies):
             ended += self._load_ns
             if ended > now:
                 stalled += ended - now
                 now = ended
             now += each_ns
-        self.now = now
+        return now, stalled
+
+    def charge(self, ns: int, copies: int, stalled: int) -> None:
+        """Let time pass on an idle link, with so many copies begun and ended in it, and so much of it stall."""
+        self.now += ns
         self._loaded(copies, stalled)
 
     def stream(self, ns: Sequence[int], loaded: Sequence[int], ahead: int) -> None:

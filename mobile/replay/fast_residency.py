@@ -7,10 +7,13 @@ everything goes through `Residency.layer`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
+from mobile.ledger import Key
 from mobile.links.virtual import VirtualLink
 from mobile.policies.next_logits import NextLayerLogits
+from mobile.policies.protocols import LeastRecentlyUsed
 from mobile.residency.residency import Residency
 
 
@@ -22,12 +25,117 @@ class FastResidency(Residency):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._expert_ns = self.cost.expert_ns(1)
-        self._loads_on_demand_only = (
-            self.lookahead is None
-            and self._placement is None
-            and self._idle_prefetcher is None
-            and self.strategy.overlap
-        )
+        only_demands = self.lookahead is None and self._placement is None and self._idle_prefetcher is None
+        self._loads_on_demand_only = only_demands and self.strategy.overlap
+        self._runs_whole_passes = only_demands and not self.strategy.guess_slots
+        self._by_last_use = type(self._eviction) is LeastRecentlyUsed
+        self._protects_later: Sequence[Key] = ()  # what a little pass has used
+        self._charges: dict[tuple[int, int], tuple[int, int]] = {}  # see `_charge_of`
+
+    def end_token(self) -> None:
+        self._protects_later = ()
+        super().end_token()
+
+    def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
+        self.pool.protected.update(self._protects_later)
+        super().fallback(predicted, tokens)
+
+    # --- whole passes -------------------------------------------------------------------------------
+
+    def run_pass(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> bool:
+        """Do what `run_layer` does for all layers of a decode pass of one token; return whether that could be done.
+
+        `visits` are (recorded layer, layer, ...) in running order, and `experts` the active ones by recorded layer. It
+        can be done where only demand loads use the link and no prediction is pending. Nothing is on its way between two
+        layers then, so that all in the pool is ready, and the time of a layer depends on how many experts it misses.
+        """
+        pool, prefetches, widest = self.pool, self._prefetches, max(map(len, experts))
+        if not (self._runs_whole_passes and self.link.idle) or self.ledger.keeps_events or widest > pool.size:
+            return False
+        if prefetches.predicted or prefetches.pending or pool.unused_prefetches:
+            return False
+        if self.strategy.retain != "some":
+            missing = self._pass_kept_or_not(visits, experts)
+        elif self._by_last_use and not pool.protected and (self._kind == "full" or widest * len(visits) <= pool.size):
+            missing = self._pass_by_last_use(visits, experts)
+        else:
+            missing = self._pass_by_policy(visits, experts)
+        # Charge all layers at once.
+        dense_ns, loads, stalled = len(visits) * self._dense_ns, sum(missing), 0
+        ns, charges = dense_ns, self._charges
+        for (mine, _, _), absent in zip(visits, missing, strict=True):
+            counted = len(experts[mine]), absent
+            charged = charges.get(counted)
+            if charged is None:
+                charged = charges[counted] = self._charge_of(*counted)
+            ns += charged[0]
+            stalled += charged[1]
+        counters = self.ledger.counters
+        counters.hits += sum(len(experts[mine]) for mine, _, _ in visits) - loads
+        counters.demand_loads += loads
+        self._dense_total_ns += dense_ns
+        self.link.charge(ns, loads, stalled)
+        return True
+
+    def _pass_kept_or_not(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> list[int]:
+        """Return how many experts each visit misses where all are kept, or none between layers."""
+        if self.strategy.retain == "everything":
+            return [0] * len(visits)
+        return [len(experts[mine]) for mine, _, _ in visits]
+
+    def _pass_by_last_use(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> list[int]:
+        """Run each visit from the pool, evicting the least recently used; return how many experts each misses.
+
+        Of a little pass what it has used is protected, and the most recently used: as all of that fits the pool, an
+        expert that is neither comes first. It is noted as protected only if a fallback follows.
+        """
+        pool, all_keys, kept = self.pool, self._keys, [] if self._kind == "little" else None
+        slots, misses = pool.slots, []
+        for mine, layer, _ in visits:
+            # 1. Take this layer's experts out of the order of use.
+            key_of = all_keys[layer]
+            keys = [key_of[expert] for expert in experts[mine]]
+            found = [slots.pop(key, None) for key in keys]
+            absent = found.count(None)
+            misses.append(absent)
+            # 2. Put them at its end, the missing ones into slots that are free, or of those that now come first.
+            if absent:
+                given = pool.take_free_slots(absent)
+                given += [slots.pop(victim) for victim in list(islice(slots, absent - len(given)))]
+                for key, slot in zip(keys, found, strict=True):
+                    slots[key] = given.pop() if slot is None else slot
+            else:
+                slots.update(zip(keys, found, strict=True))
+            if kept is not None:
+                kept += keys
+        pool.ready.clear()
+        pool.ready.update(slots)
+        self._protects_later = kept or ()
+        return misses
+
+    def _pass_by_policy(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> list[int]:
+        """Run each visit from the pool, evicting whatever the policy names; return how many experts each misses."""
+        pool, allocator, misses = self.pool, self._allocator, []
+        slots, ready = pool.slots, pool.ready
+        for mine, layer, _ in visits:
+            key_of = self._keys[layer]
+            keys = [key_of[expert] for expert in experts[mine]]
+            missing = [key for key in keys if key not in ready]
+            misses.append(len(missing))
+            pool.pinned = set(keys)
+            if missing:
+                for key in missing[allocator.assign_batch(missing) :]:
+                    slots[key] = allocator.allocate(key)
+                ready.update(missing)
+            self._finish_layer(layer, keys)
+        return misses
+
+    def _charge_of(self, experts: int, missing: int) -> tuple[int, int]:
+        """Return what so many experts of a layer take, nothing being on its way, and the stall that is part of it."""
+        resident_ns, each_ns = self._expert_ns * (experts - missing), self._expert_ns
+        if self.strategy.overlap:
+            return self.link.loads_in_turn(missing, resident_ns, each_ns)
+        return self._expert_ns * experts + missing * self.cost.load_ns, missing * self.cost.load_ns
 
     def run_layer(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None

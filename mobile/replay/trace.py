@@ -63,10 +63,11 @@ def run_step(step: Step, residency: FastResidency, layer_map: LayerMap) -> None:
     residency.begin(step.kind, step.tokens)
     predicts = residency.lookahead is not None and step.ahead is not None
     ahead = StepLogits(step.ahead[:, None]) if predicts and step.ahead is not None else None
-    run_layer, experts, counts = residency.run_layer, step.experts, step.counts
-    for mine, layer, source in _layer_visits(tuple(layer_map)):
-        signal = None if ahead is None or source is None else NextLayerLogits(ahead, source)
-        run_layer(layer, experts[mine], counts[mine] if counts else (), signal)
+    run_layer, experts, counts, running = residency.run_layer, step.experts, step.counts, _layer_visits(layer_map)
+    if counts or step.kind == "prefill" or not residency.run_pass(running, experts):
+        for mine, layer, source in running:
+            signal = None if ahead is None or source is None else NextLayerLogits(ahead, source)
+            run_layer(layer, experts[mine], counts[mine] if counts else (), signal)
     residency.finish()
 
 

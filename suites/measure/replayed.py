@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
 from mobile.ledger import Ledger
-from mobile.policies.strategy import Strategy, resolve
+from mobile.policies.strategy import Strategy, resolve, strategies
 from mobile.replay import trace
-from mobile.replay.replay import replay_requests
+from mobile.replay.replay import ReplaySetup, replay_requests
 from suites.budget import replay_setup, timeline
 from suites.environment import environment
 from suites.plan.cells import Cell
@@ -30,11 +31,15 @@ Trace = tuple[list[trace.Request], dict[str, Any]]
 
 def load(pieces: Sequence[Cell], run: RunFolder) -> Trace:
     """Read the trace that the cells of one live run are replayed from. Raise Refused, also for that of another one."""
-    environment()  # once, for every fork
+    # 1. Do once what every fork would do again.
+    environment()
+    strategies()
+    # 2. Read the trace.
     generation = pieces[0].generation.id
     requests, about = trace.load(run.trace(generation))
     if about.get("generation") != generation:
         raise Refused(f"{run.trace(generation)} is the trace of another live run; delete it, and it is made again.")
+    gc.freeze()  # so that no fork copies all of it, to look for cycles
     return requests, about
 
 
@@ -71,8 +76,7 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
         )
         for (answer, *_), counters in zip(answered, taken, strict=True)
     )
-    shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
-    drawn = tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(setup, shown, TIMELINE_TOKENS))
+    drawn = _timeline(setup, requests) if cell.budget == "smallest" else ()
     return record_of(
         cell,
         strategy,
@@ -90,9 +94,15 @@ def record(cell: Cell, recorded: Trace, run: RunFolder) -> Record:
         environment={**environment(), "telemetry": None, "training": training and asdict(training)},
         counters=ledger.stats(),
         checks=live.checks,
-        timeline=drawn if cell.budget == "smallest" else (),
+        timeline=drawn,
         wall_seconds=time.monotonic() - begun,
     )
+
+
+def _timeline(setup: ReplaySetup, requests: list[trace.Request]) -> tuple[tuple[str, int, int, str], ...]:
+    """Return the events of a few tokens of the longest request, of those with a fallback where there are some."""
+    shown = max(requests, key=lambda request: (any(step.kind == "big" for step in request), len(request)))
+    return tuple((e.what, e.start_ns, e.end_ns, e.name) for e in timeline(setup, shown, TIMELINE_TOKENS))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def jobs(pieces: Sequence[Work], run: RunFolder) -> list[Job]:
 
 
 def _job(batch: Sequence[Work], run: RunFolder) -> Job:
-    """Return the job that does these pieces, which are of one kind and share what is loaded."""
+    """Return the job that does these pieces, which are of one kind."""
     first, labels = batch[0], {piece.id: piece.label for piece in batch}
     fields = [asdict(cast(Any, piece)) for piece in batch]
     return Job(

@@ -72,7 +72,8 @@ class Kind:
     """One kind of work: how to read a piece from its JSON, what measures it, and how many pieces make a job.
 
     A job has `most` pieces at most (None: all that share what is loaded); a few pieces are spread over `jobs` jobs.
-    A `forked` piece has a process of its own, which shares what was loaded.
+    A `forked` piece has a process of its own, which shares what was loaded. A job of a `mixed` kind loads one thing
+    after another; its pieces share the start of a process alone, and one whose input is missing is in no such job.
     """
 
     read: Callable[[dict[str, Any]], Work]
@@ -80,6 +81,7 @@ class Kind:
     most: int | None = None
     jobs: int = 1
     forked: bool = False
+    mixed: bool = False
 
 
 def _generate() -> Measurer:
@@ -132,8 +134,8 @@ def _accuracy() -> Measurer:
 
 KINDS = {
     # A process takes seconds to import what answers and scores; few live runs are spread over some processors.
-    "generate": Kind(generation_from, _generate, most=15, jobs=8),
-    "replay": Kind(cell_from, _replayed, most=12, forked=True),  # of one live run: the trace is read once
+    "generate": Kind(generation_from, _generate, most=22, jobs=8),
+    "replay": Kind(cell_from, _replayed, most=16, jobs=2, forked=True, mixed=True),  # one trace after another
     "live": Kind(cell_from, _live),  # all tasks of one attached model
     "synthetic": Kind(synthetic_cell_from, _timing),  # of one model: to make 61 GB of experts takes longer than a cell
     "in turn": Kind(synthetic_cell_from, _in_turn),  # of one model: a noisy machine hurts all of them alike
@@ -144,11 +146,23 @@ KINDS = {
 
 
 def batches(pieces: Sequence[Work], run: RunFolder) -> Iterator[list[Work]]:
-    """Yield what has no output yet, cut into the pieces of one job, kind by kind."""
+    """Yield what has no output yet, cut into the pieces of one job, kind by kind.
+
+    Pieces that share all they need are dealt out in turn, since neighbours take alike, so that jobs take alike.
+    """
     missing = [piece for piece in pieces if not piece.output(run).is_file()]
     for name, kind in KINDS.items():
-        left = sorted((piece for piece in missing if piece.kind == name), key=lambda piece: piece.shared)
+
+        def together(piece: Work, mixed: bool = kind.mixed) -> tuple:
+            needed = piece.needs(run)
+            return () if mixed and (needed is None or needed.is_file()) else piece.shared
+
+        left = sorted((piece for piece in missing if piece.kind == name), key=lambda one: (together(one), one.shared))
         size = min(kind.most or len(left), ceil(len(left) / kind.jobs))
-        for _, members in groupby(left, key=lambda piece: piece.shared):
-            together = list(members)
-            yield from (together[begin : begin + size] for begin in range(0, len(together), size))
+        for shared, members in groupby(left, key=together):
+            alike = list(members)
+            if kind.mixed or shared:
+                yield from (alike[begin : begin + size] for begin in range(0, len(alike), size))
+            else:
+                parts = ceil(len(alike) / size)
+                yield from (alike[begin::parts] for begin in range(parts))

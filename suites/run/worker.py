@@ -47,15 +47,30 @@ def attempt(name: str, label: str, action: Callable[[], Any]) -> Finished:
 
 
 def measuring(pieces: Sequence[Work], run: RunFolder) -> Callable[[Work], Finished]:
-    """Load now, once, what the pieces of a job share; return what measures one. Where loading fails, each fails so."""
+    """Return what measures a piece of a job, having loaded what it shares with those that come before and after it.
+
+    Where loading fails, each of them fails so.
+    """
     kind = KINDS[pieces[0].kind]
-    measurer = kind.measurer()
-    loaded: list[Any] = []
-    loading = attempt("", "", lambda: loaded.append(measurer.load(pieces, run)))
-    if not loaded:
-        return lambda piece: replace(loading, id=piece.id, label=piece.label, seconds=0.0)
-    measure = in_fork if kind.forked else measure_here
-    return lambda piece: measure(piece, loaded[0], run)
+    measurer, measure = kind.measurer(), in_fork if kind.forked else measure_here
+    loaded: dict[tuple, tuple[Finished, Any]] = {}
+
+    def load(key: tuple) -> tuple[Finished, Any]:
+        found: list[Any] = []
+        alike = [piece for piece in pieces if piece.shared == key]
+        loading = attempt("", "", lambda: found.append(measurer.load(alike, run)))
+        return loading, found[0] if found else None
+
+    def loading_first(piece: Work) -> Finished:
+        if piece.shared not in loaded:
+            loaded.clear()  # what pieces before shared is not kept
+            loaded[piece.shared] = load(piece.shared)
+        loading, shared = loaded[piece.shared]
+        if loading.error is not None:
+            return replace(loading, id=piece.id, label=piece.label, seconds=0.0)
+        return measure(piece, shared, run)
+
+    return loading_first
 
 
 def measure_here(piece: Work, loaded: Any, run: RunFolder) -> Finished:

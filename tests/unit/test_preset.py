@@ -31,6 +31,7 @@ def test_every_way_to_answer_is_timed_whole_once_and_a_fixed_part_of_it_elsewher
 def test_live_runs_are_cut_into_jobs_once_each_and_few_are_spread(name, tmp_path):
     preset = read_preset(name)
     cut = jobs(preset.generations, RunFolder(tmp_path))
-    assert [each for job in cut for each in job.labels] == [generation.id for generation in preset.generations]
+    assert Counter(each for job in cut for each in job.labels) == Counter(one.id for one in preset.generations)
     sizes = [len(job.labels) for job in cut]
+    assert max(sizes) - min(sizes) <= 1, "one job is longer than the others, which all wait for in the end"
     assert sizes == [1] * 4 if name == "smoke" else max(sizes) == KINDS["generate"].most

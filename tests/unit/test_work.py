@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import groupby
 
 import pytest
 
@@ -41,6 +42,10 @@ def test_each_piece_without_an_output_is_in_one_job_with_pieces_that_share_what_
     assert counts == Counter(name for name in by_id if name != done.id)
     for job in found:
         together = [by_id[name] for name in job.labels]
-        assert len({(piece.kind, piece.shared) for piece in together}) == 1
+        kinds, shared = {piece.kind for piece in together}, [piece.shared for piece in together]
+        assert len(kinds) == 1
+        assert len(set(shared)) == 1 or KINDS[kinds.pop()].mixed
+        assert len([*groupby(shared)]) == len(set(shared)), "something is loaded twice"
         assert len(together) <= (KINDS[together[0].kind].most or len(pieces))
+        assert job.needs is None or len(set(shared)) == 1, "pieces without their input stand in others' way"
         assert job.alone == (together[0].scope != VIRTUAL)
