@@ -152,9 +152,10 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
     ) as progress:
         _phase("live runs", jobs(preset.generations, run), workers.many, run, progress)
         timing = jobs(preset.cells, run)
-        _phase("cells", [job for job in timing if not job.alone], workers.many, run, progress)
         alone = [job for job in timing if job.alone]
-        _phase("cells timed alone", alone, workers.alone, run, progress, _turns(preset, alone, run))
+        many = [job for job in timing if not job.alone]
+        _phase("cells", many, workers.many, run, progress, ("rounds", _rounds(preset, many, run)))
+        _phase("cells timed alone", alone, workers.alone, run, progress, ("turns", _turns(preset, alone, run)))
     # 3. Count the records that are there.
     recorded = _recorded(preset, run)
     seconds = time.monotonic() - begun
@@ -186,31 +187,43 @@ def _turns(preset: Preset, todo: Iterable[Job], run: RunFolder) -> list[Path]:
     return [run.turn(cell.id, repeat) for cell in in_turn for repeat in range(cell.repeats)]
 
 
+def _rounds(preset: Preset, todo: Iterable[Job], run: RunFolder) -> list[Path]:
+    """Return the records that jobs of many minutes write one by one: all rounds of a family are one job."""
+    asked = {name for job in todo for name in job.labels}
+    return [cell.output(run) for cell in preset.accuracy if cell.id in asked]
+
+
 def _phase(
-    name: str, todo: list[Job], pool: Executor, run: RunFolder, progress: Progress, turns: Sequence[Path] = ()
+    name: str,
+    todo: list[Job],
+    pool: Executor,
+    run: RunFolder,
+    progress: Progress,
+    meanwhile: tuple[str, Sequence[Path]] = ("", ()),
 ) -> None:
     """Do these jobs and print what became of each as it ends. On an error, drop those that have not begun.
 
-    `turns` are files that jobs write meanwhile, which are counted, so that something moves.
+    `meanwhile` names files that jobs write before they end, which are counted, so that something moves.
     """
     if not todo:
         return
     bar = progress.add_task(name, total=sum(len(job.labels) for job in todo))
-    turning = progress.add_task("turns", total=len(turns), visible=bool(turns))
+    parts, files = meanwhile
+    turning = progress.add_task(parts, total=len(files), visible=bool(files))
     waiting, told = {pool.submit(do, job): job for job in todo}, 0
     left: set[Future] = set(waiting)
     try:
         while left:
-            ended, left = wait(left, LOOK_SECONDS if turns else None, FIRST_COMPLETED)
+            ended, left = wait(left, LOOK_SECONDS if files else None, FIRST_COMPLETED)
             for future in ended:
                 for done in _outcomes(future, waiting[future]):
                     _show(done, waiting[future], run, progress.console)
                     progress.advance(bar)
-            played = sum(path.is_file() for path in turns)
+            played = sum(path.is_file() for path in files)
             progress.update(turning, completed=played)
-            if progress.disable and played >= told + max(1, len(turns) / TOLD_TIMES):
+            if progress.disable and played >= told + max(1, len(files) / TOLD_TIMES):
                 told = played
-                progress.console.print(f"turns  {played:7} of {len(turns)}")
+                progress.console.print(f"{parts:6} {played:7} of {len(files)}")
     finally:
         for future in waiting:
             future.cancel()
