@@ -16,12 +16,14 @@ from suites.strict_json import called, parse, read_bytes
 from suites.typed_json import Count, Holding, typed
 
 FOLDER = Path(__file__).parents[1] / "expected"
+MEASURED = Path(__file__).parents[1] / "measured"  # runs that are kept with their records
 CELLS = "cells.json"
 
 
 def folder_of(preset: str) -> Path:
-    """Return where the expectation of a preset is kept: always inside `FOLDER`, whatever the preset is called."""
-    return FOLDER / slug(preset)
+    """Return where the expectation of a preset is kept: inside `MEASURED` or `FOLDER`, whatever the preset is called."""
+    kept = MEASURED / slug(preset)
+    return kept if kept.is_dir() else FOLDER / slug(preset)
 
 
 class NoExpectation(ValueError):

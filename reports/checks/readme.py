@@ -1,4 +1,4 @@
-"""Number tables of the READMEs, and their figure, made from the committed reports of the presets cpu and past.
+"""Number tables of the READMEs, and their figure, made from the committed reports of presets: cpu, past and accuracy.
 
 A table stands between `<!-- NAME: python -m reports readme -->` and `<!-- /NAME -->`. Nobody copies a number by hand:
 the command rewrites what stands between, and a test fails where it would change something.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
-from reports.checks.expected import FOLDER, NoExpectation
+from reports.checks.expected import FOLDER, NoExpectation, folder_of
 from reports.data.markdown_tables import columns, interval, read_tables
 from reports.elements.page import Figure, Table
 from reports.pages.content import PAPER
@@ -21,6 +21,7 @@ from reports.tables.scores import ALIKE, FEWER, SUMMED
 
 ROOT = Path(__file__).parents[2]
 SOURCE, PAST = FOLDER / "cpu" / "report.md", FOLDER / "past" / "report.md"
+ACCURACY = folder_of("accuracy") / "report.md"
 FIGURES = FOLDER / "cpu"
 INKS = {"light": "#1f2328", "dark": "#e6edf3"}  # text on GitHub's pages
 GLANCE, SEEDS = ("Overview", "The families at a glance"), ("Seeds", "Trainings of one family")
@@ -30,6 +31,7 @@ ON_DISK = ("olmoe-1b-7b, synthetic: speed", "Decode speed, link as it is")
 CLOCK = ("Virtual clock against wall clock", "The virtual clock's error of TPOT")
 PEERS = ("Beside what a user would run instead from a disk", "From the same disk")
 RIVALS = ("Overview", "MoBiLE beside the fastest that loses nothing")
+LOSS = ("Is the loss negligible?", "The verdict on negligible loss")
 FASTEST = ("Past the paper", "The fastest of each kind")
 MEASURED_ON = "olmoe-tiny"  # the model that every strategy runs on
 CAPTION = (
@@ -43,13 +45,15 @@ Tables = Mapping[tuple[str, str], Table]
 def texts() -> dict[Path, str]:
     """Return what each generated file should hold, by path. Raise NoExpectation if the report lacks a table."""
     try:
-        # Of the run of past only its own chapters are quoted, whose headings no other page has.
-        tables = read_tables(PAST.read_text(encoding="utf-8")) | read_tables(SOURCE.read_text(encoding="utf-8"))
+        # Of the runs of past and accuracy only their own chapters are quoted, whose headings no other page has.
+        tables: dict[tuple[str, str], Table] = {}
+        for page in (ACCURACY, PAST, SOURCE):
+            tables |= read_tables(page.read_text(encoding="utf-8"))
         made = {path: _filled(path, tables) for path in dict.fromkeys(path for path, _ in BLOCKS)}
         figure = _figure(tables)
     except (OSError, KeyError, ValueError) as error:
         raise NoExpectation(
-            f"{SOURCE} or {PAST} lacks what the READMEs quote ({error!r}); keep runs of cpu and past first."
+            f"{SOURCE}, {PAST} or {ACCURACY} lacks what the READMEs quote ({error!r}); keep runs of these presets first."
         ) from error
     return {ROOT / path: text for path, text in made.items()} | {
         FIGURES / f"summary-{theme}.svg": _standalone(figure, ink) for theme, ink in INKS.items()
@@ -183,14 +187,23 @@ BLOCKS: dict[tuple[str, str], Callable[[str, Tables], str]] = {
         OVER,
         "over lru",
         "over lru, same memory",
-        "full K %",
         "n",
-        "timed as",
+    ),
+    ("README.md", "loss"): _quoted(
+        LOSS,
+        "family",
+        "within 1 point",
+        "MoBiLE 0.7 less full K",
+        WORST,
+        "static K/2 less full K",
+        "MoBiLE 0.7 less static K/2",
+        "MoBiLE 0.7 less random fallback",
+        "items",
     ),
     ("README.md", "disk"): _quoted(
         ON_DISK, "strategy", "TPOT ms", "over on-demand", OVER, "fallbacks", "MB/token", "hits", "slots"
     ),
-    ("README.md", "clock"): _whole(CLOCK),
+    ("suites/README.md", "clock"): _whole(CLOCK),
     ("suites/README.md", "peers"): _quoted(PEERS, "what", "TPOT ms", "tokens/s", "MB/token", "routing", "memory"),
     ("baselines/README.md", "measured"): _measured_here,
     ("baselines/README.md", "speeds"): _quoted(

@@ -12,7 +12,7 @@ from reports.tables import accuracy as tables
 from reports.tables.accuracy import BAND, Judged, headroom, in_points, judged, levels
 from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC
 
-KEPT = Path(__file__).parents[1] / "measured" / "accuracy"  # the committed run that other pages cite
+KEPT = Path(__file__).parents[1] / "measured" / "accuracy"  # the committed run, which other pages cite
 LACKS = "This run lacks the cells for a verdict."
 METHOD = (
     "Every gating answered the same fresh items: on the test side, never trained on, none of them shipped, no prompt "
