@@ -21,7 +21,7 @@ CELLS = "cells.json"
 
 
 def folder_of(preset: str) -> Path:
-    """Return where the expectation of a preset is kept: inside `MEASURED` or `FOLDER`, whatever the preset is called."""
+    """Return where what a preset should give is kept: inside `MEASURED` or `FOLDER`, whatever the preset is called."""
     kept = MEASURED / slug(preset)
     return kept if kept.is_dir() else FOLDER / slug(preset)
 

@@ -53,7 +53,7 @@ def texts() -> dict[Path, str]:
         figure = _figure(tables)
     except (OSError, KeyError, ValueError) as error:
         raise NoExpectation(
-            f"{SOURCE}, {PAST} or {ACCURACY} lacks what the READMEs quote ({error!r}); keep runs of these presets first."
+            f"{SOURCE}, {PAST} or {ACCURACY} lacks what the READMEs quote ({error!r}); keep runs of these first."
         ) from error
     return {ROOT / path: text for path, text in made.items()} | {
         FIGURES / f"summary-{theme}.svg": _standalone(figure, ink) for theme, ink in INKS.items()
