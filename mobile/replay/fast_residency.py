@@ -89,8 +89,10 @@ class FastResidency(Residency):
         Of a little pass what it has used is protected, and the most recently used: as all of that fits the pool, an
         expert that is neither comes first. It is noted as protected only if a fallback follows.
         """
-        pool, all_keys, kept = self.pool, self._keys, [] if self._kind == "little" else None
-        slots, misses = pool.slots, []
+        pool, all_keys, little = self.pool, self._keys, self._kind == "little"
+        slots = pool.slots
+        misses: list[int] = []
+        kept: list[Key] = []
         for mine, layer, _ in visits:
             # 1. Take this layer's experts out of the order of use.
             key_of = all_keys[layer]
@@ -99,18 +101,15 @@ class FastResidency(Residency):
             absent = found.count(None)
             misses.append(absent)
             # 2. Put them at its end, the missing ones into slots that are free, or of those that now come first.
-            if absent:
-                given = pool.take_free_slots(absent)
-                given += [slots.pop(victim) for victim in list(islice(slots, absent - len(given)))]
-                for key, slot in zip(keys, found, strict=True):
-                    slots[key] = given.pop() if slot is None else slot
-            else:
-                slots.update(zip(keys, found, strict=True))
-            if kept is not None:
+            given = pool.take_free_slots(absent) if absent else []
+            given += [slots.pop(victim) for victim in list(islice(slots, absent - len(given)))]
+            for key, slot in zip(keys, found, strict=True):
+                slots[key] = given.pop() if slot is None else slot
+            if little:
                 kept += keys
         pool.ready.clear()
         pool.ready.update(slots)
-        self._protects_later = kept or ()
+        self._protects_later = kept
         return misses
 
     def _pass_by_policy(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> list[int]:

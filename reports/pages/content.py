@@ -103,7 +103,8 @@ def _by_seed(results: Results, margin_points: float) -> list[Section]:
 
 def _controls(results: Results) -> Section:
     text = (
-        "Each live run begins its first item again, alone, at batch 1, under every strategy it stands for: the "
+        "Each live run begins its first item again, alone, at batch 1: under its own strategy, or for full K under "
+        "some of those that it stands for, so that each of them is tried with every model on one of its tasks. The "
         "tokens must equal the batch's, and every counter of the live ledger, times included, the replayed one's. "
         "Offloaded full K must equal the resident model, token for token."
     )

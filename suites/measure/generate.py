@@ -22,12 +22,13 @@ from mobile.replay.replay import time_requests
 from suites.budget import replay_setup
 from suites.plan.cells import Generation
 from suites.record import RunFolder, write_json
+from suites.run_files import read_plan
 from suites.scoring.lm_eval import EngineLM, evaluate, first_tokens, generate, task_config
 from suites.tasks.catalogue import PUBLISHED
 
 BATCH = 100
 RESIDENT_NBYTES = 2**30  # of experts that are answered with from slots; of more there is not a second copy in memory
-CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, under every strategy that replays it
+CHECKED_TOKENS = 8  # of each task's first item, written again, live and alone, see `checked_strategies`
 
 
 def load(pieces: Sequence[Generation], folder: RunFolder) -> None:
@@ -54,7 +55,8 @@ def measure(generation: Generation, loaded: None, folder: RunFolder) -> None:
     ]
     # 3. Check one item alone and against a replay.
     first = _Answered(prompts[0], requests[0], lm.written[answers[0].prompt_sha256])
-    checks = dict(_checks(generation, native, model, tokenizer, first))
+    checked = checked_strategies(generation, _tasks(generation.model.name, folder))
+    checks = dict(_checks(generation, checked, native, model, tokenizer, first))
     # 4. Write the trace, then the answers, which prove that it is there.
     path = folder.trace(generation.id)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,21 +180,48 @@ class _Answered:
     written: list[int]
 
 
-def _checks(
-    generation: Generation, native: Geometry, model: Any, tokenizer: Any, answered: _Answered
-) -> Iterator[tuple[str, bool]]:
-    """Begin one item again, alone, under each strategy that may replay this generation; yield what has to hold.
+def checked_strategies(generation: Generation, tasks: Sequence[str]) -> list[Strategy]:
+    """Return the strategies that one item of a live run is begun under again: those that may replay it, or some.
 
-    The tokens are those of the batch, and the ledger that of a replay. The batch's numbers may differ from a single
-    row's in their last bits, so this is checked, not assumed.
+    A gating of its own is checked on every task. Full K's routing serves many strategies, whose ledgers have nothing
+    to do with the task, so that they are shared out: each is checked on one of `tasks`, those that the run asks the
+    model, and all of them on every task where that is not known.
     """
     strategy = resolve(generation.strategy, generation.gamma)
-    same_routing = [s for s in strategies().values() if s.routes_as_full_k and not s.needs_future]
-    replaying = same_routing if strategy.routes_as_full_k else [strategy]
+    if not strategy.routes_as_full_k:
+        return [strategy]
+    same_routing = [one for one in strategies().values() if one.routes_as_full_k and not one.needs_future]
+    if generation.task not in tasks:
+        return same_routing
+    turn = tasks.index(generation.task)
+    return same_routing[turn :: len(tasks)] or same_routing[turn % len(same_routing) :][:1]
+
+
+def _tasks(model: str, run: RunFolder) -> list[str]:
+    """Return the tasks that a run is to ask the model, in the order of its plan; none without a plan."""
+    if not run.plan.is_file():
+        return []
+    cells = read_plan(run.plan).cells
+    return list(dict.fromkeys(cell.task for cell in cells if cell.model == model and cell.task is not None))
+
+
+def _checks(
+    generation: Generation,
+    checked: Sequence[Strategy],
+    native: Geometry,
+    model: Any,
+    tokenizer: Any,
+    answered: _Answered,
+) -> Iterator[tuple[str, bool]]:
+    """Begin one item again, alone, under each of the strategies `checked`; yield what has to hold.
+
+    The tokens are those of the batch, and the ledger that of a replay. The batch's numbers may differ from a single
+    row's in their last bits, so this is checked, not assumed: on every task, for each gating that lived through it.
+    """
     options = task_config(generation.task, generation.folder)["generation_kwargs"]
     options = {**options, "max_gen_toks": min(options["max_gen_toks"], CHECKED_TOKENS)}
     begun = first_tokens(answered.request, CHECKED_TOKENS)
-    for one in replaying:
+    for one in checked:
         setup = replay_setup(one, native, generation.model.geometry, profile(generation.hardware), "smallest")
         mobile.attach(model, one, slots=setup.slots, geometry=generation.model.geometry, hardware=generation.hardware)
         [(_, ids)] = generate(model, tokenizer, [answered.prompt], options)
