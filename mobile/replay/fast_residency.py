@@ -30,6 +30,7 @@ class FastResidency(Residency):
         self._runs_whole_passes = only_demands and not self.strategy.guess_slots
         self._by_last_use = type(self._eviction) is LeastRecentlyUsed
         self._protects_later: Sequence[Key] = ()  # what a little pass has used
+        self._ready_behind = False  # whether `pool.ready` is of before some whole passes
         self._charges: dict[tuple[int, int], tuple[int, int]] = {}  # see `_charge_of`
 
     def end_token(self) -> None:
@@ -37,6 +38,8 @@ class FastResidency(Residency):
         super().end_token()
 
     def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
+        if self._ready_behind:
+            self._catch_up()
         self.pool.protected.update(self._protects_later)
         super().fallback(predicted, tokens)
 
@@ -59,19 +62,21 @@ class FastResidency(Residency):
         elif self._by_last_use and not pool.protected and (self._kind == "full" or widest * len(visits) <= pool.size):
             missing = self._pass_by_last_use(visits, experts)
         else:
+            if self._ready_behind:
+                self._catch_up()
             missing = self._pass_by_policy(visits, experts)
         # Charge all layers at once.
         dense_ns, loads, stalled = len(visits) * self._dense_ns, sum(missing), 0
         ns, charges = dense_ns, self._charges
-        for (mine, _, _), absent in zip(visits, missing, strict=True):
-            counted = len(experts[mine]), absent
-            charged = charges.get(counted)
-            if charged is None:
-                charged = charges[counted] = self._charge_of(*counted)
-            ns += charged[0]
-            stalled += charged[1]
+        widths = [len(experts[mine]) for mine, _, _ in visits]
+        for counted in zip(widths, missing, strict=True):
+            if counted not in charges:
+                charges[counted] = self._charge_of(*counted)
+            taken, stall = charges[counted]
+            ns += taken
+            stalled += stall
         counters = self.ledger.counters
-        counters.hits += sum(len(experts[mine]) for mine, _, _ in visits) - loads
+        counters.hits += sum(widths) - loads
         counters.demand_loads += loads
         self._dense_total_ns += dense_ns
         self.link.charge(ns, loads, stalled)
@@ -107,10 +112,13 @@ class FastResidency(Residency):
                 slots[key] = given.pop() if slot is None else slot
             if little:
                 kept += keys
-        pool.ready.clear()
-        pool.ready.update(slots)
-        self._protects_later = kept
+        self._ready_behind, self._protects_later = True, kept
         return misses
+
+    def _catch_up(self) -> None:
+        """Note as ready what whole passes left in the pool: all of it."""
+        self.pool.ready = set(self.pool.slots)
+        self._ready_behind = False
 
     def _pass_by_policy(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> list[int]:
         """Run each visit from the pool, evicting whatever the policy names; return how many experts each misses."""
@@ -140,6 +148,8 @@ class FastResidency(Residency):
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None
     ) -> None:
         """Do what `layer` does, without its waves. `counts` are the tokens of each expert (empty: one each)."""
+        if self._ready_behind:
+            self._catch_up()
         # 1. Take the plain path where events are kept, and for the few steps that no fast path covers.
         wide = self._kind == "prefill" or len(experts) > self.pool.size
         if self.ledger.keeps_events or (wide and not self._streams_alone()) or (counts and not wide):

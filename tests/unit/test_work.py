@@ -14,6 +14,7 @@ from suites.plan.signal_cells import SignalCell
 from suites.record import VIRTUAL, RunFolder, write_json
 from suites.run.jobs import jobs
 from suites.run.work import KINDS
+from suites.run.worker import measuring
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,30 @@ def test_each_piece_without_an_output_is_in_one_job_with_pieces_that_share_what_
         assert len(together) <= (KINDS[together[0].kind].most or len(pieces))
         assert job.needs is None or len(set(shared)) == 1, "pieces without their input stand in others' way"
         assert job.alone == (together[0].scope != VIRTUAL)
+
+
+def test_a_job_loads_one_trace_after_another_and_one_that_cannot_be_read_fails_its_own_cells(tmp_path, monkeypatch):
+    loads: list[list[str]] = []
+
+    class Measurer:
+        @staticmethod
+        def load(alike, _run):
+            loads.append([piece.label for piece in alike])
+            if alike[0].task == "arithmetic":
+                raise ValueError("no trace")
+            return alike[0].shared
+
+        @staticmethod
+        def measure(piece, loaded, _run):
+            assert loaded == piece.shared
+
+    cells = sorted(read_preset("cpu").replayed[:40:5], key=lambda cell: cell.shared)
+    cells += sorted((c for c in read_preset("cpu").replayed if c.task == "web_of_lies"), key=lambda cell: cell.shared)[
+        :3
+    ]
+    monkeypatch.setitem(KINDS, "replay", replace(KINDS["replay"], measurer=lambda: Measurer, forked=False))
+    measure = measuring(cells, RunFolder(tmp_path))
+    done = {cell: measure(cell) for cell in cells}
+    assert len(loads) == len({cell.shared for cell in cells}) > 2
+    assert {cell.task for cell, one in done.items() if one.error is not None} == {"arithmetic"}
+    assert {cell.task for cell, one in done.items() if one.error is None} >= {"web_of_lies"}
