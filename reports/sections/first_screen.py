@@ -49,25 +49,21 @@ class Case:
 
 def first_screen(results: Results, paper: dict[str, Any], trusted: bool = True) -> FirstScreen:
     """Return the first screen; tiles that this run has no numbers for are left out, and the sentence says so."""
-    if results.accuracy and not results.records:
-        said, tiles = rounds.screen(results)
-        return FirstScreen(
-            said if trusted else NO_VERDICT, tiles, _made(results), links(paper), command(results.preset)
-        )
+    only_rounds = results.accuracy and not results.records
+    said, tiles = rounds.screen(results) if only_rounds else _screen(results, paper)
+    return FirstScreen(said if trusted else NO_VERDICT, tiles, _made(results), links(paper), command(results.preset))
+
+
+def _screen(results: Results, paper: dict[str, Any]) -> tuple[str, tuple[Tile, ...]]:
+    """Return the sentence and the tiles of a run that was timed."""
     least = [case for model in results.models if (case := scored_case(results, model, least_memory(results, model)))]
     timed = timed_cases(results)
     losses = {case.model: accuracy(case.mobile, groups.full_k(results, case.model)) for case in least}
     losses = {model: loss for model, loss in losses.items() if loss.items}
-    tiles = (
-        _speed(least, timed, paper),
-        _worst_loss(results, losses),
-        _rival(results, least, timed),
-    )
+    tiles = _speed(least, timed, paper), _worst_loss(results, losses), _rival(results, least, timed)
     past = past_paper.in_short(results, paper["accuracy"]["margin_points"])
     more = f"{rounds.cited_clause(results)}{f'; {past}' if past else ''}"
-    said = _verdict(least, timed, losses, paper, more) if trusted else NO_VERDICT
-    made = _made(results)
-    return FirstScreen(said, tuple(tile for tile in tiles if tile), made, links(paper), command(results.preset))
+    return _verdict(least, timed, losses, paper, more), tuple(tile for tile in tiles if tile)
 
 
 def least_memory(results: Results, model: str) -> str:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from suites.families import FAMILIES, VOCABULARY
 from suites.models.training_experts import register as register_training_experts
@@ -254,7 +254,7 @@ def main() -> None:
         tokenizer = train_tokenizer(Random(0), recipe)  # the same for every family and seed
     else:
         model = family.model_class.from_pretrained(options.longer, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.longer)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.longer)
     register_training_experts()
     model.set_experts_implementation("training")
     took = train(model, tokenizer, recipe, options.out / "training_log.jsonl")
