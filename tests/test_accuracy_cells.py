@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report_runs
 import torch
 from tiny_run import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobile.errors import Refused
+from reports.checks.expected import folder_of, gate
 from reports.data.fingerprint import fingerprints
 from reports.data.results import read
 from reports.pages.content import build
+from reports.pages.write import markdown
+from reports.sections.accuracy import KEPT
 from reports.stats.intervals import Paired
 from reports.tables.accuracy import judged
 from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC
@@ -216,3 +220,20 @@ def test_published_tasks_have_no_fresh_items(tmp_path):
     path.write_text(PRESET.format(margin=1).replace("web_of_lies", "gsm8k"))
     with pytest.raises(Refused, match="gsm8k"):
         read_preset(str(path))
+
+
+def test_the_committed_page_is_what_its_records_give():
+    kept = read(KEPT)
+    assert not kept.absent
+    assert (KEPT / "report.md").read_text(encoding="utf-8") == markdown(build(kept), figures=False)
+    held = gate(kept, folder_of("accuracy"))
+    assert (held.t0, held.t1) == ((), ())
+    assert held.cells == len(read_preset("accuracy").cells)
+
+
+def test_other_pages_cite_the_committed_verdict():
+    report = build(report_runs.results(report_runs.Rule()))
+    [cited] = [section for section in report.sections if section.heading == "The loss, with enough questions"]
+    [own] = [section for section in build(read(KEPT)).sections if section.heading == "Is the loss negligible?"]
+    assert cited.tables == own.tables
+    assert "in the committed run of the preset accuracy" in report.first.verdict

@@ -73,14 +73,14 @@ def cited_clause(results: Results) -> str:
     found = judged(kept.accuracy)
     least, most = (f"{end(one.items for one in found):,}" for end in (min, max))
     asked = least if least == most else f"{least} to {most}"
-    return f"; asked {asked} questions a family, in the committed run of the preset accuracy, {counted(found)}"
+    return f"; asked {asked} questions a family, in the committed run of the preset accuracy, it is {counted(found)}"
 
 
 def counted(found: Sequence[Judged]) -> str:
     """Return for how many families the loss is within the margin, and for how many beyond it."""
     said, margin = [one.verdict for one in found], found[0].margin_points
     return (
-        f"it is shown to be at most {margin:g} point for {said.count('yes')} of {len(said)} families, and to be more "
+        f"shown to be at most {margin:g} point for {said.count('yes')} of {len(said)} families, and to be more "
         f"for {said.count('no')}"
     )
 
@@ -94,7 +94,7 @@ def screen(results: Results) -> tuple[str, tuple[Tile, ...]]:
     task, loss = whose.worst(PAPERS)
     pooled = min(found, key=lambda one: one.difference(PAPERS).value)
     best = max(found, key=lambda one: one.difference(PAPERS).value)
-    said = f"Answered in full, not projected: MoBiLE's loss of accuracy against {FULL_K} at the paper's gamma: "
+    said = f"Counted, not projected: at the paper's gamma MoBiLE's loss of accuracy against {FULL_K} is "
     return f"{said}{counted(found)}.", (
         Tile(
             "Loss, all tasks together",
@@ -145,11 +145,17 @@ def _verdict(found: list[Judged]) -> str:
 
 def _control(found: list[Judged]) -> str:
     better = [family(one.records[0]) for one in found if one.difference(PAPERS, RANDOM).low > 0]
+    names = [gating for gating in found[0].gatings if gating not in (STATIC, RANDOM)]
+    kept = {
+        gating: [family(o.records[0]) for o in found if o.difference(gating).within(o.margin_points) == "yes"]
+        for gating in names
+    }
     above = [family(one.records[0]) for one in found if one.difference(PAPERS, STATIC).low > 0]
     return (
         f"That MoBiLE answers better than {STATIC}, which never falls back, is shown for {_named(above)}. That it "
         f"falls back at the right tokens, and does better than {RANDOM} at the same rate, is shown for "
-        f"{_named(better)}."
+        f"{_named(better)}. A loss within {found[0].margin_points:g} point is shown "
+        f"{'; '.join(f'at {gating} for {_named(families)}' for gating, families in kept.items())}."
     )
 
 
