@@ -84,7 +84,7 @@ def test_a_faster_lossless_strategy_is_the_rival_and_the_sentence_says_that_it_i
 
 
 def test_the_verdict_is_one_sentence_and_calls_a_projection_so():
-    said = first(results(Rule(models=TWO))).verdict
+    said = first(results(Rule(models=TWO, weights="real"))).verdict
     assert said.startswith("Projected onto rtx4080-pcie4, with the fewest slots, MoBiLE decodes 1.60x as fast")
     assert "at most 1 point for 0 of 2 families" in said
     assert ". " not in said

@@ -64,7 +64,7 @@ def accuracy_against_speed(results: Results, model: str) -> Figure | None:
             axes,
             [
                 (label.removeprefix("mobile (gamma ").rstrip(")"), x.value, y.value)
-                for label, _, x, y in sorted(points, key=lambda point: point[2].value, reverse=True)
+                for label, _, x, y in sorted(points, key=lambda point: point[2].value)
             ],
             [(x.value, y.low, y.high) for _, kind, x, y in points if kind != "lossless"],
         )

@@ -52,6 +52,7 @@ STYLE: Any = {
 }
 COLOURS, DASHES, MARKS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, INK, GREY), ("-", "--", "-.", ":") * 2, "osD^vPXd"
 LINES = tuple(zip(COLOURS, DASHES, MARKS, strict=True))
+SIDES = ((6, "left"), (-6, "right"), (0, "center"))  # points of width, and the end of the label that is there
 LABEL_STEPS = range(0, 127, 14)  # points of height that a label is moved from its point
 LONGEST = 80  # characters of a name in a picture, which is as wide as its longest text
 TAG = re.compile(r"<[^>]+>")
@@ -92,7 +93,7 @@ def label_points(
 ) -> None:
     """Write each (text, x, y) beside its point, inside the axes' height, where it covers no other and none before it.
 
-    Right of the point and above it if that is free, else below, farther off with a line to the point, or left. `bars`
+    Right of the point and above it if that is free, else below, farther off with a line to it, left, or across. `bars`
     (x, low, high) are kept free, too. Nothing more may be drawn after.
     """
     axes.autoscale_view()  # now: matplotlib would do it at the first draw, after the places below were measured
@@ -103,8 +104,8 @@ def label_points(
         taken.append(Bbox([ends[0] - 3, ends[1] + 3]))
     inside = axes.get_window_extent()
     for text, x, y in labels:
-        for right, away, up in product((6, -6), LABEL_STEPS, (5, -13)):
-            spot = {"xytext": (right, up + (away if up > 0 else -away)), "ha": "left" if right > 0 else "right"}
+        for (right, aligned), away, up in product(SIDES, LABEL_STEPS, (5, -13)):
+            spot = {"xytext": (right, up + (away if up > 0 else -away)), "ha": aligned}
             drawn = axes.annotate(named(text), (x, y), textcoords="offset points", color=INK, **spot)
             box = drawn.get_window_extent()
             within = inside.y0 <= box.y0 and box.y1 <= inside.y1 and inside.x0 <= box.x0

@@ -10,6 +10,7 @@ from reports.data.results import NoResults, Results, family, read
 from reports.elements.page import Section, Tile
 from reports.tables import accuracy as tables
 from reports.tables.accuracy import BAND, Judged, headroom, in_points, judged, levels
+from suites.identity import SHIPPED
 from suites.plan.accuracy_cells import FULL_K, PAPERS, RANDOM, STATIC
 
 KEPT = Path(__file__).parents[1] / "measured" / "accuracy"  # the committed run, which other pages cite
@@ -52,9 +53,9 @@ def opening(results: Results) -> str:
 
 
 def cited(results: Results) -> list[Section]:
-    """Return a chapter that cites the committed accuracy run, for a run without such cells; none where it lacks."""
-    kept = _kept()
-    if results.accuracy or not results.records or kept is None:
+    """Return a chapter that cites the committed accuracy run; none where it is not cited."""
+    kept = _kept(results)
+    if kept is None:
         return []
     found = judged(kept.accuracy)
     commits = ", ".join(dict.fromkeys(str(r.environment["git_commit"])[:12] for r in kept.accuracy))
@@ -66,14 +67,17 @@ def cited(results: Results) -> list[Section]:
 
 
 def cited_clause(results: Results) -> str:
-    """Return what the committed accuracy run says, as a clause of another run's verdict; empty where it is lacking."""
-    kept = _kept()
-    if results.accuracy or not results.records or kept is None:
+    """Return what the committed accuracy run says of the loss, a clause of a verdict; empty where it is not cited."""
+    kept = _kept(results)
+    if kept is None:
         return ""
     found = judged(kept.accuracy)
     least, most = (f"{end(one.items for one in found):,}" for end in (min, max))
     asked = least if least == most else f"{least} to {most}"
-    return f"; asked {asked} questions a family, in the committed run of the preset accuracy, it is {counted(found)}"
+    return (
+        f"; its loss of accuracy, over {asked} questions a family in the committed run of the preset accuracy, is "
+        f"{counted(found)}"
+    )
 
 
 def counted(found: Sequence[Judged]) -> str:
@@ -122,8 +126,14 @@ def _ends(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _kept(results: Results) -> Results | None:
+    """Return the committed accuracy run for a run of the shipped models without such cells; None for any other."""
+    ours = bool(results.records) and set(results.distinct("weights")) == {SHIPPED}
+    return _committed() if ours and not results.accuracy else None
+
+
 @cache
-def _kept() -> Results | None:
+def _committed() -> Results | None:
     try:
         return read(KEPT)
     except NoResults:

@@ -62,8 +62,8 @@ def _screen(results: Results, paper: dict[str, Any]) -> tuple[str, tuple[Tile, .
     losses = {model: loss for model, loss in losses.items() if loss.items}
     tiles = _speed(least, timed, paper), _worst_loss(results, losses), _rival(results, least, timed)
     past = past_paper.in_short(results, paper["accuracy"]["margin_points"])
-    more = f"{rounds.cited_clause(results)}{f'; {past}' if past else ''}"
-    return _verdict(least, timed, losses, paper, more), tuple(tile for tile in tiles if tile)
+    loss = rounds.cited_clause(results) or _loss_clause(losses, paper["accuracy"]["margin_points"])
+    return _verdict(least, timed, f"{loss}{f'; {past}' if past else ''}", paper), tuple(tile for tile in tiles if tile)
 
 
 def least_memory(results: Results, model: str) -> str:
@@ -183,10 +183,8 @@ def _most_memory(results: Results, model: str) -> str:
     return max(slots, key=lambda budget: slots[budget], default=least_memory(results, model))
 
 
-def _verdict(
-    least: Sequence[Case], timed: Sequence[Case], losses: dict[str, Paired], paper: dict[str, Any], more: str
-) -> str:
-    """Return the one sentence; `more` are clauses that other chapters add."""
+def _verdict(least: Sequence[Case], timed: Sequence[Case], loss: str, paper: dict[str, Any]) -> str:
+    """Return the one sentence; `loss` are its clauses on accuracy."""
     cases = least or timed
     if not cases:
         return rounds.LACKS
@@ -195,8 +193,7 @@ def _verdict(
         f"{how[:1].upper()}{how[1:]}, with {_memory(cases, 'the ')}, MoBiLE decodes "
         f"{_span([c.over_base for c in cases])} as fast as plain offloading ({BASE})"
     )
-    loss = _loss_clause(losses, paper["accuracy"]["margin_points"])
-    return f"{speed}{loss}{more}{_rival_clause(cases)}{_band_clause(least, paper)}."
+    return f"{speed}{loss}{_rival_clause(cases)}{_band_clause(least, paper)}."
 
 
 def _rival_clause(cases: Sequence[Case]) -> str:
