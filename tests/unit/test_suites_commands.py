@@ -45,7 +45,7 @@ def refusal(monkeypatch, capsys, tmp_path):
         ),
         (("plan", "cpu"), "'cpu' is one word too many"),
         (("plan", "--link", "cudda"), "Argument --link: 'cudda' is unknown; did you mean cuda? Choose one of: cuda, "),
-        (("plan", "--preset", "smok"), "Unknown preset 'smok'; did you mean smoke? Choose one of: cpu, "),
+        (("plan", "--preset", "smok"), "Unknown preset 'smok'; did you mean smoke? Choose one of: accuracy, cpu, "),
         (
             (*PROFILE, "--shrink", "0"),
             "The widths of olmoe-1b-7b cannot be divided by 0; take a power of two, ",

@@ -22,7 +22,8 @@ def pieces() -> list:
     smoke, shapes = read_preset("smoke"), read_preset("shapes", link="paced")
     live = [replace(cell, link="virtual") for cell in smoke.replayed]
     signals = [SignalCell(cell.model, cell.task, ("probability", "margin"), 2, 0) for cell in smoke.replayed[:1]]
-    return [*smoke.generations, *smoke.cells, *live, *shapes.cells, *read_preset("measured").cells, *signals]
+    rounds = read_preset("accuracy").cells
+    return [*smoke.generations, *smoke.cells, *live, *shapes.cells, *read_preset("measured").cells, *signals, *rounds]
 
 
 def test_a_piece_is_the_same_after_its_way_to_a_worker(pieces):
