@@ -106,7 +106,7 @@ def test_the_commands_refuse_in_one_line(tmp_path):
     for arguments, says in (
         (
             ("suites", "run", "--preset", "nonsense"),
-            "Unknown preset 'nonsense'; choose one of: accuracy, cpu, disk, measured, paper, past, past_measured, shapes, smoke",
+            "Unknown preset 'nonsense'; choose one of: accuracy, cpu, disk, measured, paper, past",
         ),
         (("reports", "build", str(tmp_path)), "is not a run folder"),
         (("reports", "build", str(tmp_path / "absent")), "is not a run folder"),
