@@ -28,7 +28,6 @@ from suites.record import Record
 
 BASE = "on-demand-overlap"
 NO_RIVALS = ("resident", *ON_DEMAND)
-KNOWS_FUTURE = ("belady", "oracle-prefetch")  # for records that do not say so themselves
 ROOT = Path(__file__).parents[2]
 NO_VERDICT = "No verdict: a control of this run is broken, as said above."
 
@@ -106,8 +105,7 @@ def timed_cases(results: Results) -> list[Case]:
 
 def is_rival(record: Record) -> bool:
     """Return whether a cell's strategy gives full K's answers, offloads experts, and could be built today."""
-    knows_future = record.config.get("needs_future") or record.strategy in KNOWS_FUTURE
-    return record.lossless and not knows_future and record.strategy not in NO_RIVALS
+    return record.lossless and not groups.knows_future(record) and record.strategy not in NO_RIVALS
 
 
 def _case(model: str, memory: str, mobile: Group, over_base: Interval, others: Sequence[Group], base: Group) -> Case:
@@ -178,7 +176,7 @@ def _most_memory(results: Results, model: str) -> str:
     """Return the largest budget that does not hold the whole model; the least one where there is no other."""
     slots = {}
     for record in groups_of_mobile(results, model):
-        if (record.slots or 0) < record.config["moe_layers"] * record.config["experts"]:
+        if not groups.holds_all([record]):
             slots[record.budget] = record.slots or 0
     return max(slots, key=lambda budget: slots[budget], default=least_memory(results, model))
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from suites.plan import looks
+
 RESAMPLES = 4000
 LEVEL = 0.95
 
@@ -87,16 +89,13 @@ def expanded_tail(units: int) -> float:
 
 
 def bonett_price(lost: Any, gained: Any, items: int) -> tuple[Any, Any]:
-    """Return (low, high), as shares, of the 95 % interval of a paired difference (Bonett and Price 2012).
+    """Return (low, high), as shares, of the 95 % interval of a paired difference, see `looks.bonett_price`.
 
-    `lost` and `gained` are counts or arrays of them. The interval keeps its width where Wald's collapses.
+    `lost` and `gained` are counts or arrays of them.
     """
     from scipy.special import ndtri
 
-    # One is added to each discordant count, and two to the items, before Wald's formula.
-    down, up, n = (lost + 1) / (items + 2), (gained + 1) / (items + 2), items + 2
-    half = ndtri((1 + LEVEL) / 2) * np.sqrt((down + up - (up - down) ** 2) / n)
-    return up - down - half, up - down + half
+    return looks.bonett_price(lost, gained, items, float(ndtri((1 + LEVEL) / 2)))
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,8 @@ class Paired:
         return min(1.0, 2 * float(bdtr(min(self.lost, self.gained), self.lost + self.gained, 0.5)))
 
     def within(self, margin_points: float) -> str:
-        """Judge non-inferiority: "yes" if the interval clears the margin, "no" if it lies beyond, else "not shown"."""
-        if self.difference.low > -margin_points:
-            return "yes"
-        return "no" if self.difference.high < -margin_points else "not shown"
+        """Judge non-inferiority, see `looks.judgement`."""
+        return looks.judgement(self.difference.low, self.difference.high, margin_points)
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:

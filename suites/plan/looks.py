@@ -7,10 +7,9 @@ most one of twenty runs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 ERROR = 0.05  # of all looks together
 GROWTH = 4  # each look may err so many times as often as the one before
@@ -29,10 +28,27 @@ class Difference:
     gained: int
 
     def within(self, margin_points: float) -> Judgement:
-        """Judge non-inferiority: "yes" if the interval clears the margin, "no" if it lies beyond, else "not shown"."""
-        if self.low > -margin_points:
-            return "yes"
-        return "no" if self.high < -margin_points else "not shown"
+        """Judge non-inferiority, see `judgement`."""
+        return judgement(self.low, self.high, margin_points)
+
+
+def judgement(low: float, high: float, margin_points: float) -> Judgement:
+    """Judge non-inferiority: "yes" if the interval clears the margin, "no" if it lies beyond, else "not shown"."""
+    if low > -margin_points:
+        return "yes"
+    return "no" if high < -margin_points else "not shown"
+
+
+def bonett_price(lost: Any, gained: Any, items: int, z: float, effect: float = 1.0) -> tuple[Any, Any]:
+    """Return (low, high), as shares, of the interval of a paired difference (Bonett and Price 2012).
+
+    `lost` and `gained` are counts or arrays of them, `z` the normal quantile of its level, and `effect` the design
+    effect that widens it. The interval keeps its width where Wald's collapses.
+    """
+    # One is added to each discordant count, and two to the items, before Wald's formula.
+    down, up, n = (lost + 1) / (items + 2), (gained + 1) / (items + 2), items + 2
+    half = z * (effect * (down + up - (up - down) ** 2) / n) ** 0.5
+    return up - down - half, up - down + half
 
 
 def error_of(look: int, looks: int) -> float:
@@ -43,10 +59,9 @@ def error_of(look: int, looks: int) -> float:
 def difference(first: str, second: str, keys: list[str], error: float) -> Difference:
     """Return the second accuracy less the first, both a 1 or 0 an item, with its interval of coverage 1 - `error`.
 
-    It is Bonett and Price's (2012): one is added to each count of discordant items, so that it keeps its width where
-    Wald's collapses. Items of one key share their substance and may go wrong together, so the standard error is
-    widened by the ratio of that of independent keys to that of independent items, if it is larger (the design effect
-    of Kish). Raise ValueError for other than equal lengths, or none.
+    It is that of `bonett_price`. Items of one key share their substance and may go wrong together, so the standard
+    error is widened by the ratio of that of independent keys to that of independent items, if it is larger (the design
+    effect of Kish). Raise ValueError for other than equal lengths, or none.
     """
     if not first:
         raise ValueError("there is no item to compare")
@@ -60,7 +75,5 @@ def difference(first: str, second: str, keys: list[str], error: float) -> Differ
     alone = sum((change - mean) ** 2 for change in changes)
     effect = max(1.0, sum(each**2 for each in sums.values()) / alone) if alone else 1.0
     # 2. Bonett and Price's interval, that much wider.
-    down, up = (lost + 1) / (items + 2), (gained + 1) / (items + 2)
-    z = NormalDist().inv_cdf(1 - error / 2)
-    half = z * math.sqrt(effect * (down + up - (up - down) ** 2) / (items + 2))
-    return Difference(100 * mean, 100 * (up - down - half), 100 * (up - down + half), items, lost, gained)
+    low, high = bonett_price(lost, gained, items, NormalDist().inv_cdf(1 - error / 2), effect)
+    return Difference(100 * mean, 100 * low, 100 * high, items, lost, gained)
