@@ -24,16 +24,17 @@ from mobile.replay import trace
 from mobile.replay.replay import ReplaySetup, time_requests
 from mobile.replay.trace import Request, Step
 from mobile.residency.residency import HOST
-from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
+from tests.toy import CARD, EXPERTS, GEOMETRY, IN_TURN, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
 
-NEVER, ENDLESS = replace(CARD, cpu_gb_per_s=1e-6), replace(CARD, cpu_gb_per_s=float("inf"), cpu_tflops=float("inf"))
-ALWAYS = replace(ENDLESS, link_gb_per_s=1e-3)
+NEVER = replace(CARD, cpu_gb_per_s=1e-6)
+ENDLESS = replace(CARD, cpu_gb_per_s=float("inf"), cpu_tflops=float("inf"), link_latency_seconds=0.0)
+ALWAYS = replace(ENDLESS, link_gb_per_s=1e-3, link_latency_seconds=CARD.link_latency_seconds)
 
 
 # --- the same bits --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("card", [CARD, ALWAYS, NEVER], ids=["as it is", "all on the CPU", "none on the CPU"])
+@pytest.mark.parametrize("card", [IN_TURN, ALWAYS, NEVER], ids=["as it is", "all on the CPU", "none on the CPU"])
 def test_tokens_and_logits_equal_the_stock_model_wherever_experts_are_computed(family, card):
     model, ids = tiny(family), prompt()
     with torch.no_grad():
@@ -210,8 +211,8 @@ def test_one_token_on_cold_slots_is_never_slower_than_loading_all(steps):
 
 def test_the_cpu_and_the_link_share_a_layer():
     """Four missing, 264 us each on the CPU, 440 us each loaded: three there end before two here would."""
-    ledger = clock(CPU_HYBRID, [[Step("full", 1, ((0, 1, 2, 3),) * LAYERS)]], TOP_K, events=1000)
-    cost = CostModel(CARD, GEOMETRY)
+    ledger = clock(CPU_HYBRID, [[Step("full", 1, ((0, 1, 2, 3),) * LAYERS)]], TOP_K, IN_TURN, events=1000)
+    cost = CostModel(IN_TURN, GEOMETRY)
     assert (cost.cpu_expert_ns(1), cost.load_ns, cost.expert_ns(1)) == (263_902, 410_000, 29_951)
     assert ledger.counters.cpu_experts == 3 * LAYERS
     assert ledger.counters.loads == LAYERS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from mobile.costs.geometry import Geometry
@@ -23,5 +25,7 @@ GEOMETRY = Geometry(
 )
 STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
 CARD = profile("auto")
+# The same without a host that runs ahead: it launches, computes and copies in turn, as a processor does.
+IN_TURN = replace(CARD, name="in turn", launch_seconds=4e-6, host_launch_seconds=0.0, host_copy_seconds=0.0)
 PREFILL = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
 chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))

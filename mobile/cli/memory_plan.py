@@ -116,9 +116,6 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     geometry = cost.geometry
     layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
 
-    def compute_ns(experts: int) -> int:
-        return layers * (cost.dense_ns(1) + experts * cost.expert_ns(1)) + cost.head_ns(1)
-
     placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
 
     def part_of_cpu(missing: int) -> int:
@@ -133,11 +130,12 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
         on_cpu = here + fallbacks * part_of_cpu(again)
         moved = layers * (little + fallbacks * again - on_cpu)
         asked_again = 1.0 if strategy.gating.replays_routers else fallbacks * strategy.prefetch_on_fallback
-        nanoseconds = compute_ns(little) + asked_again * cost.router_replay_ns + fallbacks * compute_ns(full)
+        asking_ns = max(cost.router_replay_ns, cost.host.router_replay)
+        nanoseconds = cost.resident_ns(little) + asked_again * asking_ns + fallbacks * cost.resident_ns(full)
     else:
         chosen = little if isinstance(strategy.gating, HalfK) else full
         on_cpu = part_of_cpu(chosen)
-        moved, nanoseconds = layers * (chosen - on_cpu), compute_ns(chosen)
+        moved, nanoseconds = layers * (chosen - on_cpu), cost.resident_ns(chosen)
     nbytes = 0 if strategy.retain == "everything" else round(moved * geometry.expert_nbytes)
     link = cost.profile.link_gb_per_s * 1e9 / nbytes if nbytes else None
     if on_cpu:

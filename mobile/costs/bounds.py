@@ -31,17 +31,24 @@ def ceilings(cost: CostModel, fallback_rates: Sequence[float]) -> Ceilings | Non
     """Return the closed forms with f and phi of the cost model; None where half of the top-k is not a whole number.
 
     f is the time of a token's K copies and products a layer in that of its whole step. A fallback costs the routers'
-    replay, the copies of the other half, and a full-K compute pass: phi is that in steps. Raise ValueError for a rate
-    outside of 0 to 1.
+    replay, the copies of the other half, and a full-K compute pass: phi is that in steps. The host launches beside the
+    last two copies of a layer. Raise ValueError for a rate outside of 0 to 1.
     """
-    geometry = cost.geometry
-    layers, top_k = geometry.moe_layers, geometry.top_k
+    geometry, host = cost.geometry, cost.host
+    layers, top_k, half = geometry.moe_layers, geometry.top_k, geometry.top_k // 2
     if top_k % 2:
         return None
-    experts = layers * top_k * (cost.load_ns + cost.expert_ns(1))
-    dense = layers * cost.dense_ns(1) + cost.head_ns(1)
-    again = cost.router_replay_ns + dense + experts - layers * (top_k // 2) * cost.load_ns
-    share, fallback = experts / (dense + experts), again / (dense + experts)
+
+    def beside_copies(ns: int, host_ns: int) -> int:
+        return max(ns, host_ns - 2 * cost.load_ns)
+
+    expert = cost.load_ns + cost.expert_ns(1)
+    rest = max(cost.dense_ns(1), host.dense) + (layers - 1) * beside_copies(cost.dense_ns(1), host.dense)
+    rest += beside_copies(cost.head_ns(1), host.head) + layers * host.copy
+    step = rest + layers * top_k * expert
+    again = max(cost.router_replay_ns, host.router_replay) + rest
+    again += layers * half * (max(cost.expert_ns(1), host.expert) + expert)
+    share, fallback = layers * top_k * expert / step, again / step
     return Ceilings(
         on_demand_tokens_per_s=geometry.on_demand_ceiling(cost.profile.link_gb_per_s),
         loading_share=share,

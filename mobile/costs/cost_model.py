@@ -1,11 +1,13 @@
 """The cost model: nanoseconds of a copy, a layer, an expert, by a roofline plus kernel launches.
 
-It is all that virtual time is computed from.
+It is all that virtual time is computed from. A GPU runs behind the host that launches its kernels, so a piece of work
+has two times: the device's, and beside it the host's.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile
@@ -16,20 +18,32 @@ from mobile.costs.rows import AS_IS, OWN_ROW_COSTS, ROW_COSTS
 DENSE_LAUNCHES, EXPERT_LAUNCHES, HEAD_LAUNCHES, ROUTER_LAUNCHES = 20, 4, 4, 3
 
 
+class HostTimes(NamedTuple):
+    """Nanoseconds in which the host launches a layer's dense part, an expert, the head, the routers, or one copy.
+
+    The device works meanwhile on what was launched before. All 0 on a processor, which launches and computes in turn.
+    """
+
+    dense: int
+    expert: int
+    head: int
+    router_replay: int
+    copy: int
+
+
 class CostModel:
     """Integer nanoseconds of each thing that a run does, for one geometry on one profile.
 
-    A step costs max(bytes / memory bandwidth, flops / peak) plus its launches, a layer and a pass also what was
-    measured of them beyond that (`layer_seconds`, `step_seconds`; with the head). Attention over the KV cache is
-    left out: at the suite's few hundred positions it is under 5 % of the dense bytes. With `in_place` packed rows are
-    multiplied as they are, and not decoded first.
+    On the device a step costs max(bytes / memory bandwidth, flops / peak) plus its launches, a layer and a pass also
+    what was measured of them beyond that (`layer_seconds`, `step_seconds`; with the head). `host` is what the host
+    needs to launch it. Attention over the KV cache is left out: at the suite's few hundred positions it is under 5 % of
+    the dense bytes. With `in_place` packed rows are multiplied as they are, and not decoded first.
     """
 
     def __init__(self, profile: HardwareProfile, geometry: Geometry, *, in_place: bool = False) -> None:
         self.profile, self.geometry = profile, geometry
-        self.load_ns = round(
-            (profile.link_latency_seconds + geometry.expert_nbytes / (profile.link_gb_per_s * 1e9)) * 1e9
-        )
+        copying = profile.link_latency_seconds + geometry.expert_nbytes / (profile.link_gb_per_s * 1e9)
+        self.load_ns = round(max(copying, profile.host_copy_seconds) * 1e9)  # none begins before the host begins it
         self.dense_ns = cache(
             lambda tokens: self._step(geometry.dense_nbytes, tokens, DENSE_LAUNCHES, profile.layer_seconds)
         )
@@ -45,7 +59,30 @@ class CostModel:
         decoding = (ROW_COSTS | OWN_ROW_COSTS).get(rows, ROW_COSTS[AS_IS])
         self._expert_nbytes = geometry.expert_nbytes + decoding.scratch_passes * geometry.decoded_expert_nbytes
         self._expert_launches = EXPERT_LAUNCHES + decoding.launches
+        self.host = HostTimes(
+            dense=self._launching(DENSE_LAUNCHES, profile.host_layer_seconds),
+            expert=self._launching(self._expert_launches),
+            head=self._launching(HEAD_LAUNCHES, profile.host_step_seconds),
+            router_replay=geometry.moe_layers * self._launching(ROUTER_LAUNCHES),
+            copy=round(profile.host_copy_seconds * 1e9),
+        )
         self._expert_weights = geometry.decoded_expert_nbytes / geometry.weight_nbytes
+
+    def resident_ns(self, experts: int) -> int:
+        """Return the time of a decode pass over that many experts a layer, all of them in slots.
+
+        The host reads each layer's routing, so what it launches between two of them is the experts of one layer and
+        the dense part of the next.
+        """
+        layers, host = self.geometry.moe_layers, self.host
+        of_experts = max(experts * self.expert_ns(1), experts * host.expert)
+        later = max(of_experts + self.dense_ns(1), experts * host.expert + host.dense)
+        last = max(of_experts + self.head_ns(1), experts * host.expert + host.head)
+        return max(self.dense_ns(1), host.dense) + (layers - 1) * later + last
+
+    def _launching(self, launches: int, beyond_seconds: float = 0.0) -> int:
+        """Return the time in which the host launches so many kernels, and what it does beside."""
+        return round((launches * self.profile.host_launch_seconds + beyond_seconds) * 1e9)
 
     def _expert(self, tokens: int) -> int:
         """Return the time of one expert on the device, decoded first where its row is packed."""

@@ -28,13 +28,15 @@ class HardwareProfile:
     """A GPU, the link that feeds it, and the processor at the link's other end.
 
     `link_gb_per_s` and `memory_gb_per_s` are decimal gigabytes per second that copies and kernels reach,
-    `tflops` is dense bf16 with fp32 accumulation, `launch_seconds` the cost of one kernel launch in an
+    `tflops` is dense bf16 with fp32 accumulation, `launch_seconds` the cost of one kernel launch on the device in an
     eager decode step, `reserve_nbytes` what the context, the workspace and the KV cache take. The processor
     reads its memory at `cpu_gb_per_s` while it computes an expert, and reaches `cpu_tflops` where that is no limit.
 
     Two numbers are 0 unless they were measured: `layer_seconds`, the time of a layer beyond its bytes and launches
     (the engine's and the model's own code), and `step_seconds`, that of a forward pass beyond its layers.
-    `mobile.machine.fit_profile` fits all of it to a machine.
+    The `host_` numbers are of a host that runs ahead of its device: to launch one kernel, to begin one copy, and to run
+    the code of a layer and of a pass. All are 0 where one processor does both in turn, whose launches and code are the
+    device's. `mobile.machine.fit_profile` fits all of it to a machine.
     """
 
     name: str
@@ -50,6 +52,10 @@ class HardwareProfile:
     sources: tuple[str, ...]
     layer_seconds: float = 0.0
     step_seconds: float = 0.0
+    host_launch_seconds: float = 0.0
+    host_copy_seconds: float = 0.0
+    host_layer_seconds: float = 0.0
+    host_step_seconds: float = 0.0
 
 
 _RTX4080 = HardwareProfile(
@@ -59,14 +65,17 @@ _RTX4080 = HardwareProfile(
     tflops=97.5,
     link_gb_per_s=25.0,
     link_latency_seconds=10e-6,
-    launch_seconds=4e-6,
+    launch_seconds=1e-6,
+    host_launch_seconds=4e-6,
+    host_copy_seconds=16e-6,
     reserve_nbytes=1 * GIB,
     cpu_gb_per_s=41.0,
     cpu_tflops=0.5,
     sources=(
         "vram, memory bandwidth, bf16 rate: NVIDIA's published RTX 4080 figures (16 GB, 256 bit at 22.4 Gb/s)",
         "link: PCIe 4.0 x16 carries 31.5 GB/s, of which large page-locked copies usually reach 25 (assumed)",
-        "link latency 10 us a copy, 4 us a launch, 1 GiB reserve: our assumptions, not measured on this card",
+        "link latency 10 us a copy, 4 us of the host a launch and 1 us of the device, 16 us of the host a copy (a "
+        "wait, two events and the copy, 4 us each), 1 GiB reserve: our assumptions, not measured on this card",
         "processor: dual-channel DDR4-3200 carries 51.2 GB/s, of which 80 % are assumed to be reached; what the "
         "link reads of it meanwhile is not taken off, which flatters a strategy that computes on the processor",
         "processor rate: eight cores of two 8-wide fp32 multiply-adds at 4 GHz are 1.02 TFLOP/s; half is assumed",
@@ -123,8 +132,13 @@ def read_profile(path: Path) -> HardwareProfile:
 
 
 def profile_from(data: object) -> HardwareProfile:
-    """Return the profile of which `asdict` made `data`. Raise Refused for anything else."""
+    """Return the profile of which `asdict` made `data`; one of before the host's times were told has none of them.
+
+    Raise Refused for anything else.
+    """
     named = {field.name: field for field in fields(HardwareProfile)}
+    if isinstance(data, dict):
+        data = {name: 0.0 for name in named if name.startswith("host_")} | data
     if not isinstance(data, dict) or set(data) != set(named):
         unlike = sorted(set(data) ^ set(named)) if isinstance(data, dict) else ["all of it"]
         few = ", ".join(name if re.fullmatch(r"[\w ]{1,60}", name, re.ASCII) else shown(name) for name in unlike[:3])

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from mobile.store import Store
 
 Arrival = Callable[[Key, int], None]
+COMMITTED = (
+    2  # copies begun at once. One that has begun cannot be overtaken, so no more than these are ahead of a demand
+)
+# load; two keep a link busy that copies one row at a time
 
 
 class Copy(NamedTuple):
@@ -35,9 +39,9 @@ class LinkEnds:
 
     `rows` are the layers and the experts of each that keys count. `fill(key, slot)` copies a row at once, `row_of(key)`
     is the row in host memory, (row elements,), and `slots` (slots, row elements) are the rows on the device,
-    `row_nbytes` each. `arrived(key, slot)` is called for every copy that has ended. A copy takes `load_ns` in computed
-    time and is accounted for as `charged_nbytes`. `link_gb_per_s` (decimal) is the rate that the link is to be slowed
-    down to, None for its own.
+    `row_nbytes` each. `arrived(key, slot)` is called for every copy that has ended. In computed time a copy takes
+    `load_ns`, and the host `begin_ns` to begin it; it is accounted for as `charged_nbytes`. `link_gb_per_s` (decimal)
+    is the rate that the link is to be slowed down to, None for its own.
     """
 
     store: Store
@@ -50,6 +54,7 @@ class LinkEnds:
     row_nbytes: int
     charged_nbytes: int
     load_ns: int
+    begin_ns: int
     link_gb_per_s: float | None
 
 
@@ -79,9 +84,15 @@ class Link(Protocol):
     def wait(self, key: Key) -> None:
         """Have compute go on only once `key` has arrived; count its waiting as stall. Raise what its copy raised."""
 
-    def compute(self, ns: int, about: Key | str) -> int:
-        """Let the device compute for `ns` while copies go on. Return `ns` where time is virtual, 0 elsewhere."""
+    def compute(self, ns: int, about: Key | str, host_ns: int = 0) -> int:
+        """Let the device compute for `ns` while copies go on, after the host has launched it in `host_ns`.
+
+        Return the nanoseconds until it is over where time is virtual, 0 elsewhere.
+        """
         ...
+
+    def read_result(self) -> None:
+        """Have the host wait for what it launched, as it does to read a routing or a token."""
 
     def on_cpu(self, ns: int, about: Key) -> None:
         """Let the processor compute an expert beside the device, after those it was given before."""

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mobile.ledger import Key, Ledger
-from mobile.links.base import Arrival, Copy, CopyQueue
-
-COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahead of a demand load; two keep a link
-# busy that copies one row at a time
+from mobile.links.base import COMMITTED, Arrival, Copy, CopyQueue
 
 
 class Channel(Protocol):
@@ -121,11 +118,14 @@ class StreamLink:
             self.channel.finish(self._begun[0].copy.slot)
         self._ledger.counters.stall_ns += self.channel.stalled_ns()
 
-    def compute(self, ns: int, about: Key | str) -> int:
+    def compute(self, ns: int, about: Key | str, host_ns: int = 0) -> int:
         if isinstance(about, str):  # a layer or a head: here alone may the caller be on another stream than before
             self.channel.follow()
         self._advance()
         return 0
+
+    def read_result(self) -> None:
+        """Do nothing: the host waits where it reads."""
 
     def on_cpu(self, ns: int, about: Key) -> None:
         self._advance()

@@ -1,12 +1,18 @@
-"""The virtual link: a discrete-event clock that computes what copies, compute and waiting would take. No torch."""
+"""The virtual link: a discrete-event clock that computes what copies, compute and waiting would take. No torch.
+
+It has two timelines. The host launches kernels and begins copies, and goes on; the device works through them and waits
+for copies. So a launch is paid for only where the device has nothing left to do meanwhile. Where the host's times are
+0, as of a processor that computes itself, there is one timeline.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence, Set
+from typing import NamedTuple
 
 from mobile.ledger import Key, Ledger
-from mobile.links.base import Arrival, LinkEnds
+from mobile.links.base import COMMITTED, Arrival, LinkEnds
 
 
 def connect(ends: LinkEnds) -> VirtualLink:
@@ -17,20 +23,32 @@ def connect(ends: LinkEnds) -> VirtualLink:
         fill(key, slot)
         note(key, slot)
 
-    return VirtualLink(ends.load_ns, ends.charged_nbytes, ends.ledger, arrived)
+    return VirtualLink(ends.load_ns, ends.charged_nbytes, ends.ledger, arrived, ends.begin_ns)
+
+
+class Charge(NamedTuple):
+    """The nanoseconds of a piece of work, those of them that were stall, and how far the device is then behind."""
+
+    ns: int
+    stalled: int
+    behind: int
 
 
 class VirtualLink:
     """A discrete-event clock in integer nanoseconds: the same calls give the same times on any machine.
 
-    `arrived(key, slot)` is called when a copy ends and must put the real bytes there, so that a step that used a
-    slot too early would compute with what was in it before. If it raises, the copy has not ended. One copy is in
-    flight (`_flying`) and ends at `_flying_end`; the others wait in `_demand`, then in `_prefetch`.
+    `now` is the device's time, at which all it was given is over, and `_host` the host's. `arrived(key, slot)` is
+    called when a copy ends and must put the real bytes there, so that a step that used a slot too early would compute
+    with what was in it before. If it raises, the copy has not ended. One copy is in flight (`_flying`) and ends at
+    `_flying_end`; the others wait in `_demand`, then in `_prefetch`.
     """
 
-    def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival) -> None:
-        self.now = 0
+    def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival, begin_ns: int = 0) -> None:
+        self.now = self._host = 0
         self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
+        self._begin_ns = begin_ns
+        # The host waits where so many copies are begun and one more is needed: it runs ahead by no more than these.
+        self._most_ahead_ns = COMMITTED * load_ns
         self._demand: deque[tuple[Key, int, str]] = deque()  # key, slot and what it was first asked for as
         self._prefetch: dict[Key, int] = {}  # the slot of each, in the order they were asked for
         self._flying: tuple[Key, int, str] | None = None
@@ -51,8 +69,10 @@ class VirtualLink:
         return self._ledger.counters.loads + (self._flying is not None)
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
+        self._host += self._begin_ns
         if self._flying is None:  # then nothing is queued
-            self._flying, self._flying_end = (key, slot, "load" if demand else "prefetch"), self.now + self._load_ns
+            begun = self._host if self._host > self.now else self.now
+            self._flying, self._flying_end = (key, slot, "load" if demand else "prefetch"), begun + self._load_ns
         elif demand:
             self._demand.append((key, slot, "load"))
         else:
@@ -74,20 +94,29 @@ class VirtualLink:
             self._land()
             if ended > self.now:
                 self.now = ended
+        self._host = max(self._host, ended - self._most_ahead_ns)
         self._stalled(begun, key)
 
-    def compute(self, ns: int, about: Key | str) -> int:
-        until = self.now + ns
+    def compute(self, ns: int, about: Key | str, host_ns: int = 0) -> int:
+        before, host = self.now, self._host
+        begun = host if host > before else before
+        until, self._host = begun + ns, host + host_ns
+        if self._host > until:  # its last kernel is launched only then
+            until = self._host
         if self._ledger.keeps_events:
-            self._ledger.event("compute", self.now, until, about)
+            self._ledger.event("compute", begun, until, about)
         if self._flying is None:
             self.now = until
         else:
             self._until(until)
-        return ns
+        return until - before
 
-    def serve(self, keys: Sequence[Key], ready: Set[Key], ns: int) -> None:
-        """Wait for one key after another unless it is ready, and compute for `ns` on each. Keeps no events."""
+    def read_result(self) -> None:
+        if self.now > self._host:
+            self._host = self.now
+
+    def serve(self, keys: Sequence[Key], ready: Set[Key], ns: int, host_ns: int) -> None:
+        """Wait for one key after another unless it is ready, and compute on each as `compute` does. Keeps no events."""
         begun = stalled = 0
         for key in keys:
             if key not in ready:
@@ -97,61 +126,78 @@ class VirtualLink:
                     self._land()
                     if ended > self.now:
                         self.now = ended
+                self._host = max(self._host, ended - self._most_ahead_ns)
                 stalled += self.now - begun
-            until = self.now + ns
+            until = max(self.now, self._host) + ns
+            self._host += host_ns
+            if self._host > until:
+                until = self._host
             while self._flying is not None and self._flying_end <= until:
                 self._land()
             self.now = until
         self._ledger.counters.stall_ns += stalled
 
-    def load_in_turn(self, copies: int, resident_ns: int, each_ns: int) -> None:
-        """Charge so many demand loads at once, submitted to an idle link.
+    def loads_in_turn(self, copies: int, resident: int, ns: int, host_ns: int, *, overlap: bool) -> Charge:
+        """Return what so many demand loads take on an idle link, after the host has read what is to be loaded.
 
-        Compute runs for `resident_ns` meanwhile, and then waits for each and runs for `each_ns`. Keeps no events, and
-        calls no `arrived`.
+        Compute runs on `resident` experts meanwhile, and then waits for each copy and runs on it, for `ns` launched in
+        `host_ns`. With `overlap` all are submitted at once, else each is when it is needed.
         """
-        taken, stalled = self.loads_in_turn(copies, resident_ns, each_ns)
-        self.charge(taken, copies, stalled)
-
-    def loads_in_turn(self, copies: int, resident_ns: int, each_ns: int) -> tuple[int, int]:
-        """Return what `load_in_turn` charges: nanoseconds in all, and those of stall."""
-        ended = stalled = 0
-        now = resident_ns
+        # 1. The resident experts, beside copies that the host began before.
+        host = copies * self._begin_ns if overlap else 0
+        now = max(host + resident * ns, host + resident * host_ns) if resident else 0
+        ended, stalled = self._begin_ns, 0
+        host += resident * host_ns
+        # 2. One copy after another.
         for _ in range(copies):
+            if not overlap:
+                host += self._begin_ns
+                ended = max(now, host)
             ended += self._load_ns
             if ended > now:
                 stalled += ended - now
                 now = ended
-            now += each_ns
-        return now, stalled
+                host = max(host, ended - self._most_ahead_ns)
+            now = max(now, host) + ns
+            host += host_ns
+            now = max(now, host)
+        return Charge(now, stalled, now - host)
 
-    def charge(self, ns: int, copies: int, stalled: int) -> None:
-        """Let time pass on an idle link, with so many copies begun and ended in it, and so much of it stall."""
-        self.now += ns
-        self._loaded(copies, stalled)
+    def charge(self, charged: Charge, copies: int) -> None:
+        """Let time pass on an idle link, with so many copies begun and ended in it."""
+        self.now += charged.ns
+        self._host = self.now - charged.behind
+        self._loaded(copies, charged.stalled)
 
-    def stream(self, ns: Sequence[int], loaded: Sequence[int], ahead: int) -> None:
-        """Charge a streamed layer at once, as `load_in_turn` does: experts that compute for `ns` each, in turn.
+    def stream(self, ns: Sequence[int | None], host_ns: int, loaded: Sequence[int], ahead: int) -> None:
+        """Charge a streamed layer at once: experts that compute for `ns` each, in turn, launched in `host_ns`.
 
         Those at the positions `loaded` (ascending) are copied by the link, which is idle before, at most `ahead` of
-        them asked for and not yet waited for.
+        them asked for and not yet waited for. Those of None are another's to compute. Keeps no events.
         """
         now = free = self.now
-        stalled, load_ns, left = 0, self._load_ns, len(loaded)
+        host, begin_ns, load_ns = self._host, self._begin_ns, self._load_ns
+        stalled, left = 0, len(loaded)
         ends: deque[int] = deque()
         loads = set(loaded)
         for position, busy in enumerate(ns):
             while left and len(ends) < ahead:
-                free = (free if free > now else now) + load_ns
+                host += begin_ns
+                free = (free if free > now else max(now, host)) + load_ns
                 ends.append(free)
                 left -= 1
+            if busy is None:
+                continue
             if position in loads:
                 ended = ends.popleft()
                 if ended > now:
                     stalled += ended - now
                     now = ended
-            now += busy
-        self.now = now
+                    host = max(host, ended - self._most_ahead_ns)
+            now = max(now, host) + busy
+            host += host_ns
+            now = max(now, host)
+        self.now, self._host = now, host
         self._loaded(len(loaded), stalled)
 
     def _loaded(self, copies: int, stalled: int) -> None:
@@ -161,7 +207,7 @@ class VirtualLink:
         counters.stall_ns += stalled
 
     def on_cpu(self, ns: int, about: Key) -> None:
-        begun = max(self.now, self._cpu_end)
+        begun = max(self.now, self._host, self._cpu_end)
         self._cpu_end = begun + ns
         if self._ledger.keeps_events:
             self._ledger.event("cpu", begun, self._cpu_end, about)
@@ -169,6 +215,7 @@ class VirtualLink:
     def join_cpu(self, about: Key) -> None:
         begun = self.now
         self._until(max(begun, self._cpu_end))
+        self._host = max(self._host, self._cpu_end)
         self._ledger.counters.cpu_stall_ns += self.now - begun
         self._stalled(begun, about)
 
@@ -193,10 +240,10 @@ class VirtualLink:
         self._demand.clear()
         self._prefetch.clear()
         self._flying = None
-        self._cpu_end = self.now
+        self._cpu_end = self._host = self.now = max(self.now, self._host)
 
     def rewind(self) -> None:
-        self.now = self._cpu_end = 0
+        self.now = self._host = self._cpu_end = 0
 
     def close(self) -> None:
         """Do nothing: it holds nothing."""

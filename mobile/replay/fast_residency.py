@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from mobile.ledger import Key
-from mobile.links.virtual import VirtualLink
+from mobile.links.virtual import Charge, VirtualLink
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.policies.protocols import LeastRecentlyUsed
 from mobile.residency.residency import Residency
@@ -31,7 +31,7 @@ class FastResidency(Residency):
         self._by_last_use = type(self._eviction) is LeastRecentlyUsed
         self._protects_later: Sequence[Key] = ()  # what a little pass has used
         self._ready_behind = False  # whether `pool.ready` is of before some whole passes
-        self._charges: dict[tuple[int, int], tuple[int, int]] = {}  # see `_charge_of`
+        self._charges: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # see `_charge_of`
 
     def end_token(self) -> None:
         self._protects_later = ()
@@ -66,21 +66,28 @@ class FastResidency(Residency):
                 self._catch_up()
             missing = self._pass_by_policy(visits, experts)
         # Charge all layers at once.
-        dense_ns, loads, stalled = len(visits) * self._dense_ns, sum(missing), 0
-        ns, charges = dense_ns, self._charges
+        loads, charges = sum(missing), self._charges
+        self._charge_dense()
+        ns = stalled = dense = following = behind = 0
         widths = [len(experts[mine]) for mine, _, _ in visits]
         for counted in zip(widths, missing, strict=True):
             if counted not in charges:
                 charges[counted] = self._charge_of(*counted)
-            taken, stall = charges[counted]
+            dense += following  # of this layer, which the one before decides
+            taken, stall, behind, following = charges[counted]
             ns += taken
             stalled += stall
         counters = self.ledger.counters
         counters.hits += sum(widths) - loads
         counters.demand_loads += loads
-        self._dense_total_ns += dense_ns
-        self.link.charge(ns, loads, stalled)
+        self._dense_total_ns += dense
+        self.link.charge(Charge(ns + dense, stalled, behind), loads)
         return True
+
+    def _charge_dense(self) -> None:
+        """Charge a layer's dense part, up to its routing."""
+        self._dense_total_ns += self.link.compute(self._dense_ns, "dense", self._host.dense)
+        self.link.read_result()
 
     def _pass_kept_or_not(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> list[int]:
         """Return how many experts each visit misses where all are kept, or none between layers."""
@@ -137,12 +144,16 @@ class FastResidency(Residency):
             self._finish_layer(layer, keys)
         return misses
 
-    def _charge_of(self, experts: int, missing: int) -> tuple[int, int]:
-        """Return what so many experts of a layer take, nothing being on its way, and the stall that is part of it."""
-        resident_ns, each_ns = self._expert_ns * (experts - missing), self._expert_ns
-        if self.strategy.overlap:
-            return self.link.loads_in_turn(missing, resident_ns, each_ns)
-        return self._expert_ns * experts + missing * self.cost.load_ns, missing * self.cost.load_ns
+    def _charge_of(self, experts: int, missing: int) -> tuple[int, int, int, int]:
+        """Return the fields of what so many experts of a layer take, and the time of the next layer's dense part."""
+        charged = self._loads_in_turn(experts, missing)
+        return *charged, max(self._dense_ns, self._host.dense - charged.behind)
+
+    def _loads_in_turn(self, experts: int, missing: int) -> Charge:
+        """Return what so many experts of a layer take after their routing was read, nothing being on its way."""
+        return self.link.loads_in_turn(
+            missing, experts - missing, self._expert_ns, self._host.expert, overlap=self.strategy.overlap
+        )
 
     def run_layer(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None
@@ -158,7 +169,7 @@ class FastResidency(Residency):
             return
         # 2. The steps of `layer`, the experts by the fastest path that gives the same times.
         link = self.link
-        self._dense_total_ns += link.compute(self._dense_ns, "dense")
+        self._charge_dense()
         if wide:
             self._charge_stream(layer, experts, counts)
         elif self._loads_on_demand_only and link.idle:
@@ -172,20 +183,22 @@ class FastResidency(Residency):
 
     def _charge_from_pool(self, layer: int, experts: Sequence[int], ahead: NextLayerLogits | None) -> None:
         """Do what `_run_from_pool` does for one token, the ready experts' compute in one piece."""
-        link, expert_ns, ready = self.link, self._expert_ns, self.pool.ready
+        link, expert_ns, host_ns, ready = self.link, self._expert_ns, self._host.expert, self.pool.ready
         keys, missing = self._pin_routed(layer, experts)
         incoming, on_cpu = self._request_missing(layer, missing)
         self._prefetch_ahead(layer, experts, ahead)
         ready_count = len(keys) - len(missing)
-        if ready_count:
-            link.compute(expert_ns * ready_count, "")
+        # In one piece, unless the host begins copies between them as others end.
+        pieces = 1 if self._idle_prefetcher is None else ready_count
+        for _ in range(min(pieces, ready_count)):
+            link.compute(expert_ns * ready_count // pieces, "", host_ns * ready_count // pieces)
         if self.strategy.overlap:
-            link.serve(incoming, ready, expert_ns)
+            link.serve(incoming, ready, expert_ns, host_ns)
         else:
             for key in incoming:
                 if key not in ready:
                     self._wait_until_ready(key)
-                link.compute(expert_ns, key)
+                link.compute(expert_ns, key, host_ns)
         self._finish_layer(layer, self._join_cpu(keys, on_cpu))
 
     def _charge_demand_only(self, layer: int, experts: Sequence[int]) -> None:
@@ -195,14 +208,12 @@ class FastResidency(Residency):
         """
         pool, allocator = self.pool, self._allocator
         keys, missing = self._pin_routed(layer, experts)
-        if not missing:
-            self.link.compute(self._expert_ns * len(keys), "")
-        else:
+        if missing:
             self.ledger.counters.demand_loads += len(missing)
             for key in missing[allocator.assign_batch(missing) :]:
                 pool.slots[key] = allocator.allocate(key)
-            self.link.load_in_turn(len(missing), self._expert_ns * (len(keys) - len(missing)), self._expert_ns)
             pool.ready.update(missing)
+        self.link.charge(self._loads_in_turn(len(keys), len(missing)), len(missing))
         self._finish_layer(layer, keys)
 
     def _streams_alone(self) -> bool:
@@ -219,10 +230,10 @@ class FastResidency(Residency):
             missing = [keys[position] for position in absent]
             pool.ready.update(missing[: pool.take_free_for(missing)])
         # 2. Charge the device's compute, expert by expert, and the copies beside it.
-        ns = [expert_ns(count) for count in (counts or (1,) * len(keys))]
+        ns: list[int | None] = [expert_ns(count) for count in (counts or (1,) * len(keys))]
         for position in on_cpu:
-            ns[position] = 0
-        self.link.stream(ns, absent, self._prefill.max_in_flight)
+            ns[position] = None
+        self.link.stream(ns, self._host.expert, absent, self._prefill.max_in_flight)
         # 3. Wait for the CPU.
         if on_cpu:
             self.link.join_cpu(keys[on_cpu[-1]])

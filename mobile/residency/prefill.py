@@ -30,12 +30,12 @@ class PrefillStream:
         self._arrived[slot] = key
 
     def stream(
-        self, keys: Sequence[Key], absent: Sequence[int], on_cpu: Sequence[int], ns: Sequence[int]
+        self, keys: Sequence[Key], absent: Sequence[int], on_cpu: Sequence[int], ns: Sequence[int], host_ns: int
     ) -> Iterator[Wave]:
         """Yield each of `keys` in turn as a wave of its own, ready until the next wave is asked for.
 
         The experts at the positions `absent` are copied, those at `on_cpu` are the CPU's to compute, and `ns` are the
-        nanoseconds that the device computes on each.
+        nanoseconds that the device computes on each, which the host launches in `host_ns`.
         """
         pool, link, on_emptied = self._allocator.pool, self._allocator.link, self._allocator.on_emptied
         missing = deque(keys[position] for position in absent)
@@ -62,7 +62,7 @@ class PrefillStream:
             while key not in pool.ready and self._arrived.get(slot) != key:
                 link.wait(key)
             # 3. Compute on it, then free its buffer.
-            link.compute(ns[position], key)
+            link.compute(ns[position], key, host_ns)
             yield [(position, slot)]
             link.used([slot])
             if not self._overlap:

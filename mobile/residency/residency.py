@@ -67,7 +67,7 @@ class Residency:
         ]
         # The running pass.
         self._kind = ""
-        self._dense_ns = cost.dense_ns(1)
+        self._dense_ns, self._host = cost.dense_ns(1), cost.host
         self._dense_total_ns = 0  # as far as the link tells
         self._pass_start = self._read_clock()
 
@@ -110,9 +110,11 @@ class Residency:
 
         A signal that asks the routers again does so here.
         """
-        self._dense_total_ns += self.link.compute(self.cost.head_ns(1), "head")
+        cost, host = self.cost, self._host
+        self._dense_total_ns += self.link.compute(cost.head_ns(1), "head", host.head)
         if self._replays_routers and self._kind == "little":
-            self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
+            self._dense_total_ns += self.link.compute(cost.router_replay_ns, "router replay", host.router_replay)
+        self.link.read_result()  # the token, or how sure it is
         self._add_elapsed()
 
     def abandon(self) -> None:
@@ -130,7 +132,9 @@ class Residency:
         self._kind = "big"
         if self.strategy.prefetch_on_fallback:
             if not self._replays_routers:  # else the signal has asked them
-                self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
+                cost, host = self.cost, self._host
+                self._dense_total_ns += self.link.compute(cost.router_replay_ns, "router replay", host.router_replay)
+                self.link.read_result()
             self._prefetches.extend(predicted)
         self._add_elapsed()
 
@@ -198,7 +202,8 @@ class Residency:
         Experts that are ready come first.
         """
         # 1. Attention, norms, router and shared experts, which are always on the device.
-        self._dense_total_ns += self.link.compute(self._dense_ns, "dense")
+        self._dense_total_ns += self.link.compute(self._dense_ns, "dense", self._host.dense)
+        self.link.read_result()  # the routing
         # 2. The routed experts: through the prefill buffers, or from the decode pool where all fit into it.
         if self._kind == "prefill" or len(experts) > self.pool.size:
             yield from self._stream_layer(layer, experts, counts)
@@ -212,7 +217,7 @@ class Residency:
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None
     ) -> Iterator[Wave]:
         """Run a decode step whose experts all fit: the ready ones while the others are copied, then each of those."""
-        pool, link, expert_ns = self.pool, self.link, self.cost.expert_ns
+        pool, link, expert_ns, host_ns = self.pool, self.link, self.cost.expert_ns, self._host.expert
         # 1. Pin this layer's experts and submit copies of the missing ones, then predict the next layers'.
         keys, missing = self._pin_routed(layer, experts)
         absent = set(missing)
@@ -222,7 +227,7 @@ class Residency:
         self._prefetch_ahead(layer, experts, ahead)
         # 2. Compute on the ready experts in one wave.
         for position in ready:
-            link.compute(expert_ns(counts[position]), keys[position])
+            link.compute(expert_ns(counts[position]), keys[position], host_ns)
         if ready:
             yield [(position, pool.slot(keys[position])) for position in ready]
         # 3. Compute on the others one by one: on the CPU, or on the device as soon as their copies have ended.
@@ -231,7 +236,7 @@ class Residency:
         for key in incoming:
             if key not in pool.ready:
                 self._wait_until_ready(key)
-            link.compute(expert_ns(counts[position_of[key]]), key)
+            link.compute(expert_ns(counts[position_of[key]]), key, host_ns)
             yield [(position_of[key], pool.slot(key))]
             if not self.strategy.overlap:
                 link.join()
@@ -345,7 +350,7 @@ class Residency:
         if all(key in self.pool.ready for key in keys):
             yield from self._run_ready(keys, ns)
             return
-        yield from self._prefill.stream(keys, absent, on_cpu, ns)
+        yield from self._prefill.stream(keys, absent, on_cpu, ns, self._host.expert)
         if on_cpu:
             self.link.join_cpu(keys[on_cpu[-1]])
 
@@ -353,7 +358,7 @@ class Residency:
         """Run a streamed layer whose experts are all in the pool in one wave, at the times that `stream` has."""
         slots = [self.pool.slot(key) for key in keys]
         for key, each_ns in zip(keys, ns, strict=True):
-            self.link.compute(each_ns, key)
+            self.link.compute(each_ns, key, self._host.expert)
         yield list(enumerate(slots))
         self.link.used(slots)
         if not self.strategy.overlap:

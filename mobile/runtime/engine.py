@@ -145,6 +145,7 @@ class Engine:
                 row_nbytes=self.store.layout.nbytes,
                 charged_nbytes=self.geometry.expert_nbytes,
                 load_ns=self._cost.load_ns,
+                begin_ns=self._cost.host.copy,
                 link_gb_per_s=self.plan.link_gb_per_s,
             )
         )

@@ -15,12 +15,20 @@ from mobile.policies.protocols import LeastRecentlyUsed
 from mobile.policies.strategy import Strategy, strategies
 from mobile.replay.replay import ReplaySetup, time_requests
 from mobile.replay.trace import Request, Step, replay, visits
-from tests.toy import CARD, EXPERTS, GEOMETRY, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
+from tests.toy import CARD, EXPERTS, GEOMETRY, IN_TURN, LAYERS, PREFILL, STANDS_FOR, TOP_K, chosen
+
+# A host that runs ahead of its device; one that does not; one that is slower than its device; and slower than its link.
+CARDS = [
+    CARD,
+    IN_TURN,
+    replace(CARD, host_launch_seconds=30e-6, host_copy_seconds=50e-6),
+    replace(CARD, host_copy_seconds=1e-3),
+]
 
 
-def clock(strategy, requests: list[Request], slots: int):
+def clock(strategy, requests: list[Request], slots: int, card=CARD):
     """Counters after replaying the requests on a cold engine."""
-    bench = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, CARD, slots)
+    bench = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, card, slots)
     return time_requests(bench, requests)[1].counters
 
 
@@ -166,14 +174,15 @@ def test_many_victims_at_once_are_those_that_would_be_named_one_by_one(requests,
         assert clock(strategy, requests, size) == clock(replace(strategy, evict=OneByOne), requests, size)
 
 
+@pytest.mark.parametrize("card", CARDS, ids=["ahead", "in turn", "slow host", "slow to copy"])
 @settings(max_examples=25, deadline=None)
 @given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS), st.integers(0, 99))
-def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests, slots, seed):
+def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(card, requests, slots, seed):
     """Where no events are kept, a layer is charged at once, and decided no differently."""
     told = with_signals(requests, seed)
     for strategy in strategies().values():
         size = slots_of(strategy, slots)
-        on = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, CARD, size)
+        on = ReplaySetup(strategy, GEOMETRY, STANDS_FOR, card, size)
         future = visits(told, STANDS_FOR) if strategy.needs_future else None
         ledgers = []
         for events in (0, 10_000):
@@ -187,13 +196,13 @@ def test_a_replay_that_keeps_no_events_has_the_ledger_of_one_that_does(requests,
 @given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS), st.integers(0, 99))
 def test_decode_is_dense_layers_experts_and_waiting_and_nothing_else(requests, slots, seed):
     """Each part is what the cost model says of the steps, and the parts add up to the clock, to the nanosecond."""
-    cost = CostModel(CARD, GEOMETRY)
+    cost = CostModel(IN_TURN, GEOMETRY)
     steps = [step for request in requests for step in request if step.kind != "prefill"]
     falls = sum(step.kind == "big" for step in steps)
     told = with_signals(requests, seed)
     for strategy in strategies().values():
         size = slots_of(strategy, slots)
-        counters = clock(strategy, told, size)
+        counters = clock(strategy, told, size, IN_TURN)
         dense = len(steps) * (LAYERS * cost.dense_ns(1) + cost.head_ns(1))
         dense += falls * cost.router_replay_ns if strategy.prefetch_on_fallback else 0
         assert counters.decode_dense_ns == dense, strategy.name
@@ -201,6 +210,22 @@ def test_decode_is_dense_layers_experts_and_waiting_and_nothing_else(requests, s
         assert counters.decode_ns == dense + counters.decode_expert_ns + counters.decode_stall_ns
         assert 0 <= counters.decode_cpu_stall_ns <= min(counters.decode_stall_ns, counters.cpu_stall_ns)
         assert counters.cpu_experts or not counters.decode_cpu_stall_ns
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS))
+def test_a_host_that_runs_ahead_costs_no_more_than_one_that_does_not_and_no_less_than_none(requests, slots):
+    """The same launches: beside the device's work, before it, or by a host that takes no time."""
+    ahead = replace(CARD, launch_seconds=0.0, host_copy_seconds=0.0)
+    no_host = replace(ahead, host_launch_seconds=0.0)
+    for strategy in strategies().values():
+        if strategy.needs_future or strategy.lookahead is not None:
+            continue  # it decides by time
+        size = slots_of(strategy, slots)
+        least, counters, most = (clock(strategy, requests, size, card) for card in (no_host, ahead, IN_TURN))
+        assert least.decode_ns <= counters.decode_ns <= most.decode_ns, strategy.name
+        parts = counters.decode_dense_ns + counters.decode_expert_ns + counters.decode_stall_ns
+        assert counters.decode_ns == parts
 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
