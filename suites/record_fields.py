@@ -146,6 +146,11 @@ class Profile:
     layer_seconds: Amount
     step_seconds: Amount
     tflops: Rate
+    host_launch_seconds: Amount = 0.0
+    host_copy_seconds: Amount = 0.0
+    host_read_seconds: Amount = 0.0
+    host_layer_seconds: Amount = 0.0
+    host_step_seconds: Amount = 0.0
 
 
 @dataclass(frozen=True)

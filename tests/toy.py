@@ -26,6 +26,8 @@ GEOMETRY = Geometry(
 STANDS_FOR = tuple((layer,) for layer in range(LAYERS))
 CARD = profile("auto")
 # The same without a host that runs ahead: it launches, computes and copies in turn, as a processor does.
-IN_TURN = replace(CARD, name="in turn", launch_seconds=4e-6, host_launch_seconds=0.0, host_copy_seconds=0.0)
+IN_TURN = replace(
+    CARD, name="in turn", launch_seconds=4e-6, **{f"host_{name}_seconds": 0.0 for name in ("launch", "copy", "read")}
+)
 PREFILL = Step("prefill", 5, (tuple(range(EXPERTS)),) * LAYERS, ((2,) * EXPERTS,) * LAYERS)
 chosen = st.sets(st.integers(0, EXPERTS - 1), min_size=TOP_K, max_size=TOP_K).map(lambda s: tuple(sorted(s)))

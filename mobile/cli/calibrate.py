@@ -118,6 +118,13 @@ def _rows(card: HardwareProfile) -> dict[str, Any]:
     def micro(seconds: float) -> str:
         return f"{seconds * 1e6:,.1f} us"
 
+    ahead = {
+        "the host: a kernel launch": micro(card.host_launch_seconds),
+        "the host: a copy begun": micro(card.host_copy_seconds),
+        "the host: a result read": micro(card.host_read_seconds),
+        "the host: a layer beyond its launches": micro(card.host_layer_seconds),
+        "the host: a step beyond its layers": micro(card.host_step_seconds),
+    }
     return {
         "link": f"{card.link_gb_per_s:,.2f} GB/s",
         "link, latency of a copy": micro(card.link_latency_seconds),
@@ -126,6 +133,7 @@ def _rows(card: HardwareProfile) -> dict[str, Any]:
         "dense products": f"{card.tflops:,.3g} TFLOP/s",
         "a layer beyond its bytes and launches": micro(card.layer_seconds),
         "a step beyond its layers": micro(card.step_seconds),
+        **(ahead if card.host_launch_seconds else {}),
         "processor, reading experts": f"{card.cpu_gb_per_s:,.1f} GB/s",
         "processor, dense products": f"{card.cpu_tflops:,.3g} TFLOP/s",
         "device memory": show.memory(card.vram_nbytes),

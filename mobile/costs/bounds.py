@@ -44,10 +44,10 @@ def ceilings(cost: CostModel, fallback_rates: Sequence[float]) -> Ceilings | Non
 
     expert = cost.load_ns + cost.expert_ns(1)
     rest = max(cost.dense_ns(1), host.dense) + (layers - 1) * beside_copies(cost.dense_ns(1), host.dense)
-    rest += beside_copies(cost.head_ns(1), host.head) + layers * host.copy
-    step = rest + layers * top_k * expert
-    again = max(cost.router_replay_ns, host.router_replay) + rest
-    again += layers * half * (max(cost.expert_ns(1), host.expert) + expert)
+    rest += beside_copies(cost.head_ns(1), host.head) + (layers + 1) * host.read
+    step = rest + layers * (host.copy + top_k * expert)
+    resident = max(half * cost.expert_ns(1), half * host.expert + host.copy)
+    again = max(cost.router_replay_ns, host.router_replay) + host.read + rest + layers * (resident + half * expert)
     share, fallback = layers * top_k * expert / step, again / step
     return Ceilings(
         on_demand_tokens_per_s=geometry.on_demand_ceiling(cost.profile.link_gb_per_s),

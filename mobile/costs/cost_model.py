@@ -21,7 +21,8 @@ DENSE_LAUNCHES, EXPERT_LAUNCHES, HEAD_LAUNCHES, ROUTER_LAUNCHES = 20, 4, 4, 3
 class HostTimes(NamedTuple):
     """Nanoseconds in which the host launches a layer's dense part, an expert, the head, the routers, or one copy.
 
-    The device works meanwhile on what was launched before. All 0 on a processor, which launches and computes in turn.
+    The device works meanwhile on what was launched before. In `read` it waits: a result is read, and the next kernel
+    launched. All 0 on a processor, which launches and computes in turn.
     """
 
     dense: int
@@ -29,6 +30,7 @@ class HostTimes(NamedTuple):
     head: int
     router_replay: int
     copy: int
+    read: int
 
 
 class CostModel:
@@ -65,6 +67,7 @@ class CostModel:
             head=self._launching(HEAD_LAUNCHES, profile.host_step_seconds),
             router_replay=geometry.moe_layers * self._launching(ROUTER_LAUNCHES),
             copy=round(profile.host_copy_seconds * 1e9),
+            read=self._launching(1, profile.host_read_seconds),
         )
         self._expert_weights = geometry.decoded_expert_nbytes / geometry.weight_nbytes
 
@@ -78,7 +81,7 @@ class CostModel:
         of_experts = max(experts * self.expert_ns(1), experts * host.expert)
         later = max(of_experts + self.dense_ns(1), experts * host.expert + host.dense)
         last = max(of_experts + self.head_ns(1), experts * host.expert + host.head)
-        return max(self.dense_ns(1), host.dense) + (layers - 1) * later + last
+        return max(self.dense_ns(1), host.dense) + (layers - 1) * later + last + (layers + 1) * host.read
 
     def _launching(self, launches: int, beyond_seconds: float = 0.0) -> int:
         """Return the time in which the host launches so many kernels, and what it does beside."""

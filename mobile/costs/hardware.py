@@ -34,9 +34,10 @@ class HardwareProfile:
 
     Two numbers are 0 unless they were measured: `layer_seconds`, the time of a layer beyond its bytes and launches
     (the engine's and the model's own code), and `step_seconds`, that of a forward pass beyond its layers.
-    The `host_` numbers are of a host that runs ahead of its device: to launch one kernel, to begin one copy, and to run
-    the code of a layer and of a pass. All are 0 where one processor does both in turn, whose launches and code are the
-    device's. `mobile.machine.fit_profile` fits all of it to a machine.
+    The `host_` numbers are of a host that runs ahead of its device: to launch one kernel, to begin one copy, to read a
+    small result once the device has it, and to run the code of a layer and of a pass. All are 0 where one processor
+    does both in turn, whose launches and code are the device's. `mobile.machine.fit_profile` fits all of it to a
+    machine.
     """
 
     name: str
@@ -54,6 +55,7 @@ class HardwareProfile:
     step_seconds: float = 0.0
     host_launch_seconds: float = 0.0
     host_copy_seconds: float = 0.0
+    host_read_seconds: float = 0.0
     host_layer_seconds: float = 0.0
     host_step_seconds: float = 0.0
 
@@ -68,14 +70,15 @@ _RTX4080 = HardwareProfile(
     launch_seconds=1e-6,
     host_launch_seconds=4e-6,
     host_copy_seconds=16e-6,
+    host_read_seconds=10e-6,
     reserve_nbytes=1 * GIB,
     cpu_gb_per_s=41.0,
     cpu_tflops=0.5,
     sources=(
         "vram, memory bandwidth, bf16 rate: NVIDIA's published RTX 4080 figures (16 GB, 256 bit at 22.4 Gb/s)",
         "link: PCIe 4.0 x16 carries 31.5 GB/s, of which large page-locked copies usually reach 25 (assumed)",
-        "link latency 10 us a copy, 4 us of the host a launch and 1 us of the device, 16 us of the host a copy (a "
-        "wait, two events and the copy, 4 us each), 1 GiB reserve: our assumptions, not measured on this card",
+        "link latency 10 us a copy; of the host 4 us a launch, 16 us a copy (a wait, two events and the copy, 4 us "
+        "each) and 10 us to read a result; of the device 1 us a launch; 1 GiB reserve: our assumptions, not measured",
         "processor: dual-channel DDR4-3200 carries 51.2 GB/s, of which 80 % are assumed to be reached; what the "
         "link reads of it meanwhile is not taken off, which flatters a strategy that computes on the processor",
         "processor rate: eight cores of two 8-wide fp32 multiply-adds at 4 GHz are 1.02 TFLOP/s; half is assumed",

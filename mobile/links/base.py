@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from mobile.store import Store
 
 Arrival = Callable[[Key, int], None]
-COMMITTED = (
-    2  # copies begun at once. One that has begun cannot be overtaken, so no more than these are ahead of a demand
-)
-# load; two keep a link busy that copies one row at a time
 
 
 class Copy(NamedTuple):
@@ -40,7 +36,8 @@ class LinkEnds:
     `rows` are the layers and the experts of each that keys count. `fill(key, slot)` copies a row at once, `row_of(key)`
     is the row in host memory, (row elements,), and `slots` (slots, row elements) are the rows on the device,
     `row_nbytes` each. `arrived(key, slot)` is called for every copy that has ended. In computed time a copy takes
-    `load_ns`, and the host `begin_ns` to begin it; it is accounted for as `charged_nbytes`. `link_gb_per_s` (decimal)
+    `load_ns`, and the host `begin_ns` to begin it and `read_ns` to read a result; it is accounted for as
+    `charged_nbytes`. `link_gb_per_s` (decimal)
     is the rate that the link is to be slowed down to, None for its own.
     """
 
@@ -55,6 +52,7 @@ class LinkEnds:
     charged_nbytes: int
     load_ns: int
     begin_ns: int
+    read_ns: int
     link_gb_per_s: float | None
 
 
@@ -91,8 +89,12 @@ class Link(Protocol):
         """
         ...
 
-    def read_result(self) -> None:
-        """Have the host wait for what it launched, as it does to read a routing or a token."""
+    def read_result(self) -> int:
+        """Have the host wait for what it launched and read it, as it does a routing or a token.
+
+        Return the nanoseconds until the device can go on where time is virtual, 0 elsewhere.
+        """
+        ...
 
     def on_cpu(self, ns: int, about: Key) -> None:
         """Let the processor compute an expert beside the device, after those it was given before."""

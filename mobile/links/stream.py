@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mobile.ledger import Key, Ledger
-from mobile.links.base import COMMITTED, Arrival, Copy, CopyQueue
+from mobile.links.base import Arrival, Copy, CopyQueue
+
+COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahead of a demand load; two keep a link
+# busy that copies one row at a time
 
 
 class Channel(Protocol):
@@ -59,11 +62,12 @@ class Begun:
 
 
 class StreamLink:
-    """A Link over a channel. The host waits only where two copies are begun and a third is needed.
+    """A Link over a channel. The host waits only where two copies are begun that it asked for early, and needs another.
 
-    A copy goes from `_queue` (asked for) to `_begun` (given to the channel, in its order, at most `committed`), and
-    then into the ledger, or to `_failed` until compute waits for it. It has no thread of its own: calls of the link
-    move copies on.
+    A copy goes from `_queue` (asked for) to `_begun` (given to the channel, in its order), and then into the ledger, or
+    to `_failed` until compute waits for it. At most `committed` are begun that compute does not wait for yet: the link
+    then has work while the host reads a routing, and a demand load finds no more than these ahead of it. It has no
+    thread of its own: calls of the link move copies on.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class StreamLink:
                 if not begun.announced:
                     begun.announced = True
                     self._arrived(key, begun.copy.slot)
+                    self._advance()  # another may begin
                 break
             # 3. Neither under way nor queued: it has landed.
             if not any(copy.key == key for copy in self._queue):
@@ -124,8 +129,8 @@ class StreamLink:
         self._advance()
         return 0
 
-    def read_result(self) -> None:
-        """Do nothing: the host waits where it reads."""
+    def read_result(self) -> int:
+        return 0  # the host waits where it reads
 
     def on_cpu(self, ns: int, about: Key) -> None:
         self._advance()
@@ -160,12 +165,16 @@ class StreamLink:
     def _advance(self) -> None:
         """Note which copies have ended, and begin as many as may be."""
         self._note_ended()
-        while len(self._begun) < self._committed and (copy := self._queue.next()) is not None:
+        while self._ahead() < self._committed and (copy := self._queue.next()) is not None:
             while any(begun.copy.slot == copy.slot for begun in self._begun):  # one slot, one copy at a time
                 self.channel.finish(copy.slot)
                 self._note_ended()
             self.channel.begin(copy.key, copy.slot)
             self._begun.append(Begun(copy))
+
+    def _ahead(self) -> int:
+        """Return how many copies are begun that compute does not wait for yet."""
+        return sum(not begun.announced for begun in self._begun)
 
     def _note_ended(self) -> None:
         """Move copies that have ended, the oldest first, into the ledger, and those that failed to `_failed`."""

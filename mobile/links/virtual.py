@@ -12,7 +12,7 @@ from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from mobile.ledger import Key, Ledger
-from mobile.links.base import COMMITTED, Arrival, LinkEnds
+from mobile.links.base import Arrival, LinkEnds
 
 
 def connect(ends: LinkEnds) -> VirtualLink:
@@ -23,7 +23,7 @@ def connect(ends: LinkEnds) -> VirtualLink:
         fill(key, slot)
         note(key, slot)
 
-    return VirtualLink(ends.load_ns, ends.charged_nbytes, ends.ledger, arrived, ends.begin_ns)
+    return VirtualLink(ends.load_ns, ends.charged_nbytes, ends.ledger, arrived, ends.begin_ns, ends.read_ns)
 
 
 class Charge(NamedTuple):
@@ -40,15 +40,16 @@ class VirtualLink:
     `now` is the device's time, at which all it was given is over, and `_host` the host's. `arrived(key, slot)` is
     called when a copy ends and must put the real bytes there, so that a step that used a slot too early would compute
     with what was in it before. If it raises, the copy has not ended. One copy is in flight (`_flying`) and ends at
-    `_flying_end`; the others wait in `_demand`, then in `_prefetch`.
+    `_flying_end`; the others wait in `_demand`, then in `_prefetch`. The host takes `begin_ns` to begin a copy, and
+    `read_ns` to read a result and to launch again.
     """
 
-    def __init__(self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival, begin_ns: int = 0) -> None:
+    def __init__(
+        self, load_ns: int, row_nbytes: int, ledger: Ledger, arrived: Arrival, begin_ns: int = 0, read_ns: int = 0
+    ) -> None:
         self.now = self._host = 0
         self._load_ns, self._row_nbytes, self._ledger, self._arrived = load_ns, row_nbytes, ledger, arrived
-        self._begin_ns = begin_ns
-        # The host waits where so many copies are begun and one more is needed: it runs ahead by no more than these.
-        self._most_ahead_ns = COMMITTED * load_ns
+        self._begin_ns, self._read_ns = begin_ns, read_ns
         self._demand: deque[tuple[Key, int, str]] = deque()  # key, slot and what it was first asked for as
         self._prefetch: dict[Key, int] = {}  # the slot of each, in the order they were asked for
         self._flying: tuple[Key, int, str] | None = None
@@ -94,7 +95,6 @@ class VirtualLink:
             self._land()
             if ended > self.now:
                 self.now = ended
-        self._host = max(self._host, ended - self._most_ahead_ns)
         self._stalled(begun, key)
 
     def compute(self, ns: int, about: Key | str, host_ns: int = 0) -> int:
@@ -111,9 +111,11 @@ class VirtualLink:
             self._until(until)
         return until - before
 
-    def read_result(self) -> None:
-        if self.now > self._host:
-            self._host = self.now
+    def read_result(self) -> int:
+        before = self.now
+        self._until(max(before, self._host) + self._read_ns)
+        self._host = self.now
+        return self.now - before
 
     def serve(self, keys: Sequence[Key], ready: Set[Key], ns: int, host_ns: int) -> None:
         """Wait for one key after another unless it is ready, and compute on each as `compute` does. Keeps no events."""
@@ -126,7 +128,6 @@ class VirtualLink:
                     self._land()
                     if ended > self.now:
                         self.now = ended
-                self._host = max(self._host, ended - self._most_ahead_ns)
                 stalled += self.now - begun
             until = max(self.now, self._host) + ns
             self._host += host_ns
@@ -157,7 +158,6 @@ class VirtualLink:
             if ended > now:
                 stalled += ended - now
                 now = ended
-                host = max(host, ended - self._most_ahead_ns)
             now = max(now, host) + ns
             host += host_ns
             now = max(now, host)
@@ -193,8 +193,7 @@ class VirtualLink:
                 if ended > now:
                     stalled += ended - now
                     now = ended
-                    host = max(host, ended - self._most_ahead_ns)
-            now = max(now, host) + busy
+                now = max(now, host) + busy
             host += host_ns
             now = max(now, host)
         self.now, self._host = now, host

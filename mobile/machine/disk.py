@@ -86,6 +86,7 @@ def rows_on_disk(folder: Path, row_nbytes: int, rows: int) -> Iterator[LinkEnds]
             charged_nbytes=layout.nbytes,
             load_ns=0,
             begin_ns=0,
+            read_ns=0,
             link_gb_per_s=None,
         )
     finally:

@@ -44,7 +44,10 @@ class Measurements:
     expert (`EXPERT_LAUNCHES`); `cpu_kernels` are experts on the processor. `depths` are decode steps of models
     whose layers have the sizes of `layer`. Rates are of large products. `memory_nbytes` is the device's memory,
     and `taken_nbytes` the part of it that is not for a model. `link_about` and `taken_about` say of what the copies
-    are and what took the memory, `notes` are sentences on what the numbers leave out.
+    are and what took the memory, `notes` are sentences on what the numbers leave out. `host_launch_seconds` and
+    `host_copy_seconds` are what a host that runs ahead of its device needs to launch a kernel and to begin a copy,
+    `host_read_seconds` to read a small result of an idle device; 0 where a processor computes itself. Where they are
+    given, `copies` and `kernels` are the device's time alone.
     """
 
     device: str
@@ -61,6 +64,14 @@ class Measurements:
     link_about: str = "copies of rows as the engine makes them"
     taken_about: str = "what could not be had when it was measured"
     notes: tuple[str, ...] = ()
+    host_launch_seconds: float = 0.0
+    host_copy_seconds: float = 0.0
+    host_read_seconds: float = 0.0
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Return whether the host launches what its device does later."""
+        return self.host_launch_seconds > 0
 
 
 class Line(NamedTuple):
@@ -132,29 +143,42 @@ def fit(measured: Measurements) -> HardwareProfile:
         reserve_nbytes=measured.taken_nbytes + WORKSPACE_NBYTES,
         cpu_gb_per_s=cpu.gb_per_s,
         cpu_tflops=measured.cpu_tflops,
-        sources=(),
+        sources=_sources(measured, copies, kernels, cpu),
+        host_launch_seconds=measured.host_launch_seconds,
+        host_copy_seconds=measured.host_copy_seconds,
+        host_read_seconds=measured.host_read_seconds,
     )
     # 3. These overheads are the part of the measured decode steps that it does not explain.
     layer, step = _overheads(measured, bare)
-    sources = _sources(measured, copies, kernels, cpu)
-    return replace(bare, sources=sources, layer_seconds=layer, step_seconds=step)
+    if measured.runs_ahead:
+        return replace(bare, host_layer_seconds=layer, host_step_seconds=step)
+    return replace(bare, layer_seconds=layer, step_seconds=step)
 
 
 def _overheads(measured: Measurements, bare: HardwareProfile) -> tuple[float, float]:
     """Return the seconds of a layer, and of a step apart from its layers, beyond the bare profile's; each at least 0.
 
-    Raise Refused for fewer than two depths, and for times that are not positive.
+    They are the code of the model and of the engine, and so the host's, where that runs ahead. Raise Refused for fewer
+    than two depths, and for times that are not positive.
     """
     if len({depth.layers for depth in measured.depths}) < 2:
         raise Refused("Measure decode steps of models of two depths at least, to tell layers from the rest of a step.")
     if not all(math.isfinite(depth.seconds) and depth.seconds > 0 for depth in measured.depths):
         raise Refused("A time measured of decode steps is not positive; measure again.")
-    cost = CostModel(bare, measured.layer)
+    cost, top_k = CostModel(bare, measured.layer), measured.layer.top_k
     columns = np.array([[1, depth.layers] for depth in measured.depths], dtype=float)
     # step seconds = rest + layers x layer: two depths or more tell them apart.
-    step, layer = _least_squares(columns, np.array([depth.seconds for depth in measured.depths]))
-    explained_ns = cost.dense_ns(1) + measured.layer.top_k * cost.expert_ns(1)
-    return max(0.0, layer - explained_ns / 1e9), max(0.0, step - cost.head_ns(1) / 1e9)
+    rest, layer = _least_squares(columns, np.array([depth.seconds for depth in measured.depths]))
+    if not measured.runs_ahead:
+        explained_ns = cost.dense_ns(1) + top_k * cost.expert_ns(1)
+        return max(0.0, layer - explained_ns / 1e9), max(0.0, rest - cost.head_ns(1) / 1e9)
+    # The host reads each routing, so a step is the first dense part, all but one layer, and the last experts and head:
+    # see `CostModel.resident_ns`. Where the device is what takes the time, nothing is known of the host beyond it.
+    experts_ns = top_k * cost.host.expert
+    reading = cost.host.read / 1e9
+    beyond_layer = max(0.0, layer - reading - (experts_ns + cost.host.dense) / 1e9)
+    first = max(cost.dense_ns(1) / 1e9, cost.host.dense / 1e9 + beyond_layer)
+    return beyond_layer, max(0.0, rest + layer - first - 2 * reading - (experts_ns + cost.host.head) / 1e9)
 
 
 def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> tuple[str, ...]:
@@ -168,6 +192,11 @@ def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> 
         )
 
     depths = ", ".join(str(depth.layers) for depth in measured.depths)
+    host = (
+        f"host, ahead of its device: {measured.host_launch_seconds * 1e6:.1f} us to launch a small kernel, "
+        f"{measured.host_copy_seconds * 1e6:.1f} us to begin a copy and have the device wait for it, "
+        f"{measured.host_read_seconds * 1e6:.1f} us to read a small result",
+    )
     return (
         f"measured: {measured.about}",
         f"link: {measured.link_about}; {fitted(measured.copies, copies)}",
@@ -176,6 +205,7 @@ def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> 
         "rates: the largest product that was timed, on the device and on the processor",
         f"layer and step: decode steps of {depths} layers with everything resident, less what the rest explains",
         f"reserve: {measured.taken_about}, and {WORKSPACE_NBYTES // 2**20} MiB assumed for workspaces and the KV cache",
+        *(host if measured.runs_ahead else ()),
         *measured.notes,
     )
 

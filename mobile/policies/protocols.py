@@ -46,8 +46,9 @@ class PolicyContext:
         cls, cost: CostModel, slots: int, future: tuple[Visit, ...] | None = None, layer_map: LayerMap = ()
     ) -> PolicyContext:
         """Return the context of a run that is charged by `cost`."""
-        top_k = cost.geometry.top_k
-        layer_ns = max(cost.dense_ns(1) + top_k * cost.expert_ns(1), cost.host.dense + top_k * cost.host.expert)
+        top_k, host = cost.geometry.top_k, cost.host
+        device_ns = cost.dense_ns(1) + top_k * cost.expert_ns(1)
+        layer_ns = max(device_ns, host.dense + top_k * host.expert) + host.read
         return cls(cost.geometry, slots, future, cost.load_ns, layer_ns, layer_map)
 
 

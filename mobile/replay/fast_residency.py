@@ -87,7 +87,7 @@ class FastResidency(Residency):
     def _charge_dense(self) -> None:
         """Charge a layer's dense part, up to its routing."""
         self._dense_total_ns += self.link.compute(self._dense_ns, "dense", self._host.dense)
-        self.link.read_result()
+        self._dense_total_ns += self.link.read_result()
 
     def _pass_kept_or_not(self, visits: Sequence[tuple[int, int, Any]], experts: Sequence[Sequence[int]]) -> list[int]:
         """Return how many experts each visit misses where all are kept, or none between layers."""
@@ -147,7 +147,7 @@ class FastResidency(Residency):
     def _charge_of(self, experts: int, missing: int) -> tuple[int, int, int, int]:
         """Return the fields of what so many experts of a layer take, and the time of the next layer's dense part."""
         charged = self._loads_in_turn(experts, missing)
-        return *charged, max(self._dense_ns, self._host.dense - charged.behind)
+        return *charged, max(self._dense_ns, self._host.dense - charged.behind) + self._host.read
 
     def _loads_in_turn(self, experts: int, missing: int) -> Charge:
         """Return what so many experts of a layer take after their routing was read, nothing being on its way."""

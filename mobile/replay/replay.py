@@ -46,7 +46,8 @@ class ReplaySetup:
         """Return a residency with cold slots; its ledger keeps the newest `events`, its policies know the `future`."""
         ledger = Ledger(events)
         cost = CostModel(self.hardware, self.geometry, in_place=self.in_place)
-        link = VirtualLink(cost.load_ns, self.geometry.expert_nbytes, ledger, lambda key, slot: None, cost.host.copy)
+        nbytes, host = self.geometry.expert_nbytes, cost.host
+        link = VirtualLink(cost.load_ns, nbytes, ledger, lambda key, slot: None, host.copy, host.read)
         context = PolicyContext.of(cost, self.slots, future, self.layer_map)
         made = FastResidency(self.strategy, context, link, cost, ledger)
         link.deliver_to(made.arrived)

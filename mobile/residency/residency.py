@@ -114,7 +114,7 @@ class Residency:
         self._dense_total_ns += self.link.compute(cost.head_ns(1), "head", host.head)
         if self._replays_routers and self._kind == "little":
             self._dense_total_ns += self.link.compute(cost.router_replay_ns, "router replay", host.router_replay)
-        self.link.read_result()  # the token, or how sure it is
+        self._dense_total_ns += self.link.read_result()  # the token, or how sure it is
         self._add_elapsed()
 
     def abandon(self) -> None:
@@ -134,7 +134,7 @@ class Residency:
             if not self._replays_routers:  # else the signal has asked them
                 cost, host = self.cost, self._host
                 self._dense_total_ns += self.link.compute(cost.router_replay_ns, "router replay", host.router_replay)
-                self.link.read_result()
+                self._dense_total_ns += self.link.read_result()
             self._prefetches.extend(predicted)
         self._add_elapsed()
 
@@ -203,7 +203,7 @@ class Residency:
         """
         # 1. Attention, norms, router and shared experts, which are always on the device.
         self._dense_total_ns += self.link.compute(self._dense_ns, "dense", self._host.dense)
-        self.link.read_result()  # the routing
+        self._dense_total_ns += self.link.read_result()  # the routing
         # 2. The routed experts: through the prefill buffers, or from the decode pool where all fit into it.
         if self._kind == "prefill" or len(experts) > self.pool.size:
             yield from self._stream_layer(layer, experts, counts)

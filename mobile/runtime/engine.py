@@ -146,6 +146,7 @@ class Engine:
                 charged_nbytes=self.geometry.expert_nbytes,
                 load_ns=self._cost.load_ns,
                 begin_ns=self._cost.host.copy,
+                read_ns=self._cost.host.read,
                 link_gb_per_s=self.plan.link_gb_per_s,
             )
         )

@@ -53,6 +53,9 @@ class _Kept:
     link_about: str
     taken_about: str
     notes: tuple[str, ...]
+    host_launch_seconds: Amount = 0.0
+    host_copy_seconds: Amount = 0.0
+    host_read_seconds: Amount = 0.0
 
 
 def calibrated(cell: SyntheticCell, dtype: torch.dtype, run: RunFolder) -> HardwareProfile | None:

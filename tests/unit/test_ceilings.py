@@ -109,7 +109,7 @@ def test_a_fallback_costs_its_other_half_and_a_full_compute_pass(name):
     step = decode_ns("on-demand", geometry, [Step("full", 1, big)], geometry.top_k)
     found = ceilings(cost, (1.0,))
     assert found is not None
-    asking = max(cost.router_replay_ns, cost.host.router_replay)
+    asking = max(cost.router_replay_ns, cost.host.router_replay) + cost.host.read
     assert (timed + asking) / step == pytest.approx(1 - found.loading_share / 2 + found.fallback_cost)
     assert found.speedups[0][1] == 1
 

@@ -216,7 +216,7 @@ def test_decode_is_dense_layers_experts_and_waiting_and_nothing_else(requests, s
 @given(st.lists(two_pass_request(), min_size=1, max_size=3), st.integers(TOP_K, LAYERS * EXPERTS))
 def test_a_host_that_runs_ahead_costs_no_more_than_one_that_does_not_and_no_less_than_none(requests, slots):
     """The same launches: beside the device's work, before it, or by a host that takes no time."""
-    ahead = replace(CARD, launch_seconds=0.0, host_copy_seconds=0.0)
+    ahead = replace(CARD, launch_seconds=0.0, host_copy_seconds=0.0, host_read_seconds=0.0)
     no_host = replace(ahead, host_launch_seconds=0.0)
     for strategy in strategies().values():
         if strategy.needs_future or strategy.lookahead is not None:

@@ -19,7 +19,8 @@ import torch
 from mobile.machine.fit_profile import Measurements
 from mobile.machine.gpu import gpus
 from mobile.machine.host import host, process_nbytes, software
-from mobile.machine.measure.copies import Pace, time_copies
+from mobile.machine.measure.ahead import launch_seconds, read_seconds
+from mobile.machine.measure.copies import Pace, time_beginning, time_copies
 from mobile.machine.measure.disk_copies import DiskCopies, time_disk_copies
 from mobile.machine.measure.kernels import matmul_tflops, time_host_experts, time_kernels
 from mobile.machine.measure.sizes import Sizes, sizes_for
@@ -57,6 +58,14 @@ def measure(
         say("experts on the processor")
         cpu = torch.device("cpu")
         cpu_experts, cpu_tflops = time_host_experts(dtype, sizes), matmul_tflops(cpu, dtype, sizes_for(cpu))
+    host = {}
+    if device.type == "cuda":
+        say("launches")
+        host = {
+            "host_launch_seconds": launch_seconds(device, dtype, sizes),
+            "host_copy_seconds": time_beginning(device, dtype, sizes),
+            "host_read_seconds": read_seconds(device, sizes),
+        }
     say("decode steps")
     layer, depths = time_steps(device, dtype, sizes)
     if disk:  # nearly always a row is on its way while something is computed
@@ -77,6 +86,7 @@ def measure(
         cpu_tflops=cpu_tflops,
         memory_nbytes=total,
         taken_nbytes=taken,
+        **host,
         **link,
     )
 

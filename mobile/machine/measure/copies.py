@@ -11,8 +11,9 @@ import torch
 
 from mobile.errors import Refused
 from mobile.links.paced import paced_channel
-from mobile.links.stream import Channel
+from mobile.links.stream import COMMITTED, Channel
 from mobile.machine.fit_profile import SIZES, Timing
+from mobile.machine.measure.ahead import copy_seconds
 from mobile.machine.measure.sizes import Sizes
 from mobile.store import HostStore, layout_of
 
@@ -57,6 +58,19 @@ def time_copies(
         rounds = [[_copy_ns(rows, channel) for _, rows, channel in timed] for _ in range(sizes.repeats + 1)]
     fastest = [min(nanoseconds) for nanoseconds in zip(*rounds[1:], strict=True)]
     return tuple(Timing(nbytes, 1, ns / 1e9) for (nbytes, _, _), ns in zip(timed, fastest, strict=True))
+
+
+def time_beginning(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
+    """Return the host's seconds of one copy over a CUDA channel as it is, see `ahead.copy_seconds`."""
+    layout = layout_of({"w": torch.empty(1, 3 * sizes.hidden * sizes.widths[-1], dtype=dtype)})
+    store = HostStore(layout, 1, COMMITTED)
+    store.rows[0].fill_(1)
+    slots = torch.zeros(COMMITTED, layout.numel, dtype=dtype, device=device)
+    channel = _open_channel(device, store, slots, None, None)
+    try:
+        return copy_seconds(device, channel, layout.nbytes, sizes)
+    finally:
+        channel.close()
 
 
 def _copy_ns(rows: int, channel: Channel) -> float:
