@@ -18,6 +18,7 @@ from mobile.costs.hardware import HardwareProfile
 from mobile.errors import Refused
 
 SIZES = 3  # fewer cannot tell a latency from a bandwidth and show how well the line fits
+NEAR = 0.02  # a layer no slower than that beyond what its device takes is taken to be its device's
 WORKSPACE_NBYTES = 512 * 2**20  # for workspaces and the KV cache, assumed
 
 
@@ -173,12 +174,17 @@ def _overheads(measured: Measurements, bare: HardwareProfile) -> tuple[float, fl
         explained_ns = cost.dense_ns(1) + top_k * cost.expert_ns(1)
         return max(0.0, layer - explained_ns / 1e9), max(0.0, rest - cost.head_ns(1) / 1e9)
     # The host reads each routing, so a step is the first dense part, all but one layer, and the last experts and head:
-    # see `CostModel.resident_ns`. Where the device is what takes the time, nothing is known of the host beyond it.
-    experts_ns = top_k * cost.host.expert
-    reading = cost.host.read / 1e9
-    beyond_layer = max(0.0, layer - reading - (experts_ns + cost.host.dense) / 1e9)
-    first = max(cost.dense_ns(1) / 1e9, cost.host.dense / 1e9 + beyond_layer)
-    return beyond_layer, max(0.0, rest + layer - first - 2 * reading - (experts_ns + cost.host.head) / 1e9)
+    # see `CostModel.resident_ns`. Where the device alone takes as long, nothing is known of the host beyond it.
+    experts, host_experts = top_k * cost.expert_ns(1), top_k * cost.host.expert
+    beyond = []
+    seconds, first = layer, 0.0
+    for device_ns, host_ns in ((cost.dense_ns(1), cost.host.dense), (cost.head_ns(1), cost.host.head)):
+        left = seconds - first - cost.host.read / 1e9
+        of_device = left <= (1 + NEAR) * (experts + device_ns) / 1e9
+        beyond.append(0.0 if of_device else max(0.0, left - (host_experts + host_ns) / 1e9))
+        first = max(cost.dense_ns(1) / 1e9, cost.host.dense / 1e9 + beyond[0]) + cost.host.read / 1e9
+        seconds = rest + layer
+    return beyond[0], beyond[1]
 
 
 def _sources(measured: Measurements, copies: Line, kernels: Line, cpu: Line) -> tuple[str, ...]:

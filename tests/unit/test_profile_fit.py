@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import mobile
 from mobile.costs.cost_model import EXPERT_LAUNCHES, CostModel
 from mobile.costs.geometry import GEOMETRIES
-from mobile.costs.hardware import PROFILES, profile, profile_from, write_profile
+from mobile.costs.hardware import PROFILES, HardwareProfile, profile, profile_from, write_profile
 from mobile.machine.fit_profile import WORKSPACE_NBYTES, Depth, Measurements, Timing, fit, fit_line, measurements_from
 
 MB = 10**6
@@ -124,6 +124,37 @@ def test_a_fit_of_what_a_profile_predicts_is_that_profile(latency, link, launch,
         ours, theirs = CostModel(found, geometry), CostModel(card, geometry)
         assert ours.load_ns == pytest.approx(theirs.load_ns, rel=1e-4)
         assert ours.dense_ns(1) == pytest.approx(theirs.dense_ns(1), rel=1e-3, abs=500)
+
+
+@given(st.floats(1e-6, 2e-5), st.floats(0, 5e-5), st.floats(0, 5e-5), st.floats(0, 5e-4), st.floats(0, 1e-3))
+def test_a_host_that_runs_ahead_is_fitted_apart_from_its_device(launch, copy, read, layer, step):
+    """Its launches, copies and reads are measured; what is left of a step beyond them is its own code."""
+    card = replace(
+        PROFILES["rtx4080-pcie4"],
+        host_launch_seconds=launch,
+        host_copy_seconds=copy,
+        host_read_seconds=read,
+        host_layer_seconds=layer,
+        host_step_seconds=step,
+    )
+
+    def depth(layers: int, of: HardwareProfile) -> Depth:
+        cost = CostModel(of, replace(LAYER, moe_layers=layers))
+        return Depth(layers, cost.resident_ns(LAYER.top_k) / 1e9)
+
+    seen = replace(
+        measured(card),
+        depths=tuple(depth(layers, card) for layers in (2, 4, 8)),
+        host_launch_seconds=launch,
+        host_copy_seconds=copy,
+        host_read_seconds=read,
+    )
+    found = fit(seen)
+    assert (found.host_launch_seconds, found.host_copy_seconds, found.host_read_seconds) == (launch, copy, read)
+    assert (found.layer_seconds, found.step_seconds) == (0, 0)
+    assert any("host, ahead of its device" in source for source in found.sources)
+    for layers in (2, 4, 8, 16):
+        assert depth(layers, found).seconds == pytest.approx(depth(layers, card).seconds, rel=0.025)
 
 
 def test_a_layer_faster_than_its_parts_says_costs_nothing_beyond_them():
