@@ -67,7 +67,7 @@ _RTX4080 = HardwareProfile(
     tflops=97.5,
     link_gb_per_s=25.0,
     link_latency_seconds=10e-6,
-    launch_seconds=1e-6,
+    launch_seconds=2e-6,
     host_launch_seconds=4e-6,
     host_copy_seconds=16e-6,
     host_read_seconds=10e-6,
@@ -78,7 +78,7 @@ _RTX4080 = HardwareProfile(
         "vram, memory bandwidth, bf16 rate: NVIDIA's published RTX 4080 figures (16 GB, 256 bit at 22.4 Gb/s)",
         "link: PCIe 4.0 x16 carries 31.5 GB/s, of which large page-locked copies usually reach 25 (assumed)",
         "link latency 10 us a copy; of the host 4 us a launch, 16 us a copy (a wait, two events and the copy, 4 us "
-        "each) and 10 us to read a result; of the device 1 us a launch; 1 GiB reserve: our assumptions, not measured",
+        "each) and 10 us to read a result; of the device 2 us a launch; 1 GiB reserve: our assumptions, not measured",
         "processor: dual-channel DDR4-3200 carries 51.2 GB/s, of which 80 % are assumed to be reached; what the "
         "link reads of it meanwhile is not taken off, which flatters a strategy that computes on the processor",
         "processor rate: eight cores of two 8-wide fp32 multiply-adds at 4 GHz are 1.02 TFLOP/s; half is assumed",

@@ -146,7 +146,7 @@ class VirtualLink:
         """
         # 1. The resident experts, beside copies that the host began before.
         host = copies * self._begin_ns if overlap else 0
-        now = max(host + resident * ns, host + resident * host_ns) if resident else 0
+        now = host + resident * max(ns, host_ns) if resident else 0
         ended, stalled = self._begin_ns, 0
         host += resident * host_ns
         # 2. One copy after another.
@@ -193,7 +193,7 @@ class VirtualLink:
                 if ended > now:
                     stalled += ended - now
                     now = ended
-                now = max(now, host) + busy
+            now = max(now, host) + busy
             host += host_ns
             now = max(now, host)
         self.now, self._host = now, host
