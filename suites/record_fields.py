@@ -168,6 +168,15 @@ class FallbackUse:
 
 
 @dataclass(frozen=True)
+class LinkBound:
+    """The largest shares of the time in which a copy could be under way; null where nobody can say."""
+
+    decode: Amount | None
+    fallback: Amount | None
+    layer_ns: Count
+
+
+@dataclass(frozen=True)
 class Shape:
     """What the record of a synthetic cell says besides what every record does."""
 
@@ -184,6 +193,7 @@ class Shape:
     fallback_asked: Amount | None
     fallback_use: Annotated[dict[str, Any], Holding(FallbackUse)] | None
     link_measured_gb_per_s: Amount | None
+    link_bound: Annotated[dict[str, Any], Holding(LinkBound)] | None = None
     predicted: Annotated[dict[str, Any], Holding(Prediction)] | None = None
     predicted_at_own_rates: Annotated[dict[str, Any], Holding(Prediction)] | None = None
     unpredicted: str | None = None

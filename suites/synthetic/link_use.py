@@ -1,7 +1,8 @@
-"""The share of the link that fallbacks used, from a token found unsure to the end of the last copy for it. No torch.
+"""The share of the link that a cell used, and the most that its schedule allows. No torch.
 
-Read from a ledger after the run, so that nothing is added to a decode step: the span of each copy, which on a GPU is
-that of its CUDA events, and how many had begun when each pass did.
+A fallback's use, from a token found unsure to the end of the last copy for it, is read from a ledger after the run, so
+that nothing is added to a decode step: the span of each copy, which on a GPU is that of its CUDA events, and how many
+had begun when each pass did.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mobile.costs.cost_model import CostModel
 from mobile.ledger import Event, Ledger, Mark
+from mobile.policies.strategy import FullK, Strategy
 from suites.typed_json import Count
 
 COPIES = ("load", "prefetch")  # events of a ledger
@@ -23,6 +26,41 @@ class LinkUse:
     passes: Count
     ns: Count
     nbytes: Count
+
+
+@dataclass(frozen=True)
+class LinkBound:
+    """The largest share of the time in which a copy can be under way, in decode steps and in fallbacks.
+
+    None where nobody can say: a cache decides how much is copied, or there was no fallback. `layer_ns` is how long a
+    layer has no copy to make.
+    """
+
+    decode: float | None
+    fallback: float | None
+    layer_ns: Count
+
+
+def link_bound(strategy: Strategy, cost: CostModel, use: LinkUse | None) -> LinkBound:
+    """Return the bounds on the link's use by the cost model, whose link is the one that was there.
+
+    1. Which experts a layer needs is known after its attention and its router, so no copy is under way in its dense
+       part, nor in the token's head; and the last expert to come is computed when no copy is left, with those before
+       it where products take longer than copies. Without overlap every expert is computed while nothing is copied.
+       This is of a strategy that copies all K experts of every layer.
+    2. A fallback asks all routers again before its first copy. From then on copies may follow one another.
+    """
+    geometry, top_k, load, expert = cost.geometry, cost.geometry.top_k, cost.load_ns, cost.expert_ns(1)
+    exposed = max(expert, top_k * expert - (top_k - 1) * load) if strategy.overlap else top_k * expert
+    layer_ns = cost.dense_ns(1) + exposed
+    copying = geometry.moe_layers * top_k * load
+    decode = copying / (copying + geometry.moe_layers * layer_ns + cost.head_ns(1))
+    copies_all = strategy.retain == "nothing" and isinstance(strategy.gating, FullK)
+    fallback = None
+    if use is not None and use.nbytes:
+        copied = use.nbytes / geometry.expert_nbytes * load
+        fallback = copied / (copied + use.passes * cost.router_replay_ns)
+    return LinkBound(decode if copies_all else None, fallback, layer_ns)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
