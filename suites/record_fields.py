@@ -291,6 +291,21 @@ class EngineCost:
 
 
 @dataclass(frozen=True)
+class BareCost:
+    """The engine's `run_experts` beside a bare loop of its kernel; differences may be below nothing."""
+
+    layers: Count
+    blocks: Count
+    bare_seconds: Amount
+    read_seconds: Amount
+    ours_seconds: Amount
+    layer_seconds: float
+    low_seconds: float
+    high_seconds: float
+    bound_seconds: float
+
+
+@dataclass(frozen=True)
 class Beside:
     """What the record of a reference says besides what every record does."""
 
@@ -298,6 +313,7 @@ class Beside:
     refused: str | None
     stock: str | None
     engine: tuple[Annotated[dict[str, Any], Holding(EngineCost)], ...] | None
+    bare: Annotated[dict[str, Any], Holding(BareCost)] | None = None
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,8 @@ LINK = (
     "on-demand loading computes every expert between copies. The bound is the share of the time that is left for "
     "copies, by the profile that was fitted to this machine, which counts the engine's own code and that of the "
     "model; the faster the link, the lower it is, and for on-demand loading it is the schedule that the clock plays. "
-    "The aim is relative to it: "
-    f"{LINK_AIM:.0%} of the bound, for on-demand-overlap and for fallbacks. What the engine itself costs is measured "
-    "elsewhere, against a bare loop."
+    f"The aim is relative to it: {LINK_AIM:.0%} of the bound, for on-demand-overlap and for fallbacks. What the engine "
+    "itself costs is measured elsewhere, against a bare loop."
 )
 
 

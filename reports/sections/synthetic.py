@@ -32,11 +32,13 @@ IN_TURN = (
     "others use is not steady; the intervals say how far that reaches."
 )
 READING = (
-    "A speedup is the geometric mean over repeats of the baseline's time per token over the strategy's own on the same "
-    "script, with a 95 % interval from a bootstrap over repeats. Prefill (TTFT) is timed apart. The first steps of "
-    "each repeat are not counted. The ceiling is what no engine can pass that keeps nothing between tokens: bytes of a "
-    "token's experts over the bandwidth of the copies as they were timed. A link is slowed by copying more behind each "
-    "expert; the bytes shown are the experts' own."
+    "A speedup is the geometric mean over repeats of the baseline's time per token over the strategy's own on the "
+    "same script, with a 95 % interval from a bootstrap over repeats. Prefill (TTFT) is timed apart. The first steps "
+    "of each repeat are not counted. TPOT is of forward passes alone, the engine's two for a token that falls back: "
+    "what generate() itself adds to a token on the host, its checks, choice of the token and streamer, is not in it. "
+    "The ceiling is what no engine can pass that keeps nothing between tokens: bytes of a token's experts over the "
+    "bandwidth of the copies as they were timed. A link is slowed by copying more behind each expert; the bytes shown "
+    "are the experts' own."
 )
 CHECKS = (
     "Each cell holds what it did against its script: how many tokens were decoded, how many of them fell back, and, "
