@@ -15,6 +15,7 @@ from mobile.costs.cost_model import CostModel
 from mobile.costs.hardware import HardwareProfile, profile
 from mobile.errors import Refused
 from mobile.ledger import Event, Ledger
+from mobile.replay.replay import ReplaySetup
 from reports.data.results import read
 from reports.pages import content
 from reports.pages.write import markdown
@@ -22,7 +23,7 @@ from reports.sections import clock
 from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
 from suites.synthetic import calibrate, measurement, timing
-from suites.synthetic.link_use import LinkUse, fallback_use, link_bound
+from suites.synthetic.link_use import LinkUse, fallback_use, fallbacks_on_clock, link_bound
 from tests import shapes as narrow
 
 PRESET = """
@@ -222,16 +223,28 @@ def test_the_clock_uses_the_link_as_far_as_the_bound_of_its_schedule(loaded, pre
     assert faster.decode < bound.decode, "the faster the link, the longer it has nothing to do"
 
 
-def test_a_fallback_is_bounded_by_asking_the_routers_and_a_cache_bounds_nothing(loaded):
+def test_fallbacks_are_bounded_by_their_schedule_on_the_clock_and_a_cache_bounds_nothing(loaded):
     geometry = loaded.made.geometry
     cost = CostModel(profile("auto"), geometry)
-    use = LinkUse(passes=3, ns=1, nbytes=7 * geometry.expert_nbytes)
+    use = LinkUse(passes=3, ns=20 * cost.load_ns, nbytes=7 * geometry.expert_nbytes)
     bound = link_bound(timing.resolve("mobile"), cost, use)
-    copying = 7 * cost.load_ns
-    assert bound.fallback == pytest.approx(copying / (copying + 3 * cost.router_replay_ns))
+    assert bound.fallback == pytest.approx(7 / 20)
     assert bound.decode is None
     assert link_bound(timing.resolve("lru"), cost, None).decode is None
     assert link_bound(timing.resolve("mobile"), cost, LinkUse(0, 0, 0)).fallback is None
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_fallbacks_on_the_clock_are_those_of_a_live_run_on_its_link(preset, loaded, cold):
+    shape = next(s for s in read_preset(str(preset), link="virtual").synthetic if s.strategy == "mobile")
+    shape = replace(shape, link_gb_per_s=None, repeats=1 if cold else 2)
+    record, strategy = timing.record(shape, loaded), timing.resolve("mobile")
+    geometry = loaded.made.geometry
+    layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
+    setup = ReplaySetup(strategy, geometry, layer_map, timing.profile(shape.hardware), record.slots)
+    on_clock = fallbacks_on_clock(timing.scripts_for(shape, loaded), setup, cold=cold)
+    assert vars(on_clock) == record.config["fallback_use"]
+    assert on_clock.passes == 2 * shape.repeats
 
 
 def test_every_predicted_cell_has_the_bound_on_its_link_and_the_aim_is_relative_to_it(done):

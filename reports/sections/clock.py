@@ -41,7 +41,8 @@ LINK = (
     "router, the last one to come is computed when no copy is left, and a fallback asks the routers first; plain "
     "on-demand loading computes every expert between copies. The bound is the share of the time that is left for "
     "copies, by the profile that was fitted to this machine, which counts the engine's own code and that of the "
-    "model; the faster the link, the lower it is, and for on-demand loading it is the schedule that the clock plays. "
+    "model; the faster the link, the lower it is. It is the schedule that the clock plays: of fallbacks, on the same "
+    "scripts with as many slots. "
     f"The aim is relative to it: {LINK_AIM:.0%} of the bound, for on-demand-overlap and for fallbacks. What the engine "
     "itself costs is measured elsewhere, against a bare loop."
 )
