@@ -194,7 +194,7 @@ def in_blocks(ways: Mapping[str, Callable[[], Any]], device: torch.device, block
     found: dict[str, list[float]] = {name: [] for name in ways}
     for block in range(WARM_UP + blocks):
         taken = {name: [_seconds(ways[name], device)] for name in ways}
-        for name in reversed(ways):
+        for name in reversed(list(ways)):
             taken[name].append(_seconds(ways[name], device))
         if block >= WARM_UP:
             for name, seconds in taken.items():
