@@ -111,8 +111,13 @@ def test_the_bare_loop_asks_and_waits_for_nothing(monkeypatch):
         for owner, name in ((type(engine), "step"), (type(engine.residency), "layer"), (type(engine.link), "compute")):
             monkeypatch.setattr(owner, name, none_of_it)
         monkeypatch.setattr(engine_cost, "group", none_of_it)
+        reads, really = [], torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or really(tensor))
         with torch.no_grad():
             assert len(routed.bare()) == 2
+            bare = len(reads)
+            assert len(routed.read()) == 2
+            assert len(reads) - bare == bare + 2, "the one that reads does so once a layer, and no more"
             with pytest.raises(AssertionError):
                 routed.ours()
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from mobile.errors import Refused
+from mobile.links.cuda import NEAR
 from reports.data.results import read
 from reports.pages import content
 from reports.pages.write import markdown
+from reports.sections import synthetic as synthetic_sections
 from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
 from suites.synthetic import plan, timing
@@ -148,6 +150,7 @@ def test_the_plan_says_that_a_link_near_to_what_is_asked_is_taken_as_it(card):
     card(80)
     preset = read_preset("shapes")
     assert any("by 3% at most, is taken as it is" in told for told in plan.check("shapes", preset.synthetic))
+    assert NEAR == synthetic_sections.NEAR, "the page holds a link to what the engine accepts"
     assert plan.check("shapes", preset.only("olmoe-1b-7b native").synthetic) == []
 
 

@@ -31,7 +31,7 @@ SOLD = {
     "rtx4060ti-16gb-pcie4x8": (16, 128, 18, 4, 8),
     "rtx4090-pcie4": (24, 384, 21, 4, 16),
     "rtx5090-pcie5": (32, 512, 28, 5, 16),
-    "rtx4070-laptop-8gb-pcie4x8": (8, 128, 16, 4, 8),
+    "rtx4070-laptop-8gb": (8, 128, 16, 4, 8),
 }
 UNIFIED = "apple-m1-max-64gb-unified"
 LANE_GB_PER_S = {4: 16 * 128 / 130 / 8, 5: 32 * 128 / 130 / 8}  # transfers a second, 128 of 130 bits, 8 to a byte
