@@ -140,7 +140,8 @@ def main() -> int:
             for remark in plan.check(chosen.name, chosen.synthetic):
                 console.print(remark)
         if chosen.scored:
-            check(chosen, run_generated_code=options.run_generated_code)
+            for remark in check(chosen, run_generated_code=options.run_generated_code):
+                console.print(remark)
         outputs.check_folder(run.path)
         alone = any(cell.scope != VIRTUAL for cell in chosen.cells)
         with locked(run), here() if options.dask is None else cluster(options.dask, run.path, alone) as workers:

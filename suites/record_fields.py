@@ -173,6 +173,15 @@ class FallbackUse:
 
 
 @dataclass(frozen=True)
+class LinkBound:
+    """The largest shares of the time in which a copy could be under way; null where nobody can say."""
+
+    decode: Amount | None
+    fallback: Amount | None
+    layer_ns: Count
+
+
+@dataclass(frozen=True)
 class Shape:
     """What the record of a synthetic cell says besides what every record does."""
 
@@ -189,6 +198,7 @@ class Shape:
     fallback_asked: Amount | None
     fallback_use: Annotated[dict[str, Any], Holding(FallbackUse)] | None
     link_measured_gb_per_s: Amount | None
+    link_bound: Annotated[dict[str, Any], Holding(LinkBound)] | None = None
     predicted: Annotated[dict[str, Any], Holding(Prediction)] | None = None
     predicted_at_own_rates: Annotated[dict[str, Any], Holding(Prediction)] | None = None
     unpredicted: str | None = None
@@ -286,6 +296,21 @@ class EngineCost:
 
 
 @dataclass(frozen=True)
+class BareCost:
+    """The engine's `run_experts` beside a bare loop of its kernel; differences may be below nothing."""
+
+    layers: Count
+    blocks: Count
+    bare_seconds: Amount
+    read_seconds: Amount
+    ours_seconds: Amount
+    layer_seconds: float
+    low_seconds: float
+    high_seconds: float
+    bound_seconds: float
+
+
+@dataclass(frozen=True)
 class Beside:
     """What the record of a reference says besides what every record does."""
 
@@ -293,6 +318,7 @@ class Beside:
     refused: str | None
     stock: str | None
     engine: tuple[Annotated[dict[str, Any], Holding(EngineCost)], ...] | None
+    bare: Annotated[dict[str, Any], Holding(BareCost)] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 
 from reports.data.results import read
 from reports.pages import content, write
+from reports.sections import references
 from suites.plan.preset import read_preset
-from suites.synthetic import models, reference
+from suites.synthetic import engine_cost, models, reference
 from suites.synthetic.cells import LINKS
 from suites.synthetic.reference_cells import DEVICE_MAP, ENGINE_COST, RESIDENT, ReferenceCell, reference_cell_from
 from tests import shapes as narrow
@@ -79,6 +80,89 @@ def test_the_engine_is_timed_against_the_stock_model_that_computes_the_same(impl
     assert not hasattr(one.model, "mobile")
 
 
+def test_the_engine_is_timed_against_a_bare_loop_that_computes_the_same_bit_for_bit():
+    one = made()
+    cost = engine_cost.bare_cost(one, blocks=4)
+    assert (cost.layers, cost.blocks) == (2, 4)
+    assert cost.low_seconds <= cost.layer_seconds <= cost.high_seconds
+    assert min(cost.bare_seconds, cost.read_seconds, cost.ours_seconds) > 0
+    assert not hasattr(one.model, "mobile")
+    with one.attached(engine_cost.EVERYTHING, slots=one.geometry.total_experts, link="paced") as engine:
+        routed = engine_cost.Routed(engine, one)
+        tokens = engine.ledger.counters.tokens
+        with torch.no_grad():
+            ways = [routed.bare(), routed.read(), routed.ours()]
+        assert engine.ledger.counters.tokens == tokens + 1, "it is a decode step to the engine"
+        for layer, outputs in enumerate(zip(*ways, strict=True)):
+            assert outputs[0].abs().sum() > 0
+            assert all(torch.equal(outputs[0], other) for other in outputs), layer
+            assert not torch.equal(outputs[0], ways[0][1 - layer]), "layers have experts of their own"
+
+
+def test_the_bare_loop_asks_and_waits_for_nothing(monkeypatch):
+    """Neither the engine, nor its residency, nor its link, nor its grouping has a part in it."""
+    one = made()
+    with one.attached(engine_cost.EVERYTHING, slots=one.geometry.total_experts, link="paced") as engine:
+        routed = engine_cost.Routed(engine, one)
+
+        def none_of_it(*_: object, **__: object) -> None:
+            raise AssertionError
+
+        for owner, name in ((type(engine), "step"), (type(engine.residency), "layer"), (type(engine.link), "compute")):
+            monkeypatch.setattr(owner, name, none_of_it)
+        monkeypatch.setattr(engine_cost, "group", none_of_it)
+        reads, really = [], torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or really(tensor))
+        with torch.no_grad():
+            assert len(routed.bare()) == 2
+            bare = len(reads)
+            assert len(routed.read()) == 2
+            assert len(reads) - bare == bare + 2, "the one that reads does so once a layer, and no more"
+            with pytest.raises(AssertionError):
+                routed.ours()
+
+
+def test_each_way_runs_twice_a_block_once_in_either_order():
+    order = []
+    ways = {name: lambda name=name: order.append(name) for name in "abc"}
+    found = engine_cost.in_blocks(ways, CPU, blocks=2)
+    assert order == list("abccba") * (engine_cost.WARM_UP + 2)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_the_aim_is_set_against_the_bare_loop_and_relative_to_its_bound(besides):
+    cost = {
+        "layers": 4,
+        "blocks": 4,
+        "bare_seconds": 1e-3,
+        "read_seconds": 1.1e-3,
+        "ours_seconds": 1.3e-3,
+        "layer_seconds": 80e-6,
+        "low_seconds": 70e-6,
+        "high_seconds": 90e-6,
+        "bound_seconds": 25e-6,
+    }
+    record = reference.record(replace(besides[DEVICE_MAP], memory="1GiB", decode_tokens=1))
+    for bound, aim in ((25e-6, "met"), (15e-6, "not met")):
+        changed = replace(
+            record, strategy=ENGINE_COST, config={**record.config, "bare": {**cost, "bound_seconds": bound}}
+        )
+        [row] = references.bare_cost((changed,)).rows
+        assert row[1:] == (
+            "4",
+            "1.000",
+            "1.100",
+            "1.300",
+            "80.0",
+            "70.0 to 90.0",
+            f"{bound * 1e6:.1f}",
+            f"{80 - bound * 1e6:.1f}",
+            aim,
+        )
+    before = replace(record, config={name: value for name, value in record.config.items() if name != "bare"})
+    assert references.bare_cost((before,)).rows == (), "a record from before has none"
+
+
 def test_without_accelerate_the_record_says_so_and_is_no_failure(besides, monkeypatch):
     monkeypatch.setattr(reference, "find_spec", lambda name: None)
     record = reference.record(besides[DEVICE_MAP])
@@ -117,3 +201,5 @@ def test_a_run_on_a_bare_machine_has_their_chapters(preset, tmp_path):
     assert "| stock, everything resident |" in page
     assert "## What the engine costs a layer" in page
     assert page.count("| grouped_mm |") == 1
+    assert "Everything resident: the engine against a bare loop" in page
+    assert "beyond the bound" in page

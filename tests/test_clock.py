@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mobile.costs.cost_model import CostModel
+from mobile.costs.hardware import HardwareProfile, profile
 from mobile.errors import Refused
 from mobile.ledger import Event, Ledger
+from mobile.replay.replay import ReplaySetup
 from reports.data.results import read
 from reports.pages import content
 from reports.pages.write import markdown
@@ -20,7 +23,7 @@ from reports.sections import clock
 from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
 from suites.synthetic import calibrate, measurement, timing
-from suites.synthetic.link_use import LinkUse, fallback_use
+from suites.synthetic.link_use import LinkUse, fallback_use, fallbacks_on_clock, link_bound
 from tests import shapes as narrow
 
 PRESET = """
@@ -201,6 +204,65 @@ def test_a_ledger_that_lost_copies_says_nothing():
     ledger = ledger_of([("fallback", 0, 0)], [10])
     ledger.counters.loads += 1
     assert fallback_use(ledger, 7) is None
+
+
+@pytest.mark.parametrize("name", ["on-demand", "on-demand-overlap"])
+@pytest.mark.parametrize("link_gb_per_s", [0.2, 25.0])  # copies take longer than products, and shorter
+def test_the_clock_uses_the_link_as_far_as_the_bound_of_its_schedule(loaded, preset, name, link_gb_per_s):
+    shape = next(s for s in read_preset(str(preset)).synthetic if s.strategy == name)
+    geometry, strategy = loaded.made.geometry, timing.resolve(name)
+    card = HardwareProfile("plain", 2**34, 700.0, 90.0, link_gb_per_s, 1e-5, 4e-6, 2**30, 40.0, 0.5, (), 5e-5, 1e-4)
+    scripts, cost = timing.scripts_for(shape, loaded), CostModel(card, geometry)
+    played = calibrate.predicted(scripts, strategy, geometry, geometry.top_k, card)
+    row_gb_per_s = geometry.expert_nbytes / cost.load_ns
+    share = sum(one.decode_bytes for one in played) / sum(one.decode_ns for one in played) / row_gb_per_s
+    bound = link_bound(strategy, cost, None)
+    assert share == pytest.approx(bound.decode, rel=1e-6)
+    assert bound.fallback is None
+    faster = link_bound(strategy, CostModel(replace(card, link_gb_per_s=2 * link_gb_per_s), geometry), None)
+    assert faster.decode < bound.decode, "the faster the link, the longer it has nothing to do"
+
+
+def test_fallbacks_are_bounded_by_their_schedule_on_the_clock_and_a_cache_bounds_nothing(loaded):
+    geometry = loaded.made.geometry
+    cost = CostModel(profile("auto"), geometry)
+    use = LinkUse(passes=3, ns=20 * cost.load_ns, nbytes=7 * geometry.expert_nbytes)
+    bound = link_bound(timing.resolve("mobile"), cost, use)
+    assert bound.fallback == pytest.approx(7 / 20)
+    assert bound.decode is None
+    assert link_bound(timing.resolve("lru"), cost, None).decode is None
+    assert link_bound(timing.resolve("mobile"), cost, LinkUse(0, 0, 0)).fallback is None
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_fallbacks_on_the_clock_are_those_of_a_live_run_on_its_link(preset, loaded, cold):
+    shape = next(s for s in read_preset(str(preset), link="virtual").synthetic if s.strategy == "mobile")
+    shape = replace(shape, link_gb_per_s=None, repeats=1 if cold else 2)
+    record, strategy = timing.record(shape, loaded), timing.resolve("mobile")
+    geometry = loaded.made.geometry
+    layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
+    setup = ReplaySetup(strategy, geometry, layer_map, timing.profile(shape.hardware), record.slots)
+    on_clock = fallbacks_on_clock(timing.scripts_for(shape, loaded), setup, cold=cold)
+    assert vars(on_clock) == record.config["fallback_use"]
+    assert on_clock.passes == 2 * shape.repeats
+
+
+def test_every_predicted_cell_has_the_bound_on_its_link_and_the_aim_is_relative_to_it(done):
+    results = read(done)
+    table = clock.link_use(results.synthetic)
+    rows = {(row[2].split()[0], row[5]): dict(zip(table.head, row, strict=True)) for row in table.rows}
+    assert set(rows) == {
+        ("on-demand", "decode steps"),
+        ("on-demand-overlap", "decode steps"),
+        ("mobile", "4 fallbacks"),
+    }
+    for (name, _), row in rows.items():
+        share, bound, of_bound = (float(row[head][:-2]) for head in ("of the link", "bound", "of the bound"))
+        assert of_bound == pytest.approx(100 * share / bound, abs=1.0)
+        assert row["aim"] == ("-" if name == "on-demand" else "met" if of_bound >= 95 else "not met")
+    assert "95% of the bound" in markdown(content.build(results))
+    old = [replace(r, config={k: v for k, v in r.config.items() if k != "link_bound"}) for r in results.synthetic]
+    assert {row[-3:] for row in clock.link_use(old).rows} == {("-", "-", "-")}, "records from before have none"
 
 
 def test_marks_go_with_the_ledger_and_a_replay_keeps_none():

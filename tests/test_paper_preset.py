@@ -16,9 +16,10 @@ import torch
 from mobile.costs.geometry import GEOMETRIES
 from mobile.errors import Refused
 from suites.identity import HERE
+from suites.measure import live as live_cells
 from suites.plan import preflight
 from suites.plan.preset import read_preset
-from suites.record import load
+from suites.record import RunFolder, load
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = HERE / "models/olmoe-tiny"
@@ -113,8 +114,8 @@ def test_without_a_gpu_it_is_refused_before_anything_is_fetched():
 def test_too_small_a_machine_is_refused(monkeypatch):
     preset = read_preset("paper")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 8 << 30))
-    with pytest.raises(Refused, match=r"is to be given 16.0 GiB of GPU memory and this GPU has 8.0 GiB"):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    with pytest.raises(Refused, match=r"is to be given 2.0 GiB of GPU memory at least and this GPU has 1.0 GiB"):
         preflight.check(preset, run_generated_code=True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16_700_000_000, 16_700_000_000))
     few = type("Host", (), {"usable_nbytes": 20 << 30})
@@ -125,6 +126,28 @@ def test_too_small_a_machine_is_refused(monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: type("Disk", (), {"free": 100 * 10**9}))
     with pytest.raises(Refused, match=r"The weights take 135 GB and 100 GB are free"):
         preflight.check(preset, run_generated_code=True)
+
+
+def test_a_card_that_is_too_small_for_some_cells_leaves_out_only_those(monkeypatch):
+    preset = read_preset("paper")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preflight, "host", type("Host", (), {"usable_nbytes": 128 << 30}))
+    monkeypatch.setattr(preflight, "cached_whole", lambda *_: True)
+    monkeypatch.setattr(preflight.HfApi, "dataset_info", lambda *_, **__: None)
+    few = preset.only("olmoe-1b-7b")
+    for gib, left_out in ((7.63, True), (11.63, True), (15.7, False), (23.5, False)):
+        total = int(gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda total=total: (total, total))
+        told = preflight.check(few, run_generated_code=True)
+        left = f"This GPU shows {gib:.2f} GiB: cells of olmoe-1b-7b 16GiB are left out, and only they."
+        assert told == ([left] if left_out else [])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 8 << 30))
+    large = next(cell for cell in preset.live if cell.budget == "16GiB")
+    monkeypatch.setattr(
+        live_cells, "checkpoint", lambda model: pytest.fail("it was looked for, and perhaps downloaded")
+    )
+    with pytest.raises(Refused, match=r"A budget of 16GiB is more than the 8\.00 GiB of this GPU"):
+        live_cells.load([large], RunFolder(Path()))
 
 
 def test_an_absent_hub_is_refused_with_what_to_give_instead(preset, monkeypatch):

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from mobile.errors import Refused
+from mobile.links.cuda import NEAR
 from reports.data.results import read
 from reports.pages import content
 from reports.pages.write import markdown
+from reports.sections import synthetic as synthetic_sections
 from suites.plan.preset import read_preset
 from suites.record import RunFolder, load
 from suites.synthetic import plan, timing
@@ -116,15 +118,39 @@ def test_a_card_that_shows_a_little_less_than_the_budget_is_planned_with_what_it
     card(80)
     assert timing.memory_of(large, torch.device("cuda")) == 16 * 2**30
     assert not any("are given that" in remark for remark in plan.check("shapes", shapes_))
-    card(11)
-    with pytest.raises(Refused, match=r"A budget of 16 GiB is asked for and this GPU has 11\.0 GiB"):
-        plan.check("shapes", shapes_)
+
+
+@pytest.mark.parametrize(("sold", "shown"), [(8, 7.6), (12, 11.6), (16, 15.7), (16, 15816 / 1024), (24, 23.5)])
+def test_a_budget_of_the_size_a_card_is_sold_with_is_all_that_the_card_shows(card, sold, shown):
+    asked = [
+        replace(shape, budget=f"{sold}GiB") for shape in read_preset("shapes").synthetic if shape.strategy == "lru"
+    ]
+    card(shown)
+    assert f"This GPU shows {shown:.2f} GiB: cells of {sold}GiB are given that." in plan.check("shapes", asked)
+    assert timing.memory_of(asked[0], torch.device("cuda")) == int(shown * 2**30)
+
+
+def test_a_card_that_is_too_small_for_some_cells_leaves_out_only_those(card):
+    shapes_ = read_preset("shapes").only("deepseek-v2-lite").synthetic
+    card(11.63)
+    told = plan.check("shapes", shapes_)
+    assert "This GPU shows 11.63 GiB: cells of 16GiB are left out, and only they." in told
+    assert not any("are given that" in remark for remark in told)
+    large = next(shape for shape in shapes_ if shape.budget == "16GiB")
+    with pytest.raises(
+        Refused, match=r"A budget of 16GiB is more than the 11\.63 GiB of this GPU; give a smaller budget"
+    ):
+        timing.memory_of(large, torch.device("cuda"))
+    only_large = [shape for shape in shapes_ if shape.budget == "16GiB"]
+    with pytest.raises(Refused, match=r"A budget of 16 GiB is asked for and this GPU has 11\.6 GiB"):
+        plan.check("shapes", only_large)
 
 
 def test_the_plan_says_that_a_link_near_to_what_is_asked_is_taken_as_it(card):
     card(80)
     preset = read_preset("shapes")
     assert any("by 3% at most, is taken as it is" in told for told in plan.check("shapes", preset.synthetic))
+    assert NEAR == synthetic_sections.NEAR, "the page holds a link to what the engine accepts"
     assert plan.check("shapes", preset.only("olmoe-1b-7b native").synthetic) == []
 
 
@@ -139,6 +165,11 @@ def test_the_page_says_where_the_machine_was_a_little_less_than_was_asked_for(do
         link_native_gb_per_s=24.4, link_throttled=False
     )
     assert "copies read ordinary memory" in page(link_page_locked=False)
+    slow = {"link_gb_per_s": 25.0, "link_measured_gb_per_s": 20.0}
+    assert "Copies came at" not in page(**slow)  # over a link that is no GPU's
+    throttled = [replace(r, scope="gpu+throttled", config={**r.config, **slow}) for r in results.synthetic]
+    page_of = markdown(content.build(replace(results, synthetic=tuple(throttled))))
+    assert "Copies came at 20.0 GB/s where 25 were asked for." in page_of
     short = {"memory_nbytes": int(15.7 * 2**30), "memory_asked_nbytes": 16 * 2**30}
     assert "was all that the card has, 15.70 GiB." in page(**short)
     for usual in ({"link_throttled": True, "link_page_locked": True}, {}):

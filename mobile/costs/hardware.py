@@ -1,14 +1,16 @@
-"""Hardware profiles: the numbers that virtual time is computed from, each with its source."""
+"""Hardware profiles: the numbers that virtual time is computed from. The shipped ones lie in profiles.toml."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+import tomllib
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from mobile import outputs
 from mobile.errors import Refused, one_line
@@ -58,44 +60,6 @@ class HardwareProfile:
     host_read_seconds: float = 0.0
     host_layer_seconds: float = 0.0
     host_step_seconds: float = 0.0
-
-
-_RTX4080 = HardwareProfile(
-    name="rtx4080-pcie4",
-    vram_nbytes=16 * GIB,
-    memory_gb_per_s=716.8,
-    tflops=97.5,
-    link_gb_per_s=25.0,
-    link_latency_seconds=10e-6,
-    launch_seconds=2e-6,
-    host_launch_seconds=4e-6,
-    host_copy_seconds=16e-6,
-    host_read_seconds=10e-6,
-    reserve_nbytes=1 * GIB,
-    cpu_gb_per_s=41.0,
-    cpu_tflops=0.5,
-    sources=(
-        "vram, memory bandwidth, bf16 rate: NVIDIA's published RTX 4080 figures (16 GB, 256 bit at 22.4 Gb/s)",
-        "link: PCIe 4.0 x16 carries 31.5 GB/s, of which large page-locked copies usually reach 25 (assumed)",
-        "link latency 10 us a copy; of the host 4 us a launch, 16 us a copy (a wait, two events and the copy, 4 us "
-        "each) and 10 us to read a result; of the device 2 us a launch; 1 GiB reserve: our assumptions, not measured",
-        "processor: dual-channel DDR4-3200 carries 51.2 GB/s, of which 80 % are assumed to be reached; what the "
-        "link reads of it meanwhile is not taken off, which flatters a strategy that computes on the processor",
-        "processor rate: eight cores of two 8-wide fp32 multiply-adds at 4 GHz are 1.02 TFLOP/s; half is assumed",
-    ),
-)
-_SHARED_MEMORY = replace(
-    _RTX4080,
-    name="rtx4080-pcie4-shared-memory",
-    cpu_gb_per_s=16.0,
-    sources=(
-        *_RTX4080.sources[:3],
-        "processor: of the 41 GB/s that two DDR4-3200 channels are assumed to reach, the 16 that a link at 25 leaves "
-        "(assumed, and as if it never paused): against rtx4080-pcie4 it bounds what computing on the processor gains",
-        _RTX4080.sources[-1],
-    ),
-)
-PROFILES = {card.name: card for card in (_RTX4080, _SHARED_MEMORY)}
 
 
 def profile(name: str) -> HardwareProfile:
@@ -217,3 +181,19 @@ def _written(memory: str) -> int | None:
     if MOST_GIB < number < FEWEST_NBYTES:
         raise Refused(f"The memory size {memory!r} lacks its unit; write it like {match[1]}MiB or {match[1]}GiB.")
     return int(number * (GIB if number <= MOST_GIB else 1))
+
+
+def _shipped() -> dict[str, HardwareProfile]:
+    """Return the shipped profiles by name, in the order of their file."""
+    listed = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text("utf-8"))["profiles"]
+    return {
+        each["name"]: HardwareProfile(**{name: _field(name, value) for name, value in each.items()}) for each in listed
+    }
+
+
+def _field(name: str, value: Any) -> Any:
+    """Return a profile's field as it is kept, from how profiles.toml writes it."""
+    return parse_nbytes(value) if name.endswith("_nbytes") else tuple(value) if name == "sources" else value
+
+
+PROFILES = _shipped()

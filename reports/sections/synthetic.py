@@ -32,18 +32,21 @@ IN_TURN = (
     "others use is not steady; the intervals say how far that reaches."
 )
 READING = (
-    "A speedup is the geometric mean over repeats of the baseline's time per token over the strategy's own on the same "
-    "script, with a 95 % interval from a bootstrap over repeats. Prefill (TTFT) is timed apart. The first steps of "
-    "each repeat are not counted. The ceiling is what no engine can pass that keeps nothing between tokens: bytes of a "
-    "token's experts over the bandwidth of the copies as they were timed. A link is slowed by copying more behind each "
-    "expert; the bytes shown are the experts' own."
+    "A speedup is the geometric mean over repeats of the baseline's time per token over the strategy's own on the "
+    "same script, with a 95 % interval from a bootstrap over repeats. Prefill (TTFT) is timed apart. The first steps "
+    "of each repeat are not counted. TPOT is of forward passes alone, the engine's two for a token that falls back: "
+    "what generate() itself adds to a token on the host, its checks, choice of the token and streamer, is not in it. "
+    "The ceiling is what no engine can pass that keeps nothing between tokens: bytes of a token's experts over the "
+    "bandwidth of the copies as they were timed. A link is slowed by copying more behind each expert; the bytes shown "
+    "are the experts' own."
 )
 CHECKS = (
     "Each cell holds what it did against its script: how many tokens were decoded, how many of them fell back, and, "
     "for strategies that keep nothing, that exactly the script's experts were copied. There is no canary: nothing is "
     "answered, and a router that obeys a script cannot be scrambled."
 )
-DISK = "cpu+disk"
+DISK, THROTTLED = "cpu+disk", "gpu+throttled"
+NEAR = 0.03  # by which the rate of copies may miss the one asked for before the page says so
 LIMITS = (
     "Synthetic weights say how fast, never how well: fallback rates are the shipped small models' "
     "or ours to state, and layers that one small layer stands for make the same choices.",
@@ -161,6 +164,14 @@ def _where(record: Record) -> str:
     return f"Experts lie in a file and are read {past} the page cache, {depths} at once."
 
 
+def _off_the_link_asked_for(config: dict[str, Any]) -> str | None:
+    """Return a sentence where copies came at another rate than the cell asked for, by more than `NEAR`."""
+    asked, measured = config["link_gb_per_s"], config["link_measured_gb_per_s"]
+    if asked is None or measured is None or abs(measured / asked - 1) <= NEAR:
+        return None
+    return f"Copies came at {measured:.1f} GB/s where {asked:g} were asked for."
+
+
 def _shortfalls(records: list[Record]) -> Iterator[str]:
     """Yield a sentence wherever the machine was less than a cell asked for and was accepted."""
     for record in records:
@@ -170,6 +181,8 @@ def _shortfalls(records: list[Record]) -> Iterator[str]:
                 f"The link carries {config['link_native_gb_per_s']:.1f} GB/s by itself, which was taken as the "
                 f"{config['link_gb_per_s']:g} asked for."
             )
+        if record.scope == THROTTLED and (off := _off_the_link_asked_for(config)) is not None:
+            yield off
         if config.get("link_page_locked") is False:
             yield "The driver did not page-lock the host memory: copies read ordinary memory, which is slower."
         had, asked = config.get("memory_nbytes"), config.get("memory_asked_nbytes")

@@ -113,7 +113,11 @@ def load(cells: Sequence[Cell], run: RunFolder) -> Loaded:
     Raise Refused for a checkpoint that is not the real model it is said to be, and for whatever mobile.load refuses.
     """
     cell = cells[0]
-    folder, asked, real = checkpoint(cell.generation.model), cell.generation.model, needs_gpu(cell.link)
+    asked, real = cell.generation.model, needs_gpu(cell.link)
+    capacity: dict[str, Any] = {"memory": cell.budget}
+    if is_memory(cell.budget) and real:  # refused before anything is downloaded for it
+        capacity = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
+    folder = checkpoint(asked)
     dtype: Any = "auto" if real else torch.float32
     empty = skeleton(folder, dtype=dtype)
     layers = moe_layers(empty)
@@ -125,9 +129,6 @@ def load(cells: Sequence[Cell], run: RunFolder) -> Loaded:
         )
     card, strategy = profile(cell.hardware), resolve(cell.strategy, cell.gamma)
     charged = None if LINKS[str(cell.link)].real_time else asked.geometry
-    capacity: dict[str, Any] = {"memory": cell.budget}
-    if is_memory(cell.budget) and real:
-        capacity = {"memory": memory_on(cell.budget, torch.cuda.mem_get_info()[1])}
     if not is_memory(cell.budget):
         setup = replay_setup(strategy, native, charged, card, cell.budget, rows=cell.generation.rows)
         capacity = {"slots": setup.slots}

@@ -18,7 +18,7 @@ from mobile.errors import Refused
 from mobile.links.registry import LINKS, needs_gpu
 from mobile.machine.host import host
 from mobile.policies.strategy import resolve
-from suites.budget import SHOWN_SHARE, is_memory, replay_setup
+from suites.budget import holds, is_memory, replay_setup
 from suites.identity import SHIPPED, Model
 from suites.plan.cells import Cell, Generation
 from suites.plan.preset import Preset
@@ -115,15 +115,19 @@ def answer(preset: Preset) -> str:
         if preset.synthetic:
             remarks = plan.check(preset.name, preset.synthetic)
         if preset.scored:
-            check(preset, run_generated_code=True)
+            remarks += check(preset, run_generated_code=True)
     except Refused as refused:
         return f"does not run here: {preset.name}, because: {refused}"
     judged = any(_runs_foreign_code(cell.generation) for cell in preset.scored)
     return "\n".join([f"runs: {preset.name}" + (", with --run-generated-code" if judged else ""), *remarks])
 
 
-def check(preset: Preset, *, run_generated_code: bool) -> None:
-    """Raise Refused, in one sentence, for the first thing that this machine or this command line lacks."""
+def check(preset: Preset, *, run_generated_code: bool) -> list[str]:
+    """Return what will differ here from what the preset asks for, a sentence each.
+
+    Raise Refused, in one sentence, for the first thing that this machine or this command line lacks.
+    """
+    remarks: list[str] = []
     if any(TASKS[cell.task].runs_code for cell in preset.scored):
         check_walls()
     judged = [cell.generation for cell in preset.scored if _runs_foreign_code(cell.generation)]
@@ -134,10 +138,11 @@ def check(preset: Preset, *, run_generated_code: bool) -> None:
         )
     if any(needs_gpu(cell.link) for cell in preset.live):
         needed = costs(preset)
-        _check_gpu(preset, max(needed, key=lambda one: one.gpu_nbytes))
+        remarks += _check_gpu(preset)
         _check_host(max(needed, key=lambda one: one.host_nbytes))
         _check_disk(needed)
     _check_hub(preset)
+    return remarks
 
 
 def _runs_foreign_code(generation: Generation) -> bool:
@@ -146,20 +151,28 @@ def _runs_foreign_code(generation: Generation) -> bool:
     return TASKS[generation.task].runs_code and not ours
 
 
-def _check_gpu(preset: Preset, most: Cost) -> None:
+def _check_gpu(preset: Preset) -> list[str]:
+    """Return a sentence on the cells that this GPU is too small for. Raise Refused if those are all, or without one."""
     import torch
 
+    live = [cell for cell in preset.live if needs_gpu(cell.link)]
+    sizes = {cell: _gpu_nbytes(GEOMETRIES[cell.generation.model.geometry], cell) for cell in live}
     if not torch.cuda.is_available():
         raise Refused(
             f"Preset {preset.name} is timed on an NVIDIA GPU and torch finds none here; run it on a CUDA machine with "
-            f"at least {most.gpu_nbytes / GIB:.1f} GiB, or take the preset cpu, whose times are computed."
+            f"at least {max(sizes.values()) / GIB:.1f} GiB, or take the preset cpu, whose times are computed."
         )
     total = torch.cuda.mem_get_info()[1]
-    if total < SHOWN_SHARE * most.gpu_nbytes:
+    least = min(live, key=lambda cell: sizes[cell])
+    if not holds(sizes[least], total):
         raise Refused(
-            f"{most.model.name} is to be given {most.gpu_nbytes / GIB:.1f} GiB of GPU memory and this GPU has "
-            f"{total / GIB:.1f} GiB; lower the preset's budgets, or take the model out."
+            f"{least.generation.model.name} is to be given {sizes[least] / GIB:.1f} GiB of GPU memory at least and "
+            f"this GPU has {total / GIB:.1f} GiB; lower the preset's budgets, or use a larger card."
         )
+    apart = [cell for cell in live if not holds(sizes[cell], total)]
+    named = dict.fromkeys(f"{cell.generation.model.name} {cell.budget}" for cell in apart)
+    sentence = f"This GPU shows {total / GIB:.2f} GiB: cells of {', '.join(named)} are left out, and only they."
+    return [sentence] if apart else []
 
 
 def _check_host(most: Cost) -> None:

@@ -1,19 +1,26 @@
-"""The share of the link that fallbacks used, from a token found unsure to the end of the last copy for it. No torch.
+"""The share of the link that a cell used, and the most that its schedule allows. No torch.
 
-Read from a ledger after the run, so that nothing is added to a decode step: the span of each copy, which on a GPU is
-that of its CUDA events, and how many had begun when each pass did.
+A fallback's use, from a token found unsure to the end of the last copy for it, is read from a ledger after the run, so
+that nothing is added to a decode step: the span of each copy, which on a GPU is that of its CUDA events, and how many
+had begun when each pass did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mobile.costs.cost_model import CostModel
 from mobile.ledger import Event, Ledger, Mark
+from mobile.policies.strategy import FullK, Strategy
+from mobile.replay.replay import ReplaySetup
+from mobile.replay.trace import run_step
+from suites.synthetic.script import Script, steps_of
 from suites.typed_json import Count
 
 COPIES = ("load", "prefetch")  # events of a ledger
+MOST_EVENTS = 5_000_000  # of a cell's scripts: a ledger that lost a copy says nothing
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,59 @@ class LinkUse:
     passes: Count
     ns: Count
     nbytes: Count
+
+
+@dataclass(frozen=True)
+class LinkBound:
+    """The largest share of the link that the schedule of a cell allows, in decode steps and in fallbacks.
+
+    None where nobody can say: a cache decides how much is copied, or no fallback copied anything. `layer_ns` is how
+    long a layer has no copy to make.
+    """
+
+    decode: float | None
+    fallback: float | None
+    layer_ns: Count
+
+
+def link_bound(strategy: Strategy, cost: CostModel, on_clock: LinkUse | None) -> LinkBound:
+    """Return the bounds on the link's use by the cost model, whose link is the one that was there.
+
+    1. Which experts a layer needs is known after its attention and its router, which the host reads before it begins a
+       copy, so none is under way in its dense part, nor in the token's head; and the last expert to come is computed
+       when no copy is left, with those before it where products take longer than copies. Without overlap every expert
+       is computed while nothing is copied. The host launches a dense part beside the copies of the layer before, but a
+       token's first. This is of a strategy that copies all K experts of every layer.
+    2. A fallback asks all routers before its first copy, and later ones may wait for a slot: `on_clock` is how
+       fallbacks of the same scripts, with as many slots, use the link of the cost model (`fallbacks_on_clock`).
+    """
+    geometry, top_k, load, expert = cost.geometry, cost.geometry.top_k, cost.load_ns, cost.expert_ns(1)
+    exposed = max(expert, top_k * expert - (top_k - 1) * load) if strategy.overlap else top_k * expert
+    layer_ns = cost.dense_ns(1) + cost.host.read + cost.host.copy + exposed
+    copying = geometry.moe_layers * top_k * load
+    of_token = max(0, cost.host.dense - cost.dense_ns(1)) + cost.head_ns(1) + cost.host.read
+    decode = copying / (copying + geometry.moe_layers * layer_ns + of_token)
+    copies_all = strategy.retain == "nothing" and isinstance(strategy.gating, FullK)
+    fallback = None
+    if on_clock is not None and on_clock.ns:
+        fallback = on_clock.nbytes / geometry.expert_nbytes * load / on_clock.ns
+    return LinkBound(decode if copies_all else None, fallback, layer_ns)
+
+
+def fallbacks_on_clock(scripts: Sequence[Script], setup: ReplaySetup, *, cold: bool) -> LinkUse:
+    """Return how fallbacks use the link where the scripts are replayed on the virtual clock.
+
+    `cold` says whether each script begins with cold slots, or goes on with those of the one before.
+    """
+    uses = []
+    for together in [[script] for script in scripts] if cold else [scripts]:
+        residency = setup.residency(events=MOST_EVENTS)
+        for script in together:
+            for step in steps_of(script, setup.strategy):
+                run_step(step, residency, setup.layer_map)
+            residency.end_token()
+        uses.append(fallback_use(residency.ledger, setup.geometry.expert_nbytes))
+    return LinkUse(*(sum(getattr(use, name) for use in uses if use) for name in ("passes", "ns", "nbytes")))
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
+from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
 from mobile.errors import Refused
@@ -14,12 +16,13 @@ from mobile.kernels.packed import IN_PLACE
 from mobile.ledger import Event
 from mobile.links.registry import LINKS
 from mobile.policies.strategy import FullK, HalfK, Strategy, resolve
+from mobile.replay.replay import ReplaySetup
 from suites.budget import is_memory
 from suites.environment import environment
 from suites.record import Item, Record
 from suites.synthetic.calibrate import predicted, predicted_at, prediction_fields
 from suites.synthetic.cells import SyntheticCell
-from suites.synthetic.link_use import COPIES, LinkUse, copying_ns
+from suites.synthetic.link_use import COPIES, LinkBound, LinkUse, copying_ns, fallbacks_on_clock, link_bound
 from suites.synthetic.models import Synthetic
 from suites.synthetic.script import Script
 from suites.synthetic.script_player import Played
@@ -60,12 +63,17 @@ def record_of(
     """Return the record of a measurement, with a prediction from the profile `here`, or why there is none."""
     strategy = resolve(cell.strategy, cell.gamma)
     geometry, rate = made.geometry, measured.copies_gb_per_s
-    prediction: dict[str, Any] = {"predicted": None, "predicted_at_own_rates": None, "unpredicted": None}
+    prediction: dict[str, Any] = dict.fromkeys(
+        ("predicted", "predicted_at_own_rates", "unpredicted", "link_bound"), None
+    )
     try:
         if isinstance(here, Refused):
             raise here
         if here is not None:
             prediction |= _predictions(measured, scripts, strategy, geometry, here, in_place=in_place(cell))
+            prediction["link_bound"] = asdict(
+                _bound(measured, scripts, strategy, geometry, here, in_place=in_place(cell))
+            )
     except Refused as refused:
         prediction["unpredicted"] = str(refused)
     return Record(
@@ -167,6 +175,26 @@ def _predictions(
         "predicted": prediction_fields(card, predicted_at(measured.rates, *played, in_place=in_place)),
         "predicted_at_own_rates": prediction_fields(card, predicted_at(measured.own_rates, *played, in_place=in_place)),
     }
+
+
+def _bound(
+    measured: Measurement,
+    scripts: list[Script],
+    strategy: Strategy,
+    geometry: Geometry,
+    card: HardwareProfile,
+    *,
+    in_place: bool,
+) -> LinkBound:
+    """Return the most of the link that the cell could have used, by the profile, at the rate around its scripts."""
+    if measured.rates:
+        card = replace(card, link_gb_per_s=fmean(measured.rates), link_latency_seconds=0.0)
+    on_clock = None
+    if measured.use is not None:
+        layer_map = tuple((layer,) for layer in range(geometry.moe_layers))
+        setup = ReplaySetup(strategy, geometry, layer_map, card, measured.slots, in_place)
+        on_clock = fallbacks_on_clock(scripts, setup, cold=bool(measured.rates))
+    return link_bound(strategy, CostModel(card, geometry, in_place=in_place), on_clock)
 
 
 def in_place(cell: SyntheticCell) -> bool:

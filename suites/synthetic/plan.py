@@ -16,7 +16,7 @@ from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.machine.host import host
 from mobile.policies.strategy import BigLittle, HalfK, resolve
-from suites.budget import SHOWN_SHARE, is_memory
+from suites.budget import holds, is_memory
 from suites.synthetic.cells import SyntheticCell
 from suites.synthetic.reference_cells import DEVICE_MAP, ReferenceCell
 
@@ -149,7 +149,7 @@ def _playing(cell: SyntheticCell) -> float:
 def check(name: str, cells: Sequence[SyntheticCell]) -> list[str]:
     """Return what will differ here from what the preset asks for, a sentence each.
 
-    Raise Refused, in one sentence, if this machine has no GPU and the link needs one, or one that is too small.
+    Raise Refused, in one sentence, if this machine has no GPU and the link needs one, or one too small for any cell.
     """
     if not any(LINKS[cell.link].needs_gpu for cell in cells):
         return list(_too_large(cells, shutil.disk_usage(Path()).free))
@@ -161,11 +161,11 @@ def check(name: str, cells: Sequence[SyntheticCell]) -> list[str]:
             "code with --link paced or --link virtual, which measure nothing."
         )
     total = torch.cuda.mem_get_info()[1]
-    most = max((parse_nbytes(cell.budget) for cell in cells if is_memory(cell.budget)), default=0)
-    if total < SHOWN_SHARE * most:
+    asked = [parse_nbytes(cell.budget) if is_memory(cell.budget) else 0 for cell in cells]
+    if not holds(min(asked), total):
         raise Refused(
-            f"A budget of {most / GIB:.0f} GiB is asked for and this GPU has {total / GIB:.1f} GiB; lower the preset's "
-            "budgets, or pick other cells with --only."
+            f"A budget of {min(asked) / GIB:.0f} GiB is asked for and this GPU has {total / GIB:.1f} GiB; lower the "
+            "preset's budgets, or pick other cells with --only."
         )
     return list(_remarks(cells, total))
 
@@ -185,8 +185,10 @@ def _remarks(cells: Sequence[SyntheticCell], total_nbytes: int) -> Iterator[str]
 
     budgets = dict.fromkeys(cell.budget for cell in cells if is_memory(cell.budget))
     larger = [budget for budget in budgets if parse_nbytes(budget) > total_nbytes]
-    if larger:
-        yield f"This GPU shows {total_nbytes / GIB:.2f} GiB: cells of {', '.join(larger)} are given that."
+    if near := [budget for budget in larger if holds(parse_nbytes(budget), total_nbytes)]:
+        yield f"This GPU shows {total_nbytes / GIB:.2f} GiB: cells of {', '.join(near)} are given that."
+    if apart := [budget for budget in larger if budget not in near]:
+        yield f"This GPU shows {total_nbytes / GIB:.2f} GiB: cells of {', '.join(apart)} are left out, and only they."
     if any(cell.link_gb_per_s is not None for cell in cells):
         yield (
             f"A link that is slower than a cell asks for, by {NEAR:.0%} at most, is taken as it is, which the record "

@@ -5,11 +5,9 @@ Timing is on the wall clock, with the device idle before and after what is timed
 
 from __future__ import annotations
 
-import copy
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,41 +17,21 @@ from torch import nn
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.errors import Refused
-from mobile.links.registry import LINKS, real_time_link
+from mobile.links.registry import LINKS
 from mobile.live_model import compat
 from mobile.machine.gpu import cuda_uuid
-from mobile.machine.measure.steps import EVERYTHING
 from mobile.machine.measure.timing import idle
 from mobile.store import HostStore, unpacked
 from suites.budget import memory_on
 from suites.environment import environment
 from suites.record import Item, Record, RunFolder
 from suites.synthetic import disk_peers, models
+from suites.synthetic.engine_cost import IMPLEMENTATIONS, bare_cost, engine_cost
 from suites.synthetic.models import Synthetic
 from suites.synthetic.reference_cells import DEVICE_MAP, DISK_PEERS, ENGINE_COST, FEW_LAYERS, ReferenceCell
 from suites.telemetry import watched
 
 GIB = 2**30
-IMPLEMENTATIONS = ("eager", "grouped_mm")  # of Transformers' experts: one by one, as our kernel does, and grouped
-BLOCKS = 40  # of four steps each: stock, ours, ours, stock
-
-
-@dataclass(frozen=True)
-class EngineCost:
-    """Seconds of a decode step of `layers` MoE layers, everything resident: medians over ABBA blocks.
-
-    `layer_seconds` is the median over blocks of (ours - stock) / layers, between its quartiles. The products are the
-    same, so against "eager", whose kernel is ours, it is what the engine adds to a layer beside them.
-    """
-
-    stock: str
-    layers: int
-    blocks: int
-    stock_seconds: float
-    ours_seconds: float
-    layer_seconds: float
-    low_seconds: float
-    high_seconds: float
 
 
 def load(pieces: Sequence[ReferenceCell], run: RunFolder) -> None:
@@ -74,7 +52,7 @@ def record(cell: ReferenceCell, folder: Path = Path()) -> Record:
     device = torch.device(LINKS[cell.link].usual_device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    found: dict[str, Any] = {"engine": None, "refused": None, "stock": None}
+    found: dict[str, Any] = {"engine": None, "bare": None, "refused": None, "stock": None}
     if cell.what in DISK_PEERS:
         found |= disk_peers.fields_of(cell)
     items: tuple[Item, ...] = ()
@@ -87,6 +65,7 @@ def record(cell: ReferenceCell, folder: Path = Path()) -> Record:
                 made = models.make(
                     cell.model.geometry, layers=layers, shrink=cell.shrink, device=device, seed=cell.seed
                 )
+                found["bare"] = asdict(bare_cost(made))
                 found["engine"] = [asdict(engine_cost(made, each)) for each in IMPLEMENTATIONS]
             elif cell.what in DISK_PEERS:
                 layers = cell.layers or GEOMETRIES[cell.model.geometry].moe_layers
@@ -228,60 +207,3 @@ def _item(number: int, cell: ReferenceCell, prefill_ns: int, decode_ns: int, dec
         decode_ns=decode_ns,
         decode_bytes=decode_nbytes,
     )
-
-
-# --- the engine against it --------------------------------------------------------------------------
-
-
-def engine_cost(made: Synthetic, implementation: str, blocks: int = BLOCKS) -> EngineCost:
-    """Time decode steps of the model under the engine and of a plain copy in turn, with everything on the device."""
-    theirs = copy.deepcopy(made.model)
-    for number, layer in enumerate(compat.moe_layers(theirs)):
-        for name, view in made.store.views(number).items():
-            weight = unpacked(view).to(made.device, copy=True).contiguous()
-            setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
-    theirs.set_experts_implementation(implementation)
-    with made.attached(EVERYTHING, slots=made.geometry.total_experts, link=real_time_link(made.device.type)):
-        steps = {"stock": _Steps(theirs, made.device), "ours": _Steps(made.model, made.device)}
-        order = ("stock", "ours", "ours", "stock")
-        found: dict[str, list[float]] = {name: [] for name in steps}
-        for block in range(blocks + 5):  # the first five warm up
-            taken = [(name, steps[name].seconds()) for name in order]
-            if block >= 5:
-                for name in steps:
-                    found[name].append(statistics.fmean(t for which, t in taken if which == name))
-    layers = made.geometry.moe_layers
-    beyond = [(ours - theirs) / layers for ours, theirs in zip(found["ours"], found["stock"], strict=True)]
-    low, middle, high = statistics.quantiles(beyond, n=4)
-    return EngineCost(
-        stock=implementation,
-        layers=layers,
-        blocks=blocks,
-        stock_seconds=statistics.median(found["stock"]),
-        ours_seconds=statistics.median(found["ours"]),
-        layer_seconds=middle,
-        low_seconds=low,
-        high_seconds=high,
-    )
-
-
-class _Steps:
-    """A decode step of a model, to be timed again and again at the same place of a sequence."""
-
-    @torch.no_grad()
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.token = torch.tensor([[7]], device=device)
-        self.cache = compat.cache_of(model(torch.arange(3, 19, device=device)[None], use_cache=True))
-        self.going_on = compat.going_on(model, self.cache)
-
-    @torch.no_grad()
-    def seconds(self) -> float:
-        """Run the step once and return what it took."""
-        idle(self.device)
-        begun = time.perf_counter()
-        self.model(self.token, logits_to_keep=1, **self.going_on)
-        idle(self.device)
-        taken = time.perf_counter() - begun
-        self.cache.crop(-1)
-        return taken

@@ -11,7 +11,7 @@ from test_cuda_link import skip_unless_rows_can_be_page_locked
 from mobile.errors import Refused
 from suites.plan.preset import read_preset
 from suites.record import RunFolder
-from suites.synthetic import timing
+from suites.synthetic import engine_cost, timing
 from suites.synthetic.models import make
 from suites.synthetic.script import ScriptLength, drawn
 from suites.synthetic.script_player import play
@@ -76,6 +76,16 @@ def test_slots_are_given_back_before_the_same_cell_is_predicted(loaded):
         assert held - taken[-1] >= 0.9 * loaded.made.store.nbytes
     assert taken[1] <= taken[0] + 2**20
     assert engine.stats()["tokens"] == 3
+
+
+def test_the_bare_loop_and_the_engine_compute_the_same_on_a_gpu(loaded):
+    made = loaded.made
+    with torch.no_grad(), made.attached(engine_cost.EVERYTHING, slots=made.geometry.total_experts) as engine:
+        routed = engine_cost.Routed(engine, made)
+        for outputs in zip(routed.bare(), routed.read(), routed.ours(), strict=True):
+            assert all(torch.equal(outputs[0], other) for other in outputs)
+    cost = engine_cost.bare_cost(made, blocks=4)
+    assert min(cost.bare_seconds, cost.read_seconds, cost.ours_seconds) > 0
 
 
 def test_everything_resident_is_refused_where_it_does_not_fit():

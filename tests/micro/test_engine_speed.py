@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import mobile
 from mobile.runtime.forward_pass import ForwardPass
+from suites.synthetic import engine_cost, models
 
 LAYERS = 2
 
@@ -70,3 +71,24 @@ def test_router_probe_of_a_layer(benchmark, model):
             benchmark(lambda: engine.layers[0].route(args, kwargs))
     finally:
         mobile.detach(model)
+
+
+@pytest.mark.parametrize("shrink", [16, 8])
+def test_run_experts_over_a_bare_loop(benchmark, shrink):
+    """The engine's own time a layer beside the same kernel told what runs, and of it the bound, one read a layer.
+
+    Widths are divided, since products of the real ones take so long on a CPU that the difference drowns in them.
+    """
+    made = models.make("olmoe-1b-7b", layers=LAYERS, shrink=shrink, device="cpu")
+    everything = {"slots": made.geometry.total_experts, "link": "paced"}
+    with torch.no_grad(), made.attached(engine_cost.EVERYTHING, **everything) as engine:
+        routed = engine_cost.Routed(engine, made)
+        benchmark.pedantic(routed.ours, rounds=60, iterations=1, warmup_rounds=5)
+    cost = engine_cost.bare_cost(made, blocks=60)
+    told = {
+        "engine": cost.layer_seconds,
+        "low": cost.low_seconds,
+        "high": cost.high_seconds,
+        "bound": cost.bound_seconds,
+    }
+    benchmark.extra_info["us_a_layer"] = {name: round(seconds * 1e6, 1) for name, seconds in told.items()}
