@@ -119,15 +119,18 @@ class Residency:
         """End a pass that was interrupted, perhaps anywhere: count its time. The slots are not valid any more."""
         self._add_elapsed()
 
-    def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
+    def fallback(self, predicted: Sequence[Key] | Callable[[], Sequence[Key]], tokens: int = 1) -> None:
         """Prepare the big pass of `tokens` tokens that the little pass was unsure of, prefetching what it will need.
 
-        `predicted` are the keys that the little pass's routers name at K, in the order of their layers.
+        `predicted` are the keys that the little pass's routers name at K, in the order of their layers; a function that
+        asks them is called within the fallback, which its time belongs to.
         """
         self.ledger.counters.fallbacks += tokens
         self._pass_start = self._read_clock()
         self._mark("fallback")
         self._kind = "big"
+        if callable(predicted):
+            predicted = predicted()
         if self.strategy.prefetch_on_fallback:
             if not self._replays_routers:  # else the signal has asked them
                 self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
