@@ -16,7 +16,7 @@ import torch
 
 from mobile.kernels.loop import Groups, Multiply, Views, expert_output
 from mobile.links.threads import Job, Threads
-from mobile.transfer import read, send
+from mobile.transfer import Reading, send
 
 
 def beside(device: torch.device) -> bool:
@@ -77,28 +77,22 @@ class CpuExperts:
 
 @dataclass
 class LayerOnHost:
-    """One layer's experts in host memory: `views` of their rows, and the layer's tokens.
+    """One layer's experts in host memory: `views` of their rows, and the layer's tokens on their way there.
 
-    `hidden` (tokens, H) is on the device; `on_host` is the same in host memory, None where that was not read along with
-    the routing.
+    `reading` brings the hidden states (tokens, H), and the token of each pair of the layer's groups.
     """
 
     experts: CpuExperts
     views: Views
-    hidden: torch.Tensor
-    on_host: torch.Tensor | None
-    _tokens: torch.Tensor | None = None  # of every pair, in host memory
+    reading: Reading
     _outputs: list[list[Any]] = field(default_factory=list)  # position, and what it gives once it is computed
 
     def submit(self, module: Any, groups: Groups, position: int, multiply: Multiply) -> None:
         """See `mobile.kernels.loop.HostExperts`."""
-        if self.on_host is None:
-            self.on_host, self._tokens = read(self.hidden, groups.tokens)
-        tokens = groups.tokens if self._tokens is None else self._tokens
-        given = self.on_host[tokens[groups.pairs(position)]]
+        hidden, tokens = self.reading.get()
+        given, expert, views = hidden[tokens[groups.pairs(position)]], groups.experts[position], self.views
         entry: list[Any] = [position, None]
         self._outputs.append(entry)
-        expert, views = groups.experts[position], self.views
 
         def compute() -> None:
             entry[1] = expert_output(module, given, expert, views, multiply)

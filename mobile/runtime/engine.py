@@ -34,7 +34,7 @@ from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
 from mobile.store import HostStore, Store, poison
-from mobile.transfer import read
+from mobile.transfer import Reading, read
 
 Scope = AbstractContextManager[Any]
 Compare = Callable[[ForwardPass, torch.Tensor, torch.Tensor], None]
@@ -413,7 +413,8 @@ class Engine:
         waves = self.residency.layer(last, groups.experts, groups.counts, ahead)
         host = None
         if self._cpu is not None:
-            host = LayerOnHost(self._cpu, self.store.views(layer), hidden, told[-1] if sends_hidden else None)
+            reading = Reading([told[-1] if sends_hidden else hidden, groups.tokens])
+            host = LayerOnHost(self._cpu, self.store.views(layer), reading)
         return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, host)
 
     @property
