@@ -45,9 +45,5 @@ def read(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def send(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return values of host memory on a device, in one copy that nothing waits for."""
-    host = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-    if device.type == "cpu":
-        return host
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    host = torch.as_tensor(values, device="cpu")
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

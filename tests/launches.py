@@ -145,6 +145,8 @@ class _Operators(TorchDispatchMode):
         given = _tensors((args, kwargs))
         if _on_host(given) or place == "counted":
             return func(*args, **kwargs)
+        if any(hasattr(tensor, HOST) for tensor in given if tensor.ndim):
+            counts.wait(f"{name} of tensors here and there")
         masked = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
             each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
         )
@@ -181,9 +183,15 @@ def counted(model: Any) -> Iterator[Counts]:
         _replace(stack, model, "forward", counts.placed("rest" if engine is None else "between", model.forward))
         if engine is not None:
             _watch(stack, counts)
-        stack.enter_context(_Operators(counts))
-        stack.enter_context(_Functions(counts))
+        stack.enter_context(counting(counts))
         yield counts
+
+
+@contextmanager
+def counting(counts: Counts) -> Iterator[None]:
+    """Count inside the block whatever is called, at the place where `counts` is."""
+    with _Operators(counts), _Functions(counts):
+        yield
 
 
 def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -200,6 +208,7 @@ def _watch(stack: ExitStack, counts: Counts) -> None:
     from unittest.mock import patch
 
     from mobile import transfer
+    from mobile.kernels import host_experts
     from mobile.live_model.compat import MoeLayer
     from mobile.runtime.decoding import Forward
     from mobile.store import HostStore
@@ -208,6 +217,15 @@ def _watch(stack: ExitStack, counts: Counts) -> None:
     stack.enter_context(
         patch.object(Forward, "run", lambda self, **changed: counts.placed("rest", run)(self, **changed))
     )
+    compute = host_experts.expert_output
+
+    def on_the_cpu(*arguments: Any) -> torch.Tensor:
+        with counts.at("counted"):
+            output = compute(*arguments)
+        setattr(output, HOST, True)
+        return output
+
+    stack.enter_context(patch.object(host_experts, "expert_output", on_the_cpu))
     fill = HostStore.fill
     stack.enter_context(patch.object(HostStore, "fill", lambda self, *a: counts.placed("copies", fill)(self, *a)))
     route, choice = MoeLayer.route, MoeLayer.choice
@@ -231,3 +249,44 @@ def decode_step(model: Any, token: int = 7, rows: int = 1) -> tuple[Counts, Any]
         with counted(model) as counts:
             output = model(fed, past_key_values=cache, use_cache=True)
     return counts, output
+
+
+def launches_of(model: Any, slots: int) -> dict[str, float]:
+    """Return the launches of a stock model's parts under our engine, of one token; attach and detach it for that.
+
+    "layer" outside of its routed experts, "routing" what a layer of experts launches beside them, "expert" one of them,
+    "head" the rest of a pass, with embedding, final norm and head, "confidence" the test of a little pass, "replay"
+    asking a layer's router again, "fallback" the rest of a fallback.
+    """
+    import mobile
+
+    def steps(strategy: str, **options: Any) -> Counts:
+        mobile.attach(model, strategy, slots=slots, hardware="rtx4080-pcie4", **options)
+        try:
+            return decode_step(model)[0]
+        finally:
+            mobile.detach(model)
+
+    full, little, sure, falls = (
+        steps("lru").launches,
+        steps("static-half").launches,
+        steps("mobile", gamma=0.0).launches,
+        steps("mobile", gamma=1.1).launches,
+    )
+    layers, k = sum(hasattr(module, "is_transposed") for module in model.modules()), _top_k(model)
+    expert = (full["experts"] - little["experts"]) / (layers * (k - k // 2))
+    return {
+        "layer": full["layer"] / layers,
+        "routing": full["experts"] / layers - k * expert,
+        "expert": expert,
+        "head": full["rest"],
+        "confidence": sure["between"] - full["between"],
+        "replay": falls["replay"] / layers,
+        "fallback": falls["between"] - sure["between"],
+    }
+
+
+def _top_k(model: Any) -> int:
+    from mobile.live_model import compat
+
+    return compat.moe_layers(model)[0].top_k

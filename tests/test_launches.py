@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from conftest import CONFIGS, greedy, prompt
 from conftest import tiny as plain
 from families import FAMILIES
 from families import tiny as any_family
-from launches import Counts, counted, decode_step
+from launches import Counts, counted, counting, decode_step
+from test_kernels import case
 
 import mobile
 from baselines.cache_prior import cache_prior
 from baselines.drop_cold import drop_cold
 from baselines.least_stale import LEAST_STALE
+from baselines.on_demand import ON_DEMAND_OVERLAP
+from mobile.kernels import group, loop
 from mobile.policies.big_little import MOBILE
 from mobile.policies.mobile_cached import mobile_cached
 from mobile.policies.signals import SIGNALS
@@ -152,9 +156,51 @@ def test_a_value_that_is_read_while_it_is_under_way_is_told():
         reading.get()[0].tolist()
         assert counts.unready.total() == 1
         assert counts.waits.total() == 1
-        torch.arange(3)[torch.tensor([True, False, True])]
+        torch.arange(3)[torch.arange(3) > 1]
         torch.arange(3).sum().item()
         bool(torch.arange(3).any())
         torch.arange(3).unique()
         torch.tensor([1, 2], device=torch.device("cpu"))
         assert counts.waits.total() == 6, counts.causes
+
+
+# --- kernels that take index tensors -----------------------------------------------------------------
+
+
+def test_the_grouped_kernel_sends_its_indices_once_a_layer_and_once_a_wave():
+    """From page-locked memory, so that nothing waits; eager's indices wait for the device."""
+    for rows in (1, 3):
+        counts = step("olmoe", ON_DEMAND_OVERLAP, rows, kernel="grouped")
+        assert counts.waits["experts"] == counts.layers, counts.causes
+        waves = counts.launches["copies"]  # each expert is loaded, and is a wave of its own
+        assert counts.operators["experts", "copy to the device"] == counts.layers + waves
+
+
+def test_the_decode_kernel_sends_its_indices_once_a_wave(monkeypatch):
+    pytest.importorskip("triton")
+    from mobile.kernels import triton_gemv
+
+    def products(weights: Any, slots: Any, x: Any, rows: Any, *, transposed: bool) -> torch.Tensor:
+        chosen = weights[slots].transpose(1, 2) if transposed else weights[slots]
+        return torch.einsum("pnk,pk->pn", chosen, x[rows])
+
+    monkeypatch.setattr(triton_gemv, "products", products)
+    experts, hidden, index, scores, groups, waves, views = case("olmoe", torch.float32, 3)
+    expected = loop(experts, hidden, scores, groups, waves, views)
+    waves, counts = [waves[0] + waves[1], waves[2] + waves[-1], *([wave] for (wave,) in waves[3:-1])], Counts()
+    with counting(counts):
+        result = triton_gemv._few(experts, hidden, scores, group(index, 8), waves, views)
+    assert torch.allclose(result, expected, atol=1e-5)
+    assert counts.operators["outside", "copy to the device"] == len(waves)
+    assert not counts.waits, counts.causes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton may have what it needs")
+def test_the_decode_kernel_is_refused_where_a_kernel_cannot_be_compiled(monkeypatch):
+    """Its launcher takes a C compiler, which a bare machine may lack though the driver's module was built before."""
+    triton_gemv = pytest.importorskip("mobile.kernels.triton_gemv")
+    target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend="cuda"))
+    monkeypatch.setattr(triton_gemv, "driver", SimpleNamespace(active=target))
+    reason = triton_gemv.why_not(torch.device("cuda:0"))
+    assert reason is not None
+    assert reason.startswith("Triton compiles no kernel here (")

@@ -50,8 +50,8 @@ class Groups(NamedTuple):
         return slice(self.starts[position], self.starts[position] + self.counts[position])
 
     def on(self, device: torch.device) -> Groups:
-        """Return them with `tokens` and `ranks` on a device, sent in one copy if they are not there."""
-        if self.tokens.device == device:
+        """Return them with `tokens` and `ranks` on a device, sent in one copy if they are in host memory."""
+        if self.tokens.device.type != "cpu":
             return self
         tokens, ranks = send(torch.stack((self.tokens, self.ranks)), device)
         return self._replace(tokens=tokens, ranks=ranks)
@@ -109,7 +109,7 @@ def _of_few(experts: int, index: torch.Tensor) -> Groups:
         raise IndexError(NO_SUCH_EXPERT.format(by_rank[order[0 if by_rank[order[0]] < 0 else -1]], experts))
     groups = _counted(np.bincount(by_rank, minlength=experts + 1).tolist()[:experts])
     rank, token = np.divmod(order[: sum(groups[1])], max(1, len(index)))
-    return Groups(*groups, torch.from_numpy(token), torch.from_numpy(rank))
+    return Groups(*groups, torch.as_tensor(token, device="cpu"), torch.as_tensor(rank, device="cpu"))
 
 
 def _of_many(experts: int, order: torch.Tensor, tokens: int, totals: torch.Tensor) -> Groups:
