@@ -46,8 +46,8 @@ class CpuExperts:
             self._after_each()
             return
         job = Job(partial(_as_set, compute, torch.get_num_threads(), torch.is_inference_mode_enabled(), _autocast()))
+        self._threads.add(job)  # first: what is waited for is sure to be made, should Ctrl-C come between
         self._waiting.append(job)
-        self._threads.add(job)
 
     def join(self) -> None:
         """Wait until all that was submitted is computed. Raise what one of them raised, once all are over."""

@@ -163,7 +163,6 @@ def one_by_one(
     Of one token nothing is gathered and nothing scattered: the row is multiplied as it is, and added to.
     """
     views, host = places
-    given = groups
     one = hidden.shape[0] == 1
     if one:
         hidden, scales, ranks = hidden.contiguous(), weights.unbind(1), groups.ranks.tolist()
@@ -202,7 +201,7 @@ def one_by_one(
         for position, slot in wave:
             if slot == HOST:
                 assert host is not None, "a strategy that computes on the CPU is given the rows there"
-                host.submit(module, given, position, multiply)
+                host.submit(module, groups, position, multiply)
             else:
                 held[position] = weighed(position, expert_output(module, inputs(position), slot, views, multiply))
         while turn in held:
