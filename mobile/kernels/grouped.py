@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mobile.kernels.loop import Groups, Views, activate, normed, up_name
+from mobile.kernels.loop import Groups, HostExperts, Views, activate, normed, up_name
 from mobile.kernels.sum_dtype import sum_dtype
 from mobile.residency.residency import Wave
 from mobile.store import plain
@@ -23,7 +23,7 @@ def grouped(
     groups: Groups,
     waves: Iterable[Wave],
     views: Views,
-    _host: Views | None = None,
+    _host: HostExperts | None = None,
 ) -> torch.Tensor:
     """Compute one grouped product a wave, its groups the slots themselves. For arguments see `Kernel`.
 

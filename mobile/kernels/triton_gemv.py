@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from mobile.kernels.loop import Groups, Views, activate, loop, normed, up_name
+from mobile.kernels.loop import Groups, HostExperts, Views, activate, loop, normed, up_name
 from mobile.residency.residency import Wave
 from mobile.store import plain
 from mobile.transfer import send
@@ -101,7 +101,7 @@ def triton_gemv(
     groups: Groups,
     waves: Iterable[Wave],
     views: Views,
-    _host: Views | None = None,
+    _host: HostExperts | None = None,
 ) -> torch.Tensor:
     """Compute a decode step in two launches a wave; leave wider steps to `loop`. For arguments see `Kernel`.
 
