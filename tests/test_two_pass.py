@@ -202,3 +202,26 @@ def test_a_hook_inside_the_model_is_called_in_both_passes_and_can_tell_them_apar
     model.model.layers[1].register_forward_hook(lambda *_: seen.append(model.mobile.running.kind))
     greedy(model, prompt(), tokens=4)
     assert seen == ["prefill", *(3 * ["little", "big"])]
+
+
+def test_a_fallback_is_charged_with_the_time_that_its_prediction_takes(monkeypatch):
+    """On a real clock: it has begun, and is counted, before the routers are asked."""
+    import time
+
+    from mobile.runtime import decoding
+
+    model = mobile.attach(tiny("olmoe"), "mobile", slots=8, gamma=1.1, link="paced")
+    counters, seen, original = model.mobile.ledger.counters, [], decoding.predict
+
+    def slow(*arguments):
+        seen.append((counters.fallbacks, counters.decode_ns))
+        time.sleep(0.05)
+        return original(*arguments)
+
+    monkeypatch.setattr(decoding, "predict", slow)
+    before = counters.fallbacks
+    with torch.no_grad():
+        cache = model(prompt(), use_cache=True).past_key_values
+        model(torch.tensor([[7]]), past_key_values=cache)
+    assert [fallbacks for fallbacks, _ in seen] == [before + 1]
+    assert counters.decode_ns - seen[0][1] >= 50_000_000

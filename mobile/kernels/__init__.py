@@ -13,7 +13,7 @@ import torch
 
 from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
-from mobile.kernels.loop import Groups, Views, group, loop
+from mobile.kernels.loop import Groups, HostExperts, Views, group, loop
 from mobile.kernels.packed import packed
 from mobile.kernels.packed import why_not as why_not_packed
 from mobile.residency.residency import Wave
@@ -33,7 +33,7 @@ class Kernel(Protocol):
         groups: Groups,
         waves: Iterable[Wave],
         views: Views,
-        host: Views | None = None,
+        host: HostExperts | None = None,
         /,
     ) -> torch.Tensor:
         """Return the weighted sum of expert outputs, (tokens, H), in the dtype of `hidden`.
@@ -45,8 +45,8 @@ class Kernel(Protocol):
         - `waves`: lists of (position in `groups.experts`, slot). Taking the next wave makes its experts ready, and lets
           go of the slots of the one before: a wave must be launched before the next is asked for.
         - `views`: weights by name, (slots, ...): views of the slots.
-        - `host`: the same of the layer's rows in host memory, (experts, ...), where a strategy leaves experts to the
-          CPU, which have the slot HOST; only `loop` and `packed` compute those.
+        - `host`: the layer's experts in host memory, where a strategy leaves experts to the CPU, which have the slot
+          HOST; only `loop` and `packed` have those computed.
         """
         ...
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from mobile.kernels.loop import Groups, Views, activate, normed, up_name
+from mobile.kernels.loop import Groups, HostExperts, Views, activate, normed, up_name
 from mobile.kernels.sum_dtype import sum_dtype
 from mobile.residency.residency import Wave
 from mobile.store import plain
+from mobile.transfer import send
 
 
 def grouped(
@@ -22,7 +23,7 @@ def grouped(
     groups: Groups,
     waves: Iterable[Wave],
     views: Views,
-    _host: Views | None = None,
+    _host: HostExperts | None = None,
 ) -> torch.Tensor:
     """Compute one grouped product a wave, its groups the slots themselves. For arguments see `Kernel`.
 
@@ -30,6 +31,7 @@ def grouped(
     summed as the loop sums them, and elsewhere by rank and in fp32, since a GPU's `index_add_` has no fixed order.
     """
     # 1. Compute each pair's output, in the order of `groups`.
+    groups = groups.on(hidden.device)
     outer = hidden.new_zeros(len(groups.tokens), hidden.shape[1])
     for wave in waves:
         for window in _windows(wave):
@@ -48,21 +50,9 @@ def _compute(
     module: Any, hidden: torch.Tensor, groups: Groups, window: Wave, views: Views, outer: torch.Tensor
 ) -> None:
     """Write the outputs of a window's pairs into `outer` (pairs, H), unweighted."""
-    # 1. Gather the pairs by slot: which they are, and for each slot the number at which its own end.
-    first, last, device = window[0][1], window[-1][1], hidden.device
-    ends, end = [0] * (last - first + 1), 0
-    for position, slot in window:
-        end += groups.counts[position]
-        ends[slot - first] = end
-    for number in range(1, len(ends)):  # a slot that this wave does not use is an empty group
-        ends[number] = max(ends[number], ends[number - 1])
-    offs = torch.tensor(ends, dtype=torch.int32, device=device)
-    chosen = _pairs(groups, [position for position, _ in window], device)
-    if module.has_bias:
-        of_pair = [slot for position, slot in window for _ in range(groups.counts[position])]
-        slots = torch.tensor(of_pair, device=device)
+    first, last = window[0][1], window[-1][1]
+    chosen, slots, offs = _indices(groups, window, hidden.device, of_pairs=module.has_bias)
 
-    # 2. Multiply.
     def project(x: torch.Tensor, name: str) -> torch.Tensor:
         weight = plain(views[name])[first : last + 1]
         y = nn.functional.grouped_mm(x, weight if module.is_transposed else weight.transpose(1, 2), offs=offs)
@@ -72,13 +62,28 @@ def _compute(
     outer[chosen] = normed(module, project(inner, "down_proj"))
 
 
-def _pairs(groups: Groups, positions: list[int], device: torch.device) -> slice | torch.Tensor:
-    """Return where the pairs of the experts at these positions are: a slice if they follow on one another."""
-    start = groups.starts[positions[0]]
-    if positions == list(range(positions[0], positions[-1] + 1)):
-        return slice(start, groups.starts[positions[-1]] + groups.counts[positions[-1]])
-    ranges = [range(groups.starts[each], groups.starts[each] + groups.counts[each]) for each in positions]
-    return torch.tensor([*chain(*ranges)], device=device)
+def _indices(
+    groups: Groups, window: Wave, device: torch.device, *, of_pairs: bool
+) -> tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the window's pairs by slot, the slot of each (`of_pairs`, else none), and where a slot's pairs end.
+
+    Pairs are a slice where they follow on one another. Ends (slots,) int32 are counted from the first slot of the
+    window to its last, as grouped products take them. All are sent to the device in one copy.
+    """
+    first, counts = window[0][1], [groups.counts[position] for position, _ in window]
+    ends = np.zeros(window[-1][1] - first + 1, dtype=np.int32)
+    ends[[slot - first for _, slot in window]] = counts  # a slot that this wave does not use is an empty group
+    ends = ends.cumsum(dtype=np.int32)
+    positions, pairs = [position for position, _ in window], np.empty(0, dtype=np.int64)
+    chosen: slice | torch.Tensor = slice(groups.starts[positions[0]], groups.starts[positions[0]] + sum(counts))
+    if positions != list(range(positions[0], positions[0] + len(positions))):
+        pairs = np.concatenate([np.arange(*groups.pairs(position).indices(2**62)) for position in positions])
+    slots = np.repeat([slot for _, slot in window], counts if of_pairs else 0)
+    sent = send(np.concatenate([pairs, slots, np.resize(ends, len(ends) + len(ends) % 2).view(np.int64)]), device)
+    if len(pairs):
+        chosen = sent[: len(pairs)]
+    offs = sent[len(pairs) + len(slots) :].view(torch.int32)[: len(ends)]
+    return chosen, sent[len(pairs) : len(pairs) + len(slots)], offs
 
 
 GROUPS = 1000  # the CUDA kernel takes fewer than 1,024 groups

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mobile.kernels.loop import Groups, Views, multiplied, one_by_one
+from mobile.kernels.loop import Groups, HostExperts, Views, multiplied, one_by_one
 from mobile.residency.residency import Wave
 from mobile.store import PackedWeights, Weights
 from mobile.store.formats import Int4Cpu
@@ -24,7 +24,7 @@ def packed(
     groups: Groups,
     waves: Iterable[Wave],
     views: Views,
-    host: Views | None = None,
+    host: HostExperts | None = None,
 ) -> torch.Tensor:
     """Compute as `loop` does, with matrices multiplied in place, int8 ones for few tokens. For arguments see `Kernel`.
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from mobile.kernels.loop import Groups, Views, activate, loop, normed, up_name
+from mobile.kernels.loop import Groups, HostExperts, Views, activate, loop, normed, up_name
 from mobile.residency.residency import Wave
 from mobile.store import plain
+from mobile.transfer import send
 
 FEW_TOKENS = 8  # above it each weight would be read once a token; the loop reads it once an expert
 BLOCK_N, BLOCK_K = 16, 256
@@ -62,7 +64,16 @@ def why_not(device: torch.device) -> str | None:
     except Exception as error:  # no driver of its own, none that works, or no C compiler to build it with
         words = str(error).splitlines() or [type(error).__name__]
         return f"Triton has no working driver ({words[0].rstrip('.')})"
-    return None if target.backend in ("cuda", "hip") else f"Triton's driver is for {target.backend}"
+    if target.backend not in ("cuda", "hip"):
+        return f"Triton's driver is for {target.backend}"
+    try:
+        one = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.cuda.device(device):
+            products(torch.zeros(1, 1, 1, device=device), one, torch.zeros(1, 1, device=device), one, transposed=False)
+    except Exception as error:  # a kernel's launcher needs a C compiler, too, and the card may be one it does not know
+        words = str(error).splitlines() or [type(error).__name__]
+        return f"Triton compiles no kernel here ({words[0].rstrip('.')})"
+    return None
 
 
 def products(
@@ -90,7 +101,7 @@ def triton_gemv(
     groups: Groups,
     waves: Iterable[Wave],
     views: Views,
-    _host: Views | None = None,
+    _host: HostExperts | None = None,
 ) -> torch.Tensor:
     """Compute a decode step in two launches a wave; leave wider steps to `loop`. For arguments see `Kernel`.
 
@@ -110,17 +121,19 @@ def _few(
     device = hidden.device
     hidden = hidden.contiguous()
     parts = torch.zeros(*weights.shape, hidden.shape[1], dtype=torch.float32, device=device)
+    of_token, of_rank = groups.tokens.numpy(), groups.ranks.numpy()  # in host memory, being so few
     for wave in waves:
-        spans = [(groups.starts[position], groups.counts[position], slot) for position, slot in wave]
-        pairs = torch.tensor([start + i for start, count, _ in spans for i in range(count)], device=device)
-        slots = torch.tensor([slot for _, count, slot in spans for _ in range(count)], device=device)
-        tokens, ranks = groups.tokens[pairs], groups.ranks[pairs]
+        # All indices of a wave go over in one copy: where its pairs are, and their slots, tokens and ranks.
+        pairs = np.concatenate([np.arange(*groups.pairs(position).indices(len(of_token))) for position, _ in wave])
+        of_slot = np.repeat([slot for _, slot in wave], [groups.counts[position] for position, _ in wave])
+        indices = np.stack([of_slot, of_token[pairs], of_rank[pairs], np.arange(len(pairs))])
+        slots, tokens, ranks, each = send(indices, device)
 
         def project(x: torch.Tensor, rows: torch.Tensor, name: str, slots: torch.Tensor = slots) -> torch.Tensor:
             y = products(plain(views[name]), slots, x, rows, transposed=module.is_transposed)
             return y + plain(views[f"{name}_bias"])[slots] if module.has_bias else y
 
         inner = activate(module, project(hidden, tokens, up_name(module))).contiguous()
-        outer = normed(module, project(inner, torch.arange(len(pairs), device=device), "down_proj"))
+        outer = normed(module, project(inner, each, "down_proj"))
         parts[tokens, ranks] = outer.float() * weights[tokens, ranks, None].float()
     return parts.sum(1).to(hidden.dtype)

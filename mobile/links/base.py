@@ -29,6 +29,16 @@ class Copy(NamedTuple):
     what: str
 
 
+class Processor(Protocol):
+    """The processor that computes experts beside the device, one after another."""
+
+    def after_each(self, call: Callable[[], None]) -> None:
+        """Have this called after each expert, on the thread that computes or waits for the layer."""
+
+    def join(self) -> None:
+        """Wait until all that was submitted is computed. Raise what one of them raised."""
+
+
 @dataclass(frozen=True)
 class LinkEnds:
     """All that a link is made from: where rows lie, where they go, and what to call when one has arrived.
@@ -37,8 +47,8 @@ class LinkEnds:
     is the row in host memory, (row elements,), and `slots` (slots, row elements) are the rows on the device,
     `row_nbytes` each. `arrived(key, slot)` is called for every copy that has ended. In computed time a copy takes
     `load_ns`, and the host `begin_ns` to begin it and `read_ns` to read a result; it is accounted for as
-    `charged_nbytes`. `link_gb_per_s` (decimal)
-    is the rate that the link is to be slowed down to, None for its own.
+    `charged_nbytes`. `link_gb_per_s` (decimal) is the rate that the link is to be slowed down to, None for its own.
+    `processor` computes experts while copies go on, None where the strategy has none do so.
     """
 
     store: Store
@@ -54,6 +64,7 @@ class LinkEnds:
     begin_ns: int
     read_ns: int
     link_gb_per_s: float | None
+    processor: Processor | None = None
 
 
 class Link(Protocol):

@@ -29,7 +29,7 @@ def connect(ends: LinkEnds) -> StreamLink:
     """Return a link over a CUDA channel. Raise Refused if it cannot be as fast as asked for."""
     assert isinstance(ends.store, HostStore), "rows on a disk are read by the link disk"
     channel = CudaChannel(ends.store, ends.slots, ends.row_of, ends.link_gb_per_s)
-    return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived)
+    return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived, processor=ends.processor)
 
 
 class CudaChannel:
@@ -64,6 +64,7 @@ class CudaChannel:
             raise
         self.page_locked = all(rows.is_pinned() for rows in store.rows)
         self.throttled = bool(self._padding)
+        self.gb_per_s = link_gb_per_s if self.throttled and link_gb_per_s is not None else self.native_gb_per_s
 
     def _prepare(self) -> None:
         """Make streams and events, start the clock and measure the link."""

@@ -13,7 +13,7 @@ from mobile.links.threads import Fill, ThreadChannel
 def connect(ends: LinkEnds) -> StreamLink:
     """Return a link over a paced channel."""
     channel = paced_channel(ends.fill, ends.load_ns)
-    return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived)
+    return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived, processor=ends.processor)
 
 
 def paced_channel(fill: Fill, load_ns: int) -> ThreadChannel:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mobile.ledger import Key, Ledger
-from mobile.links.base import Arrival, Copy, CopyQueue
+from mobile.links.base import Arrival, Copy, CopyQueue, Processor
 
 COMMITTED = 2  # a begun copy cannot be overtaken, so no more than these are ahead of a demand load; two keep a link
 # busy that copies one row at a time
@@ -71,15 +71,29 @@ class StreamLink:
     """
 
     def __init__(
-        self, channel: Channel, row_nbytes: int, ledger: Ledger, arrived: Arrival, committed: int = COMMITTED
+        self,
+        channel: Channel,
+        row_nbytes: int,
+        ledger: Ledger,
+        arrived: Arrival,
+        committed: int = COMMITTED,
+        processor: Processor | None = None,
     ) -> None:
         self.channel, self._row_nbytes, self._ledger, self._arrived = channel, row_nbytes, ledger, arrived
+        self._processor = processor
+        if processor is not None:
+            processor.after_each(self._advance)
         self._committed = committed
         self._queue = CopyQueue()
         self.promote = self._queue.promote
         self._begun: deque[Begun] = deque()
         self._failed: dict[Key, Exception] = {}
         self._zero = time.perf_counter_ns()
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Decimal GB/s that copies were measured to take; None where the channel has not measured it."""
+        return getattr(self.channel, "gb_per_s", None)
 
     @property
     def now(self) -> int:
@@ -136,7 +150,14 @@ class StreamLink:
         self._advance()
 
     def join_cpu(self, about: Key) -> None:
-        """Do nothing: the kernel computed it on this very thread, and has launched the copy of the result."""
+        """Wait on the host, beginning copies meanwhile: until then nothing that needs the results can be launched."""
+        if self._processor is None:
+            return
+        begun, counters = time.perf_counter_ns(), self._ledger.counters
+        self._processor.join()
+        waited = time.perf_counter_ns() - begun
+        counters.stall_ns += waited
+        counters.cpu_stall_ns += waited
 
     def used(self, slots: Sequence[int]) -> None:
         self.channel.used(slots)

@@ -1,4 +1,4 @@
-"""A channel whose copies are made on threads of its own, each row on one of them."""
+"""Threads that make jobs in turn, and a channel whose copies are made on such, each row on one of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mobile.ledger import Key
 
@@ -21,22 +22,20 @@ def _locked() -> threading.Lock:
 
 
 @dataclass(eq=False)
-class ThreadCopy:
-    """A copy that a thread makes by `fill`; `bell` is released once it is over, to wake who waits."""
+class Job:
+    """Work that a thread does by `work`; `bell` is released once it is over, to wake who waits."""
 
-    key: Key
-    slot: int
-    fill: Fill
+    work: Callable[[], None]
     over: bool = False
     bell: threading.Lock = field(default_factory=_locked)
     error: Exception | None = None
     span: tuple[int, int] = (0, 0)
 
     def make(self) -> None:
-        """Copy, and note when that was."""
+        """Do the work, and note when that was."""
         begun = time.perf_counter_ns()
         try:
-            self.fill(self.key, self.slot)
+            self.work()
         except Exception as error:
             self.error = error
         self.span = begun, time.perf_counter_ns()
@@ -49,15 +48,39 @@ class ThreadCopy:
             self.bell.acquire()
 
 
-def _make_in_turn(work: queue.SimpleQueue[ThreadCopy | None]) -> None:
-    """Make copies until None comes, which is left for the next thread, so that one None ends all of them.
+def _make_in_turn(work: queue.SimpleQueue[Job | None]) -> None:
+    """Make jobs until None comes, which is left for the next thread, so that one None ends all of them.
 
-    Between two copies this holds nothing of an engine, so that one can be freed.
+    Between two jobs this holds nothing of an engine, so that one can be freed.
     """
-    while (copy := work.get()) is not None:
-        copy.make()
-        del copy
+    while (job := work.get()) is not None:
+        job.make()
+        del job
     work.put(None)
+
+
+class Threads:
+    """So many threads that make jobs in the order they are given, until closed, or forgotten."""
+
+    def __init__(self, name: str, count: int = 1) -> None:
+        self._work: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.threads = [
+            threading.Thread(target=_make_in_turn, args=(self._work,), name=f"{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+        self._end = weakref.finalize(self, self._work.put, None)  # one call, which Ctrl-C cannot halve
+        for thread in self.threads:
+            thread.start()
+
+    def add(self, job: Job) -> None:
+        """Have a thread make it, after those added before."""
+        self._work.put(job)
+
+    def close(self) -> None:
+        """Wait until all jobs are over and the threads have ended."""
+        self._end()
+        for thread in self.threads:
+            thread.join()
 
 
 class ThreadChannel:
@@ -65,20 +88,18 @@ class ThreadChannel:
 
     def __init__(self, fill: Fill, threads: int = 1) -> None:
         self._fill = fill
-        self._work: queue.SimpleQueue[ThreadCopy | None] = queue.SimpleQueue()
-        self._last: dict[int, ThreadCopy] = {}  # by slot
+        self._threads = Threads("mobile-link", threads)
+        self._last: dict[int, Job] = {}  # by slot
         self._stalled = 0
-        self.threads = [
-            threading.Thread(target=_make_in_turn, args=(self._work,), name=f"mobile-link-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        self._end = weakref.finalize(self, self._work.put, None)  # one call, which Ctrl-C cannot halve
-        for thread in self.threads:
-            thread.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads that copy."""
+        return self._threads.threads
 
     def begin(self, key: Key, slot: int) -> None:
-        self._last[slot] = copy = ThreadCopy(key, slot, self._fill)
-        self._work.put(copy)
+        self._last[slot] = copy = Job(partial(self._fill, key, slot))
+        self._threads.add(copy)
 
     def ended(self, slot: int) -> bool:
         copy = self._last[slot]
@@ -112,6 +133,4 @@ class ThreadChannel:
         return self._last[slot].span
 
     def close(self) -> None:
-        self._end()
-        for thread in self.threads:
-            thread.join()
+        self._threads.close()

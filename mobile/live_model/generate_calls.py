@@ -19,6 +19,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
 from mobile.live_model.overrides import Overrides
+from mobile.transfer import Reading
 
 CRITERIA = "_get_stopping_criteria"  # where every kind of generate() gets them; private, and so checked for
 ROW_BY_ROW = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # modes in which a row is a sequence, and stays one
@@ -30,7 +31,8 @@ class Call:
 
     `mode` is known once its criteria are made. From then on every forward pass belongs to the prompt (`prompting`),
     until the criteria are asked, which is after the first token; but assisted generation asks them before its first
-    pass. After that it writes (`decoding`). `ended` (rows,) bool, None where the mode does not end rows one by one.
+    pass. After that it writes (`decoding`). `ended` (rows,) bool, None where the mode does not end rows one by one. It
+    is brought to the host while generate() itself waits for the answer.
     """
 
     model: Any
@@ -39,10 +41,14 @@ class Call:
     prompting: bool = False
     decoding: bool = False
     ended: torch.Tensor | None = None
+    _reading: Reading | None = None
 
     def live(self, rows: int) -> torch.Tensor | None:
-        """Return which rows (rows,) bool are still being written; None: all, or it cannot be known."""
-        return None if self.ended is None or self.ended.shape != (rows,) else ~self.ended
+        """Return, in host memory, which rows (rows,) bool are being written; None: all, or it cannot be known."""
+        if self._reading is None or self.ended is None or self.ended.shape != (rows,):
+            return None
+        (ended,) = self._reading.get()
+        return ~ended
 
     def begin(self, settings: GenerationConfig) -> None:
         """Take note that the criteria are made."""
@@ -56,6 +62,7 @@ class Call:
         self.prompting, self.decoding = False, True
         if self.mode in ROW_BY_ROW:
             self.ended = done if self.ended is None else self.ended | done
+            self._reading = Reading([self.ended])
 
     def read(self) -> None:
         """Take note that a pass over the prompt, or a part of it, is over."""

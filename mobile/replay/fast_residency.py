@@ -14,7 +14,7 @@ from mobile.ledger import Key
 from mobile.links.virtual import Charge, VirtualLink
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.policies.protocols import LeastRecentlyUsed
-from mobile.residency.residency import Residency
+from mobile.residency.residency import Predicted, Residency
 
 
 class FastResidency(Residency):
@@ -37,7 +37,7 @@ class FastResidency(Residency):
         self._protects_later = ()
         super().end_token()
 
-    def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
+    def fallback(self, predicted: Predicted, tokens: int = 1) -> None:
         if self._ready_behind:
             self._catch_up()
         self.pool.protected.update(self._protects_later)

@@ -23,6 +23,8 @@ from mobile.slots import SlotPool
 
 __all__ = ["HOST", "PREFILL_BUFFERS", "Residency", "Wave"]
 
+Predicted = Sequence[Key] | Callable[[], Sequence[Key]]  # what a fallback will need, or what names it once it has begun
+
 
 class Residency:
     """The experts of one engine: which are in slots, which are on their way, and what the running pass still needs.
@@ -121,15 +123,18 @@ class Residency:
         """End a pass that was interrupted, perhaps anywhere: count its time. The slots are not valid any more."""
         self._add_elapsed()
 
-    def fallback(self, predicted: Sequence[Key], tokens: int = 1) -> None:
+    def fallback(self, predicted: Predicted, tokens: int = 1) -> None:
         """Prepare the big pass of `tokens` tokens that the little pass was unsure of, prefetching what it will need.
 
-        `predicted` are the keys that the little pass's routers name at K, in the order of their layers.
+        `predicted` are the keys that the little pass's routers name at K, in the order of their layers; a function that
+        asks them is called within the fallback, which its time belongs to.
         """
         self.ledger.counters.fallbacks += tokens
         self._pass_start = self._read_clock()
         self._mark("fallback")
         self._kind = "big"
+        if callable(predicted):
+            predicted = predicted()
         if self.strategy.prefetch_on_fallback:
             if not self._replays_routers:  # else the signal has asked them
                 cost, host = self.cost, self._host

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mobile.errors import Refused
@@ -19,6 +20,7 @@ from mobile.policies.protocols import PolicyContext
 from mobile.policies.strategy import BigLittle, CachedRouting, Strategy
 from mobile.replay.trace import Kind
 from mobile.runtime.forward_pass import ForwardPass, RouterInput, Selection
+from mobile.transfer import send
 
 STEPS = 16  # of the weights' dtype: how far a router's weights may be from those it gives when it chooses more
 
@@ -54,7 +56,7 @@ class CachedChoices:
         `asked` is what the router was given, None only where `learn` did not need it; `in_slots` says of each expert
         whether it is in a slot.
         """
-        resident = torch.tensor(in_slots, device=own[0].device)
+        resident = send(np.array(in_slots), own[0].device)
         if self._gating.among == "chosen":
             routed = Routed(layer, own, None, resident)
             return self._without(own, self._chooser.choose(routed), resident.shape[0])

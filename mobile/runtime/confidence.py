@@ -35,12 +35,13 @@ def confidence(
 ) -> torch.Tensor:
     """Return the signal of a little pass of one token a row, (rows,), given the logits (rows, V) of its output.
 
-    `replayed` is what `replay_routers` gives, for a signal that needs it.
+    It lies on the device, or in host memory where it is made of what the pass has read. `replayed` is what
+    `replay_routers` gives, for a signal that needs it.
     """
     if signal == "coverage":
         return _coverage(little, replayed)
     if signal == "random":
-        return _random(little).to(logits.device)
+        return _random(little)
     probabilities = logits.float().softmax(-1)
     if signal == "margin":
         first, second = probabilities.topk(2, -1).values.unbind(-1)
@@ -67,6 +68,7 @@ def _random(little: ForwardPass) -> torch.Tensor:
 
     So a row gives it alone and in any batch, here and on any machine that routes it alike.
     """
-    ran = torch.cat([index.sort(-1).values for index, _ in little.selections], -1).tolist()
+    rows = zip(*little.selected, strict=True)
+    ran = [[expert for layer in row for expert in sorted(layer)] for row in rows]
     hashed = [hashlib.blake2b(repr(row).encode(), digest_size=4).digest() for row in ran]
     return torch.tensor([(int.from_bytes(each) >> 8) / 2**24 for each in hashed])  # exact in float32

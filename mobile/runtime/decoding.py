@@ -25,6 +25,7 @@ from mobile.runtime.confidence import confidence, replay_routers
 from mobile.runtime.engine import Engine
 from mobile.runtime.forward_pass import ForwardPass
 from mobile.runtime.next_layer import predict
+from mobile.transfer import read, send
 
 BROKEN_OFF = "Attaching or detaching this model was broken off; call mobile.detach(model), which finishes it."
 AS_A_PROMPT = "runs as a prompt's does, with all experts and none kept: the strategy {} does not act on it."
@@ -131,7 +132,7 @@ class Decoder:
                 call.read()
             return output
         # A decode step: one token a row, in one pass or two.
-        valid = torch.ones(rows, 1, dtype=torch.bool, device=source.device)
+        valid = torch.ones(rows, 1, dtype=torch.bool, device="cpu")
         live = None if call is None else call.live(rows)
         gating = engine.strategy.gating
         if isinstance(gating, FullK | CustomRouting | CachedRouting):
@@ -164,30 +165,30 @@ class Decoder:
         redraw = rollback.random_numbers(engine.device) if self.model.training else None
         with engine.little_k(), engine.passing(little):
             output = asked.run(return_dict=True)
-        # 2. Rows below gamma fall back; if none does, this was the token.
+        # 2. Rows below gamma fall back, which is decided on the host; if none does, this was the token.
         replayed = replay_routers(engine.layers, little) if gating.replays_routers else []
-        sure = confidence(gating.signal, output.logits[:, -1], little, replayed)
+        judged = confidence(gating.signal, output.logits[:, -1], little, replayed)
+        (sure,) = read(judged)
         unsure = sure < gating.gamma
         falls = unsure if little.live is None else unsure & little.live
         if not bool(falls.any()):
             engine.recorder.add(little, little.live, sure)
             return _as_asked(output, self.model, given)
         # 3. The little pass's router inputs predict the experts of the big one, which are loaded ahead of it.
-        predicted = [index for index, _ in replayed] or predict(engine.layers, little)
+        predicted = engine.fall_back(lambda: [index for index, _ in replayed] or predict(engine.layers, little), falls)
         # 4. Roll back, and run with K experts; rows that were sure keep their K/2, so that no row depends on others.
         undo()
         if redraw is not None:
             redraw()
-        confident = None if bool(unsure.all()) else ~unsure
+        confident = None if bool(unsure.all()) else send(~unsure, engine.device)
         big = ForwardPass("big", little.valid, little.live, confident=confident, little_selections=little.selections)
-        engine.fall_back(predicted, falls)
         with engine.passing(big):
             result = asked.run(return_dict=True)
         if engine.compare is not None:
             engine.compare(little, output.logits[:, -1], result.logits[:, -1])
         # 5. Rows that were sure keep the little pass's logits, bit for bit.
         if confident is not None:
-            result.logits[confident] = output.logits[confident]
+            result.logits = torch.where(confident[:, None, None], output.logits, result.logits)
         engine.recorder.add(little, little.live, sure)
         engine.recorder.add(big, falls, sure, predicted)
         return _as_asked(result, self.model, given)

@@ -15,7 +15,9 @@ import torch
 
 from mobile.costs.cost_model import CostModel
 from mobile.errors import Refused
-from mobile.kernels import group, packed
+from mobile.kernels import packed
+from mobile.kernels.host_experts import CpuExperts, LayerOnHost
+from mobile.kernels.loop import begin_grouping
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link, LinkEnds
 from mobile.live_model import compat
@@ -32,6 +34,7 @@ from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
 from mobile.store import HostStore, Store, poison
+from mobile.transfer import Reading, read
 
 Scope = AbstractContextManager[Any]
 Compare = Callable[[ForwardPass, torch.Tensor, torch.Tensor], None]
@@ -95,6 +98,7 @@ class Engine:
         self._views = store.layout.views(self.slot_rows)
         self._warned_alone = False
         self._cached: CachedChoices | None = None
+        self._cpu: CpuExperts | None = None  # computes experts, where the strategy has it do so
 
     @property
     def experts(self) -> int:
@@ -133,6 +137,8 @@ class Engine:
     def connect(self, make: Callable[[LinkEnds], Link]) -> None:
         """Make the link and start with cold slots."""
         self._cost = CostModel(self.hardware, self.geometry, in_place=self.plan.kernel is packed)
+        if self.strategy.on_cpu is not None and self._cpu is None:
+            self._cpu = CpuExperts(self.device)
         self.link = make(
             LinkEnds(
                 store=self.store,
@@ -148,8 +154,13 @@ class Engine:
                 begin_ns=self._cost.host.copy,
                 read_ns=self._cost.host.read,
                 link_gb_per_s=self.plan.link_gb_per_s,
+                processor=self._cpu,
             )
         )
+        measured = getattr(self.link, "gb_per_s", None)
+        if measured is not None:  # policies weigh copies as this link makes them, not as the profile's would
+            hardware = replace(self.hardware, link_gb_per_s=measured)
+            self._cost = CostModel(hardware, self.geometry, in_place=self.plan.kernel is packed)
         self.restart()
 
     def start(self, findings: Findings) -> None:
@@ -181,13 +192,17 @@ class Engine:
     def close(self) -> None:
         """Let go of the link, if it was made, of the routers, the slots and the memory cap; may be called again."""
         self._all_k()
+        if self._cpu is not None:
+            self._cpu.close()  # before the rows that it reads are let go of
         if hasattr(self, "link"):
             self.link.close()
         self.slot_rows, self._views = self.slot_rows.new_empty(0), {}
         _lift_cap(self.device)  # the experts may not fit below it
 
     def _cold(self) -> None:
-        """Empty all slots and stop copies under way; the clock and the counters go on."""
+        """Empty all slots and stop copies and products under way; the clock and the counters go on."""
+        if self._cpu is not None:
+            self._cpu.reset()
         self.link.reset()
         self._all_k()
         self.running = None
@@ -372,13 +387,25 @@ class Engine:
 
     def _compute(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Make the experts ready in slots, wave by wave, and compute them."""
-        groups = group(index, self.experts)
         running, lookup = self.running, self.next_layer
+        # 1. Ask the next layer's router, and read all that the host needs of the device at once.
+        wanted, finish = begin_grouping(index, self.experts)
+        asked, logits = [wanted], None
         keep_logits = self.recorder.keeps_next_layer_logits
         asks_ahead = keep_logits or lookup.needs_selections or self.residency.asks_lookahead
         if asks_ahead and running is not None and running.kind != "prefill":
-            lookup.ask(layer, running, (index, weights), self.findings.quasi, keep_logits=keep_logits)
-        # Of the charged layers that this one stands for, all but the last cost time and bytes and compute nothing.
+            logits = lookup.ask(layer, running, (index, weights), self.findings.quasi, keep_logits=keep_logits)
+            asked += [] if logits is None else [logits]
+        few = wanted is index
+        sends_hidden = self._cpu is not None and few
+        told = read(*asked, *([hidden] if sends_hidden else []))
+        groups = finish(told[0])
+        if running is not None:
+            if logits is not None:
+                running.ahead[layer] = told[1].numpy()
+            if few:
+                running.chosen.append(told[0])
+        # 2. Of the charged layers that this one stands for, all but the last cost time and bytes and compute nothing.
         *others, last = self.layer_map[layer]
         for other in others:
             ahead = lookup.logits_for(layer, running, last=False)
@@ -386,7 +413,10 @@ class Engine:
                 pass
         ahead = lookup.logits_for(layer, running, last=True)
         waves = self.residency.layer(last, groups.experts, groups.counts, ahead)
-        host = None if self.strategy.on_cpu is None else self.store.views(layer)
+        host = None
+        if self._cpu is not None:
+            reading = Reading([told[-1] if sends_hidden else hidden, groups.tokens])
+            host = LayerOnHost(self._cpu, self.store.views(layer), reading)
         return self._kernel(self.layers[layer].experts, hidden, weights, groups, waves, self._views, host)
 
     @property
@@ -395,11 +425,25 @@ class Engine:
         lookup = self.next_layer
         return lookup.needs_logits or lookup.needs_selections or self.recorder.keeps_next_layer_logits
 
-    def fall_back(self, predicted: list[torch.Tensor], unsure: torch.Tensor) -> None:
-        """Count the rows (rows,) that were unsure, and load the experts that their big pass will probably need."""
-        wanted = [layer[unsure].unique().tolist() for layer in predicted]
-        keys = [(layer, e) for mine, covered in enumerate(self.layer_map) for layer in covered for e in wanted[mine]]
-        self.residency.fallback(keys, int(unsure.sum()))
+    def fall_back(self, predict: Callable[[], list[torch.Tensor]], falls: torch.Tensor) -> list[torch.Tensor]:
+        """Count the rows that fall (rows,), in host memory, and load the experts that they will probably need.
+
+        `predict` gives the ids (rows, K) by layer on the device. They are read at once, as part of the fallback, and
+        returned in host memory.
+        """
+        predicted: list[torch.Tensor] = []
+
+        def keys() -> list[Key]:
+            ids = predict()
+            (together,) = read(torch.cat([layer.reshape(-1) for layer in ids]))
+            parts = together.split([layer.numel() for layer in ids])
+            predicted.extend(part.view(layer.shape) for part, layer in zip(parts, ids, strict=True))
+            rows = falls.nonzero()[:, 0].tolist()
+            wanted = [sorted({expert for row in rows for expert in layer[row].tolist()}) for layer in predicted]
+            return [(one, e) for mine, covered in enumerate(self.layer_map) for one in covered for e in wanted[mine]]
+
+        self.residency.fallback(keys, int(falls.sum()))
+        return predicted
 
     def recording(self, *, ahead: bool = False) -> AbstractContextManager[list[Request]]:
         """Return a context in which every sequence's routing is recorded, as a growing list of requests.

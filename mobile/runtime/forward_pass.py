@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mobile.replay.trace import Experts, Kind, Step
+from mobile.transfer import read
 
 RouterInput = tuple[tuple, dict[str, Any]]
 Selection = tuple[torch.Tensor, torch.Tensor]  # expert ids and their weights, (tokens, K) each
@@ -20,15 +22,17 @@ Selection = tuple[torch.Tensor, torch.Tensor]  # expert ids and their weights, (
 class ForwardPass:
     """One forward pass over `rows` sequences; `valid` (rows, length) marks tokens that are not padding.
 
-    `live` (rows,) marks the rows of a decode step that are still being written; None: all of them.
+    `live` (rows,) marks the rows of a decode step that are still being written, in host memory; None: all of them.
     `confident` (rows,) and `little_selections`, by layer, make a big pass keep the little pass's experts for rows that
-    were sure, so that no row's output depends on the others in its batch.
+    were sure, so that no row's output depends on the others in its batch. `chosen` are the ids of `selections` in host
+    memory, as far as the engine has read them.
     """
 
     kind: Kind
     valid: torch.Tensor
     live: torch.Tensor | None = None
     selections: list[Selection] = field(default_factory=list)
+    chosen: list[torch.Tensor] = field(default_factory=list)
     router_inputs: dict[int, RouterInput] = field(default_factory=dict)
     ahead: dict[int, np.ndarray] = field(default_factory=dict)  # by layer, the next one's router logits on its input
     confident: torch.Tensor | None = None
@@ -42,7 +46,7 @@ class ForwardPass:
 
     @property
     def counted(self) -> int:
-        """Tokens that are read or written: all but padding and rows that ended. Waits for the device."""
+        """Tokens that are read or written: all but padding and rows that ended. In prefill it waits for the device."""
         if self.kind == "prefill":
             return int(self.valid.sum())
         return self.valid.shape[0] if self.live is None else int(self.live.sum())
@@ -52,12 +56,9 @@ class ForwardPass:
         self.experts = experts
         if self.confident is not None:
             kept_index, kept_weights = self.little_selections[layer]
-            kept = kept_index.shape[1]
-            index, weights = index.clone(), weights.clone()
-            index[self.confident] = experts
-            weights[self.confident] = 0
-            index[self.confident, :kept] = kept_index[self.confident]
-            weights[self.confident, :kept] = kept_weights[self.confident]
+            unused, keeps = (0, index.shape[1] - kept_index.shape[1]), self.confident[:, None]
+            index = torch.where(keeps, nn.functional.pad(kept_index, unused, value=experts), index)
+            weights = torch.where(keeps, nn.functional.pad(kept_weights, unused), weights)
         self.selections.append((index, weights))
         return index, weights
 
@@ -69,25 +70,32 @@ class ForwardPass:
             return Step(self.kind, 1, ran, counts, confidence, foreseen, self._ahead(row))
         rows, length = self.valid.shape
         active, times_each = [], []
-        for index, _ in self.selections:
-            mine = index.view(rows, length, -1)[row][self.valid[row]]
+        valid, *layers = self._prompt
+        for index in layers:
+            mine = index.view(rows, length, -1)[row][valid[row]]
             ids, times = mine[mine < self.experts].unique(return_counts=True)
             active.append(tuple(ids.tolist()))
             times_each.append(tuple(times.tolist()))
-        return Step(self.kind, int(self.valid[row].sum()), tuple(active), tuple(times_each), confidence, foreseen)
+        return Step(self.kind, int(valid[row].sum()), tuple(active), tuple(times_each), confidence, foreseen)
 
     def _chosen(self, row: int) -> tuple[Experts, Experts]:
         """Return the active experts of one token by layer, and how often it was routed to each; empty: once to all."""
-        chosen = [[e for e in layer[row] if e < self.experts] for layer in self._selected]
+        chosen = [[e for e in layer[row] if e < self.experts] for layer in self.selected]
         ran = tuple(tuple(sorted(set(each))) for each in chosen)
         if all(len(each) == len(unique) for each, unique in zip(chosen, ran, strict=True)):
             return ran, ()
         return ran, tuple(tuple(map(each.count, unique)) for each, unique in zip(chosen, ran, strict=True))
 
     @cached_property
-    def _selected(self) -> list[list[list[int]]]:
-        """The experts of one token, by layer and row. For when the pass is over: a device is read once a layer."""
-        return [index.tolist() for index, _ in self.selections]
+    def selected(self) -> list[list[list[int]]]:
+        """The experts of one token, by layer and row. For when the pass is over."""
+        known = len(self.chosen) == len(self.selections)
+        return [index.tolist() for index in (self.chosen if known else read(*(index for index, _ in self.selections)))]
+
+    @cached_property
+    def _prompt(self) -> list[torch.Tensor]:
+        """In host memory, `valid` and the experts of a prompt's tokens by layer. For when the pass is over."""
+        return read(self.valid, *(index for index, _ in self.selections))
 
     def _ahead(self, row: int) -> np.ndarray | None:
         """Return the row's next-layer logits (layers - 1, experts), None if some router was not asked."""

@@ -38,25 +38,27 @@ class NextLayerLookup:
         quasi: QuasiHiddenState | None,
         *,
         keep_logits: bool,
-    ) -> None:
+    ) -> torch.Tensor | None:
         """Ask the router of `layer + 1` about the input of `layer`, if it is known what else that is given.
 
         `layer` runs `selection`; with `quasi` the router is asked about what the layer will probably leave instead.
-        Its logits go into `running.ahead` where the strategy needs them, or a trace does (`keep_logits`).
+        Return its logits (tokens, experts) in float16, on the device, where the strategy needs them, or a trace does
+        (`keep_logits`); else None. Once read they belong in `running.ahead`.
         """
         if layer + 1 == len(self.layers):
-            return
+            return None
         (hidden, *_), _ = running.router_inputs[layer]
         others = self._other_inputs(layer, running, hidden)
         if quasi is not None:
             hidden = quasi.after(layer, *selection).view_as(hidden)
         if others is None:
-            return
+            return None
         following, args, kwargs = self.layers[layer + 1], (hidden, *others[0]), others[1]
-        if self.needs_logits or keep_logits:
-            running.ahead[layer] = following.logits(args, kwargs).to(torch.float16).cpu().numpy()
         if self.needs_selections:
             self._selections[layer + 1] = following.choice(args, kwargs)
+        if self.needs_logits or keep_logits:
+            return following.logits(args, kwargs).to(torch.float16)
+        return None
 
     def take_selection(self, layer: int) -> Selection | None:
         """Return what the router of `layer` chose on the layer before's input, once; None if it was not asked."""

@@ -128,7 +128,7 @@ def _mean_outputs(module: Any, hidden: torch.Tensor, index: torch.Tensor, expert
     """Return the mean output (experts + 1, H) of each expert over the tokens routed to it; zero without any."""
     hidden = hidden.reshape(-1, hidden.shape[-1])
     means = torch.zeros(experts + 1, hidden.shape[-1], dtype=torch.float32, device="cpu")
-    groups = group(index, experts)
+    groups = group(index, experts).on(hidden.device)
     for expert, start, count in zip(groups.experts, groups.starts, groups.counts, strict=True):
         x = hidden[groups.tokens[start : start + count]]
         outer = normed(module, expert_output(module, x.cpu(), expert, host).to(x.device))

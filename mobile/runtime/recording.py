@@ -48,8 +48,8 @@ class Recorder:
     ) -> None:
         """Append a finished pass to the request of each live row, if a recording is on.
 
-        live (rows,) bool, None: all; confidence (rows,); `predicted` holds expert ids (rows, K) by layer. `fresh`
-        begins new requests, as does another number of rows.
+        All in host memory: live (rows,) bool, None: all; confidence (rows,); `predicted`, expert ids (rows, K) by
+        layer. `fresh` begins new requests, as does another number of rows.
         """
         if self._requests is None:
             return

@@ -10,7 +10,7 @@ from torch import nn
 
 from mobile.costs.cost_model import EXPERT_LAUNCHES
 from mobile.kernels import kernel_named
-from mobile.kernels.loop import Groups, expert_output
+from mobile.kernels.loop import expert_output, group
 from mobile.live_model import compat
 from mobile.machine.fit_profile import Timing
 from mobile.machine.measure.random_model import random_model
@@ -60,9 +60,7 @@ def wave_of_experts(
     module, kernel, k = _experts_module(dtype), kernel_named("auto", device, dtype), sizes.top_k
     views, slots, nbytes = _rows(width, device, dtype, sizes)
     token, each = torch.ones(1, sizes.hidden, dtype=dtype, device=device), list(range(k))
-    groups = Groups(
-        each, [1] * k, each, torch.zeros(k, dtype=torch.long, device=device), torch.arange(k, device=device)
-    )
+    groups = group(torch.arange(k, device="cpu")[None], k)  # as a decode step has it: known to the host
     weights = torch.full((1, k), 1 / k, dtype=dtype, device=device)
 
     def run(number: int) -> None:
