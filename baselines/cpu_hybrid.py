@@ -2,12 +2,13 @@
 
 At every layer the missing experts are split so that the later of two ends comes earliest: the CPU's, which is the sum
 of its products, and the device's, which is the sum of loads and products of the rest. Lossless: the CPU computes the
-stock model's own product, on a CPU device bit for bit, beside a GPU equal up to rounding. Changed: the objective is
-the paper's min max, where its published code takes the least sum, that is each expert where it is cheaper alone; a
-cache of recently used experts stands in place of the paper's placement by popularity, which must be counted over other
-data before a run (no other strategy here is given any) and would hide what the CPU adds to `lru`; what the CPU
-computes does not enter the cache. Prefill is split the same way. Claimed there, for Mixtral-8x7B on 24 GB cards: 1.26
-times the speed of other offloading systems for single requests, 1.30 times for long prompts.
+stock model's own product, on a CPU device bit for bit, beside a GPU on a thread of its own and equal up to rounding. A
+real link that measures its rate is weighed by that. Changed: the objective is the paper's min max, where its published
+code takes the least sum, that is each expert where it is cheaper alone; a cache of recently used experts stands in
+place of the paper's placement by popularity, which must be counted over other data before a run (no other strategy here
+is given any) and would hide what the CPU adds to `lru`; what the CPU computes does not enter the cache. Prefill is
+split the same way. Claimed there, for Mixtral-8x7B on 24 GB cards: 1.26 times the speed of other offloading systems for
+single requests, 1.30 times for long prompts.
 """
 
 from __future__ import annotations

@@ -70,6 +70,17 @@ def test_the_loop_is_the_stock_experts_bit_for_bit(layout, tokens, dtype, scored
     assert torch.equal(backwards, expected.to(dtype)), "the order of the waves shows"
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_token_that_chose_an_expert_twice_is_the_stock_experts_bit_for_bit(layout, dtype):
+    experts, hidden, _, scores, _, _, views = case(LAYOUTS[layout], dtype, 1)
+    index, slots = torch.tensor([[5, 2, 5, 1]]), [11, 2, 7, 0, 12, 5, 9, 3]
+    groups = group(index, 8)
+    waves = [[(position, slots[expert])] for position, expert in enumerate(groups.experts)]
+    expected = experts(hidden, index, scores)
+    assert torch.equal(loop(experts, hidden, scores, groups, waves[::-1], views), expected.to(dtype))
+
+
 def test_a_class_whose_forward_cannot_be_tried_is_taken_to_sum_as_most_do():
     experts = case("nemotron_h", torch.bfloat16, 1)[0]
 

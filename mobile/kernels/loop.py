@@ -188,8 +188,10 @@ def one_by_one(
         if not one:
             result.index_add_(0, groups.tokens[groups.pairs(position)], part)
             return
-        for row in part.split(1) if len(part) > 1 else (part,):  # twice where the router chose it twice
-            result.add_(row)
+        if len(part) == 1:
+            result.add_(part)
+        else:  # chosen twice: in bf16 `index_add_` rounds once, and not after each row
+            result.index_add_(0, torch.zeros(len(part), dtype=torch.int64, device=part.device), part.to(result.dtype))
 
     def inputs(position: int) -> torch.Tensor:
         """Return the inputs (pairs, H) of an expert."""
