@@ -69,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         show.error(f"{_about(error)}.")
         return 2
+    except RuntimeError as error:
+        notes = getattr(error, "__notes__", [])  # what the engine says of a step that ran out of memory
+        if not notes:
+            raise
+        show.error(f"{one_line(error)}. {' '.join(notes)}")
+        return 2
 
 
 def _run(argv: Sequence[str] | None) -> int:
