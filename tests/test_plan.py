@@ -49,13 +49,16 @@ def test_the_first_line_says_whether_the_host_can_hold_the_experts(plan, given, 
     code, out, err = plan("olmoe-1b-7b", "--host-memory", given)
     assert (code, err) == (0 if runs else 1, "")
     if runs:
-        assert out[0] == "runs: olmoe-1b-7b on rtx4080-pcie4 with 16.00 GiB"
+        given_gib = {EXPERTS: "12.00", "13GB": "12.11"}[given]
+        assert out[0] == (
+            f"runs: olmoe-1b-7b on rtx4080-pcie4 with 16.00 GiB, host memory 12.00 GiB of {given_gib} GiB"
+        )
     else:
         assert out[0].startswith(
             "does not run here: olmoe-1b-7b on rtx4080-pcie4 with 16.00 GiB, because the experts take 12.0 GiB of host "
             "memory and "
         )
-    assert any(line.startswith("Host memory: ") for line in out)
+    assert any(line.startswith("Host memory: ") for line in plan("olmoe-1b-7b", "--host-memory", given, "--verbose")[1])
     code, out, _ = plan("olmoe-1b-7b", "--host-memory", given, "--json")
     made = json.loads("\n".join(out))
     assert code == (0 if runs else 1)
@@ -65,7 +68,7 @@ def test_the_first_line_says_whether_the_host_can_hold_the_experts(plan, given, 
 def test_brackets_in_the_sources_of_a_profile_are_printed_as_they_are(plan, tmp_path):
     card = replace(profile("auto"), name="card [red]", sources=("datasheet [1], table [/2]",))
     write_profile(card, tmp_path / "card.json")
-    _, out, _ = plan("olmoe-1b-7b", "--hardware", tmp_path / "card.json")
+    _, out, _ = plan("olmoe-1b-7b", "--hardware", tmp_path / "card.json", "--verbose")
     assert "card [red]: datasheet [1], table [/2]" in out
     assert " on card [red] with " in out[0]
 
@@ -164,7 +167,7 @@ def said(out: list[str]) -> dict:
 def test_with_a_disk_host_memory_is_divided_and_the_processor_computes(plan):
     code, out, err = plan("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5GB/s")
     assert (code, err) == (0, "")
-    assert out[0] == "runs: olmoe-1b-7b from a disk of 3.5 GB/s with 8.00 GiB of host memory"
+    assert out[0] == "runs: olmoe-1b-7b from a disk of 3.5 GB/s with 8.00 GiB of host memory, rows 12.88 GB"
     made = said(plan("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5GB/s", "--json")[1])
     parts = (made[f"{part}_nbytes"] for part in ("resident", "reserve", "staging", "slots"))
     assert 8 * 2**30 - made["geometry"]["expert_nbytes"] < sum(parts) <= 8 * 2**30
@@ -189,7 +192,7 @@ def test_without_a_disk_a_plan_has_none_and_no_projection_of_routing(plan):
 
 
 def test_a_rate_alone_is_of_another_machine_and_a_folder_is_looked_at(plan, tmp_path, monkeypatch):
-    code, out, _ = plan("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5")
+    code, out, _ = plan("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5", "--verbose")
     assert code == 0
     assert any(line.startswith("Disk: the file of all experts takes 12.88 GB; give --store FOLDER") for line in out)
     here = ("olmoe-1b-7b", "--host-memory", "8GiB", "--disk", "3.5", "--store", tmp_path / "absent")
@@ -211,7 +214,7 @@ def test_a_disk_is_measured_as_the_doctor_measures_it(plan, tmp_path, monkeypatc
 
     monkeypatch.setattr("mobile.machine.disk.disk", measured)
     store = ("--disk", "measure", "--store", tmp_path)
-    code, out, _ = plan("olmoe-1b-7b", "--host-memory", "8GiB", *store)
+    code, out, _ = plan("olmoe-1b-7b", "--host-memory", "8GiB", *store, "--verbose")
     assert (code, asked) == (0, [(tmp_path, 12_582_912)])
     assert out[0].startswith("runs: olmoe-1b-7b from a disk of 2 GB/s")
     assert "disk: measured just now, GB/s by reads at once: 1.00 with 1, 2.00 with 2, 2.00 with 4, 2.00 with 8." in out

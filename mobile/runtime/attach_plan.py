@@ -17,7 +17,8 @@ from mobile.errors import Refused, shortened
 from mobile.kernels import Kernel, kernel_named, loop, packed
 from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
-from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
+from mobile.policies.limits import refuse_disk, refuse_future, refuse_halving, refuse_slots
+from mobile.policies.strategy import Strategy, resolve
 from mobile.policies.tuned import check_model
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.store import ExpertLayout
@@ -98,8 +99,7 @@ def plan_attach(
     """
     strategy = resolve(options.strategy, options.gamma)
     folder = folder_of(options)
-    if strategy.needs_future:
-        raise Refused(f"Strategy {strategy.name} needs to know the future; record a trace, and replay it.")
+    refuse_future(strategy)
     link, hardware = _link_and_hardware(options, device)
     layout = compat.packed_layout(layout, layers, options.rows)
     if folder is not None:
@@ -108,13 +108,10 @@ def plan_attach(
     check_model(options.gamma, native)
     charged, layer_map = project(native, options.geometry, options.rows)
     slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
-    if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:
-        raise Refused(f"{native.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
+    refuse_halving(strategy, native)
     kernel = kernel_named(options.kernel, device, layout.weight_dtype, layout.rows)
-    if strategy.on_cpu is not None and folder is not None:
-        raise Refused(
-            f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
-        )
+    if folder is not None:
+        refuse_disk(strategy)
     if strategy.on_cpu is not None and kernel not in (loop, packed):
         raise Refused(
             f"Strategy {strategy.name} computes experts on the CPU, and only the kernel loop can; leave it so."
@@ -176,16 +173,8 @@ def _slots_and_budget(
     if slots is None:
         budget = hardware.vram_nbytes if budget_nbytes is None else budget_nbytes
         slots = slots_for(charged, budget, hardware.reserve_nbytes, PREFILL_BUFFERS)
-    # 2. Refuse too few: a token's experts must be in slots at once.
-    if slots < charged.top_k:
-        raise Refused(
-            f"{slots} slots cannot hold one token's {charged.top_k} experts; give at least {charged.top_k} slots."
-        )
-    if keeps_all and slots < charged.total_experts:
-        raise Refused(
-            f"Strategy {strategy.name} keeps all {charged.total_experts} experts on the device; {slots} slots are too "
-            "few."
-        )
+    # 2. Refuse too few.
+    refuse_slots(strategy, charged, slots)
     return min(slots, charged.total_experts), budget_nbytes
 
 
