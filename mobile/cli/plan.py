@@ -124,8 +124,6 @@ def run(arguments: argparse.Namespace) -> int:
         print_short(out, made)
         if arguments.verbose:
             print_bounds(out, made, hardware)
-        else:
-            out.print("--verbose adds the bounds of every strategy, formulas and sources.")
     return 0 if made.runs else 1
 
 

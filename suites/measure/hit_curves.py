@@ -28,10 +28,7 @@ from suites.run_files import read_plan
 # Strategies of which a speed is expected: all that a plan may recommend. The routing of each is full K's, or that of
 # mobile at its own gamma.
 STRATEGIES = ("lru", "lfu", "cpu-hybrid", "mobile", "mobile+lfu", "mobile+lfu+cpu-hybrid")
-ROOMS = (
-    *(0.1, 0.3, 0.5, 0.52, 0.54, 0.56, 0.6, 0.65, 0.7, 0.8, 0.9, 0.96, 1.0, 1.01, 1.03, 1.06, 1.1, 1.15),
-    *(1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 1.96, 2.0),
-)
+ROOMS = (0.1, 0.5, 0.53, 0.57, 0.65, 0.8, 1.0, 1.03, 1.1, 1.2, 1.35, 1.5, 1.65, 1.8, 1.92, 2.0)
 HARDWARE = "rtx4080-pcie4"  # whose speeds decide what a processor takes over, and which prefetches are in time
 
 

@@ -25,8 +25,7 @@ def print_short(out: Any, plan: Plan) -> None:
     if plan.expected:
         out.print()
         out.print(_speeds(plan.expected))
-        for line in _notes(plan):
-            out.print("\n".join(wrap(line, WIDTH, break_on_hyphens=False, break_long_words=False)))
+        out.print("\n".join(wrap(_note(plan), WIDTH, break_on_hyphens=False, break_long_words=False)))
     if plan.recommendation is not None:
         out.print()
         fastest, lossless = plan.recommendation.fastest, plan.recommendation.lossless
@@ -101,16 +100,17 @@ def _speeds(speeds: tuple[Expected, ...]) -> Any:
     return table
 
 
-def _notes(plan: Plan) -> Iterator[str]:
-    """Yield the lines on where the speeds and their band come from."""
+def _note(plan: Plan) -> str:
+    """Return the paragraph on where the speeds and their band come from."""
     geometry, router = plan.geometry, f"{plan.geometry.experts} experts, top {plan.geometry.top_k}"
     of = f"one of {router}" if has_own_curves(geometry) else f"of all of them, for none has {router}"
     note = f"Projected from the routing of small models trained for this project ({of}); the band spans its tasks"
     if any("cpu-hybrid" in each.strategy.split("+") for each in plan.expected):
-        note += ", and of cpu-hybrid also a processor that shares its memory's rate with the link"
-    yield f"{note}. Longer answers and other models route otherwise."
+        note += ", and of cpu-hybrid also a processor that the link slows down"
+    note += ". Other models route otherwise."
     if any(not each.lossless for each in plan.expected):
-        yield "Lossy strategies change some answers; the README says how many, measured on these small models."
+        note += " Lossy strategies change some answers: the README says how many of these models'."
+    return note
 
 
 def _advice(label: str, advised: Advised) -> str:
