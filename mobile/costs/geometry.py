@@ -21,7 +21,7 @@ class Geometry:
     projection), `embedding_nbytes` (held on the device, one row read per token), `weight_nbytes` (bytes of one weight
     that is computed with). `expert_outputs` are the output rows of one expert's matrices together, None where unknown.
     `rows` is the experts' row format; `expert_weights`, their number of weights, is None where rows are as they are.
-    `kv_nbytes_per_token`, a token's keys and values in all layers, is None where unknown, and tells no two models apart.
+    `kv_nbytes_per_token`, a token's keys and values in all layers, is None where unknown; no comparison looks at it.
     """
 
     name: str
@@ -245,9 +245,9 @@ def slots_for(
     slots = left // geometry.expert_nbytes - prefill_buffers
     if slots < geometry.top_k:
         need = reserve_nbytes + geometry.resident_nbytes + (geometry.top_k + prefill_buffers) * geometry.expert_nbytes
+        kept = reserve or f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB"
         raise Refused(
-            f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, "
-            f"{reserve or f'the reserve of {reserve_nbytes / 2**20:,.0f} MiB'} and {geometry.top_k} + {prefill_buffers} "
-            f"expert slots need {need / 2**20:,.0f} MiB."
+            f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, {kept} and "
+            f"{geometry.top_k} + {prefill_buffers} expert slots need {need / 2**20:,.0f} MiB."
         )
     return min(slots, geometry.total_experts)

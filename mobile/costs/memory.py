@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mobile.costs.geometry import Geometry, slots_for
+from mobile.costs.rows import AS_IS
 from mobile.errors import Refused
 
 MIB = 2**20
@@ -21,19 +22,18 @@ NEAR_MEMORY = (
 
 @dataclass(frozen=True)
 class KvLayer:
-    """One layer's part of the cache: bytes a token, of the last `window` tokens alone if set, and bytes at any length.
+    """One layer's part of the cache: bytes a token, and bytes at any length, which are recurrent states.
 
-    Recurrent states (Mamba, linear attention) are `fixed_nbytes`.
+    A sliding window saves nothing of the most that is held: after a prompt the layer keeps a view of all its tokens,
+    which goes with the next step.
     """
 
     nbytes_per_token: int
     fixed_nbytes: int = 0
-    window: int | None = None
 
     def nbytes(self, tokens: int) -> int:
-        """Return the bytes after so many tokens."""
-        kept = tokens if self.window is None else min(tokens, self.window)
-        return kept * self.nbytes_per_token + self.fixed_nbytes
+        """Return the bytes after a prompt of so many tokens."""
+        return tokens * self.nbytes_per_token + self.fixed_nbytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class KvCache:
         return cls((KvLayer(-(-geometry.kv_nbytes_per_token // geometry.moe_layers)),) * geometry.moe_layers)
 
     def nbytes(self, tokens: int) -> int:
-        """Return the bytes after so many tokens."""
+        """Return the bytes after a prompt of so many tokens."""
         return sum(layer.nbytes(tokens) for layer in self.layers)
 
     def peak_nbytes(self, tokens: int) -> int:
@@ -84,19 +84,24 @@ class Reserve:
     def __str__(self) -> str:
         if self.context_tokens is None:
             return f"the reserve of {self.nbytes / MIB:,.0f} MiB"
-        return (
-            f"the reserve of {self.nbytes / MIB:,.0f} MiB (of which the KV cache of {self.context_tokens:,} tokens takes "
-            f"{self.cache_nbytes / MIB:,.0f})"
-        )
+        cache = f"{self.cache_nbytes / MIB:,.0f} for the KV cache of {self.context_tokens:,} tokens"
+        return f"the reserve of {self.nbytes / MIB:,.0f} MiB (of it {cache})"
 
 
 def reserve_for(
     geometry: Geometry, cache: KvCache, context_tokens: int = CONTEXT_TOKENS, context_nbytes: int = CONTEXT_NBYTES
 ) -> Reserve:
-    """Return what to keep back for sequences of so many tokens. Raise Refused unless that is a positive number."""
-    if context_tokens < 1:
-        raise Refused(f"A sequence has at least one token, and context_tokens is {context_tokens}; give more.")
-    workspace = WORKSPACE_NBYTES + prefill_nbytes(geometry, context_tokens)
+    """Return what to keep back for a sequence of so many tokens. Raise Refused unless that is a positive number.
+
+    The workspace holds what the link measures itself with, an expert, and where experts are packed a decoded one.
+    """
+    if isinstance(context_tokens, bool) or not isinstance(context_tokens, int) or context_tokens < 1:
+        raise Refused(
+            f"A sequence has a token at least, and context_tokens is {context_tokens!r}; give a whole number."
+        )
+    workspace = WORKSPACE_NBYTES + prefill_nbytes(geometry, context_tokens) + geometry.expert_nbytes
+    if geometry.rows != AS_IS:
+        workspace += geometry.decoded_expert_nbytes
     return Reserve(context_nbytes, workspace, cache.peak_nbytes(context_tokens), context_tokens)
 
 
@@ -105,7 +110,7 @@ def prefill_nbytes(geometry: Geometry, tokens: int) -> int:
 
     One layer's, none freed: an output for each row of its dense matrices (attention, shared experts) and of an expert
     that every token chooses, and four hidden states; the attention mask (a byte, and 16 bits, a pair); and one
-    position's logits, in fp32 twice. Logits of every position, which a caller of `forward` may ask for, are not counted.
+    position's logits, in fp32 twice. Logits of every position, which a caller of `forward` may ask for, are left out.
     """
     width = geometry.weight_nbytes
     hidden = max(1, geometry.router_nbytes // (geometry.experts * width))

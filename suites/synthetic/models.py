@@ -118,7 +118,7 @@ class Synthetic:
         whatever attach refuses, or if the device has no room for the slots.
         """
         options = AttachOptions(strategy, **keywords)
-        plan = plan_attach(self.empty, compat.moe_layers(self.empty), self.layout, self.device, options)
+        plan = plan_attach(self.model, self.layers, self.layout, self.device, options)
         plan = replace(plan, native=self.geometry, charged=self.geometry)
         self._refuse_full(plan)
         install(self.model, self.layers, self.store, plan, poison=poison)

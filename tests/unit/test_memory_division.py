@@ -49,10 +49,10 @@ def test_records_without_the_cache_still_read_and_are_of_the_same_model():
         KvCache.of(earlier)
 
 
-def test_a_cache_grows_up_to_its_window_and_appending_holds_one_layer_twice():
-    cache = KvCache((KvLayer(100), KvLayer(100, window=10), KvLayer(0, fixed_nbytes=7)))
-    assert [cache.nbytes(tokens) for tokens in (0, 1, 10, 50)] == [7, 207, 2007, 6007]
-    assert cache.peak_nbytes(50) == 6007 + 5000
+def test_appending_to_a_cache_holds_one_layer_twice():
+    cache = KvCache((KvLayer(100), KvLayer(40), KvLayer(0, fixed_nbytes=7)))
+    assert [cache.nbytes(tokens) for tokens in (0, 1, 50)] == [7, 147, 7007]
+    assert cache.peak_nbytes(50) == 7007 + 5000
     assert KvCache(()).peak_nbytes(50) == 0
 
 
@@ -60,7 +60,7 @@ def test_the_parts_of_a_budget_add_up_to_it():
     reserve = reserve_for(OLMOE, KvCache.of(OLMOE), 2000)
     division = divide(OLMOE, 8 * GIB, reserve, 2)
     assert reserve.context_nbytes == CONTEXT_NBYTES
-    assert reserve.workspace_nbytes == WORKSPACE_NBYTES + prefill_nbytes(OLMOE, 2000)
+    assert reserve.workspace_nbytes == WORKSPACE_NBYTES + prefill_nbytes(OLMOE, 2000) + OLMOE.expert_nbytes
     assert reserve.cache_nbytes == 2000 * 131072 * 17 // 16
     assert division.used_nbytes == OLMOE.resident_nbytes + reserve.nbytes + (division.slots + 2) * OLMOE.expert_nbytes
     assert division.used_nbytes <= 8 * GIB < division.used_nbytes + OLMOE.expert_nbytes
@@ -81,15 +81,25 @@ def test_a_profiles_reserve_stands_as_it_is():
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_tokens_that_were_counted():
-    with pytest.raises(Refused, match=r"the KV cache of 4,096 tokens takes 544\).* need 2,\d\d\d MiB"):
+    with pytest.raises(Refused, match=r"\(of it 544 for the KV cache of 4,096 tokens\).* need 2,\d\d\d MiB"):
         divide(OLMOE, GIB, reserve_for(OLMOE, KvCache.of(OLMOE)), 2)
     with pytest.raises(Refused, match="cannot hold olmoe-1b-7b: its dense weights, the reserve of 1,024 MiB and 8"):
         divide(OLMOE, GIB, Reserve.of_profile(GIB), 2)
 
 
-def test_no_tokens_are_refused():
-    with pytest.raises(Refused, match="at least one token, and context_tokens is 0"):
-        reserve_for(OLMOE, KvCache.of(OLMOE), 0)
+@pytest.mark.parametrize("tokens", [0, -1, True, 4096.0, "4096", None])
+def test_no_tokens_are_refused(tokens):
+    with pytest.raises(Refused, match="a token at least, and context_tokens is "):
+        reserve_for(OLMOE, KvCache.of(OLMOE), tokens)
+
+
+def test_packed_experts_need_room_to_decode_one():
+    packed = OLMOE.with_rows("int8")
+    more = (
+        reserve_for(packed, KvCache.of(packed)).workspace_nbytes
+        - reserve_for(OLMOE, KvCache.of(OLMOE)).workspace_nbytes
+    )
+    assert more == packed.expert_nbytes
 
 
 def test_a_prompts_activations_hold_at_least_a_layers_widest_products():
