@@ -162,7 +162,7 @@ class Event:
     def query(self) -> bool:
         over = all(self.card.host.get(stream, 0) >= count for stream, count in self.clock.items())
         if not over and self.card.queries.random() < 0.5:
-            self.synchronize()
+            merge(self.card.host, self.clock)
             over = True
         return over
 
