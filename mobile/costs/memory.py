@@ -109,15 +109,15 @@ def prefill_nbytes(geometry: Geometry, tokens: int) -> int:
     """Return a bound of what the activations of a prompt of so many tokens take at once.
 
     One layer's, none freed: an output for each row of its dense matrices (attention, shared experts) and of an expert
-    that every token chooses, and four hidden states; the attention mask (a byte, and 16 bits, a pair); and one
-    position's logits, in fp32 twice. Logits of every position, which a caller of `forward` may ask for, are left out.
+    that every token chooses, and four hidden states; and one position's logits, in fp32 twice. Logits of all positions,
+    which a caller of `forward` may ask for, are left out, and so is the mask of a batch with padding.
     """
     width = geometry.weight_nbytes
     hidden = max(1, geometry.router_nbytes // (geometry.experts * width))
     dense = geometry.dense_nbytes // (hidden * width)
     outputs = geometry.expert_outputs or geometry.decoded_expert_nbytes // (hidden * width)
     logits = geometry.head_nbytes // hidden
-    return tokens * width * (dense + outputs + 4 * hidden) + 3 * tokens * tokens + logits + 8 * logits // width
+    return tokens * width * (dense + outputs + 4 * hidden) + logits + 8 * logits // width
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ def kv_cache(model: Any, layers: Sequence[compat.MoeLayer]) -> KvCache:
     """Return the cache that the model grows, read off the one it makes for two and for three tokens.
 
     So latent attention, indexers and recurrent layers count as Transformers caches them. On the meta device,
-    where a model lies before its weights are read, nothing is computed. Where the model's code does not run so, it is
-    the most that its configuration allows: keys and values of every head of every layer.
+    where a model lies before its weights are read, nothing is computed. Where the model's code does not run so, more
+    than usual is counted.
     """
     overrides = Overrides()
     try:
@@ -79,9 +79,7 @@ def _tensors(held: Any) -> Iterator[torch.Tensor]:
 
 
 def _most(model: Any) -> KvCache:
-    """Return the largest cache that the configuration allows."""
+    """Return a cache that is larger than usual: keys and values of twice the hidden size, in every layer."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", 1)
-    features = getattr(config, "head_dim", None) or config.hidden_size // heads
     width = next(model.parameters()).element_size()
-    return KvCache((KvLayer(2 * heads * features * width),) * config.num_hidden_layers)
+    return KvCache((KvLayer(4 * config.hidden_size * width),) * config.num_hidden_layers)
