@@ -99,7 +99,6 @@ class Synthetic:
     """
 
     model: Any
-    empty: Any
     layers: list[compat.MoeLayer]
     layout: ExpertLayout
     store: Store
@@ -181,7 +180,7 @@ def make(
         page_lock(store.rows, torch.device(device), [])  # once, for every engine that is to serve them
     name = geometry if shrink == 1 else f"{geometry} shrunk {shrink} times"
     sizes = replace(compat.geometry_of(empty, described, layout), name=name)
-    return Synthetic(model, empty, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
+    return Synthetic(model, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
 
 
 def _empty(config: Any, dtype: torch.dtype, rows: str = "as-is") -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:
