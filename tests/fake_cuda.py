@@ -8,6 +8,7 @@ that it does not ask for, so what is found in order here is in order on a card.
 from __future__ import annotations
 
 import gc
+import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mobile.links import cuda
 
 ALLOCATE = (torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)  # like something, without reading it
 Clock = dict["Stream", int]  # of each stream, how many of its launches are known to be over
@@ -37,6 +40,7 @@ class Card:
     def __init__(self) -> None:
         self.gb_per_s, self.refuses, self.seconds = 25.0, 0, 0.0
         self.device = 0
+        self.contexts: set[int] = set()  # of which devices the runtime's own calls were made
         self.races: list[str] = []
         self.registered: dict[int, int] = {}
         self.last_error = 0
@@ -95,9 +99,11 @@ class Card:
             return self.refuses
         assert address not in self.registered, "registered twice"
         self.registered[address] = nbytes
+        self.contexts.add(self.device)
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
+        self.contexts.add(self.device)
         if self.registered.pop(address, None) is not None:
             return 0
         self.last_error = 713
@@ -156,7 +162,7 @@ class Event:
     def query(self) -> bool:
         over = all(self.card.host.get(stream, 0) >= count for stream, count in self.clock.items())
         if not over and self.card.queries.random() < 0.5:
-            self.synchronize()
+            merge(self.card.host, self.clock)
             over = True
         return over
 
@@ -166,7 +172,7 @@ class Event:
         assert self.device is not None, "an event that was never recorded"
         if self.device != end.device:
             raise RuntimeError("Events of two devices have no time between them")
-        return 1000 * (end.at - self.at)
+        return struct.unpack("f", struct.pack("f", 1000 * (end.at - self.at)))[0]  # float32, as a card tells it
 
 
 class Launches(TorchDispatchMode):
@@ -204,6 +210,14 @@ def card(monkeypatch) -> Iterator[Card]:
         finally:
             card.device, card.streams[chosen.device] = device, before
 
+    @contextmanager
+    def device(chosen: Any) -> Iterator[None]:
+        before, card.device = card.device, getattr(chosen, "index", chosen) or 0
+        try:
+            yield
+        finally:
+            card.device = before
+
     def synchronize(device: Any = None) -> None:
         for one in card.made:
             merge(card.host, one.clock)
@@ -214,12 +228,14 @@ def card(monkeypatch) -> Iterator[Card]:
         "Stream": Stream,
         "Event": Event,
         "stream": stream,
+        "device": device,
         "current_stream": card.current,
         "synchronize": synchronize,
         "cudart": lambda: card,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, device=None: card.is_pinned(self))
+    monkeypatch.setattr(cuda, "WAKE_SECONDS", 0.0)  # of copies, which here are real ones
     gc.freeze()  # so that collecting looks at what a test made, and is quick
     with Launches(card):
         yield card

@@ -42,6 +42,7 @@ from mobile.policies.strategy import Strategy, resolve
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, folder_of, plan_attach
 from mobile.runtime.attachment import install
+from mobile.runtime.device_memory import refusing
 from mobile.store import DiskStore, HostStore, Store
 
 ONE_AT_A_TIME = threading.RLock()  # one load at a time: it changes settings of Transformers that all threads share
@@ -66,6 +67,7 @@ def load(
     trust_remote_code: bool = False,
     store: str | os.PathLike[str] | None = None,
     rows: str = "as-is",
+    context_tokens: int | None = None,
 ) -> nn.Module:
     """Load a safetensors checkpoint (a folder or a hub id) and `attach` it; most keywords are attach's.
 
@@ -102,6 +104,7 @@ def load(
             kernel=kernel,
             store=store,
             rows=rows,
+            context_tokens=context_tokens,
         )
         plan = plan_attach(checkpoint.empty, checkpoint.layers, checkpoint.layout, target, options)
         if plan.folder is not None:
@@ -115,11 +118,13 @@ def load(
         # 2. The weights: into the cache, then the experts into the store and the others into the model.
         shown = sys.stderr.isatty() if progress is None else progress
         _fetch(checkpoint, shown)
-        model, filled = with_cleanup(lambda cleanup: _read(checkpoint, plan, shown, cleanup))
+        with refusing("Reading the weights", "close other programs, or give a store on a disk"):
+            model, filled = with_cleanup(lambda cleanup: _read(checkpoint, plan, shown, cleanup))
         if checkpoint.unkept is not None:
             warnings.warn(_dequantised(checkpoint, plan), stacklevel=2)
         # 3. The model is complete but for its experts, which the engine runs from the store.
-        model = model.eval().to(target)
+        with refusing(f"Putting the dense weights on {target}", "give less memory, or end what else uses it"):
+            model = model.eval().to(target)
         return install(model, compat.moe_layers(model), filled, plan)
 
     try:

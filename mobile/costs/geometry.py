@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mobile.costs.rows import AS_IS, check_rows, packed_nbytes
@@ -21,6 +21,7 @@ class Geometry:
     projection), `embedding_nbytes` (held on the device, one row read per token), `weight_nbytes` (bytes of one weight
     that is computed with). `expert_outputs` are the output rows of one expert's matrices together, None where unknown.
     `rows` is the experts' row format; `expert_weights`, their number of weights, is None where rows are as they are.
+    `kv_nbytes_per_token`, a token's keys and values in all layers, is None where unknown; no comparison looks at it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Geometry:
     expert_outputs: int | None = None
     rows: str = AS_IS
     expert_weights: int | None = None
+    kv_nbytes_per_token: int | None = field(default=None, compare=False)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Geometry:
@@ -46,7 +48,12 @@ class Geometry:
         """Return its fields as traces, records and `--json` write them, where `weight_nbytes` is called `width`."""
         fields = asdict(self) | {"width": self.weight_nbytes}
         del fields["weight_nbytes"]
-        for name, unset in (("expert_outputs", None), ("rows", AS_IS), ("expert_weights", None)):
+        for name, unset in (
+            ("expert_outputs", None),
+            ("rows", AS_IS),
+            ("expert_weights", None),
+            ("kv_nbytes_per_token", None),
+        ):
             if fields[name] == unset:
                 del fields[name]
         return fields
@@ -103,6 +110,8 @@ class Geometry:
 class _Configuration:
     """The numbers of a published bf16 model's config.json. `attention` counts its weights per layer.
 
+    `kv` are the numbers that a layer's cache holds of a token: 2 x KV heads x head dimension, or of MLA, which
+    Transformers caches compressed, the latent and the rotated key.
     Of its `layers` the first `dense_layers` have a dense MLP of `dense_mlp` features instead of experts. `intermediate`
     are the features of a routed expert, `shared` those of all shared experts of a layer.
     """
@@ -114,6 +123,7 @@ class _Configuration:
     hidden: int
     intermediate: int
     attention: int
+    kv: int
     vocabulary: int
     dense_layers: int = 0
     dense_mlp: int = 0
@@ -138,6 +148,7 @@ class _Configuration:
             embedding_nbytes=2 * hidden * self.vocabulary,
             weight_nbytes=2,
             expert_outputs=2 * self.intermediate + hidden,
+            kv_nbytes_per_token=2 * self.layers * self.kv,
         )
 
 
@@ -153,6 +164,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
             hidden=2048,
             intermediate=1024,
             attention=4 * 2048 * 2048,
+            kv=2 * 16 * 128,
             vocabulary=50304,
         ),
         _Configuration(
@@ -163,6 +175,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
             hidden=2048,
             intermediate=1408,
             attention=4 * 2048 * 2048,
+            kv=2 * 16 * 128,
             shared=5632,
             vocabulary=151936,
         ),
@@ -176,6 +189,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
             hidden=2048,
             intermediate=1408,
             attention=2048 * 3072 + 2048 * 576 + 512 * 4096 + 2048 * 2048,
+            kv=512 + 64,
             shared=2816,
             dense_mlp=10944,
             vocabulary=102400,
@@ -188,6 +202,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
             hidden=2048,
             intermediate=768,
             attention=2 * 2048 * 4096 + 2 * 2048 * 512,
+            kv=2 * 4 * 128,
             vocabulary=151936,
         ),
     )
@@ -218,18 +233,21 @@ def project(native: Geometry, name: str | None, rows: str = AS_IS) -> tuple[Geom
     )
 
 
-def slots_for(geometry: Geometry, memory_nbytes: int, reserve_nbytes: int, prefill_buffers: int) -> int:
+def slots_for(
+    geometry: Geometry, memory_nbytes: int, reserve_nbytes: int, prefill_buffers: int, reserve: str | None = None
+) -> int:
     """Return the expert slots that fit beside the resident weights, the reserve and the prefill buffers.
 
-    Never more than the model has experts. Raise Refused when fewer than `top_k` slots fit.
+    Never more than the model has experts. Raise Refused when fewer than `top_k` slots fit; `reserve` are the words for
+    the reserve. `mobile.costs.memory.divide` gives the parts.
     """
     left = memory_nbytes - reserve_nbytes - geometry.resident_nbytes
     slots = left // geometry.expert_nbytes - prefill_buffers
     if slots < geometry.top_k:
         need = reserve_nbytes + geometry.resident_nbytes + (geometry.top_k + prefill_buffers) * geometry.expert_nbytes
+        kept = reserve or f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB"
         raise Refused(
-            f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, "
-            f"the reserve of {reserve_nbytes / 2**20:,.0f} MiB and {geometry.top_k} + {prefill_buffers} expert slots "
-            f"need {need / 2**20:,.0f} MiB."
+            f"A budget of {memory_nbytes / 2**20:,.0f} MiB cannot hold {geometry.name}: its dense weights, {kept} and "
+            f"{geometry.top_k} + {prefill_buffers} expert slots need {need / 2**20:,.0f} MiB."
         )
     return min(slots, geometry.total_experts)

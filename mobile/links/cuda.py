@@ -6,7 +6,7 @@ slots lie, whichever is current.
 
 from __future__ import annotations
 
-import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,12 +16,15 @@ import torch
 from mobile.errors import Refused
 from mobile.ledger import Key
 from mobile.links.base import LinkEnds
+from mobile.links.device_clock import DeviceClock
 from mobile.links.page_lock import Lock, page_lock, unlock
 from mobile.links.stream import StreamLink
 from mobile.store import HostStore
 
 WAITS = 256  # timed waits kept before the oldest is read
-MEASURED, RUNS = 16, 20  # copies in a run that measures the native bandwidth, and runs at most
+MEASURED, RUNS = 16, 20  # copies in a run that measures the bandwidth, and runs at most once the link is awake
+WAKE_SECONDS = 0.5  # of copies before that: an idle card's link is in a state of lower power (assumed to be enough)
+TELLING_NBYTES = 2**19  # rows below it measure the launching of copies and not the link, so that none is woken for them
 NEAR = 0.03  # a link that is slower than asked by no more than this share is taken as it is
 
 
@@ -37,8 +40,9 @@ class CudaChannel:
 
     `row_of(key)` is the host row of an expert. `link_gb_per_s` makes each copy as slow as a link of that speed by
     really copying more bytes behind it, on the same stream: `throttled` says whether it does, or the link is that slow
-    by itself. `page_locked` says whether the rows are, or copies read ordinary memory. Raise Refused, with nothing
-    left registered, if the link is slower than asked for.
+    by itself; what that came to, `throttled_gb_per_s`, is measured, and a RuntimeWarning says so if it is not near.
+    `page_locked` says whether the rows are, or copies read ordinary memory. Raise Refused, with nothing left
+    registered, if the link is slower than asked for.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class CudaChannel:
         self._store, self._slots, self._row_of = store, slots, row_of
         self._device = slots.device
         self._padding: list[torch.Tensor] = []
+        self.throttled_gb_per_s: float | None = None
         locks: list[Lock] = []
         self._release = weakref.finalize(self, _release, self._device, locks)  # also if it is never closed
         self._release.atexit = False
@@ -80,37 +85,44 @@ class CudaChannel:
         self._stalled = 0
         self._scratch = torch.empty_like(slots[0])
         self._last = torch.cuda.current_stream(self._device)  # on which compute was launched last
-        self._zero = torch.cuda.Event(enable_timing=True)
-        self._zero.record(self._last)
-        self._zero.synchronize()  # the device's clock and the host's are zero together
-        self._zero_ns = time.perf_counter_ns()
+        self._clock = DeviceClock(self._last)
+        self._spans: dict[int, tuple[int, int]] = {}  # of copies that were asked about, by slot
+        self._noted_ns = 0  # the end of the last of them
+        self._step_end = torch.cuda.Event(enable_timing=True)
         self.native_gb_per_s = self._measure()
 
     def _measure(self) -> float:
         """Return the decimal GB/s of row copies, the best of some runs: a link that was idle takes time to wake.
 
-        It ends when three runs in a row have brought no more than 2 %.
+        Once it was kept busy for `WAKE_SECONDS`, it ends when three runs in a row have brought no more than 2 %.
         """
-        best, since = 0.0, 0
-        for _ in range(RUNS):
-            rate = self._run()
+        awake = self._store.rows[0][0].nbytes < TELLING_NBYTES
+        best, since, seconds, runs = 0.0, 0, 0.0, 0
+        while since < 3 and runs < RUNS:
+            rate, taken = self._run(runs)
+            seconds += taken
+            if not awake:
+                awake = seconds >= WAKE_SECONDS
+                continue
+            runs += 1
             since = 0 if rate > 1.02 * best else since + 1
             best = max(best, rate)
-            if since == 3:
-                break
         return best
 
-    def _run(self) -> float:
-        """Return the rate of one run of copies of different rows."""
-        rows = self._store.rows[0]
+    def _run(self, number: int) -> tuple[float, float]:
+        """Copy different rows, each with its padding, in a run of that number; return the rate and the seconds."""
+        layers = self._store.rows
         begun, ended = self._spare[0]
         with torch.cuda.stream(self._stream):
             begun.record(self._stream)
-            for number in range(MEASURED):
-                self._scratch.copy_(rows[number % len(rows)], non_blocking=True)
+            for each in range(number * MEASURED, (number + 1) * MEASURED):
+                rows = layers[each % len(layers)]
+                self._scratch.copy_(rows[each // len(layers) % len(rows)], non_blocking=True)
+                self._pad()
             ended.record(self._stream)
         ended.synchronize()
-        return MEASURED * rows[0].nbytes / (begun.elapsed_time(ended) * 1e6)
+        seconds = begun.elapsed_time(ended) / 1e3
+        return MEASURED * layers[0][0].nbytes / (seconds * 1e9), seconds
 
     def _throttle(self, link_gb_per_s: float) -> None:
         """Have each copy followed by as many more bytes as make it take as long. Raise Refused if it is too fast."""
@@ -123,16 +135,32 @@ class CudaChannel:
         elements = max(0, round(row.numel() * (self.native_gb_per_s / link_gb_per_s - 1)))
         whole, part = divmod(elements, row.numel())
         self._padding = [row] * whole + ([row[:part]] if part else [])
+        if not self._padding:
+            return
+        self.throttled_gb_per_s = sorted(self._run(number)[0] for number in range(3))[1]
+        if abs(self.throttled_gb_per_s - link_gb_per_s) > NEAR * link_gb_per_s:
+            warnings.warn(
+                f"The link was asked to be throttled to {link_gb_per_s:g} GB/s and copies "
+                f"{self.throttled_gb_per_s:.3g}: what is timed on it is of a link of that speed.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+
+    def _pad(self) -> None:
+        """Copy what makes the copy before it as slow as was asked for."""
+        for more in self._padding:
+            self._scratch[: more.numel()].copy_(more, non_blocking=True)
 
     def begin(self, key: Key, slot: int) -> None:
         with torch.cuda.stream(self._stream):
             reader = self._reader[slot]
             if reader is not None:
                 self._stream.wait_event(reader)
+            self._clock.tick(self._stream)
+            self._spans.pop(slot, None)
             self._start[slot].record(self._stream)
             self._slots[slot].copy_(self._row_of(key), non_blocking=True)
-            for more in self._padding:
-                self._scratch[: more.numel()].copy_(more, non_blocking=True)
+            self._pad()
             self._ready[slot].record(self._stream)
 
     def ended(self, slot: int) -> bool:
@@ -189,10 +217,22 @@ class CudaChannel:
         return stalled
 
     def span(self, slot: int) -> tuple[int, int]:
-        begun, ended = (
-            self._zero_ns + round(self._zero.elapsed_time(event[slot]) * 1e6) for event in (self._start, self._ready)
-        )
-        return begun, ended
+        """See `Channel.span`; copies are asked about in the order they were begun, and none overlaps the one before."""
+        if slot not in self._spans:
+            begun = max(self._clock.at(self._start[slot]), self._noted_ns)
+            self._noted_ns = begun + self._clock.between(self._start[slot], self._ready[slot])
+            self._spans[slot] = begun, self._noted_ns
+        return self._spans[slot]
+
+    def launched(self) -> None:
+        compute = self._compute()
+        self._clock.tick(compute)
+        self._step_end.record(compute)
+
+    def done_ns(self, *, wait: bool) -> int | None:
+        if wait:
+            self._step_end.synchronize()
+        return self._clock.at(self._step_end) if wait or self._step_end.query() else None
 
     def close(self) -> None:
         self._release()

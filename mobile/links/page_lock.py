@@ -51,7 +51,8 @@ def unlock(locks: list[Lock]) -> None:
 def register(block: torch.Tensor, device: torch.device) -> str | None:
     """Page-lock one block where it lies. Return the driver's reason if it will not; no error is left behind then."""
     runtime: Any = torch.cuda.cudart()
-    failed = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+    with torch.cuda.device(device):  # on another one it would make a context, of some hundred MB
+        failed = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
     if not int(failed):
         return None
     _clear_error(device)
@@ -64,7 +65,9 @@ def unregister(address: int, device: torch.device) -> None:
     try:
         torch.cuda.synchronize(device)
     finally:
-        if int(runtime.cudaHostUnregister(address)):
+        with torch.cuda.device(device):
+            failed = runtime.cudaHostUnregister(address)
+        if int(failed):
             _clear_error(device)
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Arrival, Copy, CopyQueue
@@ -53,6 +53,18 @@ class Channel(Protocol):
         """Wait for what was begun and let go of everything."""
 
 
+@runtime_checkable
+class AsynchronousDevice(Protocol):
+    """A channel to a device that computes behind the host: it may be at work when the host has launched all of it."""
+
+    def launched(self) -> None:
+        """Note that all of a step was launched."""
+
+    def done_ns(self, *, wait: bool) -> int | None:
+        """Return when the device was done with it, in `time.perf_counter_ns`; None if it is not yet, unless `wait`."""
+        ...
+
+
 @dataclass
 class Begun:
     """A copy under way; `announced` once compute waits for it and its slot counts as ready."""
@@ -74,6 +86,7 @@ class StreamLink:
     ) -> None:
         self.channel, self._row_nbytes, self._ledger, self._arrived = channel, row_nbytes, ledger, arrived
         self._committed = committed
+        self.device = channel if isinstance(channel, AsynchronousDevice) else None
         self._queue = CopyQueue()
         self.promote = self._queue.promote
         self._begun: deque[Begun] = deque()
@@ -87,6 +100,14 @@ class StreamLink:
     @property
     def begun(self) -> int:
         return self._ledger.counters.loads + len(self._begun)
+
+    def done_at(self, *, wait: bool) -> int | None:
+        """Return when the device was done with the last step, on the clock of `now`; None if it is not, unless `wait`.
+
+        None as well where the device computes on the host's own time.
+        """
+        done = None if self.device is None else self.device.done_ns(wait=wait)
+        return None if done is None else done - self._zero
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         self._failed.pop(key, None)

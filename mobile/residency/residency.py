@@ -13,6 +13,7 @@ from typing import cast
 from mobile.costs.cost_model import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
+from mobile.links.stream import StreamLink
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.policies.protocols import IdlePrefetcher, Lookahead, PassObserver, PolicyContext
 from mobile.policies.strategy import BigLittle, Strategy
@@ -70,6 +71,10 @@ class Residency:
         self._dense_ns = cost.dense_ns(1)
         self._dense_total_ns = 0  # as far as the link tells
         self._pass_start = self._read_clock()
+        # A device that computes behind the host ends a step later than the host does. The time between is counted when
+        # it is known, see `settle`.
+        self._behind = link if isinstance(link, StreamLink) and link.device is not None else None
+        self._finished = self._unsettled = False
 
     def preload_all(self) -> list[tuple[Key, int]]:
         """Assign every expert a slot at no cost and return (key, slot) of each; empty unless the strategy keeps all."""
@@ -94,10 +99,10 @@ class Residency:
             self.end_token()
         for observer in self._observers:
             observer.begin(kind)
+        self._begin_clock(same_step=kind == "big")
         self._kind, self._dense_ns = kind, self.cost.dense_ns(tokens)
         self._prefetches.allow_idle = kind != "prefill"
         counters = self.ledger.counters
-        self._pass_start = self._read_clock()
         self._mark(kind)
         if kind == "prefill":
             counters.prompt_tokens += tokens if counted is None else counted
@@ -114,6 +119,37 @@ class Residency:
         if self._replays_routers and self._kind == "little":
             self._dense_total_ns += self.link.compute(self.cost.router_replay_ns, "router replay")
         self._add_elapsed()
+        self._finished = True
+
+    def end_step(self) -> None:
+        """Note that all of a step was launched: its passes, the confidence test, and what chooses between them."""
+        if self._behind is not None and self._finished:
+            assert self._behind.device is not None
+            self._behind.device.launched()
+            self._unsettled = True
+        self._finished = False
+
+    def settle(self, begun: int | None = None) -> None:
+        """Count the time from where the host was done with the last step to where the device was.
+
+        Pauses are not counted: on a device the end is that of the last work launched, an event that is read when the
+        next pass begins (`begun`), without waiting, or when statistics are asked for.
+        """
+        if self._behind is None or not self._unsettled:
+            return
+        self._unsettled = False
+        done = self._behind.done_at(wait=begun is None)
+        ended = [at for at in (done, begun) if at is not None]
+        if min(ended) > self._pass_start[0]:
+            self._add_elapsed(min(ended))
+
+    def _begin_clock(self, *, same_step: bool) -> None:
+        """Begin to count the time of a pass; on a device behind the host a step's passes leave none between them."""
+        if self._behind is None:
+            self._pass_start = self._read_clock()
+        elif not same_step:
+            self.settle(self.link.now)
+            self._pass_start = self._read_clock()
 
     def abandon(self) -> None:
         """End a pass that was interrupted, perhaps anywhere: count its time. The slots are not valid any more."""
@@ -125,7 +161,7 @@ class Residency:
         `predicted` are the keys that the little pass's routers name at K, in the order of their layers.
         """
         self.ledger.counters.fallbacks += tokens
-        self._pass_start = self._read_clock()
+        self._begin_clock(same_step=True)
         self._mark("fallback")
         self._kind = "big"
         if self.strategy.prefetch_on_fallback:
@@ -149,9 +185,11 @@ class Residency:
         counters = self.ledger.counters
         return self.link.now, counters.bytes_loaded, self._dense_total_ns, counters.stall_ns, counters.cpu_stall_ns
 
-    def _add_elapsed(self) -> None:
-        """Add what the pass took since `_pass_start` to the counters of its kind."""
+    def _add_elapsed(self, until: int | None = None) -> None:
+        """Add what the pass took since `_pass_start`, up to now or the time `until`, to the counters of its kind."""
         clock, counters = self._read_clock(), self.ledger.counters
+        if until is not None:
+            clock = (until, *clock[1:])
         elapsed, moved, dense, stalled, for_cpu = map(sub, clock, self._pass_start)
         self._pass_start = clock
         if self._kind == "prefill":

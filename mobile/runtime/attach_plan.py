@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
-from mobile.costs.geometry import Geometry, project, slots_for
+from mobile.costs.geometry import Geometry, project
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.costs.memory import CONTEXT_NBYTES, Division, KvCache, Reserve, divide, reserve_for
 from mobile.errors import Refused, shortened
 from mobile.kernels import Kernel, kernel_named, loop, packed
 from mobile.links.registry import LINKS, link_kind
@@ -21,6 +22,8 @@ from mobile.policies.limits import refuse_disk, refuse_future, refuse_halving, r
 from mobile.policies.strategy import Strategy, resolve
 from mobile.policies.tuned import check_model
 from mobile.residency.residency import PREFILL_BUFFERS
+from mobile.runtime.device_memory import CardMemory, card_memory
+from mobile.runtime.kv_cache import default_tokens, kv_cache
 from mobile.store import ExpertLayout
 
 
@@ -31,8 +34,13 @@ class AttachOptions:
     - `strategy`: a name that `mobile.strategies()` lists, several joined by "+", or a Strategy. `gamma` replaces its
       confidence threshold: a number, or a file of `mobile tune`, which names the signal as well.
     - `memory`: device memory, in bytes or like "8GiB", dense weights and reserve included; or `slots`: how many experts
-      the device holds. With neither, the memory of the card, or of the profile where time is virtual. On a GPU
-      `memory` also caps what this process may allocate there.
+      the device holds. With neither, all that can be had of the card now, or the memory of the profile where time is
+      virtual. On a GPU `memory` counts the CUDA context, so that it is about what nvidia-smi shows of this process, and
+      also caps what it may allocate there, beside tensors that are not this model's. More than can be had is refused,
+      unless it is the card's nominal size, which counts as all of it.
+    - `context_tokens`: the tokens of a sequence, prompt and answer, that a budget keeps room for: a KV cache and a
+      workspace (`mobile.costs.memory`). A longer one runs, and takes more. None counts, on a GPU whose `hardware` is
+      "auto", `CONTEXT_TOKENS` or all that the model can read, and with a profile keeps its `reserve_nbytes` as it is.
     - `link`: "cuda" (real time; needs the model on a GPU), "disk" (real time; experts are read from a file), "virtual"
       (computed time), "paced" (real sleeping, to test threads), or "auto": disk where `store` is one, cuda on a GPU,
       else virtual.
@@ -60,6 +68,7 @@ class AttachOptions:
     kernel: str = "auto"
     store: str | os.PathLike[str] | None = None
     rows: str = "as-is"
+    context_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,9 @@ class AttachPlan:
 
     `native` are the model's own sizes, `charged` those that time and bytes are computed for: the same ones, or a larger
     model's, whose layers `layer_map` lists for each layer of the live model. `budget_nbytes` is the device memory asked
-    for, None where slots were counted instead. `link` is never "auto". `folder` is where the experts' file goes, None
-    where they lie in memory. `layout` is that of a row in the store and in a slot.
+    for, None where slots were counted instead; `cap`, the share of a card that the allocator may take then. `division`
+    are the parts of the budget, asked for or not, None where slots were counted. `link` is never "auto". `folder` is
+    where the experts' file goes, None where they lie in memory. `layout` is that of a row in the store and in a slot.
     """
 
     strategy: Strategy
@@ -84,6 +94,8 @@ class AttachPlan:
     kernel: Kernel
     layout: ExpertLayout
     folder: Path | None = None
+    cap: float | None = None
+    division: Division | None = None
 
 
 def plan_attach(
@@ -107,7 +119,19 @@ def plan_attach(
     native = compat.geometry_of(model, layers, layout)
     check_model(options.gamma, native)
     charged, layer_map = project(native, options.geometry, options.rows)
-    slots, budget_nbytes = _slots_and_budget(options, strategy, charged, hardware)
+    slots = _stated_slots(options, strategy, charged)
+    division = budget_nbytes = cap = None
+    if slots is None:
+        card = card_memory(device, model) if device.type == "cuda" and options.geometry is None else None
+        asked = None if options.memory is None else parse_nbytes(options.memory)
+        budget = _budget(asked, options, hardware, card, device)
+        reserve = _reserve(model, layers, charged, options, hardware, card)
+        division = divide(charged, budget, reserve, PREFILL_BUFFERS)
+        slots = division.slots
+        budget_nbytes = None if asked is None else budget
+        cap = None if card is None or asked is None else card.cap(budget)
+    refuse_slots(strategy, charged, slots)
+    slots = min(slots, charged.total_experts)
     refuse_halving(strategy, native)
     kernel = kernel_named(options.kernel, device, layout.weight_dtype, layout.rows)
     if folder is not None:
@@ -129,6 +153,8 @@ def plan_attach(
         kernel=kernel,
         layout=layout,
         folder=folder,
+        cap=cap,
+        division=division,
     )
 
 
@@ -153,29 +179,53 @@ def folder_of(options: AttachOptions) -> Path | None:
     return folder
 
 
-def _slots_and_budget(
-    options: AttachOptions, strategy: Strategy, charged: Geometry, hardware: HardwareProfile
-) -> tuple[int, int | None]:
-    """Return how many slots there will be, and the bytes of `memory`, None if it was not given.
+def _stated_slots(options: AttachOptions, strategy: Strategy, charged: Geometry) -> int | None:
+    """Return the slots, as given, or all where the strategy keeps all; None where memory is to be divided.
 
-    Raise Refused if the strategy cannot run with them.
+    Raise Refused where options say two things.
     """
-    slots, memory = options.slots, options.memory
-    if slots is not None and memory is not None:
+    if options.slots is not None and options.memory is not None:
         raise Refused("Give memory or slots, not both.")
-    # 1. Count slots: as given, one for each expert where the strategy keeps all, or as many as the memory holds.
-    budget_nbytes = None if memory is None else parse_nbytes(memory)
-    keeps_all = strategy.retain == "everything"
-    if slots is None and keeps_all and memory is None:
+    slots = options.slots
+    if slots is None and strategy.retain == "everything" and options.memory is None:
         slots = charged.total_experts
-    if slots is None and memory is None and folder_of(options) is not None:
+    if slots is None and options.memory is None and folder_of(options) is not None:
         raise Refused("Experts on disk leave memory to be divided: give memory, like 8GiB, or slots.")
-    if slots is None:
-        budget = hardware.vram_nbytes if budget_nbytes is None else budget_nbytes
-        slots = slots_for(charged, budget, hardware.reserve_nbytes, PREFILL_BUFFERS)
-    # 2. Refuse too few.
-    refuse_slots(strategy, charged, slots)
-    return min(slots, charged.total_experts), budget_nbytes
+    if options.slots is not None and options.context_tokens is not None:
+        raise Refused("With slots no memory is divided; leave context_tokens out, or give memory.")
+    return slots
+
+
+def _budget(
+    asked: int | None,
+    options: AttachOptions,
+    hardware: HardwareProfile,
+    card: CardMemory | None,
+    device: torch.device,
+) -> int:
+    """Return the bytes of memory to divide. Raise Refused for more than can be had of a card."""
+    if card is None or (asked is None and options.hardware != "auto"):
+        return hardware.vram_nbytes if asked is None else asked
+    return card.budget(asked, device)
+
+
+def _reserve(
+    model: Any,
+    layers: Sequence[compat.MoeLayer],
+    charged: Geometry,
+    options: AttachOptions,
+    hardware: HardwareProfile,
+    card: CardMemory | None,
+) -> Reserve:
+    """Return the reserve of a budget: for stated tokens, on a card by default, or else a profile's. Raise Refused."""
+    tokens = options.context_tokens
+    if tokens is None and (card is None or options.hardware != "auto"):
+        return Reserve.of_profile(hardware.reserve_nbytes)
+    tokens = default_tokens(model.config) if tokens is None else tokens
+    cache = kv_cache(model, layers) if options.geometry is None else KvCache.of(charged)
+    on_processor = folder_of(options) is not None
+    context = card.context_nbytes if card is not None else 0 if on_processor else CONTEXT_NBYTES
+    return reserve_for(charged, cache, tokens, context)
 
 
 def _link_and_hardware(options: AttachOptions, device: torch.device) -> tuple[str, HardwareProfile]:

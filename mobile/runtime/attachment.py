@@ -18,6 +18,7 @@ from mobile.policies.strategy import BigLittle, HalfK, Strategy
 from mobile.runtime import quasi_hidden_state, selftest
 from mobile.runtime.attach_plan import AttachOptions, AttachPlan, plan_attach
 from mobile.runtime.decoding import Decoder
+from mobile.runtime.device_memory import forget_frames, refusing
 from mobile.runtime.engine import Engine, Findings
 from mobile.runtime.experts import bind, bound
 from mobile.runtime.forward_pass import ForwardPass
@@ -39,6 +40,7 @@ def attach(
     kernel: str = "auto",
     store: str | os.PathLike[str] | None = None,
     rows: str = "as-is",
+    context_tokens: int | None = None,
     poison: bool = False,
 ) -> Any:
     """Offload a live Transformers MoE: its experts move to the host store, a few slots serve them.
@@ -52,8 +54,8 @@ def attach(
     file, since `detach` gives back a model bit for bit: fewer bytes are moved and more fit into the slots, but only
     `mobile.load`, which never holds the originals, needs less to keep them all.
 
-    Raise Refused, with nothing changed, for whatever cannot work. Whatever else breaks it off (Ctrl-C, memory) leaves
-    the model as it was; a second interrupt, while that is undone, leaves one that `detach` puts right.
+    Raise Refused, with nothing changed, for whatever cannot work, or runs out of memory. Whatever else breaks it off
+    (Ctrl-C) leaves the model as it was; a second interrupt, while that is undone, leaves one that `detach` puts right.
     """
     compat.check_version()
     inner = compat.model_inside(model)
@@ -76,16 +78,18 @@ def attach(
         kernel=kernel,
         store=store,
         rows=rows,
+        context_tokens=context_tokens,
     )
     plan = plan_attach(inner, layers, layout, compat.device_of(layers), options)
-    made = _store(plan, plan.layout, layers)
-    originals = None
-    if plan.layout.packing != layout.packing:
-        try:
-            originals = _store(plan, layout, layers)
-        except BaseException:
-            made.close()
-            raise
+    with refusing("Making room for the experts in host memory", "close other programs, or give a store on a disk"):
+        made = _store(plan, plan.layout, layers)
+        originals = None
+        if plan.layout.packing != layout.packing:
+            try:
+                originals = _store(plan, layout, layers)
+            except BaseException:
+                made.close()
+                raise
     install(inner, layers, made, plan, originals=originals, poison=poison, around=model)
     return model
 
@@ -120,22 +124,24 @@ def install(
     engine = Engine(plan, layers, store, originals=originals, poison=poison)
     overrides, decoder, gradients = engine.overrides, Decoder(model, engine), torch.is_grad_enabled()
     try:
-        overrides.put(model, "mobile", engine)  # first of all: whatever breaks off the rest, detach can undo it
-        if getattr(around, "mobile", None) is not engine:
-            overrides.put(around, "mobile", engine)
-        guard(around, modules, overrides)
-        selftest.check_order(model, layers, overrides)
-        decoder.install(overrides)
-        for number, module in enumerate(modules):
-            bind(module, engine, number, overrides)
-        engine.originals.take(modules)
-        if originals is not None:
-            repack(originals, store, len(layers))
-        engine.allocate()
-        engine.connect(LINKS[plan.link].connect)
-        engine.start(_self_test(engine, decoder))
-    except BaseException:
+        with refusing("Attaching the model", "give fewer slots or less memory, or end what else uses it"):
+            overrides.put(model, "mobile", engine)  # first of all: whatever breaks off the rest, detach can undo it
+            if getattr(around, "mobile", None) is not engine:
+                overrides.put(around, "mobile", engine)
+            guard(around, modules, overrides)
+            selftest.check_order(model, layers, overrides)
+            decoder.install(overrides)
+            for number, module in enumerate(modules):
+                bind(module, engine, number, overrides)
+            engine.originals.take(modules)
+            if originals is not None:
+                repack(originals, store, len(layers))
+            engine.allocate()
+            engine.connect(LINKS[plan.link].connect)
+            engine.start(_self_test(engine, decoder))
+    except BaseException as error:
         torch.set_grad_enabled(gradients)  # PyTorch's own lines that do it are lines where Ctrl-C may come
+        forget_frames(error)
         engine.uninstall(give_back=held)
         raise
     return model
@@ -180,7 +186,8 @@ def detach(model: Any) -> Any:
     checkpoint, quantised and decoded. They take as much memory as its experts would as they are.
 
     Raise Refused if it is not attached, or if its device has no room for all experts; it stays attached then. If
-    something breaks it off, the model refuses to run until it is called again, which goes on where it stopped.
+    something breaks it off, or the room is gone meanwhile, the model refuses to run until it is called again, which
+    goes on where it stopped.
     """
     engine = getattr(model, "mobile", None) or getattr(compat.model_inside(model), "mobile", None)
     if not isinstance(engine, Engine):
@@ -194,6 +201,7 @@ def detach(model: Any) -> Any:
                 f"Detaching puts {nbytes / 2**30:.1f} GiB of experts on {engine.device}, which has "
                 f"{room / 2**30:.1f} GiB free; delete the model instead."
             )
-    with engine.lock:
+    again = "make room there and call mobile.detach(model) again, which goes on"
+    with engine.lock, refusing("Putting the experts back into the model", again):
         engine.uninstall(give_back=True)
     return model

@@ -27,6 +27,7 @@ from mobile.replay.trace import Request
 from mobile.residency.residency import PREFILL_BUFFERS, Residency
 from mobile.runtime.attach_plan import AttachPlan
 from mobile.runtime.cached_routing import CachedChoices, RouterFacts
+from mobile.runtime.device_memory import is_out_of_memory, lift_cap
 from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
@@ -34,6 +35,10 @@ from mobile.runtime.recording import Recorder
 from mobile.store import HostStore, Store, poison
 
 Scope = AbstractContextManager[Any]
+OUT_OF_MEMORY = (
+    "{} has no memory left for this step. The model can go on with the next one; for one like this, attach or load it "
+    "with a larger context_tokens or fewer slots, or give it fewer tokens at once."
+)
 Compare = Callable[[ForwardPass, torch.Tensor, torch.Tensor], None]
 _stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
@@ -106,29 +111,37 @@ class Engine:
         raise Refused(COPYING)
 
     def stats(self) -> dict[str, Any]:
-        """Return what happened since attach, as plain numbers (see `mobile.ledger.Counters` for their meaning)."""
+        """Return what happened since attach, as plain numbers (see `mobile.ledger.Counters` for their meaning).
+
+        Seconds include the device's last work, for which it waits, unless another thread is in a step.
+        """
+        if hasattr(self, "residency") and self.lock.acquire(blocking=False):
+            try:
+                self.residency.settle()
+            finally:
+                self.lock.release()
         return self.ledger.stats()
 
     # --- coming and going ---------------------------------------------------------------------------
 
     def allocate(self) -> None:
-        """Cap what this process allocates on the device at the budget, and take the slots' memory.
+        """Cap what this process allocates on the device, if the budget says so, and take the slots' memory.
 
         Raise Refused, with nothing taken, if the device has too little.
         """
-        if self.device.type == "cuda" and self.plan.budget_nbytes is not None:
-            weakref.finalize(self, _lift_cap, self.device)  # should the model be deleted without detach
-            total = torch.cuda.mem_get_info(self.device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.plan.budget_nbytes / total), self.device)
         rows, layout = self.slots + PREFILL_BUFFERS, self.store.layout
+        if self.plan.cap is not None:
+            weakref.finalize(self, lift_cap, self.device)  # should the model be deleted without detach
+            torch.cuda.set_per_process_memory_fraction(self.plan.cap, self.device)
         try:
             taken = self.store.slots(rows, self.device)
-        except RuntimeError as error:  # out of memory, on any device
+            views = layout.views(taken, layout.scratch(self.device))
+        except (RuntimeError, MemoryError) as error:  # out of memory, on any device
             raise Refused(
                 f"{rows * layout.nbytes / 2**30:.1f} GiB for {self.slots} slots could not be taken on {self.device}; "
                 "give fewer slots or less memory."
             ) from error
-        self.slot_rows, self._views = taken, layout.views(taken, layout.scratch(self.device))
+        self.slot_rows, self._views = taken, views
 
     def connect(self, make: Callable[[LinkEnds], Link]) -> None:
         """Make the link and start with cold slots."""
@@ -182,7 +195,7 @@ class Engine:
         if hasattr(self, "link"):
             self.link.close()
         self.slot_rows, self._views = self.slot_rows.new_empty(0), {}
-        _lift_cap(self.device)  # the experts may not fit below it
+        lift_cap(self.device)  # the experts may not fit below it
 
     def _cold(self) -> None:
         """Empty all slots and stop copies under way; the clock and the counters go on."""
@@ -266,11 +279,14 @@ class Engine:
             try:
                 torch.set_grad_enabled(False)  # slots are written to again and again, so none could be computed
                 result = run(*arguments)
-            except BaseException:
+                self.residency.end_step()
+            except BaseException as error:
                 broken_off, self.running = self.running, None
                 self._all_k()
                 if broken_off is not None:
                     self.residency.abandon()
+                if is_out_of_memory(error):
+                    error.add_note(OUT_OF_MEMORY.format(self.device))
                 raise
             finally:
                 torch.set_grad_enabled(gradients)
@@ -405,9 +421,3 @@ class Engine:
         With `ahead`, and what next-layer predictors need, see `trace.Step`.
         """
         return self.recorder.recording(ahead=ahead)
-
-
-def _lift_cap(device: torch.device) -> None:
-    """Let this process allocate all of the device again."""
-    if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -77,7 +77,7 @@ def gpu() -> dict[str, str | None] | None:
     """Return name and UUID of the GPU that is timed; None without one."""
     if not torch.cuda.is_available():
         return None
-    found = torch.cuda.get_device_properties(0)
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
     uuid = getattr(found, "uuid", None)
     return {"name": found.name, "uuid": None if uuid is None else str(uuid)}
 

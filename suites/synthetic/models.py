@@ -99,7 +99,6 @@ class Synthetic:
     """
 
     model: Any
-    empty: Any
     layers: list[compat.MoeLayer]
     layout: ExpertLayout
     store: Store
@@ -118,7 +117,7 @@ class Synthetic:
         whatever attach refuses, or if the device has no room for the slots.
         """
         options = AttachOptions(strategy, **keywords)
-        plan = plan_attach(self.empty, compat.moe_layers(self.empty), self.layout, self.device, options)
+        plan = plan_attach(self.model, self.layers, self.layout, self.device, options)
         plan = replace(plan, native=self.geometry, charged=self.geometry)
         self._refuse_full(plan)
         install(self.model, self.layers, self.store, plan, poison=poison)
@@ -181,7 +180,7 @@ def make(
         page_lock(store.rows, torch.device(device), [])  # once, for every engine that is to serve them
     name = geometry if shrink == 1 else f"{geometry} shrunk {shrink} times"
     sizes = replace(compat.geometry_of(empty, described, layout), name=name)
-    return Synthetic(model, empty, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
+    return Synthetic(model, made, layout, store, sizes, GEOMETRIES[geometry].moe_layers)
 
 
 def _empty(config: Any, dtype: torch.dtype, rows: str = "as-is") -> tuple[Any, list[compat.MoeLayer], ExpertLayout]:

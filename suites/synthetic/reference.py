@@ -185,7 +185,8 @@ def offloaded(model: Any, device: torch.device, memory: str) -> str:
         return "every module offloaded; whole layers move"
     total = torch.cuda.mem_get_info(device)[1]
     room = memory_on(memory, total) - GIB  # for all that is no weight, as much as an engine of that budget keeps back
-    most = {torch.cuda.current_device(): room, "cpu": 2 * sum(weight.nbytes for weight in model.parameters())}
+    number = torch.cuda.current_device() if device.index is None else device.index
+    most = {number: room, "cpu": 2 * sum(weight.nbytes for weight in model.parameters())}
     where = accelerate.infer_auto_device_map(model, max_memory=most, no_split_module_classes=model._no_split_modules)
     accelerate.dispatch_model(model, device_map=where, skip_keys=model._skip_keys_device_placement)
     off = sum(place == "cpu" for place in where.values())

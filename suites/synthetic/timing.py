@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from mobile.costs.geometry import GEOMETRIES, slots_for
+from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.costs.memory import KvCache, Reserve, divide, reserve_for
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
 from mobile.machine.gpu import cuda_uuid
@@ -119,14 +120,16 @@ def memory_or_slots(
     """Return attach's `memory` or `slots` for a budget of `memory_nbytes`, or of what the strategy needs.
 
     Where fewer layers, or narrower ones, were made than the real model has, a memory size holds the share of the
-    experts that it would hold of the real ones.
+    experts that it would hold of the real ones: beside what attach would keep back there, as `AttachOptions` has it.
     """
     if memory_nbytes is None:
         return {"slots": strategy.min_slots(made.geometry)}
     if cell.shrink == 1 and made.geometry.moe_layers == made.real_layers:
         return {"memory": memory_nbytes}
     real = GEOMETRIES[cell.model.geometry].with_rows(cell.rows)
-    slots = slots_for(real, memory_nbytes, card.reserve_nbytes, PREFILL_BUFFERS)
+    counted = made.device.type == "cuda" and cell.hardware == "auto"
+    reserve = reserve_for(real, KvCache.of(real)) if counted else Reserve.of_profile(card.reserve_nbytes)
+    slots = divide(real, memory_nbytes, reserve, PREFILL_BUFFERS).slots
     return {"slots": max(made.geometry.top_k, slots * made.geometry.moe_layers // real.moe_layers)}
 
 

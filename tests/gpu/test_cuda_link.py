@@ -162,7 +162,10 @@ def test_a_throttled_link_is_as_slow_as_asked(share):
     torch.cuda.synchronize()
     taken = time.perf_counter() - begun
     moved = 64 * engine.store.layout.nbytes / 1e9
-    assert moved / taken == pytest.approx(share * native, rel=0.15)
+    # Never faster than asked. Slower by what the host takes to begin a copy, about 40 us for one of 6 MB, which at half
+    # of PCIe 5 takes 230 us: no share of the time, but an amount a copy. `test_device_time` has the device's own time.
+    assert moved / taken <= 1.06 * share * native
+    assert taken <= 1.15 * moved / (share * native) + 64 * 60e-6
 
 
 def test_a_faster_link_than_there_is_is_refused():

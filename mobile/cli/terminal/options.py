@@ -8,6 +8,7 @@ from typing import Any
 
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import PROFILES
+from mobile.costs.memory import CONTEXT_TOKENS
 from mobile.costs.rows import ROW_COSTS
 from mobile.links.registry import described
 
@@ -20,6 +21,7 @@ LOADING = (
     "strategy",
     "memory",
     "slots",
+    "context_tokens",
     "gamma",
     "hardware",
     "link",
@@ -53,6 +55,12 @@ def rows(parser: Any, default: str | None = None) -> None:
     parser.add_argument("--rows", default=default, metavar="FORMAT", help=help)
 
 
+def context_tokens(parser: Any) -> None:
+    """Add --context-tokens."""
+    says = f"tokens, prompt and answer, that --memory keeps room for (default on a GPU: {CONTEXT_TOKENS})"
+    parser.add_argument("--context-tokens", type=int, metavar="N", help=says)
+
+
 def json(parser: Any, help: str = "one JSON object on stdout") -> None:
     """Add --json."""
     parser.add_argument("--json", action="store_true", help=help)
@@ -67,6 +75,7 @@ def loading(parser: argparse.ArgumentParser, *, geometry: bool = True, gamma: bo
     )
     group.add_argument("--memory", metavar="SIZE", help=f"memory to use, {SIZES} (default: all of the card)")
     group.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
+    context_tokens(group)
     if gamma:
         says = "run all experts for a token of less confidence than this; or a FILE of `mobile tune`"
         group.add_argument("--gamma", type=number_or_file, metavar="P", help=says)
