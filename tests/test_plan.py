@@ -160,6 +160,11 @@ LOADS: dict[str, dict[str, object]] = {
     "a processor beside a disk": {"strategy": "cpu-hybrid", "slots": 80, "link": "disk"},
     "a disk": {"strategy": "mobile", "slots": 80, "link": "disk"},
     "a disk and little memory": {"strategy": "mobile", "memory": "1024MiB", "link": "disk"},
+    "room for a context": {"strategy": "lru", "memory": "1200MiB", "context_tokens": 64},
+    "too long a context": {"strategy": "lru", "memory": "1200MiB", "context_tokens": 400_000},
+    "no context": {"strategy": "lru", "memory": "1200MiB", "context_tokens": 0},
+    "slots and a context": {"strategy": "lru", "slots": 80, "context_tokens": 64},
+    "a disk and a context": {"strategy": "lru", "memory": "600MiB", "context_tokens": 64, "link": "disk"},
 }
 
 
@@ -176,7 +181,7 @@ def words(options: dict[str, object], store: Path) -> list[str]:
     on_disk = options.get("link") == "disk"
     named = {name: str(value) for name, value in options.items() if name != "link"} | {"device": "cpu"}
     named |= {"disk": "1GB/s", "store": str(store)} if on_disk else {}
-    return [word for name, value in named.items() for word in (f"--{name}", value)]
+    return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 @pytest.mark.parametrize("options", LOADS.values(), ids=LOADS)
@@ -186,6 +191,34 @@ def test_a_plan_refuses_exactly_what_a_load_with_those_options_refuses(plan, opt
     refusal = refusal_of_a_load(MODEL, **options, **store)
     assert (code, err) == ((0, "") if refusal is None else (2, f"error: {refusal}\n"))
     assert refusal or out[0].startswith("runs: ")
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 3000])
+@pytest.mark.parametrize("link", ["virtual", "disk"])
+def test_a_plan_has_the_slots_of_a_load_for_a_number_of_tokens(plan, tmp_path, tokens, link):
+    reserve = 2**30 if tokens is None else reserve_for_tiny(tokens, link)
+    options = {"strategy": "lru", "memory": reserve + 3_000_000, "context_tokens": tokens}
+    options = {name: value for name, value in options.items() if value is not None}
+    made = said(plan(MODEL, *words(options | ({"link": "disk"} if link == "disk" else {}), tmp_path), "--json")[1])
+    model = mobile.load(
+        MODEL, **options, link=link, device="cpu", progress=False, **({"store": tmp_path} if link == "disk" else {})
+    )
+    assert 8 < made["slots"] == model.mobile.slots < 256
+    assert made["reserve"]["context_tokens"] == tokens
+    assert made["reserve_nbytes"] == reserve
+
+
+def reserve_for_tiny(tokens: int, link: str) -> int:
+    from mobile.checkpoints import examine
+    from mobile.costs.memory import CONTEXT_NBYTES, reserve_for
+    from mobile.live_model import compat
+    from mobile.runtime.kv_cache import kv_cache
+
+    known = examine.examine(examine.find(MODEL))
+    layout = known.layout.page_aligned() if link == "disk" else known.layout
+    geometry = compat.geometry_of(known.empty, known.layers, layout)
+    context = 0 if link == "disk" else CONTEXT_NBYTES
+    return reserve_for(geometry, kv_cache(known.empty, known.layers), tokens, context).nbytes
 
 
 EDITS: dict[str, dict[str, object]] = {
@@ -350,7 +383,8 @@ def test_a_router_that_was_not_measured_is_said_to_be_none(plan, folder):
 
 
 def test_the_card_of_this_machine_is_named_and_its_link_is_said_to_be_assumed(plan, monkeypatch):
-    gpu = Gpu("NVIDIA GeForce RTX 4090", None, None, 24 * 2**30, None, None, UNKNOWN_LINK, UNKNOWN_LINK, None)
+    gib = 2**30
+    gpu = Gpu("NVIDIA GeForce RTX 4090", None, None, 25 * gib, 24 * gib, None, UNKNOWN_LINK, UNKNOWN_LINK, None)
     monkeypatch.setattr("mobile.cli.planning.card.gpus_of_driver", lambda: [gpu])
     monkeypatch.delitem(sys.modules, "torch")  # as in a process of its own, in which no preset imports it
     _, out, _ = plan("olmoe-1b-7b", "--host-memory", "64GiB")
@@ -359,6 +393,31 @@ def test_the_card_of_this_machine_is_named_and_its_link_is_said_to_be_assumed(pl
     _, out, _ = plan("olmoe-1b-7b", "--host-memory", "64GiB", "--hardware", "rtx4080-pcie4")
     assert out[0].startswith("runs: olmoe-1b-7b on rtx4080-pcie4 with 16.00 GiB")
     assert not any(line.startswith("Card: ") for line in out)
+
+
+def test_on_a_card_a_checkpoint_is_divided_as_a_load_divides_it(plan, monkeypatch):
+    """The runtime's answers are made up; the rules are those of `plan_attach`, which a load asks too."""
+    gib = 2**30
+    for name, answer in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "NVIDIA GeForce RTX 4080",
+        "mem_get_info": (15 * gib, 16 * gib),
+        "memory_reserved": 0,
+        "memory_allocated": 0,
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, answer=answer: answer)
+    made = said(plan(MODEL, "--json")[1])
+    assert made["hardware"] == "NVIDIA GeForce RTX 4080"
+    assert made["reserve"]["context_tokens"] == min(
+        4096, json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
+    )
+    assert 15 * gib <= made["memory_nbytes"] <= 16 * gib
+    assert "not measured here" in made["assumed"]
+    code, _, err = plan(MODEL, "--memory", "20GiB")
+    assert code == 2
+    assert "is more than the" in err
+    assert "hardware" not in made["recommendation"]["fastest"]["command"]
 
 
 def test_a_preset_is_planned_for_without_torch():

@@ -12,13 +12,14 @@ from mobile.cli.planning.bounds import strategy_rows
 from mobile.cli.planning.bounds_text import print_bounds
 from mobile.cli.planning.card import Card, card
 from mobile.cli.planning.disk import AskedDisk, asked_disk, host_budget, on_processor, rows_shortage
-from mobile.cli.planning.memory import Budget, Host, Plan, divided
-from mobile.cli.planning.sizes import Asked, Sizes, all_refused, find, sizes
+from mobile.cli.planning.memory import Host, Plan, divided, division_of_slots
+from mobile.cli.planning.sizes import Asked, Sizes, all_refused, division_here, find, reserve, sizes
 from mobile.cli.planning.text import print_short
 from mobile.cli.terminal import options, show
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import HardwareProfile, parse_nbytes, profile
+from mobile.costs.memory import divide
 from mobile.costs.rows import AS_IS, check_rows
 from mobile.errors import Refused
 from mobile.machine.host import host
@@ -65,6 +66,7 @@ def declare(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub id or a preset: {', '.join(GEOMETRIES)}")
     parser.add_argument("--memory", metavar="SIZE", help="device memory to use, like 12GiB (default: all of the card)")
     parser.add_argument("--slots", type=int, metavar="N", help="expert slots, instead of --memory")
+    options.context_tokens(parser)
     parser.add_argument("--host-memory", metavar="SIZE", help="host memory (default: this machine's)")
     parser.add_argument(
         "--disk", metavar="RATE", help="keep experts on a disk of that rate, like 3.5GB/s, or `measure` this machine's"
@@ -105,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         asked = asked_disk(arguments.disk, arguments.store)
         if arguments.slots is not None and arguments.memory is not None:
             raise Refused("Give memory or slots, not both.")
+        if arguments.slots is not None and arguments.context_tokens is not None:
+            raise Refused("With slots no memory is divided; leave context_tokens out, or give memory.")
         usable = host().usable_nbytes if arguments.host_memory is None else parse_nbytes(arguments.host_memory)
         if arguments.memory is not None:
             parse_nbytes(arguments.memory)
@@ -145,50 +149,51 @@ def _made(
     rates: tuple[float, ...],
 ) -> tuple[Plan, HardwareProfile]:
     """Return the plan, and the hardware that its times are of. Raise Refused for what a load refuses."""
-    # 1. The device and its budget: the card and its memory, or the processor and the host's.
+    # 1. The device: a card, or the processor, and with experts on a disk its own memory is divided.
     here = card(arguments.hardware, arguments.device)
-    hardware, geometry, disk = here.hardware, found.geometry, None
+    hardware, geometry, disk, free = here.hardware, found.geometry, None, usable
     memory = None if arguments.memory is None else parse_nbytes(arguments.memory)
     if asked is not None:
         geometry, disk = found.paged, asked.part(found)
         here, hardware = Card(hardware, None), on_processor(hardware, disk.gb_per_s)
-    if arguments.slots is not None:
-        free = usable
-        budget = Budget.of_slots(geometry, arguments.slots, hardware)
-    elif asked is not None:
-        whole = host_budget(arguments.memory, arguments.host_memory, usable)
-        free, memory = whole.free_nbytes, whole.nbytes
-        budget = Budget.of_memory(geometry, memory, hardware)
-    else:
-        free = usable
-        budget = Budget.of_memory(geometry, hardware.vram_nbytes if memory is None else memory, hardware)
-    # 2. The strategies that a load would refuse; without any that is asked for, one that needs nothing speaks for all.
+        if arguments.slots is None:
+            whole = host_budget(arguments.memory, arguments.host_memory, usable)
+            memory, free = whole.nbytes, whole.free_nbytes
     load = Asked(
         memory,
         arguments.slots,
-        here.hardware,
+        arguments.context_tokens,
+        None if here.is_here else here.hardware,
         arguments.rows,
-        arguments.device,
+        "cuda" if here.is_here else "cpu",
         on_disk=asked is not None,
         folder=None if asked is None else asked.folder,
     )
-    refused = all_refused(chosen or [resolve("on-demand-overlap")], found, load, budget.slots)
+    # 2. The budget, divided; and the strategies that a load would refuse. Without any that is asked for, one that needs
+    #    nothing speaks for all.
+    parts = division_here(found.examined, load) if here.is_here and found.examined is not None else None
+    if parts is None and arguments.slots is not None:
+        parts = division_of_slots(geometry, arguments.slots, hardware)
+    elif parts is None:
+        budget = hardware.vram_nbytes if memory is None else memory
+        parts = divide(geometry, budget, reserve(found, geometry, hardware, load), PREFILL_BUFFERS)
+    refused = all_refused(chosen or [resolve("on-demand-overlap")], found, load, parts.slots)
     if len(refused) == len(chosen or [None]):
         raise Refused(next(iter(refused.values())))
     able = [strategy for strategy in chosen if strategy.name not in refused]
     # 3. The host: its memory and its disk.
-    slots = budget.slots
+    slots = parts.slots
     if arguments.device == "cpu" and memory is None and arguments.slots is None and able:
         slots = min(geometry.total_experts if each.retain == "everything" else slots for each in able)
     needs = _host(geometry, slots, free, arguments.device, on_disk=disk is not None)
     because = (None if disk is None else rows_shortage(disk)) or needs.shortage or found.weights_shortage
     # 4. The bounds and the speeds.
     cost = CostModel(hardware, geometry)
-    made = divided(arguments.model, cost, budget, needs, because, rates, disk)
+    made = divided(arguments.model, cost, parts, needs, because, rates, disk)
     if chosen:
         made = replace(made, strategies=strategy_rows(cost, slots, rates, on_disk=disk is not None, chosen=able))
     rate = arguments.fallback_rate
-    speeds = expected_speeds(cost, budget.slots, on_disk=disk is not None, chosen=able, fallback_rate=rate)
+    speeds = expected_speeds(cost, parts.slots, on_disk=disk is not None, chosen=able, fallback_rate=rate)
     return replace(
         made,
         checkpoint=found.checkpoint,
@@ -226,10 +231,10 @@ def _remedy(geometry: Geometry, usable: int | None, *, on_disk: bool) -> str | N
 def _command(arguments: argparse.Namespace) -> list[str]:
     """Return the model and the options that a load of this plan has besides its strategy."""
     words = ["MODEL" if arguments.model in GEOMETRIES else arguments.model]
-    for name in ("memory", "slots", "dtype", "rows", "device"):
+    for name in ("memory", "slots", "context_tokens", "dtype", "rows", "device"):
         value = getattr(arguments, name)
         if value not in (None, "auto", AS_IS):
-            words += [f"--{name}", str(value)]
+            words += [f"--{name.replace('_', '-')}", str(value)]
     if arguments.disk is not None:
         words += ["--link", "disk", *(() if arguments.store is None else ("--store", arguments.store))]
     if arguments.hardware.endswith(".json"):

@@ -16,7 +16,13 @@ def print_bounds(out: Any, plan: Plan, hardware: HardwareProfile) -> None:
     geometry = plan.geometry
     device = show.table("Device memory" if plan.disk is None else "Host memory", "part", "size", "")
     device.add_row("dense weights", show.memory(plan.resident_nbytes), "with embedding and head")
-    device.add_row("reserve", show.memory(plan.reserve_nbytes), "context, workspace, KV cache")
+    reserve = plan.reserve
+    if reserve.context_tokens is None:
+        device.add_row("reserve", show.memory(reserve.nbytes), "context, workspace, KV cache")
+    else:
+        device.add_row("KV cache", show.memory(reserve.cache_nbytes), f"of {reserve.context_tokens:,} tokens")
+        device.add_row("context", show.memory(reserve.context_nbytes), "CUDA's, on a card")
+        device.add_row("workspace", show.memory(reserve.workspace_nbytes), "activations of a prompt, libraries")
     each = show.memory(geometry.expert_nbytes)
     device.add_row("prefill buffers", show.memory(plan.staging_nbytes), f"{PREFILL_BUFFERS} experts of {each}")
     share = f"{plan.slots:,} of {geometry.total_experts:,} experts ({plan.slots / geometry.total_experts:.1%})"

@@ -9,8 +9,9 @@ from mobile.cli.planning.advice import Expected, Recommendation
 from mobile.cli.planning.bounds import Row, strategy_rows
 from mobile.costs.bounds import Ceilings, ceilings
 from mobile.costs.cost_model import CostModel
-from mobile.costs.geometry import Geometry, slots_for
+from mobile.costs.geometry import Geometry
 from mobile.costs.hardware import HardwareProfile
+from mobile.costs.memory import Division, Reserve, divide
 from mobile.machine.host import memory_shortage
 from mobile.residency.residency import PREFILL_BUFFERS
 
@@ -93,6 +94,7 @@ class Plan:
     geometry: Geometry
     resident_nbytes: int
     reserve_nbytes: int
+    reserve: Reserve
     staging_nbytes: int
     slots: int
     slots_nbytes: int
@@ -112,24 +114,12 @@ class Plan:
     assumed: str | None = None
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The device memory to divide, and the slots that it leaves beside everything else."""
-
-    nbytes: int
-    slots: int
-
-    @classmethod
-    def of_memory(cls, geometry: Geometry, nbytes: int, hardware: HardwareProfile) -> Budget:
-        """Return the budget of so many bytes. Raise Refused if they cannot hold dense weights and a token's experts."""
-        return cls(nbytes, slots_for(geometry, nbytes, hardware.reserve_nbytes, PREFILL_BUFFERS))
-
-    @classmethod
-    def of_slots(cls, geometry: Geometry, slots: int, hardware: HardwareProfile) -> Budget:
-        """Return the budget that holds so many slots, at most one for each expert."""
-        slots = min(slots, geometry.total_experts)
-        held = hardware.reserve_nbytes + geometry.resident_nbytes
-        return cls(held + (slots + PREFILL_BUFFERS) * geometry.expert_nbytes, slots)
+def division_of_slots(geometry: Geometry, slots: int, hardware: HardwareProfile) -> Division:
+    """Return the division of the budget that holds so many slots, at most one for each expert."""
+    slots, reserve = min(slots, geometry.total_experts), Reserve.of_profile(hardware.reserve_nbytes)
+    nbytes = reserve.nbytes + geometry.resident_nbytes + (slots + PREFILL_BUFFERS) * geometry.expert_nbytes
+    slots_nbytes, staging = slots * geometry.expert_nbytes, PREFILL_BUFFERS * geometry.expert_nbytes
+    return Division(nbytes, geometry.resident_nbytes, reserve, staging, slots, slots_nbytes)
 
 
 def plan(
@@ -142,20 +132,20 @@ def plan(
 ) -> Plan:
     """Divide the budget of `memory_nbytes`. Raise Refused if it cannot hold dense weights and a token's experts."""
     host = Host(geometry.experts_nbytes, host_nbytes)
-    budget = Budget.of_memory(geometry, memory_nbytes, hardware)
-    return divided(model, CostModel(hardware, geometry), budget, host, host.shortage, fallback_rates)
+    parts = divide(geometry, memory_nbytes, Reserve.of_profile(hardware.reserve_nbytes), PREFILL_BUFFERS)
+    return divided(model, CostModel(hardware, geometry), parts, host, host.shortage, fallback_rates)
 
 
 def divided(
     model: str,
     cost: CostModel,
-    budget: Budget,
+    parts: Division,
     host: Host,
     because: str | None,
     fallback_rates: Sequence[float],
     disk: DiskPart | None = None,
 ) -> Plan:
-    """Return the plan of a budget; `because` says why the model does not run, if so."""
+    """Return the plan of a divided budget; `because` says why the model does not run, if so."""
     geometry, hardware = cost.geometry, cost.profile
     return Plan(
         runs=because is None,
@@ -163,17 +153,18 @@ def divided(
         fits=True,
         model=model,
         hardware=hardware.name,
-        memory_nbytes=budget.nbytes,
+        memory_nbytes=parts.memory_nbytes,
         geometry=geometry,
-        resident_nbytes=geometry.resident_nbytes,
-        reserve_nbytes=hardware.reserve_nbytes,
-        staging_nbytes=PREFILL_BUFFERS * geometry.expert_nbytes,
-        slots=budget.slots,
-        slots_nbytes=budget.slots * geometry.expert_nbytes,
+        resident_nbytes=parts.dense_nbytes,
+        reserve_nbytes=parts.reserve.nbytes,
+        reserve=parts.reserve,
+        staging_nbytes=parts.staging_nbytes,
+        slots=parts.slots,
+        slots_nbytes=parts.slots_nbytes,
         host_needed_nbytes=host.needed_nbytes,
         host_available_nbytes=host.available_nbytes,
         host_fits=host.fits,
-        strategies=strategy_rows(cost, budget.slots, fallback_rates, on_disk=disk is not None),
+        strategies=strategy_rows(cost, parts.slots, fallback_rates, on_disk=disk is not None),
         ceilings=ceilings(cost, fallback_rates),
         disk=disk,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mobile.cli.planning.memory import CheckpointPart, WeightsPart
 from mobile.costs.geometry import GEOMETRIES, Geometry
 from mobile.costs.hardware import HardwareProfile
+from mobile.costs.memory import CONTEXT_NBYTES, CONTEXT_TOKENS, Division, KvCache, Reserve, reserve_for
 from mobile.errors import Refused
 from mobile.policies.limits import refuse_disk, refuse_future, refuse_halving, refuse_slots
 from mobile.policies.strategy import Strategy
@@ -18,6 +19,7 @@ from mobile.policies.strategy import Strategy
 if TYPE_CHECKING:
     from mobile.checkpoints.examine import Examined
     from mobile.checkpoints.source import Source
+    from mobile.runtime.attach_plan import AttachPlan
 
 
 def find(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Geometry | Source:
@@ -95,16 +97,42 @@ def _quantised(checkpoint: Examined) -> CheckpointPart | None:
 class Asked:
     """The options of a load that its refusals depend on: device memory in bytes, or slots; the card; the disk.
 
-    `device` is where it will compute, "auto" for the stated card. `folder` is where the experts' file goes, on a disk.
+    `hardware` is a stated card's profile, None for this machine's own card, whose `device` is "cuda"; else it is "cpu".
+    `folder` is where the experts' file goes, on a disk. `context_tokens` as in a load.
     """
 
     memory_nbytes: int | None
     slots: int | None
-    hardware: HardwareProfile
+    context_tokens: int | None
+    hardware: HardwareProfile | None
     rows: str
     device: str
     on_disk: bool
     folder: Path | None
+
+
+def reserve(of: Sizes, geometry: Geometry, hardware: HardwareProfile, asked: Asked) -> Reserve:
+    """Return what a load keeps back of a budget: a profile's, or on this machine's card and for stated tokens counted.
+
+    Raise Refused for a number of tokens that is none.
+    """
+    tokens = asked.context_tokens
+    if tokens is None and asked.hardware is not None:
+        return Reserve.of_profile(hardware.reserve_nbytes)
+    if of.examined is None:
+        tokens, cache = CONTEXT_TOKENS if tokens is None else tokens, KvCache.of(geometry)
+    else:
+        from mobile.runtime.kv_cache import default_tokens, kv_cache
+
+        model = of.examined.empty
+        tokens = default_tokens(model.config) if tokens is None else tokens
+        cache = kv_cache(model, of.examined.layers)
+    return reserve_for(geometry, cache, tokens, 0 if asked.on_disk else CONTEXT_NBYTES)
+
+
+def division_here(of: Examined, asked: Asked) -> Division | None:
+    """Return the division that a load on this machine's card makes, None where slots are given. Raise Refused."""
+    return _attach_plan("on-demand-overlap", of, asked).division
 
 
 def why_refused(strategy: Strategy, of: Sizes, asked: Asked, divided_slots: int) -> str | None:
@@ -116,7 +144,7 @@ def why_refused(strategy: Strategy, of: Sizes, asked: Asked, divided_slots: int)
         if of.examined is None:
             _refuse_preset(strategy, of.geometry, asked, divided_slots)
         else:
-            _refuse_checkpoint(strategy, of.examined, asked)
+            _attach_plan(strategy, of.examined, asked)
     except Refused as refused:
         return str(refused)
     return None
@@ -132,8 +160,8 @@ def _refuse_preset(strategy: Strategy, geometry: Geometry, asked: Asked, divided
         refuse_disk(strategy)
 
 
-def _refuse_checkpoint(strategy: Strategy, checkpoint: Examined, asked: Asked) -> None:
-    """Raise Refused as the plan of an attach does."""
+def _attach_plan(strategy: str | Strategy, checkpoint: Examined, asked: Asked) -> AttachPlan:
+    """Return the plan of an attach. Raise Refused as it does."""
     import torch
 
     from mobile.runtime.attach_plan import AttachOptions, plan_attach
@@ -142,13 +170,13 @@ def _refuse_checkpoint(strategy: Strategy, checkpoint: Examined, asked: Asked) -
         strategy=strategy,
         memory=asked.memory_nbytes,
         slots=asked.slots,
-        hardware=asked.hardware,
+        context_tokens=asked.context_tokens,
+        hardware="auto" if asked.hardware is None else asked.hardware,
         link="disk" if asked.on_disk else "auto",
         store=asked.folder,
         rows=asked.rows,
     )
-    device = torch.device("cpu" if asked.device == "auto" else asked.device)
-    plan_attach(checkpoint.empty, checkpoint.layers, checkpoint.layout, device, options)
+    return plan_attach(checkpoint.empty, checkpoint.layers, checkpoint.layout, torch.device(asked.device), options)
 
 
 def all_refused(strategies: Sequence[Strategy], of: Sizes, asked: Asked, divided_slots: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ from mobile.cli.planning.memory import CheckpointPart, Plan
 from mobile.cli.terminal import show
 from mobile.costs.expected import has_own_curves
 from mobile.costs.geometry import Geometry
+from mobile.costs.memory import Reserve
 from mobile.costs.rows import AS_IS
 from mobile.visible import visible
 
@@ -80,10 +81,19 @@ def _division(plan: Plan) -> str:
     of = "Device memory" if plan.disk is None else "Host memory"
     total = plan.geometry.total_experts
     return (
-        f"{of}: dense weights {show.memory(plan.resident_nbytes)}, reserve {show.memory(plan.reserve_nbytes)} "
-        f"(context, workspace, KV cache), prefill buffers {show.memory(plan.staging_nbytes)}, expert slots "
+        f"{of}: dense weights {show.memory(plan.resident_nbytes)}, {reserve_in_words(plan.reserve)}, "
+        f"prefill buffers {show.memory(plan.staging_nbytes)}, expert slots "
         f"{show.memory(plan.slots_nbytes)}: {plan.slots:,} of {total:,} experts ({plan.slots / total:.1%})."
     )
+
+
+def reserve_in_words(reserve: Reserve) -> str:
+    """Return what is kept back, by part where it is counted for a number of tokens."""
+    if reserve.context_tokens is None:
+        return f"reserve {show.memory(reserve.nbytes)} (context, workspace, KV cache)"
+    cache = f"KV cache of {reserve.context_tokens:,} tokens {show.memory(reserve.cache_nbytes)}"
+    context = f"CUDA context {show.memory(reserve.context_nbytes)}, " if reserve.context_nbytes else ""
+    return f"{cache}, {context}workspace {show.memory(reserve.workspace_nbytes)}"
 
 
 def _speeds(speeds: tuple[Expected, ...]) -> Any:
