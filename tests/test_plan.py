@@ -253,6 +253,15 @@ def test_a_preset_is_refused_in_the_same_words_as_a_checkpoint(plan, monkeypatch
     assert plan("olmoe-1b-7b", "--strategy", "belady", "--strategy", "lru", "--slots", 80)[0] == 0
 
 
+def test_a_card_that_does_not_hold_all_experts_does_not_run_what_keeps_them(plan):
+    code, _, err = plan("qwen3-30b-a3b", "--strategy", "resident", "--host-memory", "64GiB")
+    assert (code, err) == (
+        2,
+        "error: Strategy resident keeps all 6144 experts on the device; 1378 slots are too few.\n",
+    )
+    assert plan("olmoe-1b-7b", "--strategy", "resident", "--host-memory", "64GiB")[0] == 0
+
+
 def test_of_several_strategies_those_that_a_load_refuses_are_said_and_the_others_planned(plan):
     asked = ("olmoe-1b-7b", "--memory", "8GiB", "--strategy", "resident", "--strategy", "lru")
     code, out, _ = plan(*asked)

@@ -166,6 +166,7 @@ def _made(
         None if here.is_here else here.hardware,
         arguments.rows,
         "cuda" if here.is_here else "cpu",
+        on_card=asked is None and arguments.device != "cpu",
         on_disk=asked is not None,
         folder=None if asked is None else asked.folder,
     )

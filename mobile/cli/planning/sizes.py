@@ -98,7 +98,8 @@ class Asked:
     """The options of a load that its refusals depend on: device memory in bytes, or slots; the card; the disk.
 
     `hardware` is a stated card's profile, None for this machine's own card, whose `device` is "cuda"; else it is "cpu".
-    `folder` is where the experts' file goes, on a disk. `context_tokens` as in a load.
+    `on_card` says that the plan is for a card, this machine's or a stated one. `folder` is where the experts' file
+    goes, on a disk. `context_tokens` as in a load.
     """
 
     memory_nbytes: int | None
@@ -107,6 +108,7 @@ class Asked:
     hardware: HardwareProfile | None
     rows: str
     device: str
+    on_card: bool
     on_disk: bool
     folder: Path | None
 
@@ -138,13 +140,16 @@ def division_here(of: Examined, asked: Asked) -> Division | None:
 def why_refused(strategy: Strategy, of: Sizes, asked: Asked, divided_slots: int) -> str | None:
     """Return the sentence by which `mobile.load` would refuse the strategy, None if it would not.
 
-    `divided_slots` are those that the memory holds.
+    `divided_slots` are those that the memory holds. A strategy that keeps all experts is refused where a card does not
+    hold them; a load that is given neither memory nor slots finds that out only when it puts them there.
     """
     try:
         if of.examined is None:
             _refuse_preset(strategy, of.geometry, asked, divided_slots)
         else:
             _attach_plan(strategy, of.examined, asked)
+        if asked.on_card:
+            refuse_slots(strategy, of.geometry, divided_slots)
     except Refused as refused:
         return str(refused)
     return None
