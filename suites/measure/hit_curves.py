@@ -75,7 +75,7 @@ def curve(strategy: Strategy, of: Routing, rooms: Sequence[float] = ROOMS) -> di
     charged, layer_map = project(of.native, of.geometry)
     two_passes = strategy.gamma is not None
     requests = of.mobile if two_passes else of.full
-    steps = Counter(step.kind for request in requests for step in request)
+    steps: Counter[str] = Counter(step.kind for request in requests for step in request)
     if not steps["little" if two_passes else "full"]:
         raise Refused(f"Nothing was decoded on {of.task}; give a run with answers of several tokens.")
     missed: dict[str, list[float]] = {kind: [] for kind in (("little", "big") if two_passes else ("full",))}
