@@ -14,7 +14,7 @@ from mobile.cli.terminal.parsing import Parser
 from mobile.costs import hardware
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
-from suites.measure import profile
+from suites.measure import hit_curves, profile
 from suites.measure.repeated import repeat
 from suites.plan.preflight import answer, check
 from suites.plan.preset import presets, read_preset
@@ -87,6 +87,7 @@ def parser() -> Parser:
     sub.add_argument("--only", metavar="WORDS", default="", help="the cells whose label holds this")
     sub.add_argument("--hardware", metavar="FILE", help="the profile of cells that were timed on one of your own")
     profile.declare(verbs)
+    hit_curves.declare(verbs)
     return top
 
 
@@ -126,6 +127,8 @@ def main() -> int:
         options = parser().read()
         if options.verb == "profile":
             return profile.run(options)
+        if options.verb == "hit-curves":
+            return hit_curves.run(options)
         if options.verb == "replay":
             return replay(options)
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)

@@ -345,6 +345,9 @@ def test_what_a_plan_computes_is_what_a_run_counts(cli):
 def test_a_plan_needs_a_configuration_and_no_weights(cli, tmp_path):
     shutil.copy(f"{MODEL}/config.json", tmp_path)
     bare, whole = (cli("plan", str(folder), "--memory", "2GiB", "--json").json for folder in (tmp_path, MODEL))
+    for made, folder in ((bare, str(tmp_path)), (whole, MODEL)):
+        commands = [made["recommendation"][part].pop("command") for part in ("fastest", "lossless")]
+        assert all(folder in command for command in commands)
     assert {**bare, "model": "", "host_available_nbytes": 0} == {**whole, "model": "", "host_available_nbytes": 0}
     assert bare["geometry"]["experts"] == 64
     wide = cli("plan", str(tmp_path), "--memory", "2GiB", "--dtype", "float32", "--json").json
@@ -372,7 +375,7 @@ def test_a_model_without_experts_and_an_unreachable_one_are_refused(cli, tmp_pat
 
 
 def test_the_plan_for_people_states_its_assumptions(cli):
-    ran = cli("plan", "olmoe-1b-7b", "--memory", "8GiB")
+    ran = cli("plan", "olmoe-1b-7b", "--memory", "8GiB", "--verbose")
     assert ran.code == 0
     for words in (
         "Computed from sizes; nothing was run",
@@ -389,8 +392,10 @@ def test_the_plan_for_people_states_its_assumptions(cli):
 
 @pytest.mark.parametrize("model", [*GEOMETRIES, MODEL])
 def test_the_tables_of_a_plan_fit_80_columns(cli, model):
-    lines = cli("plan", model).out.splitlines()
-    tables = lines[lines.index("") : next(number for number, line in enumerate(lines) if line.startswith("link:"))]
+    lines = cli("plan", model, "--verbose").out.splitlines()
+    tables = lines[
+        lines.index("Device memory") : next(number for number, line in enumerate(lines) if line.startswith("link:"))
+    ]
     assert sum(line.startswith("mobile, r = ") for line in tables) == 2
     assert max(map(len, (line for line in tables if not line.startswith("Host memory")))) <= 80
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import mobile
 from baselines.cpu_hybrid import CPU_HYBRID, FEW_PLANS, EarliestEnd, part, part_in_order
 from baselines.lru import LRU
-from mobile.cli.memory_plan import bound
+from mobile.cli.planning.bounds import bound
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES
 from mobile.costs.hardware import profile

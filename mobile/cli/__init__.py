@@ -17,7 +17,7 @@ from mobile.version import this_version
 EXAMPLES = """
 examples:
   mobile doctor                                     what this machine offers, and what to change
-  mobile plan olmoe-1b-7b --memory 8GiB             does it fit, and what bounds each strategy
+  mobile plan olmoe-1b-7b --memory 8GiB             does it run here, how fast, and how to start it
   mobile generate allenai/OLMoE-1B-7B-0924 "Once upon a time" --memory 8GiB
   mobile chat allenai/OLMoE-1B-7B-0924-Instruct --memory 8GiB
   mobile serve FOLDER --memory 8GiB                 then: http://localhost:8000/v1

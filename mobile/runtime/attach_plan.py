@@ -18,7 +18,8 @@ from mobile.errors import Refused, shortened
 from mobile.kernels import Kernel, kernel_named, loop, packed
 from mobile.links.registry import LINKS, link_kind
 from mobile.live_model import compat
-from mobile.policies.strategy import BigLittle, HalfK, Strategy, resolve
+from mobile.policies.limits import refuse_disk, refuse_future, refuse_halving, refuse_slots
+from mobile.policies.strategy import Strategy, resolve
 from mobile.policies.tuned import check_model
 from mobile.residency.residency import PREFILL_BUFFERS
 from mobile.runtime.device_memory import CardMemory, card_memory
@@ -110,8 +111,7 @@ def plan_attach(
     """
     strategy = resolve(options.strategy, options.gamma)
     folder = folder_of(options)
-    if strategy.needs_future:
-        raise Refused(f"Strategy {strategy.name} needs to know the future; record a trace, and replay it.")
+    refuse_future(strategy)
     link, hardware = _link_and_hardware(options, device)
     layout = compat.packed_layout(layout, layers, options.rows)
     if folder is not None:
@@ -130,14 +130,12 @@ def plan_attach(
         slots = division.slots
         budget_nbytes = None if asked is None else budget
         cap = None if card is None or asked is None else card.cap(budget)
-    slots = _enough(slots, strategy, charged)
-    if isinstance(strategy.gating, HalfK | BigLittle) and native.top_k < 2:
-        raise Refused(f"{native.name} runs one expert a token, which cannot be halved; use a strategy that runs all.")
+    refuse_slots(strategy, charged, slots)
+    slots = min(slots, charged.total_experts)
+    refuse_halving(strategy, native)
     kernel = kernel_named(options.kernel, device, layout.weight_dtype, layout.rows)
-    if strategy.on_cpu is not None and folder is not None:
-        raise Refused(
-            f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
-        )
+    if folder is not None:
+        refuse_disk(strategy)
     if strategy.on_cpu is not None and kernel not in (loop, packed):
         raise Refused(
             f"Strategy {strategy.name} computes experts on the CPU, and only the kernel loop can; leave it so."
@@ -228,20 +226,6 @@ def _reserve(
     on_processor = folder_of(options) is not None
     context = card.context_nbytes if card is not None else 0 if on_processor else CONTEXT_NBYTES
     return reserve_for(charged, cache, tokens, context)
-
-
-def _enough(slots: int, strategy: Strategy, charged: Geometry) -> int:
-    """Return the slots, at most one for each expert. Raise Refused if the strategy cannot run with so few."""
-    if slots < charged.top_k:  # a token's experts must be in slots at once
-        raise Refused(
-            f"{slots} slots cannot hold one token's {charged.top_k} experts; give at least {charged.top_k} slots."
-        )
-    if strategy.retain == "everything" and slots < charged.total_experts:
-        raise Refused(
-            f"Strategy {strategy.name} keeps all {charged.total_experts} experts on the device; {slots} slots are too "
-            "few."
-        )
-    return min(slots, charged.total_experts)
 
 
 def _link_and_hardware(options: AttachOptions, device: torch.device) -> tuple[str, HardwareProfile]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mobile.cli.memory_plan import plan
+from mobile.cli.planning.memory import plan
 from mobile.costs.bounds import ceilings, highest_fallback_rate, loading_speedup, speedup
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import GEOMETRIES

@@ -1,16 +1,12 @@
-"""The division of a memory budget among a model's parts, and the bounds of each strategy under it. Nothing is run."""
+"""The bounds of each strategy under a memory budget: of link and compute, from sizes alone. Nothing is run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mobile.costs.bounds import Ceilings, ceilings
 from mobile.costs.cost_model import CostModel
-from mobile.costs.geometry import Geometry, slots_for
-from mobile.costs.hardware import HardwareProfile
-from mobile.errors import Refused
-from mobile.machine.host import memory_shortage
+from mobile.policies.limits import refuse_disk
 from mobile.policies.strategy import BigLittle, HalfK, Strategy, strategies
 from mobile.residency.residency import PREFILL_BUFFERS
 
@@ -43,67 +39,6 @@ class Row:
     needs_nbytes: int
     budget_meets_needs: bool
     bounds: tuple[Bound, ...]
-
-
-@dataclass(frozen=True)
-class DiskPart:
-    """The disk that experts lie on: its rate (decimal GB/s), and the file of rows that it must hold.
-
-    `measured` are its rates by reads at once, None where the rate was given. `folder` is where the file goes on this
-    machine and `free_nbytes` the room there, None on another; `is_there` says that an earlier load has made it.
-    """
-
-    gb_per_s: float
-    measured: dict[int, float] | None
-    file_nbytes: int
-    folder: str | None
-    free_nbytes: int | None
-    is_there: bool
-
-
-@dataclass(frozen=True)
-class CheckpointPart:
-    """The files of a quantised checkpoint: their bytes, and those that are still to be fetched.
-
-    `quantised` is the method. `unkept` says why rows do not keep that, so that the experts are dequantised; None where
-    they do, or where other rows were asked for.
-    """
-
-    nbytes: int
-    missing_nbytes: int
-    quantised: str
-    unkept: str | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A division of a memory budget. Bytes on the device add up to at most `memory_nbytes`.
-
-    `fits` is about the device; `runs` also about the host's memory and disk, and `because` says why not. With experts
-    on a `disk` the device is the processor, and the memory is the host's. `checkpoint` is
-    None unless it is quantised.
-    """
-
-    runs: bool
-    because: str | None
-    fits: bool
-    model: str
-    hardware: str
-    memory_nbytes: int
-    geometry: Geometry
-    resident_nbytes: int
-    reserve_nbytes: int
-    staging_nbytes: int
-    slots: int
-    slots_nbytes: int
-    host_needed_nbytes: int
-    host_available_nbytes: int | None
-    host_fits: bool | None
-    strategies: tuple[Row, ...]
-    ceilings: Ceilings | None
-    disk: DiskPart | None = None
-    projected: bool = True
-    checkpoint: CheckpointPart | None = None
 
 
 def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
@@ -144,70 +79,6 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     return Bound(rate, nbytes, link, 1e9 / nanoseconds)
 
 
-def plan(
-    model: str,
-    geometry: Geometry,
-    memory_nbytes: int,
-    hardware: HardwareProfile,
-    host_nbytes: int | None,
-    fallback_rates: Sequence[float] = (0.0, 1.0),
-    disk_shortage: str | None = None,
-) -> Plan:
-    """Divide the budget of `memory_nbytes`. Raise Refused if it cannot hold dense weights and a token's experts."""
-    slots = slots_for(geometry, memory_nbytes, hardware.reserve_nbytes, PREFILL_BUFFERS)
-    cost = CostModel(hardware, geometry)
-    host_needed = geometry.total_experts * geometry.expert_nbytes
-    because = memory_shortage(host_needed, host_nbytes) or disk_shortage
-    return divided(model, cost, memory_nbytes, slots, Host(host_needed, host_nbytes), because, fallback_rates)
-
-
-@dataclass(frozen=True)
-class Host:
-    """The bytes of host memory that a model needs, and those that are there (None: not known)."""
-
-    needed_nbytes: int
-    available_nbytes: int | None
-
-    @property
-    def fits(self) -> bool | None:
-        """Return whether they suffice, None if that is not known."""
-        return None if self.available_nbytes is None else self.needed_nbytes <= self.available_nbytes
-
-
-def divided(
-    model: str,
-    cost: CostModel,
-    memory_nbytes: int,
-    slots: int,
-    host: Host,
-    because: str | None,
-    fallback_rates: Sequence[float],
-    disk: DiskPart | None = None,
-) -> Plan:
-    """Return the plan of a budget that leaves so many slots; `because` says why the model does not run, if so."""
-    geometry, hardware = cost.geometry, cost.profile
-    return Plan(
-        runs=because is None,
-        because=because,
-        fits=True,
-        model=model,
-        hardware=hardware.name,
-        memory_nbytes=memory_nbytes,
-        geometry=geometry,
-        resident_nbytes=geometry.resident_nbytes,
-        reserve_nbytes=hardware.reserve_nbytes,
-        staging_nbytes=PREFILL_BUFFERS * geometry.expert_nbytes,
-        slots=slots,
-        slots_nbytes=slots * geometry.expert_nbytes,
-        host_needed_nbytes=host.needed_nbytes,
-        host_available_nbytes=host.available_nbytes,
-        host_fits=host.fits,
-        strategies=strategy_rows(cost, slots, fallback_rates, on_disk=disk is not None),
-        ceilings=ceilings(cost, fallback_rates),
-        disk=disk,
-    )
-
-
 def strategy_rows(
     cost: CostModel,
     slots: int,
@@ -225,9 +96,7 @@ def strategy_rows(
         if on_disk and strategy.on_cpu is not None:
             if not chosen:
                 continue
-            raise Refused(
-                f"Strategy {strategy.name} computes experts where they lie, which a disk cannot; keep them in memory."
-            )
+            refuse_disk(strategy)
         needs = strategy.min_slots(geometry)
         rates: Sequence[float | None] = fallback_rates if isinstance(strategy.gating, BigLittle) else (None,)
         bounds = tuple(bound(strategy, cost, rate) for rate in rates)
