@@ -1,0 +1,173 @@
+"""The parts in turn within a deadline: each a process, each survived, its findings, records and page kept at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mobile import outputs
+from suites.first_contact import folder as files
+from suites.first_contact import reading
+from suites.first_contact.findings import Finding, append, read
+from suites.first_contact.folder import Folder
+from suites.first_contact.page import page, state
+from suites.first_contact.parts import CHECKOUT, Part
+from suites.first_contact.process import GRACE_SECONDS, Ended, Log, run
+from suites.record import RunFolder
+
+CLOSING_SECONDS = 2 * GRACE_SECONDS  # for ending a part that is late, and for the last page
+LEAST_SECONDS = 5.0  # with which a part is begun
+SLOWEST_POLL_SECONDS = 1.0  # between two looks at what a part has left so far
+
+
+class Session:
+    """A first contact under way."""
+
+    def __init__(self, parts: Sequence[Part], folder: Folder, scratch: Path, show: Callable[[str], None]) -> None:
+        """Write into `folder`; parts write into `scratch`. `show` prints a line of what is found."""
+        self.parts, self.folder, self.scratch, self.show = parts, folder, scratch, show
+        self.run_folder = RunFolder(scratch / "run")
+        self._shown = self._packed = 0
+        self._seen: set[str] = set()
+        self._looked = 0.0
+
+    def findings(self) -> list[Finding]:
+        return read(self.folder.findings)
+
+    def say(self, finding: Finding) -> None:
+        append(self.folder.findings, finding)
+
+    def go(self, seconds: float) -> bool:
+        """Do every part that can be done in so many seconds; return whether none failed or was left out for time."""
+        deadline = time.monotonic() + seconds - CLOSING_SECONDS
+        log = Log(self.folder.log)
+        try:
+            for part in self.parts:
+                self._do(part, log, deadline)
+        finally:
+            self.close()
+            log.close()
+        return all(state(self.findings(), part.name) in ("done", "skipped") for part in self.parts)
+
+    def close(self) -> None:
+        """Bring everything in the folder up to date."""
+        self._look(self.parts[-1].name)
+        self._keep()
+
+    # --- one part ---------------------------------------------------------------------------------
+
+    def _do(self, part: Part, log: Log, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if part.needs_gpu and reading.has_gpu(self.findings()) is False:
+            self.say(Finding(part.name, "skipped", part.name, detail="needs a GPU, and torch finds none here"))
+        elif left < LEAST_SECONDS:
+            self.say(Finding(part.name, "failed", part.name, detail="no time was left for it; give more --minutes"))
+        else:
+            self.say(Finding(part.name, "began", part.name, detail=part.title))
+            self.show(f"{part.name}: {part.title}, for at most {min(left, part.most_seconds):.0f} s")
+            begun = time.monotonic()
+            try:
+                self._run(part, log, begun + min(left, part.most_seconds))
+            except KeyboardInterrupt:
+                self.say(Finding(part.name, "failed", part.name, detail="stopped by hand"))
+                raise
+            except Exception as error:  # nothing that a part does or leaves may end the others
+                self.say(Finding(part.name, "failed", part.name, detail=f"{type(error).__name__}: {error}"))
+            self.say(Finding(part.name, "ended", part.name, time.monotonic() - begun, "s", part.title))
+        self._look(part.name)
+        self._keep()
+
+    def _run(self, part: Part, log: Log, until: float) -> None:
+        """Run the part's command, and again where it goes on behind what it lost; say how it ended."""
+        before = -1
+        while True:
+            log.begin(f"{part.name}: {' '.join(part.words)}")
+            try:
+                ended = run(
+                    part.words,
+                    log,
+                    seconds=until - time.monotonic(),
+                    folder=self.scratch,
+                    environment=environment(),
+                    meanwhile=lambda: self._look(part.name, SLOWEST_POLL_SECONDS),
+                )
+            finally:
+                log.end()
+            begun = sum(one.part == part.name and one.kind == "began" for one in self.findings())
+            lost = part.resumes and not ended.late and ended.code not in (*part.good, 1)
+            if not lost or begun == before or time.monotonic() > until - LEAST_SECONDS:
+                break
+            before = begun
+        if ended.late:
+            about = f"not over after {ended.seconds:.0f} s, so it was ended"
+        elif ended.code not in part.good:
+            about = f"exit code {ended.code}"
+        else:
+            for finding in part.read(ended, self.scratch):
+                self.say(finding)
+            return
+        self.say(Finding(part.name, "failed", part.name, detail=_why(ended, about)))
+
+    # --- what is kept -----------------------------------------------------------------------------
+
+    def _look(self, part: str, every_seconds: float = 0.0) -> None:
+        """Print what was found since the last look, and take in new records."""
+        if time.monotonic() - self._looked < every_seconds:
+            return
+        for finding in reading.cells(part, self.run_folder, self._seen):
+            self.say(finding)
+        findings = self.findings()
+        for finding in findings[self._shown :]:
+            if finding.kind in ("measured", "failed", "skipped", "note"):
+                self.show(f"  {finding}")
+        self._shown = len(findings)
+        if len(self._seen) != self._packed:
+            self._keep()
+        self._looked = time.monotonic()
+
+    def _keep(self) -> None:
+        """Write page, archives and profile anew, each whole or not at all."""
+        self._packed = len(self._seen)
+        if self.run_folder.plan.is_file():
+            files.pack(files.run_files(self.run_folder.path), self.folder.records, files.RECORDS_NBYTES)
+        self._keep_traces()
+        card = self.scratch / self.folder.card.name
+        if card.is_file() and not self.folder.card.exists() and card.stat().st_size <= files.CARD_NBYTES:
+            shutil.copyfile(card, self.folder.card)
+        names = [part.name for part in self.parts]
+        title = f"First contact, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {machine(self.findings())}"
+        with outputs.open_atomic(self.folder.page) as file:
+            file.write(page(self.findings(), names, title).encode("utf-8", "backslashreplace"))
+
+    def _keep_traces(self) -> None:
+        found = {f"{path.parent.name}.json": path for path in sorted(self.scratch.glob("profile-*/trace.json"))}
+        done = {part.name for part in self.parts if state(self.findings(), part.name) != "running"}
+        new = [name for name in found if name not in self._seen and name.removesuffix(".json") in done]
+        if not new:
+            return
+        self._seen.update(new)
+        whole = {name: path for name, path in found.items() if name in self._seen}
+        left_out = files.pack(whole, self.folder.traces, files.TRACES_NBYTES)
+        for name in set(left_out) & set(new):
+            about = f"{found[name].stat().st_size / 1e6:.0f} MB, and packed they are to stay below {files.TRACES_NBYTES / 1e6:.0f}"
+            self.say(Finding(name.removesuffix(".json"), "note", f"its trace was dropped: {about}"))
+
+
+def machine(findings: Sequence[Finding]) -> str:
+    """Return the name of the card, or that there is none, or that it is not known yet."""
+    cards = [one.name.removeprefix("card: ") for one in findings if one.name.startswith("card: ")]
+    return cards[0] if cards else "no card" if reading.has_gpu(findings) is False else "a machine not known yet"
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of every part: this checkout's modules come first, and output comes as it is made."""
+    path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _why(ended: Ended, about: str) -> str:
+    return f"{ended.last_lines.strip()}\n{about}".strip()
