@@ -15,7 +15,7 @@ from typing import Literal
 Kind = Literal["measured", "began", "passed", "failed", "skipped", "note", "ended"]
 MOST_DETAIL = 3000  # characters that a finding keeps of a text: its end, where an error says its name
 MOST_NAME = 300
-MOST_NBYTES = 8 * 2**20  # of the file of all findings
+MOST_NBYTES = 4 * 10**6  # of the file of all findings
 
 
 @dataclass(frozen=True)

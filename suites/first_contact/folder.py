@@ -17,7 +17,7 @@ from mobile.errors import Refused
 
 MOST_FILES = 8
 MOST_NBYTES = 60 * 10**6
-RECORDS_NBYTES, TRACES_NBYTES, CARD_NBYTES = 15 * 10**6, 25 * 10**6, 10**6  # findings and log have limits of their own
+RECORDS_NBYTES, TRACES_NBYTES, CARD_NBYTES = 12 * 10**6, 20 * 10**6, 10**6  # findings and log have limits of their own
 MOST_TRACE_NBYTES = 400 * 10**6  # that are read to be compressed
 FAST = 1  # zlib's level: the card is not to wait for an archive
 ENTRY_NBYTES = 1000  # of an archive's headers, a file
@@ -62,9 +62,7 @@ def make(path: Path) -> Folder:
     outputs.check_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
-        raise Refused(
-            f"{outputs.printable(path)} is not empty, and a first contact overwrites nothing; name a new folder."
-        )
+        raise Refused(f"{outputs.printable(path)} holds files, and a first contact overwrites none; name a new folder.")
     return Folder(path)
 
 

@@ -15,6 +15,7 @@ from threading import Lock, Thread
 from typing import IO
 
 HEAD_NBYTES, TAIL_NBYTES = 96 * 2**10, 96 * 2**10  # of one command's output, that the log keeps
+MOST_LOG_NBYTES = 4 * 10**6  # beyond which it keeps no more of any
 MOST_ANSWER_NBYTES = 4 * 2**20  # of standard output, that the caller gets
 GRACE_SECONDS = 3.0  # between asking a command to end and ending it
 POLL_SECONDS = 0.2
@@ -38,15 +39,20 @@ class Log:
         """Open the file, to append to it."""
         self._file = path.open("ab", buffering=0)
         self._head, self._tail, self._left_out = 0, deque[bytes](), 0
+        self._full = False
         self._lock = Lock()  # a command has two streams, a thread each
 
     def begin(self, title: str) -> None:
+        self._full = self._file.tell() > MOST_LOG_NBYTES - HEAD_NBYTES - 2 * TAIL_NBYTES
         self._head, self._left_out = 0, 0
         self._tail.clear()
-        self._file.write(f"\n===== {title}\n".encode())
+        if not self._full:
+            self._file.write(f"\n===== {title}\n".encode())
 
     def say(self, chunk: bytes) -> None:
         with self._lock:
+            if self._full:
+                return
             room = HEAD_NBYTES - self._head
             if room > 0:
                 self._file.write(chunk[:room])
@@ -56,6 +62,8 @@ class Log:
                 self._left_out += len(self._tail.popleft())
 
     def end(self) -> None:
+        if self._full:
+            return
         kept = b"".join(self._tail)
         if self._left_out:
             self._file.write(b"\n[... %d bytes are left out here ...]\n" % self._left_out)
