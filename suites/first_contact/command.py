@@ -10,8 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from mobile.cli.terminal import show
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
 from mobile.outputs import printable
 from mobile.suggest import offer
 from suites.first_contact import folder
@@ -62,7 +64,7 @@ def _names() -> list[str]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do the parts, print what they find, and return the exit code. Raise Refused, KeyboardInterrupt."""
+    """Do the parts, print what they find, and return the exit code. Raise Refused."""
     if not (math.isfinite(options.minutes) and options.minutes > 0):
         raise Refused("Give --minutes a positive number.")
     chosen = _chosen(options.parts)
@@ -74,17 +76,27 @@ def run(options: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, _stop)  # of whoever has set a time limit: leave a whole folder, too
     try:
         well = session.go(60 * options.minutes)
+    except OSError as error:
+        raise Refused(f"{printable(place.path)} takes no more ({one_line(error)}); what was found is in it.") from error
+    except KeyboardInterrupt:
+        show.note(f"stopped; what was found until now is in {printable(place.path)}")
+        return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-        findings = session.findings()
-        for line in answer(findings, [part.name for part in session.parts]):
-            screen.print(line)
-        for one in findings:
-            if one.first and one.value is not None:
-                screen.print(f"  {one.name}: {number(one)} {one.unit}")
-        screen.print(f"{printable(place.page)}: the page; details lie beside it")
+        _conclude(session, screen)
         shutil.rmtree(scratch, ignore_errors=True)
     return 0 if well else 1
+
+
+def _conclude(session: Session, screen: Console) -> None:
+    """Print the page's first lines."""
+    findings = session.findings()
+    for line in answer(findings, [part.name for part in session.parts]):
+        screen.print(line)
+    for one in findings:
+        if one.first and one.value is not None:
+            screen.print(f"  {one.name}: {number(one)} {one.unit}")
+    screen.print(f"{printable(session.folder.page)}: the page; details lie beside it")
 
 
 def _chosen(asked: str | None) -> set[str]:

@@ -1,7 +1,7 @@
 """A plugin of pytest that writes what became of each test as soon as it is known, and goes on where it was lost.
 
 A failed CUDA kernel takes every later test of its process with it, and a crash the process itself. Called again, the
-plugin leaves out what has begun before.
+plugin leaves out what has begun before, in any part.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import pytest
 from suites.first_contact.findings import Finding, Kind, append, read
 
 LOST_CODE = 70  # of a session that another process must go on with
-LOST = (
-    "CUDA error",
-    "device-side assert",
-)  # in what a test fails with, once the card takes no more work of its process
+LOST = ("CUDA error", "device-side assert")  # in a failure after which the card takes no more work of the process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +36,7 @@ class Outcomes:
         append(self._path, Finding(self._part, kind, name, value, "s" if value is not None else "", detail))
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        begun = {one.name for one in read(self._path) if one.part == self._part and one.kind == "began"}
+        begun = {one.name for one in read(self._path) if one.kind == "began"}
         items[:] = [item for item in items if item.nodeid not in begun]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

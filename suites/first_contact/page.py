@@ -64,8 +64,10 @@ def answer(findings: Sequence[Finding], parts: Sequence[str]) -> list[str]:
     states = {name: state(findings, name) for name in parts}
     wrong = [f"{name} ({how})" for name, how in states.items() if how not in ("done", "skipped")]
     done = sum(how == "done" for how in states.values())
-    skipped = sum(how == "skipped" for how in states.values())
-    lines = [f"{done} of {len(parts)} parts are done, {skipped} are skipped; not done: {', '.join(wrong) or 'none'}."]
+    skipped = [name for name, how in states.items() if how == "skipped"]
+    lines = [f"{done} of {len(parts)} parts are done; failed or not reached: {', '.join(wrong) or 'none'}."]
+    if skipped:
+        lines.append(f"Skipped, since they need a GPU and torch finds none here: {', '.join(skipped)}.")
     count = {kind: sum(_is_test(o) and o.kind == kind for o in findings) for kind in ("passed", "failed", "skipped")}
     lost = sum(_is_test(o) for o in interrupted(list(findings)))
     if any(count.values()) or lost:

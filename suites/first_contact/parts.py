@@ -1,7 +1,7 @@
 """The parts of a first contact in order of value, cheap and decisive ones first: a command each, and its share of time.
 
-The order is that of a review of the CUDA path on paper, with what tells right from wrong before what tells fast from
-slow. In a rehearsal every part runs on the processor, with narrow models and over the paced link, to try the command.
+They are those of a review of the CUDA path on paper: what tells right from wrong comes before what tells fast from slow,
+and what other parts measure on their way, as `shapes` calibrates, comes late by itself. In a rehearsal every part runs on the processor, with narrow models and over the paced link, to try the command.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def parts(scratch: Path, findings: Path, *, rehearse: bool) -> list[Part]:
     reports = ("--findings", str(findings), "--part")
     run = scratch / "run"
 
-    def tests(name: str, title: str, most_seconds: float, *chosen: str) -> Part:
+    def tests(name: str, title: str, most_seconds: float, chosen: Path) -> Part:
         plain = ("-vv", "-p", "no:cacheprovider", "--durations=10", "-o", "faulthandler_timeout=60", "--tb=short")
         plugin = ("-p", "suites.first_contact.outcomes", *reports, name)
-        words = (*python, "pytest", *plain, *plugin, *chosen)
-        return Part(name, title, words, most_seconds, resumes=True, good=(PASSED, NO_TESTS))
+        words, good = (*python, "pytest", *plain, *plugin, str(chosen)), (PASSED, NO_TESTS)
+        return Part(name, title, words, most_seconds, needs_gpu=not rehearse, resumes=True, good=good)
 
     def cells(name: str, title: str, most_seconds: float, only: str) -> Part:
         preset = ("--preset", str(REHEARSAL), "--link", "paced") if rehearse else ("--preset", "shapes")
@@ -76,13 +76,7 @@ def parts(scratch: Path, findings: Path, *, rehearse: bool) -> list[Part]:
             needs_gpu=not rehearse,
         )
 
-    calibrate = (
-        "--calibrate",
-        "--json",
-        "--out",
-        str(scratch / "card.json"),
-        *(("--device", "cpu") if rehearse else ()),
-    )
+    on_processor = ("--device", "cpu") if rehearse else ()
     return [
         Part(
             "doctor",
@@ -94,22 +88,21 @@ def parts(scratch: Path, findings: Path, *, rehearse: bool) -> list[Part]:
         ),
         Part(
             "link",
-            "the link and what waiting for the card costs",
+            "the link, and what waiting for the card costs",
             (*python, "suites.first_contact.link_probe", *reports, "link"),
             60,
         ),
-        tests("tests-link", "tests of the CUDA link", 120, str(TESTS / LINK_TESTS)),
+        tests("tests-link", "tests of the CUDA link", 120, TESTS / LINK_TESTS),
+        cells("engine", "what the engine costs a layer", 75, f"{GEOMETRY} native engine against stock"),
+        cells("shapes", "the clock held to the native link, and to 25 GB/s", 240, f"{GEOMETRY} [n2]* recorded *"),
+        *(profile(strategy, options) for strategy, options in PROFILES.items()),
         Part(
             "calibrate",
             "the numbers of the virtual clock",
-            (*python, "mobile", "doctor", *calibrate),
+            (*python, "mobile", "doctor", "--calibrate", "--json", "--out", str(scratch / "card.json"), *on_processor),
             90,
             reading.calibration,
             needs_gpu=False,
         ),
-        cells("engine", "what the engine costs a layer", 75, f"{GEOMETRY} native engine against stock"),
-        cells("shapes-native", "the clock held to the native link", 150, f"{GEOMETRY} native recorded"),
-        *(profile(strategy, options) for strategy, options in PROFILES.items()),
-        cells("shapes-25", "the clock held to a link of 25 GB/s", 180, f"{GEOMETRY} 25GB/s recorded"),
-        tests("tests-rest", "the other tests that need a GPU", 300, str(TESTS), "--ignore", str(TESTS / LINK_TESTS)),
+        tests("tests-rest", "the other tests that need a GPU", 300, TESTS),
     ]

@@ -123,9 +123,8 @@ def of_record(part: str, record: Record) -> Iterator[Finding]:
     if config.get("predicted"):
         error = sum(config["predicted"]["decode_ns"]) / ns - 1
         title = f"clock's error: {record.strategy}{fallback}{asked}, {record.budget}"
-        yield Finding(
-            part, "measured", title, 100 * error, "%", f"predicted over measured, less one; {said}", first=True
-        )
+        about = f"predicted over measured, less one; {said}"
+        yield Finding(part, "measured", title, 100 * error, "%", about, first=True)
     elif config.get("unpredicted"):
         yield Finding(part, "note", f"{name}: not predicted", detail=config["unpredicted"])
 

@@ -32,7 +32,8 @@ class Session:
         self.parts, self.folder, self.scratch, self.show = parts, folder, scratch, show
         self.run_folder = RunFolder(scratch / "run")
         self._shown = self._packed = 0
-        self._seen: set[str] = set()
+        self._seen: set[str] = set()  # records, and notes of failures
+        self._traced: set[str] = set()
         self._looked = 0.0
 
     def findings(self) -> list[Finding]:
@@ -144,17 +145,20 @@ class Session:
             file.write(page(self.findings(), names, title).encode("utf-8", "backslashreplace"))
 
     def _keep_traces(self) -> None:
-        found = {f"{path.parent.name}.json": path for path in sorted(self.scratch.glob("profile-*/trace.json"))}
-        done = {part.name for part in self.parts if state(self.findings(), part.name) != "running"}
-        new = [name for name in found if name not in self._seen and name.removesuffix(".json") in done]
+        """Pack the traces of parts that are over, if there is a new one."""
+        findings = self.findings()
+        over = [part.name for part in self.parts if state(findings, part.name) != "running"]
+        traces = {name: self.scratch / name / "trace.json" for name in over}
+        traces = {name: path for name, path in traces.items() if path.is_file()}
+        new = traces.keys() - self._traced
         if not new:
             return
-        self._seen.update(new)
-        whole = {name: path for name, path in found.items() if name in self._seen}
-        left_out = files.pack(whole, self.folder.traces, files.TRACES_NBYTES)
-        for name in set(left_out) & set(new):
-            about = f"{found[name].stat().st_size / 1e6:.0f} MB, and packed they are to stay below {files.TRACES_NBYTES / 1e6:.0f}"
-            self.say(Finding(name.removesuffix(".json"), "note", f"its trace was dropped: {about}"))
+        self._traced.update(new)
+        packed = {f"{name}.json": path for name, path in traces.items()}
+        left_out = files.pack(packed, self.folder.traces, files.TRACES_NBYTES)
+        for name in sorted(new & {each.removesuffix(".json") for each in left_out}):
+            megabytes = traces[name].stat().st_size / 1e6
+            self.say(Finding(name, "note", "its trace was dropped", megabytes, "MB", "no room in traces.zip"))
 
 
 def machine(findings: Sequence[Finding]) -> str:
