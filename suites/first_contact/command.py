@@ -16,11 +16,14 @@ from mobile.cli.terminal import show
 from mobile.errors import Refused, one_line
 from mobile.outputs import printable
 from mobile.suggest import offer
+from suites.environment import environment
 from suites.first_contact import folder
+from suites.first_contact.findings import Finding
 from suites.first_contact.page import answer, number
 from suites.first_contact.parts import parts
-from suites.first_contact.session import Session
+from suites.first_contact.session import TITLE, Session
 
+REHEARSAL_TITLE = "Rehearsal on a processor, which measures nothing of worth"
 EXAMPLES = """
 examples:
   python -m suites first-contact --out first-contact                      on a card, from a checkout
@@ -72,7 +75,12 @@ def run(options: argparse.Namespace) -> int:
     screen = show.console(soft_wrap=True)
     scratch = Path(tempfile.mkdtemp(prefix="first-contact-"))
     everything = parts(scratch, place.findings, rehearse=options.rehearse)
-    session = Session([part for part in everything if part.name in chosen], place, scratch, screen.print)
+    todo = [part for part in everything if part.name in chosen]
+    session = Session(todo, place, scratch, screen.print, REHEARSAL_TITLE if options.rehearse else TITLE)
+    code = environment()
+    changed = ", with changes" if code["git_dirty"] else ""
+    about = f"commit {code['git_commit']}{changed}; {options.minutes:g} minutes; parts {', '.join(sorted(chosen))}"
+    session.say(Finding("command", "note", "made from", detail=about))
     before = signal.signal(signal.SIGTERM, _stop)  # of whoever has set a time limit: leave a whole folder, too
     try:
         well = session.go(60 * options.minutes)

@@ -154,7 +154,7 @@ class Probe:
                 self.measured(f"{name}, {state}", statistics.median(seconds) * 1e6, "us", spread, first=True)
 
     def _beside_copies(self, read: Callable[[], object]) -> list[float]:
-        """Return the seconds of each reading during which copies of rows were on their way, from its begin to its end."""
+        """Return the seconds of each reading during all of which copies of rows were on their way."""
         found: list[float] = []
         rows = max(1, self.block.nbytes // self.sizes.row_nbytes)
         for _ in range(self.sizes.repeats):

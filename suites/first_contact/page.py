@@ -5,11 +5,13 @@ It is one HTML file that needs no other. Every text in it is shown as it is: mes
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from mobile.visible import visible
 from suites.first_contact.findings import Finding, interrupted
+from suites.first_contact.reading import CLOCK
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -51,7 +53,7 @@ def page(findings: Sequence[Finding], parts: Sequence[str], title: str) -> str:
             "<h2>All that was measured</h2>" if measured else "",
             _numbers(measured),
             "<h2>Skipped, and notes</h2>",
-            _table((), ((o.part, o.name, o.detail) for o in findings if o.kind in ("skipped", "note"))),
+            _table((), _grouped(findings)),
             "<h2>Where details lie</h2>",
             _table((), FILES.items()),
             f"<p>{_text(NOT_MEASURED)}</p></body></html>\n",
@@ -68,37 +70,63 @@ def answer(findings: Sequence[Finding], parts: Sequence[str]) -> list[str]:
     lines = [f"{done} of {len(parts)} parts are done; failed or not reached: {', '.join(wrong) or 'none'}."]
     if skipped:
         lines.append(f"Skipped, since they need a GPU and torch finds none here: {', '.join(skipped)}.")
-    count = {kind: sum(_is_test(o) and o.kind == kind for o in findings) for kind in ("passed", "failed", "skipped")}
-    lost = sum(_is_test(o) for o in interrupted(list(findings)))
+    count = {kind: sum(is_test(o) and o.kind == kind for o in findings) for kind in ("passed", "failed", "skipped")}
+    lost = sum(is_test(o) for o in interrupted(list(findings)))
     if any(count.values()) or lost:
         lines.append(
             f"Tests on this card: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped, "
             f"{lost} began and did not end."
         )
+    errors = sorted((o for o in measured_by_clock(findings)), key=lambda o: abs(o.value or 0))
+    if errors:
+        middle, worst = statistics.median(abs(o.value or 0) for o in errors), errors[-1]
+        lines.append(
+            f"The virtual clock beside {len(errors)} timed cells: median error {middle:.1f} %, worst "
+            f"{worst.value:+.1f} % ({worst.name.partition(': ')[2]})."
+        )
     return lines
+
+
+def measured_by_clock(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the clock's errors in percent, a cell each."""
+    return [one for one in findings if one.kind == "measured" and one.name.startswith(CLOCK)]
+
+
+def _grouped(findings: Iterable[Finding]) -> list[tuple[str, str, str]]:
+    """Return a row for each thing skipped and each note; tests that were skipped for one reason are one."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for one in findings:
+        if one.kind in ("skipped", "note"):
+            name = "tests" if is_test(one) else one.name
+            rows.setdefault((one.part, name, one.detail), []).append(one.name)
+    return [
+        (part, f"{len(names)} tests skipped" if name == "tests" else name, detail)
+        for (part, name, detail), names in rows.items()
+    ]
 
 
 def failures(findings: Sequence[Finding]) -> list[Finding]:
     """Return what failed, and the tests during which a process was lost."""
     return [
         *(one for one in findings if one.kind == "failed"),
-        *(one for one in interrupted(list(findings)) if _is_test(one)),
+        *(one for one in interrupted(list(findings)) if is_test(one)),
     ]
 
 
 def state(findings: Iterable[Finding], part: str) -> str:
     """Return what became of a part: done, failed, skipped, running, or not reached."""
     of_part = [one for one in findings if one.part == part]
-    if any(one.kind == "failed" for one in of_part):
-        return "failed"
     own = {one.kind for one in of_part if one.name == part}
+    if any(one.kind == "failed" for one in of_part) or ("ended" in own and interrupted(of_part)):
+        return "failed"
     return next(
         (word for kind, word in (("ended", "done"), ("skipped", "skipped"), ("began", "running")) if kind in own),
         "not reached",
     )
 
 
-def _is_test(one: Finding) -> bool:
+def is_test(one: Finding) -> bool:
+    """Return whether it is about a test, by pytest's way to name one."""
     return "::" in one.name
 
 

@@ -1,7 +1,8 @@
-"""The parts of a first contact in order of value, cheap and decisive ones first: a command each, and its share of time.
+"""The parts of a first contact in order of value, cheap and decisive ones first: a command each, with a time limit.
 
-They are those of a review of the CUDA path on paper: what tells right from wrong comes before what tells fast from slow,
-and what other parts measure on their way, as `shapes` calibrates, comes late by itself. In a rehearsal every part runs on the processor, with narrow models and over the paced link, to try the command.
+They are those of a review of the CUDA path on paper. Tests that tell right from wrong come before what tells fast from
+slow, and last comes what another part does on its way, too, as `shapes` calibrates. In a rehearsal every part runs on
+the processor, with narrow models and over the paced link, to try the command.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from suites.first_contact import folder as files
 from suites.first_contact import reading
 from suites.first_contact.findings import Finding, append, read
 from suites.first_contact.folder import Folder
-from suites.first_contact.page import page, state
+from suites.first_contact.page import is_test, page, state
 from suites.first_contact.parts import CHECKOUT, Part
 from suites.first_contact.process import GRACE_SECONDS, Ended, Log, run
 from suites.record import RunFolder
 
+TITLE = "First contact"
 CLOSING_SECONDS = 2 * GRACE_SECONDS  # for ending a part that is late, and for the last page
 LEAST_SECONDS = 5.0  # with which a part is begun
 SLOWEST_POLL_SECONDS = 1.0  # between two looks at what a part has left so far
@@ -27,9 +28,11 @@ SLOWEST_POLL_SECONDS = 1.0  # between two looks at what a part has left so far
 class Session:
     """A first contact under way."""
 
-    def __init__(self, parts: Sequence[Part], folder: Folder, scratch: Path, show: Callable[[str], None]) -> None:
+    def __init__(
+        self, parts: Sequence[Part], folder: Folder, scratch: Path, show: Callable[[str], None], title: str = TITLE
+    ) -> None:
         """Write into `folder`; parts write into `scratch`. `show` prints a line of what is found."""
-        self.parts, self.folder, self.scratch, self.show = parts, folder, scratch, show
+        self.parts, self.folder, self.scratch, self.show, self.title = parts, folder, scratch, show, title
         self.run_folder = RunFolder(scratch / "run")
         self._shown = self._packed = 0
         self._seen: set[str] = set()  # records, and notes of failures
@@ -123,7 +126,7 @@ class Session:
             self.say(finding)
         findings = self.findings()
         for finding in findings[self._shown :]:
-            if finding.kind in ("measured", "failed", "skipped", "note"):
+            if finding.kind in ("measured", "failed", "note") or (finding.kind == "skipped" and not is_test(finding)):
                 self.show(f"  {finding}")
         self._shown = len(findings)
         if len(self._seen) != self._packed:
@@ -140,7 +143,7 @@ class Session:
         if card.is_file() and not self.folder.card.exists() and card.stat().st_size <= files.CARD_NBYTES:
             shutil.copyfile(card, self.folder.card)
         names = [part.name for part in self.parts]
-        title = f"First contact, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {machine(self.findings())}"
+        title = f"{self.title}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {machine(self.findings())}"
         with outputs.open_atomic(self.folder.page) as file:
             file.write(page(self.findings(), names, title).encode("utf-8", "backslashreplace"))
 
