@@ -175,6 +175,12 @@ def test_without_a_card_parts_that_need_one_are_skipped_and_without_an_answer_th
     assert reading.has_gpu([]) is None
 
 
+def working_in(folder: Path) -> list[bytes]:
+    """Return the command lines of processes that name the folder; on Linux, which ends those of a killed parent."""
+    lines = [each.read_bytes() for each in Path("/proc").glob("[0-9]*/cmdline") if each.is_file()]
+    return [line for line in lines if os.fsencode(folder) in line]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_command_that_is_stopped_at_any_moment_leaves_what_it_found(how, tmp_path, bare_python):
     out = tmp_path / "out"
@@ -193,6 +199,9 @@ def test_a_command_that_is_stopped_at_any_moment_leaves_what_it_found(how, tmp_p
     assert text.endswith("</html>\n")
     if how == signal.SIGKILL:
         assert state(found, "shapes") == "running"
+        while still := working_in(tmp_path):
+            assert time.monotonic() < until, still
+            time.sleep(0.1)
         return
     assert running.returncode == 130, said
     assert b"stopped; what was found until now is in" in said

@@ -7,10 +7,9 @@ import math
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from mobile.cli.terminal import show
 from mobile.errors import Refused, one_line
@@ -23,6 +22,7 @@ from suites.first_contact.page import answer, number
 from suites.first_contact.parts import parts
 from suites.first_contact.session import TITLE, Session
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # the second comes of whoever has set a time limit
 REHEARSAL_TITLE = "Rehearsal on a processor, which measures nothing of worth"
 EXAMPLES = """
 examples:
@@ -72,16 +72,15 @@ def run(options: argparse.Namespace) -> int:
         raise Refused("Give --minutes a positive number.")
     chosen = _chosen(options.parts)
     place = folder.make(options.out.absolute())
-    screen = show.console(soft_wrap=True)
     scratch = Path(tempfile.mkdtemp(prefix="first-contact-"))
     everything = parts(scratch, place.findings, rehearse=options.rehearse)
     todo = [part for part in everything if part.name in chosen]
-    session = Session(todo, place, scratch, screen.print, REHEARSAL_TITLE if options.rehearse else TITLE)
+    session = Session(todo, place, scratch, _printed, REHEARSAL_TITLE if options.rehearse else TITLE)
     code = environment()
     changed = ", with changes" if code["git_dirty"] else ""
     about = f"commit {code['git_commit']}{changed}; {options.minutes:g} minutes; parts {', '.join(sorted(chosen))}"
     session.say(Finding("command", "note", "made from", detail=about))
-    before = signal.signal(signal.SIGTERM, _stop)  # of whoever has set a time limit: leave a whole folder, too
+    before = {each: signal.signal(each, lambda *_: session.stop()) for each in STOPPING}
     try:
         well = session.go(60 * options.minutes)
     except OSError as error:
@@ -90,21 +89,28 @@ def run(options: argparse.Namespace) -> int:
         show.note(f"stopped; what was found until now is in {printable(place.path)}")
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
-        _conclude(session, screen)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        _conclude(session)
         shutil.rmtree(scratch, ignore_errors=True)
     return 0 if well else 1
 
 
-def _conclude(session: Session, screen: Console) -> None:
+def _printed(line: str) -> None:
+    """Print a line, for as long as there is a reader: the folder has it all."""
+    with suppress(OSError):
+        show.console(soft_wrap=True).print(line)
+
+
+def _conclude(session: Session) -> None:
     """Print the page's first lines."""
     findings = session.findings()
     for line in answer(findings, [part.name for part in session.parts]):
-        screen.print(line)
+        _printed(line)
     for one in findings:
         if one.first and one.value is not None:
-            screen.print(f"  {one.name}: {number(one)} {one.unit}")
-    screen.print(f"{printable(session.folder.page)}: the page; details lie beside it")
+            _printed(f"  {one.name}: {number(one)} {one.unit}")
+    _printed(f"{printable(session.folder.page)}: the page; details lie beside it")
 
 
 def _chosen(asked: str | None) -> set[str]:
@@ -117,7 +123,3 @@ def _chosen(asked: str | None) -> set[str]:
         if name not in names:
             raise Refused(f"Unknown part {name!r}; {offer(name, names)}.")
     return chosen | {"doctor"}
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -64,7 +64,8 @@ def parts(scratch: Path, findings: Path, *, rehearse: bool) -> list[Part]:
         return Part(name, title, words, most_seconds, needs_gpu=not rehearse)
 
     def profile(strategy: str, options: tuple[str, ...]) -> Part:
-        name, size = f"profile-{strategy}", ("--layers", "4")
+        name = f"profile-{strategy}"
+        size: tuple[str, ...] = ("--layers", "4")
         if rehearse:
             options, size = options[:2], ("--layers", "2", "--shrink", "16", "--link", "paced", "--tokens", "3")
         words = (*python, "suites", "profile", "--geometry", GEOMETRY, "--strategy", strategy, *size, *options)

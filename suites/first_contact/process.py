@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,8 @@ MOST_LOG_NBYTES = 4 * 10**6  # beyond which it keeps no more of any
 MOST_ANSWER_NBYTES = 4 * 2**20  # of standard output, that the caller gets
 GRACE_SECONDS = 3.0  # between asking a command to end and ending it
 POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # so that all that it starts can be ended with it, and a Ctrl-C is ours alone
+        preexec_fn=_end_with_parent if LIBC is not None else None,
     )
     answer, last = bytearray(), deque[bytes](maxlen=8)
     assert command.stdout is not None
@@ -120,6 +125,11 @@ def run(
             reader.join(GRACE_SECONDS)
     lines = b"".join(last)[-4000:].decode(errors="replace")
     return Ended(command.returncode, late, time.monotonic() - begun, bytes(answer), lines)
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is gone, however that ended."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # type: ignore[union-attr]
 
 
 def end(command: subprocess.Popen[bytes]) -> None:

@@ -22,7 +22,7 @@ from suites.record import RunFolder
 TITLE = "First contact"
 CLOSING_SECONDS = 2 * GRACE_SECONDS  # for ending a part that is late, and for the last page
 LEAST_SECONDS = 5.0  # with which a part is begun
-SLOWEST_POLL_SECONDS = 1.0  # between two looks at what a part has left so far
+POLL_SECONDS = 1.0  # between two looks at what a part has left so far
 
 
 class Session:
@@ -38,6 +38,12 @@ class Session:
         self._seen: set[str] = set()  # records, and notes of failures
         self._traced: set[str] = set()
         self._looked = 0.0
+        self._stopping = False
+        self._current = parts[0].name  # the part that is under way, whose records new ones are
+
+    def stop(self) -> None:
+        """Have `go` raise KeyboardInterrupt soon: what the handler of a signal raises may be lost on its way."""
+        self._stopping = True
 
     def findings(self) -> list[Finding]:
         return read(self.folder.findings)
@@ -46,7 +52,10 @@ class Session:
         append(self.folder.findings, finding)
 
     def go(self, seconds: float) -> bool:
-        """Do every part that can be done in so many seconds; return whether none failed or was left out for time."""
+        """Do every part that can be done in so many seconds; return whether none failed or was left out for time.
+
+        Raise KeyboardInterrupt after `stop`, OSError and Refused where the folder takes no more.
+        """
         deadline = time.monotonic() + seconds - CLOSING_SECONDS
         log = Log(self.folder.log)
         try:
@@ -59,13 +68,13 @@ class Session:
 
     def close(self) -> None:
         """Bring everything in the folder up to date."""
-        self._look(self.parts[-1].name)
+        self._look()
         self._keep()
 
     # --- one part ---------------------------------------------------------------------------------
 
     def _do(self, part: Part, log: Log, deadline: float) -> None:
-        left = deadline - time.monotonic()
+        left, self._current = deadline - time.monotonic(), part.name
         if part.needs_gpu and reading.has_gpu(self.findings()) is False:
             self.say(Finding(part.name, "skipped", part.name, detail="needs a GPU, and torch finds none here"))
         elif left < LEAST_SECONDS:
@@ -82,7 +91,7 @@ class Session:
             except Exception as error:  # nothing that a part does or leaves may end the others
                 self.say(Finding(part.name, "failed", part.name, detail=f"{type(error).__name__}: {error}"))
             self.say(Finding(part.name, "ended", part.name, time.monotonic() - begun, "s", part.title))
-        self._look(part.name)
+        self._look()
         self._keep()
 
     def _run(self, part: Part, log: Log, until: float) -> None:
@@ -97,7 +106,7 @@ class Session:
                     seconds=until - time.monotonic(),
                     folder=self.scratch,
                     environment=environment(),
-                    meanwhile=lambda: self._look(part.name, SLOWEST_POLL_SECONDS),
+                    meanwhile=self._meanwhile,
                 )
             finally:
                 log.end()
@@ -116,13 +125,17 @@ class Session:
             return
         self.say(Finding(part.name, "failed", part.name, detail=_why(ended, about)))
 
+    def _meanwhile(self) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt
+        if time.monotonic() - self._looked >= POLL_SECONDS:
+            self._look()
+
     # --- what is kept -----------------------------------------------------------------------------
 
-    def _look(self, part: str, every_seconds: float = 0.0) -> None:
+    def _look(self) -> None:
         """Print what was found since the last look, and take in new records."""
-        if time.monotonic() - self._looked < every_seconds:
-            return
-        for finding in reading.cells(part, self.run_folder, self._seen):
+        for finding in reading.cells(self._current, self.run_folder, self._seen):
             self.say(finding)
         findings = self.findings()
         for finding in findings[self._shown :]:
