@@ -1,4 +1,4 @@
-"""Run the suites: `python -m suites plan|run|resume|replay|profile [--preset NAME] [--out FOLDER] [--dask ADDRESS]`."""
+"""Run the suites: `python -m suites plan|run|resume|replay|profile|first-contact`, and `--help` after each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mobile.cli.terminal.parsing import Parser
 from mobile.costs import hardware
 from mobile.errors import Refused
 from mobile.links.registry import LINKS
+from suites.first_contact import command as first_contact
 from suites.measure import hit_curves, profile
 from suites.measure.repeated import repeat
 from suites.plan.preflight import answer, check
@@ -88,6 +89,7 @@ def parser() -> Parser:
     sub.add_argument("--hardware", metavar="FILE", help="the profile of cells that were timed on one of your own")
     profile.declare(verbs)
     hit_curves.declare(verbs)
+    first_contact.declare(verbs)
     return top
 
 
@@ -129,6 +131,8 @@ def main() -> int:
             return profile.run(options)
         if options.verb == "hit-curves":
             return hit_curves.run(options)
+        if options.verb == "first-contact":
+            return first_contact.run(options)
         if options.verb == "replay":
             return replay(options)
         preset = read_preset(options.preset, options.data_dir, folders(options.model), options.link)

@@ -1,16 +1,13 @@
-"""A preset of shapes narrow enough for a test, and a Python that lacks what a bare GPU machine lacks.
-
-Such a machine has a checkout of this repository, torch, Transformers and pytest; the project is not installed there.
-"""
+"""A preset of shapes narrow enough for a test, and the commands of the suite in a process of their own."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.bare_machine import ROOT, bare
+
+__all__ = ["CELLS", "PRESET", "ROOT", "bare", "suites"]
 PRESET = """
 minutes = 2
 link = "cuda"
@@ -48,53 +45,6 @@ family = "olmoe"
 path = "models/olmoe-tiny"
 """
 CELLS = 7
-ABSENT = (  # there: packages of this project's extras and tests, what only comes with them, and the project installed
-    "lm_eval",
-    "lm-eval",
-    "datasets",
-    "scipy",
-    "sklearn",
-    "scikit-learn",
-    "pandas",
-    "matplotlib",
-    "accelerate",
-    "nox",
-    "pynvml",
-    "nvidia-ml-py",
-    "distributed",
-    "psutil",
-    "pytest_benchmark",
-    "pytest-benchmark",
-    "hypothesis",
-    "statsmodels",
-    "importlinter",
-    "import-linter",
-    "mobile-moe",
-)
-BARE = f"""
-import importlib.machinery, importlib.metadata, sys
-ABSENT = {ABSENT!r}
-
-class Bare(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in ABSENT else super().find_spec(name, path, target)
-
-sys.meta_path[:] = [Bare if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
-discover = importlib.metadata.Distribution.discover
-
-def present(**sought):
-    return (one for one in discover(**sought) if one.name not in ABSENT)
-
-importlib.metadata.Distribution.discover = present
-"""
-
-
-def bare(folder: Path) -> dict[str, str]:
-    """An environment in which every Python starts without the packages that a bare GPU machine lacks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(BARE)
-    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
 def suites(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
