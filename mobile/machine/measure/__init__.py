@@ -58,7 +58,7 @@ def measure(
         say("experts on the processor")
         cpu = torch.device("cpu")
         cpu_experts, cpu_tflops = time_host_experts(dtype, sizes), matmul_tflops(cpu, dtype, sizes_for(cpu))
-    host = {}
+    host: dict[str, Any] = {}
     if device.type == "cuda":
         say("launches")
         host = {
