@@ -38,8 +38,11 @@ class Curve:
     missed: Mapping[str, Sequence[float]]
 
     def share(self, kind: str, room: float) -> float:
-        """Return the share of a pass's experts that is missed, between two measured rooms on a straight line."""
-        rooms, shares = self.rooms, self.missed[kind]
+        """Return the share of a pass's experts that is missed, between two measured rooms on a straight line.
+
+        Without any room all are missed.
+        """
+        rooms, shares = (0.0, *self.rooms), (1.0, *self.missed[kind])
         above = next((at for at, each in enumerate(rooms) if each >= room), len(rooms) - 1)
         if above == 0 or room >= rooms[above]:
             return shares[above]
