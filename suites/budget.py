@@ -6,6 +6,7 @@ import re
 
 from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
+from mobile.costs.memory import NEAR_MEMORY
 from mobile.errors import Refused
 from mobile.ledger import Event
 from mobile.policies.strategy import Strategy
@@ -13,9 +14,6 @@ from mobile.replay.replay import ReplaySetup
 from mobile.replay.trace import Request, run_step, visits
 from mobile.residency.residency import PREFILL_BUFFERS
 
-# The least share of a size that a card sold with it shows: 15,816 MiB are reported of one of 16 GB (the sources are in
-# mobile/costs/profiles.toml), and 7.6 GiB of 8 is to count. What such a card keeps lies in the profile's reserve.
-SHOWN_SHARE = 0.94
 GIB = 2**30
 
 
@@ -34,13 +32,13 @@ def percent_of(budget: str) -> float:
 
 def holds(nbytes: int, total_nbytes: int) -> bool:
     """Return whether `nbytes` can be asked of a card that shows `total_nbytes`, which may be a little less."""
-    return total_nbytes >= SHOWN_SHARE * nbytes
+    return total_nbytes >= (1 - NEAR_MEMORY) * nbytes
 
 
 def memory_on(budget: str, total_nbytes: int) -> int:
     """Return the bytes of a memory budget on a card that shows `total_nbytes`: all of them, where the budget is more.
 
-    Raise Refused for a card that shows too little (`SHOWN_SHARE`).
+    Raise Refused for a card that shows too little (`NEAR_MEMORY`).
     """
     nbytes = parse_nbytes(budget)
     if not holds(nbytes, total_nbytes):

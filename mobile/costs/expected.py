@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mobile.costs.cost_model import CostModel
 from mobile.costs.geometry import Geometry
+from mobile.costs.layer_time import following_ns, loads_in_turn
 
 FILE = Path(__file__).with_name("hit_curves.json")
 Split = Callable[[int], int]  # how many of so many missing experts the processor computes
@@ -136,31 +137,34 @@ def expect(
 def token_ns(cost: CostModel, missed: Mapping[str, float], fallback_rate: float, split: Split | None = None) -> float:
     """Return the nanoseconds of one decode token, in which each pass misses a share of its experts.
 
-    All that is known of the clock is here. A layer's experts miss independently of one another. Of those that miss, the
-    processor computes `split`, the others are copied in turn while the device computes, and each is computed when it is
-    there (as in `VirtualLink.loads_in_turn`). The copies of a big pass are asked for at its start, so that a whole pass
-    takes as long as its copies or its products, whichever ends last.
+    A layer's experts miss independently of one another. Of those that miss, the processor computes `split`, and the
+    others are copied in turn (`loads_in_turn`). The copies of a big pass are asked for at its start, so that a whole
+    pass takes as long as its copies or its products, whichever ends last.
     """
-    geometry = cost.geometry
-    layers, load_ns, expert_ns = geometry.moe_layers, cost.load_ns, cost.expert_ns(1)
+    geometry, host, layers = cost.geometry, cost.host, cost.geometry.moe_layers
+    dense_ns, head_ns = cost.dense_ns(1), cost.head_ns(1)
 
-    def layer_ns(experts: int, missing: int) -> int:
+    def layer(experts: int, missing: int) -> tuple[int, int]:
         on_cpu = split(missing) if split is not None and missing else 0
-        now = (experts - missing) * expert_ns
-        for copy in range(1, missing - on_cpu + 1):
-            now = max(now, copy * load_ns) + expert_ns
-        return max(now, on_cpu * cost.cpu_expert_ns(1) if on_cpu else 0)
+        taken = loads_in_turn(cost, experts - missing, missing - on_cpu)
+        of_cpu = on_cpu * cost.cpu_expert_ns(1) if on_cpu else 0
+        return (of_cpu, 0) if of_cpu > taken.ns else (taken.ns, taken.behind)  # the host waits for its processor
 
     def pass_ns(experts: int, share: float) -> float:
-        routed = sum(
-            comb(experts, missing) * share**missing * (1 - share) ** (experts - missing) * layer_ns(experts, missing)
-            for missing in range(experts + 1)
-        )
-        return layers * (cost.dense_ns(1) + routed) + cost.head_ns(1)
+        routed = following = last = 0.0
+        for missing in range(experts + 1):
+            chance = comb(experts, missing) * share**missing * (1 - share) ** (experts - missing)
+            ns, behind = layer(experts, missing)
+            routed += chance * ns
+            following += chance * following_ns(dense_ns, host.dense, behind)
+            last += chance * following_ns(head_ns, host.head, behind)
+        first = max(dense_ns, host.dense)
+        return first + layers * routed + (layers - 1) * following + last + (layers + 1) * host.read
 
     if "full" in missed:
         return pass_ns(geometry.top_k, missed["full"])
-    layer = cost.dense_ns(1) + geometry.top_k * expert_ns
-    copies_ns = layers * geometry.top_k * missed["big"] * load_ns
-    big_ns = cost.router_replay_ns + max(layers * layer, copies_ns + layer) + cost.head_ns(1)
+    resident_ns = cost.resident_ns(geometry.top_k)
+    copies_ns = layers * geometry.top_k * missed["big"] * cost.load_ns
+    asking_ns = max(cost.router_replay_ns, host.router_replay) + host.read
+    big_ns = asking_ns + max(resident_ns, copies_ns + (resident_ns - head_ns) / layers + head_ns)
     return pass_ns(geometry.little_k, missed["little"]) + fallback_rate * big_ns

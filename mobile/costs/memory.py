@@ -15,7 +15,9 @@ MIB = 2**20
 CONTEXT_TOKENS = 4096  # counted for unless stated: all that OLMoE can read, by its configuration
 CONTEXT_NBYTES = 512 * MIB  # most that PyTorch's CUDA context and loaded kernels are taken to hold (assumed)
 WORKSPACE_NBYTES = 256 * MIB  # cuBLAS's workspaces, and what the allocator rounds up or cannot use (assumed)
-NEAR_MEMORY = 0.03  # a card within this share of a stated size is of that nominal size: 16 GB ones show 15.7 to 15.99
+# A card within this share of a stated size is of that nominal size: of one of 16 GB 15,816 MiB are reported, of one of
+# 8 GB 7.6 GiB (sources in profiles.toml).
+NEAR_MEMORY = 0.06
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence, Set
-from typing import NamedTuple
 
+from mobile.costs.layer_time import LayerTime
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Arrival, LinkEnds
 
@@ -24,14 +24,6 @@ def connect(ends: LinkEnds) -> VirtualLink:
         note(key, slot)
 
     return VirtualLink(ends.load_ns, ends.charged_nbytes, ends.ledger, arrived, ends.begin_ns, ends.read_ns)
-
-
-class Charge(NamedTuple):
-    """The nanoseconds of a piece of work, those of them that were stall, and how far the device is then behind."""
-
-    ns: int
-    stalled: int
-    behind: int
 
 
 class VirtualLink:
@@ -138,32 +130,7 @@ class VirtualLink:
             self.now = until
         self._ledger.counters.stall_ns += stalled
 
-    def loads_in_turn(self, copies: int, resident: int, ns: int, host_ns: int, *, overlap: bool) -> Charge:
-        """Return what so many demand loads take on an idle link, after the host has read what is to be loaded.
-
-        Compute runs on `resident` experts meanwhile, and then waits for each copy and runs on it, for `ns` launched in
-        `host_ns`. With `overlap` all are submitted at once, else each is when it is needed.
-        """
-        # 1. The resident experts, beside copies that the host began before.
-        host = copies * self._begin_ns if overlap else 0
-        now = host + resident * max(ns, host_ns) if resident else 0
-        ended, stalled = self._begin_ns, 0
-        host += resident * host_ns
-        # 2. One copy after another.
-        for _ in range(copies):
-            if not overlap:
-                host += self._begin_ns
-                ended = max(now, host)
-            ended += self._load_ns
-            if ended > now:
-                stalled += ended - now
-                now = ended
-            now = max(now, host) + ns
-            host += host_ns
-            now = max(now, host)
-        return Charge(now, stalled, now - host)
-
-    def charge(self, charged: Charge, copies: int) -> None:
+    def charge(self, charged: LayerTime, copies: int) -> None:
         """Let time pass on an idle link, with so many copies begun and ended in it."""
         self.now += charged.ns
         self._host = self.now - charged.behind

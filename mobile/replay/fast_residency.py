@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from mobile.costs.layer_time import LayerTime, following_ns, loads_in_turn
 from mobile.ledger import Key
-from mobile.links.virtual import Charge, VirtualLink
+from mobile.links.virtual import VirtualLink
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.policies.protocols import LeastRecentlyUsed
 from mobile.residency.residency import Predicted, Residency
@@ -81,7 +82,7 @@ class FastResidency(Residency):
         counters.hits += sum(widths) - loads
         counters.demand_loads += loads
         self._dense_total_ns += dense
-        self.link.charge(Charge(ns + dense, stalled, behind), loads)
+        self.link.charge(LayerTime(ns + dense, stalled, behind), loads)
         return True
 
     def _charge_dense(self) -> None:
@@ -147,13 +148,11 @@ class FastResidency(Residency):
     def _charge_of(self, experts: int, missing: int) -> tuple[int, int, int, int]:
         """Return the fields of what so many experts of a layer take, and the time of the next layer's dense part."""
         charged = self._loads_in_turn(experts, missing)
-        return *charged, max(self._dense_ns, self._host.dense - charged.behind) + self._host.read
+        return *charged, following_ns(self._dense_ns, self._host.dense, charged.behind) + self._host.read
 
-    def _loads_in_turn(self, experts: int, missing: int) -> Charge:
+    def _loads_in_turn(self, experts: int, missing: int) -> LayerTime:
         """Return what so many experts of a layer take after their routing was read, nothing being on its way."""
-        return self.link.loads_in_turn(
-            missing, experts - missing, self._expert_ns, self._host.expert, overlap=self.strategy.overlap
-        )
+        return loads_in_turn(self.cost, experts - missing, missing, overlap=self.strategy.overlap)
 
     def run_layer(
         self, layer: int, experts: Sequence[int], counts: Sequence[int], ahead: NextLayerLogits | None = None

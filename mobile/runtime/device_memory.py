@@ -43,7 +43,7 @@ class CardMemory:
         """Return the bytes of a budget on this card: as asked, or all that can be had where None is.
 
         A budget of the card's nominal size counts as all that can be had, which a RuntimeWarning says: a card sold with
-        16 GB shows up to 3 % less than 16 GiB. Raise Refused for any other that is more than that.
+        16 GB shows less than 16 GiB. Raise Refused for any other that is more than that.
         """
         available = self.available_nbytes
         if asked_nbytes is None or asked_nbytes <= available:

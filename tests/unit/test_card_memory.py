@@ -174,7 +174,7 @@ def test_a_card_that_just_misses_its_nominal_size_counts_as_all_of_it_and_says_s
 
 
 def test_a_card_that_misses_it_by_more_does_not(card, olmoe):
-    card.total, card.free = int(15.5 * GIB), 15 * GIB
+    card.total, card.free = int(14.9 * GIB), 14 * GIB
     with pytest.raises(mobile.Refused, match="give less memory"):
         planned(olmoe, memory="16GiB")
 
