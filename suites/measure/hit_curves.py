@@ -9,6 +9,8 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from mobile.costs import expected
 from mobile.costs.geometry import Geometry, project
 from mobile.costs.hardware import profile
 from mobile.errors import Refused
+from mobile.machine.host import host
 from mobile.policies.strategy import Strategy, resolve
 from mobile.replay import trace
 from mobile.replay.replay import ReplaySetup
@@ -111,12 +114,15 @@ def count_missed(on: ReplaySetup, requests: Iterable[Request]) -> Counter[str]:
 
 
 def measure(run: RunFolder, rooms: Sequence[float] = ROOMS) -> dict[str, Any]:
-    """Return the content of `hit_curves.json`. Raise as `recorded` does."""
-    made = []
-    for routing in recorded(run):
-        show.waiting(f"{routing.geometry or routing.native.name}, {routing.task} ...")
-        made += [curve(resolve(name), routing, rooms) for name in STRATEGIES]
-    return {"rooms": list(rooms), "curves": made}
+    """Return the content of `hit_curves.json`, on all processors. Raise as `recorded` does."""
+    with ProcessPoolExecutor(host().cpus_allowed or 1) as workers:
+        made = list(workers.map(partial(_curves, rooms=rooms), recorded(run)))
+    return {"rooms": list(rooms), "curves": [each for of_one in made for each in of_one]}
+
+
+def _curves(of: Routing, rooms: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the curves of all strategies on one model and task."""
+    return [curve(resolve(name), of, rooms) for name in STRATEGIES]
 
 
 def write(data: dict[str, Any], path: Path) -> None:
