@@ -32,7 +32,7 @@ def ceilings(cost: CostModel, fallback_rates: Sequence[float]) -> Ceilings | Non
 
     f is the time of a token's K copies and products a layer in that of its whole step. A fallback costs the routers'
     replay, the copies of the other half, and a full-K compute pass: phi is that in steps. The host launches beside the
-    last two copies of a layer. Raise ValueError for a rate outside of 0 to 1.
+    copies of the layer before, of which two are counted on. Raise ValueError for a rate outside of 0 to 1.
     """
     geometry, host = cost.geometry, cost.host
     layers, top_k, half = geometry.moe_layers, geometry.top_k, geometry.top_k // 2
