@@ -80,6 +80,18 @@ class Link(Protocol):
         """Number of copies begun since the ledger was cleared, those that failed left out."""
         ...
 
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the device computes behind the host in real time, so that its last work ends after the host's."""
+        ...
+
+    def launched(self) -> None:
+        """Note that all of a step was launched, on a device that runs behind."""
+
+    def done_at(self, *, wait: bool) -> int | None:
+        """Return when such a device was done with that, on the clock of `now`; None if it is not, unless `wait`."""
+        ...
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         """Queue a copy of `key` into `slot`; it begins at once if the channel is idle."""
 

@@ -96,7 +96,7 @@ class StreamLink:
         if processor is not None:
             processor.after_each(self._advance)
         self._committed = committed
-        self.device = channel if isinstance(channel, AsynchronousDevice) else None
+        self._device = channel if isinstance(channel, AsynchronousDevice) else None
         self._queue = CopyQueue()
         self.promote = self._queue.promote
         self._begun: deque[Begun] = deque()
@@ -116,12 +116,16 @@ class StreamLink:
     def begun(self) -> int:
         return self._ledger.counters.loads + len(self._begun)
 
-    def done_at(self, *, wait: bool) -> int | None:
-        """Return when the device was done with the last step, on the clock of `now`; None if it is not, unless `wait`.
+    @property
+    def runs_behind(self) -> bool:
+        return self._device is not None
 
-        None as well where the device computes on the host's own time.
-        """
-        done = None if self.device is None else self.device.done_ns(wait=wait)
+    def launched(self) -> None:
+        if self._device is not None:
+            self._device.launched()
+
+    def done_at(self, *, wait: bool) -> int | None:
+        done = None if self._device is None else self._device.done_ns(wait=wait)
         return None if done is None else done - self._zero
 
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:

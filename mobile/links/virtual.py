@@ -61,6 +61,14 @@ class VirtualLink:
     def begun(self) -> int:
         return self._ledger.counters.loads + (self._flying is not None)
 
+    runs_behind = False  # both timelines are its own
+
+    def launched(self) -> None:
+        """Do nothing."""
+
+    def done_at(self, *, wait: bool) -> int | None:
+        return None
+
     def submit(self, key: Key, slot: int, *, demand: bool) -> None:
         self._host += self._begin_ns
         if self._flying is None:  # then nothing is queued

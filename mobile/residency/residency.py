@@ -13,7 +13,6 @@ from typing import cast
 from mobile.costs.cost_model import CostModel
 from mobile.ledger import Key, Ledger
 from mobile.links.base import Link
-from mobile.links.stream import StreamLink
 from mobile.policies.next_logits import NextLayerLogits
 from mobile.policies.protocols import IdlePrefetcher, Lookahead, PassObserver, PolicyContext
 from mobile.policies.strategy import BigLittle, Strategy
@@ -75,7 +74,6 @@ class Residency:
         self._pass_start = self._read_clock()
         # A device that computes behind the host ends a step later than the host does. The time between is counted when
         # it is known, see `settle`.
-        self._behind = link if isinstance(link, StreamLink) and link.device is not None else None
         self._finished = self._unsettled = False
 
     def preload_all(self) -> list[tuple[Key, int]]:
@@ -127,9 +125,8 @@ class Residency:
 
     def end_step(self) -> None:
         """Note that all of a step was launched: its passes, the confidence test, and what chooses between them."""
-        if self._behind is not None and self._finished:
-            assert self._behind.device is not None
-            self._behind.device.launched()
+        if self.link.runs_behind and self._finished:
+            self.link.launched()
             self._unsettled = True
         self._finished = False
 
@@ -139,17 +136,17 @@ class Residency:
         Pauses are not counted: on a device the end is that of the last work launched, an event that is read when the
         next pass begins (`begun`), without waiting, or when statistics are asked for.
         """
-        if self._behind is None or not self._unsettled:
+        if not self._unsettled:
             return
         self._unsettled = False
-        done = self._behind.done_at(wait=begun is None)
+        done = self.link.done_at(wait=begun is None)
         ended = [at for at in (done, begun) if at is not None]
         if min(ended) > self._pass_start[0]:
             self._add_elapsed(min(ended))
 
     def _begin_clock(self, *, same_step: bool) -> None:
         """Begin to count the time of a pass; on a device behind the host a step's passes leave none between them."""
-        if self._behind is None:
+        if not self.link.runs_behind:
             self._pass_start = self._read_clock()
         elif not same_step:
             self.settle(self.link.now)
