@@ -31,7 +31,7 @@ from suites.run_files import read_plan
 # Strategies of which a speed is expected: all that a plan may recommend. The routing of each is full K's, or that of
 # mobile at its own gamma.
 STRATEGIES = ("lru", "lfu", "cpu-hybrid", "mobile", "mobile+lfu", "mobile+lfu+cpu-hybrid")
-ROOMS = (0.53, 0.65, 0.8, 1.0, 1.15, 1.4, 1.7, 2.0)
+ROOMS = (0.53, 0.65, 0.8, 1.0, 1.07, 1.15, 1.25, 1.4, 1.55, 1.7, 1.85, 2.0)
 HARDWARE = "rtx4080-pcie4"  # whose speeds decide what a processor takes over, and which prefetches are in time
 
 
