@@ -51,7 +51,7 @@ def test_more_slots_never_miss_much_more_and_all_of_them_miss_nothing():
         for fewer, more in zip(curve.missed[first], curve.missed[first][1:], strict=False):
             assert more <= fewer + 0.08, curve
         # What the processor computes does not enter the cache, so that cpu-hybrid goes on missing.
-        assert curve.missed[first][-1] < (0.08 if "cpu-hybrid" in curve.strategy else 0.01), curve
+        assert curve.missed[first][-1] < (0.12 if "cpu-hybrid" in curve.strategy else 0.01), curve
         if curve.strategy == "lru":
             assert curve.missed["full"][0] > 0.99, "half of the slots that a token needs keep nothing"
 
