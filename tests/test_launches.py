@@ -218,4 +218,4 @@ def test_the_cost_model_charges_the_launches_that_are_counted():
     assert mean("expert") == EXPERT_LAUNCHES
     assert pytest.approx(mean("replay"), abs=0.5) == ROUTER_LAUNCHES
     olmoe = counts[0]  # one without leading dense layers or masks of its own
-    assert olmoe["head"] + olmoe["confidence"] == HEAD_LAUNCHES
+    assert olmoe["head"] + olmoe["confidence"] in (HEAD_LAUNCHES, HEAD_LAUNCHES - 1)  # by release of Transformers

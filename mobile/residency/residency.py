@@ -172,7 +172,7 @@ class Residency:
             if not self._replays_routers:  # else the signal has asked them
                 cost, host = self.cost, self._host
                 self._dense_total_ns += self.link.compute(cost.router_replay_ns, "router replay", host.router_replay)
-                self._dense_total_ns += self.link.read_result()
+            self._dense_total_ns += self.link.read_result()  # what they named
             self._prefetches.extend(predicted)
         self._add_elapsed()
 

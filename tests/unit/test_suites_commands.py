@@ -38,7 +38,7 @@ def refusal(monkeypatch, capsys, tmp_path):
     ("argv", "says"),
     [
         ((), "The following arguments are required: VERB; see python -m suites --help."),
-        (("pln",), "Unknown command 'pln'; did you mean plan? Choose one of: plan, run, resume, replay, profile; see"),
+        (("pln",), "Unknown command 'pln'; did you mean plan? Choose one of: plan, run, resume, replay, profile, "),
         (
             ("plan", "--prest", "cpu"),
             "Unknown option --prest; did you mean --preset; see python -m suites plan ",
