@@ -154,7 +154,7 @@ class Routed:
         self.waves = [
             [[(at, slot((layer, expert))) for at, expert in enumerate(self.groups[layer].experts)]] for layer in layers
         ]
-        self.one_token = torch.ones(1, 1, dtype=torch.bool, device=device)
+        self.one_token = torch.ones(1, 1, dtype=torch.bool, device="cpu")  # where a decode step has it
 
     def bare(self) -> list[torch.Tensor]:
         """Compute the layers, knowing what each runs."""

@@ -6,11 +6,30 @@ import pytest
 import torch
 from fake_cuda import Card, card  # noqa: F401
 
+from mobile.costs.geometry import GEOMETRIES
 from mobile.links.paced import paced_channel
-from mobile.machine.measure import ahead, timing
+from mobile.machine import measure
+from mobile.machine.fit_profile import Measurements, Timing
+from mobile.machine.measure import ahead, relinked, timing
 from mobile.machine.measure.sizes import NARROW
 
 CPU = torch.device("cpu")
+COPIES = (Timing(1000, 1, 1e-6),)
+MEASURED = Measurements(
+    device="Card",
+    about="yesterday on Card",
+    copies=(),
+    kernels=(),
+    cpu_kernels=(),
+    depths=(),
+    layer=GEOMETRIES["olmoe-1b-7b"],
+    tflops=1.0,
+    cpu_tflops=1.0,
+    memory_nbytes=1,
+    taken_nbytes=0,
+    host_launch_seconds=5e-6,
+    host_copy_seconds=16e-6,
+)
 
 
 def test_a_gpu_is_timed_by_its_own_events_and_sleeps_until_all_is_launched(card, monkeypatch):  # noqa: F811
@@ -41,3 +60,19 @@ def test_beginning_a_copy_is_the_hosts_time_and_not_the_copys():
         channel.fence = real_fence
         channel.close()
     assert 0 < link_seconds < 0.025
+
+
+def test_beginning_a_copy_is_timed_on_the_link_that_is_asked_for(monkeypatch):
+    """A throttled link has more to begin, behind each copy."""
+    began = []
+
+    def time_beginning(device, dtype, sizes, *, link_gb_per_s):
+        began.append(link_gb_per_s)
+        return 30e-6
+
+    monkeypatch.setattr(measure, "time_copies", lambda *_, **__: COPIES)
+    monkeypatch.setattr(measure, "time_beginning", time_beginning)
+    slow = relinked(MEASURED, torch.device("cuda"), torch.bfloat16, NARROW, link_gb_per_s=12.0)
+    assert (slow.copies, slow.host_copy_seconds, began) == (COPIES, 30e-6, [12.0])
+    paced = relinked(MEASURED, CPU, torch.bfloat16, NARROW)
+    assert (paced.copies, paced.host_copy_seconds, began) == (COPIES, MEASURED.host_copy_seconds, [12.0])

@@ -100,12 +100,16 @@ def relinked(
     link_gb_per_s: float | None = None,
     pace: Pace | None = None,
 ) -> Measurements:
-    """Return the measurements of the same machine with another link: only the copies are timed again.
+    """Return the measurements of the same machine with another link: copies alone, and beginning them, are timed again.
 
     `link_gb_per_s` throttles a CUDA link, `pace` a paced one, as they do in `attach`. Raise Refused as the link does.
     """
-    copies = time_copies(device, dtype, sizes or sizes_for(device), link_gb_per_s=link_gb_per_s, pace=pace)
-    return replace(measured, copies=copies)
+    sizes = sizes or sizes_for(device)
+    copies = time_copies(device, dtype, sizes, link_gb_per_s=link_gb_per_s, pace=pace)
+    if device.type != "cuda":
+        return replace(measured, copies=copies)
+    beginning = time_beginning(device, dtype, sizes, link_gb_per_s=link_gb_per_s)
+    return replace(measured, copies=copies, host_copy_seconds=beginning)
 
 
 def _link_fields(disk: DiskCopies) -> dict[str, Any]:

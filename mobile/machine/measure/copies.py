@@ -60,13 +60,18 @@ def time_copies(
     return tuple(Timing(nbytes, 1, ns / 1e9) for (nbytes, _, _), ns in zip(timed, fastest, strict=True))
 
 
-def time_beginning(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
-    """Return the host's seconds of one copy over a CUDA channel as it is, see `ahead.copy_seconds`."""
+def time_beginning(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, *, link_gb_per_s: float | None = None
+) -> float:
+    """Return the host's seconds of one copy over a CUDA channel, see `ahead.copy_seconds`.
+
+    A throttled one has more to begin. Raise Refused if the link refuses.
+    """
     layout = layout_of({"w": torch.empty(1, 3 * sizes.hidden * sizes.widths[-1], dtype=dtype)})
     store = HostStore(layout, 1, COMMITTED)
     store.rows[0].fill_(1)
     slots = torch.zeros(COMMITTED, layout.numel, dtype=dtype, device=device)
-    channel = _open_channel(device, store, slots, None, None)
+    channel = _open_channel(device, store, slots, link_gb_per_s, None)
     try:
         return copy_seconds(device, channel, layout.nbytes, sizes)
     finally:
