@@ -209,7 +209,7 @@ def _made(
 
 def _host(geometry: Geometry, slots: int, free: int | None, device: str, *, on_disk: bool) -> Host:
     """Return the host memory that a load takes: for all experts; for the rest of the model if it is computed there."""
-    others = geometry.resident_nbytes + (slots + PREFILL_BUFFERS) * geometry.expert_nbytes
+    others = geometry.device_nbytes(slots + PREFILL_BUFFERS)
     if on_disk:
         return Host(others, free, "the dense weights and the slots")
     if device == "cpu":

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mobile.costs.cost_model import CostModel
+from mobile.costs.layer_time import following_ns
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ def ceilings(cost: CostModel, fallback_rates: Sequence[float]) -> Ceilings | Non
         return None
 
     def beside_copies(ns: int, host_ns: int) -> int:
-        return max(ns, host_ns - 2 * cost.load_ns)
+        return following_ns(ns, host_ns, 2 * cost.load_ns)
 
     expert = cost.load_ns + cost.expert_ns(1)
     rest = max(cost.dense_ns(1), host.dense) + (layers - 1) * beside_copies(cost.dense_ns(1), host.dense)
     rest += beside_copies(cost.head_ns(1), host.head) + (layers + 1) * host.read
     step = rest + layers * (host.copy + top_k * expert)
     resident = max(half * cost.expert_ns(1), half * host.expert + host.copy)
-    again = max(cost.router_replay_ns, host.router_replay) + host.read + rest + layers * (resident + half * expert)
+    again = cost.asking_ns + host.read + rest + layers * (resident + half * expert)
     share, fallback = layers * top_k * expert / step, again / step
     return Ceilings(
         on_demand_tokens_per_s=geometry.on_demand_ceiling(cost.profile.link_gb_per_s),

@@ -71,6 +71,11 @@ class CostModel:
         )
         self._expert_weights = geometry.decoded_expert_nbytes / geometry.weight_nbytes
 
+    @property
+    def asking_ns(self) -> int:
+        """Return the time in which all routers are asked again, where nothing else is under way."""
+        return max(self.router_replay_ns, self.host.router_replay)
+
     def resident_ns(self, experts: int) -> int:
         """Return the time of a decode pass over that many experts a layer, all of them in slots.
 

@@ -165,6 +165,5 @@ def token_ns(cost: CostModel, missed: Mapping[str, float], fallback_rate: float,
         return pass_ns(geometry.top_k, missed["full"])
     resident_ns = cost.resident_ns(geometry.top_k)
     copies_ns = layers * geometry.top_k * missed["big"] * cost.load_ns
-    asking_ns = max(cost.router_replay_ns, host.router_replay) + host.read
-    big_ns = asking_ns + max(resident_ns, copies_ns + (resident_ns - head_ns) / layers + head_ns)
+    big_ns = cost.asking_ns + host.read + max(resident_ns, copies_ns + (resident_ns - head_ns) / layers + head_ns)
     return pass_ns(geometry.little_k, missed["little"]) + fallback_rate * big_ns

@@ -101,6 +101,10 @@ class Geometry:
         """Return the bytes that always stay on the device."""
         return self.moe_layers * self.dense_nbytes + self.head_nbytes + self.embedding_nbytes
 
+    def device_nbytes(self, slots: int) -> int:
+        """Return the bytes of what always stays on the device and of so many slots, prefill buffers among them."""
+        return self.resident_nbytes + slots * self.expert_nbytes
+
     def on_demand_ceiling(self, link_gb_per_s: float) -> float:
         """Return the most tokens per second without a cache: bandwidth over the bytes of one token's experts."""
         return link_gb_per_s * 1e9 / (self.moe_layers * self.top_k * self.expert_nbytes)

@@ -131,6 +131,18 @@ class Division:
     slots: int
     slots_nbytes: int
 
+    @classmethod
+    def of(cls, geometry: Geometry, memory_nbytes: int, reserve: Reserve, prefill_buffers: int, slots: int) -> Division:
+        """Return the division that has so many slots."""
+        return cls(
+            memory_nbytes=memory_nbytes,
+            dense_nbytes=geometry.resident_nbytes,
+            reserve=reserve,
+            staging_nbytes=prefill_buffers * geometry.expert_nbytes,
+            slots=slots,
+            slots_nbytes=slots * geometry.expert_nbytes,
+        )
+
     @property
     def used_nbytes(self) -> int:
         """Return the sum of all parts."""
@@ -143,11 +155,4 @@ def divide(geometry: Geometry, memory_nbytes: int, reserve: Reserve, prefill_buf
     Raise Refused where one token's experts do not fit.
     """
     slots = slots_for(geometry, memory_nbytes, reserve.nbytes, prefill_buffers, str(reserve))
-    return Division(
-        memory_nbytes=memory_nbytes,
-        dense_nbytes=geometry.resident_nbytes,
-        reserve=reserve,
-        staging_nbytes=prefill_buffers * geometry.expert_nbytes,
-        slots=slots,
-        slots_nbytes=slots * geometry.expert_nbytes,
-    )
+    return Division.of(geometry, memory_nbytes, reserve, prefill_buffers, slots)

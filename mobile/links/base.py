@@ -81,6 +81,11 @@ class Link(Protocol):
         ...
 
     @property
+    def gb_per_s(self) -> float | None:
+        """Decimal GB/s that copies were measured to take; None where that was not measured."""
+        ...
+
+    @property
     def runs_behind(self) -> bool:
         """Whether the device computes behind the host in real time, so that its last work ends after the host's."""
         ...

@@ -105,8 +105,7 @@ class StreamLink:
 
     @property
     def gb_per_s(self) -> float | None:
-        """Decimal GB/s that copies were measured to take; None where the channel has not measured it."""
-        return getattr(self.channel, "gb_per_s", None)
+        return getattr(self.channel, "gb_per_s", None)  # of a channel that measures it
 
     @property
     def now(self) -> int:

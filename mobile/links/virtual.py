@@ -61,6 +61,7 @@ class VirtualLink:
     def begun(self) -> int:
         return self._ledger.counters.loads + (self._flying is not None)
 
+    gb_per_s = None
     runs_behind = False  # both timelines are its own
 
     def launched(self) -> None:

@@ -187,10 +187,11 @@ class FastResidency(Residency):
         incoming, on_cpu = self._request_missing(layer, missing)
         self._prefetch_ahead(layer, experts, ahead)
         ready_count = len(keys) - len(missing)
-        # In one piece, unless the host begins copies between them as others end.
-        pieces = 1 if self._idle_prefetcher is None else ready_count
-        for _ in range(min(pieces, ready_count)):
-            link.compute(expert_ns * ready_count // pieces, "", host_ns * ready_count // pieces)
+        if self._idle_prefetcher is not None:  # the host begins copies between them, as others end
+            for _ in range(ready_count):
+                link.compute(expert_ns, "", host_ns)
+        elif ready_count:
+            link.compute(expert_ns * ready_count, "", host_ns * ready_count)
         if self.strategy.overlap:
             link.serve(incoming, ready, expert_ns, host_ns)
         else:

@@ -39,8 +39,7 @@ class ReplaySetup:
     @property
     def memory_nbytes(self) -> int:
         """Return the bytes of device memory taken by the slots, the resident weights and the reserve."""
-        held = self.geometry.resident_nbytes + (self.slots + PREFILL_BUFFERS) * self.geometry.expert_nbytes
-        return self.hardware.reserve_nbytes + held
+        return self.hardware.reserve_nbytes + self.geometry.device_nbytes(self.slots + PREFILL_BUFFERS)
 
     def residency(self, events: int = 0, future: tuple[Visit, ...] | None = None) -> FastResidency:
         """Return a residency with cold slots; its ledger keeps the newest `events`, its policies know the `future`."""

@@ -170,7 +170,7 @@ class Engine:
                 processor=self._cpu,
             )
         )
-        measured = getattr(self.link, "gb_per_s", None)
+        measured = self.link.gb_per_s
         if measured is not None:  # policies weigh copies as this link makes them, not as the profile's would
             hardware = replace(self.hardware, link_gb_per_s=measured)
             self._cost = CostModel(hardware, self.geometry, in_place=self.plan.kernel is packed)

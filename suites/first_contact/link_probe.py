@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from mobile.links import page_lock
+from mobile.machine.measure.ahead import launch_seconds
+from mobile.machine.measure.sizes import sizes_for
 from suites.first_contact.findings import Finding, append
 
 KIB, MIB, GB = 2**10, 2**20, 1e9
@@ -111,20 +113,14 @@ class Probe:
 
     def launches(self) -> None:
         """Time the rest of what a layer asks of the card: the host's time, as it waits for none of it."""
-        asked = {"a kernel launch": self._launch, "an event made, recorded and waited for by a stream": self._order}
-        for name, ask in asked.items():
-            torch.cuda.synchronize(self.device)
-            begun = time.perf_counter()
-            for _ in range(self.sizes.repeats):
-                ask()
-            taken = (time.perf_counter() - begun) / self.sizes.repeats
-            self.measured(f"{name}, on the host", taken * 1e6, "us")
-
-    def _launch(self) -> None:
-        self.small.add_(0)
-
-    def _order(self) -> None:
-        self.stream.wait_event(self._recorded())
+        launch = launch_seconds(self.device, torch.bfloat16, sizes_for(self.device))  # as a calibration has it
+        self.measured("a kernel launch, on the host", launch * 1e6, "us")
+        torch.cuda.synchronize(self.device)
+        begun = time.perf_counter()
+        for _ in range(self.sizes.repeats):
+            self.stream.wait_event(self._recorded())
+        taken = (time.perf_counter() - begun) / self.sizes.repeats
+        self.measured("an event made, recorded and waited for by a stream, on the host", taken * 1e6, "us")
 
     def _recorded(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mobile.costs.cost_model import CostModel
+from mobile.costs.layer_time import following_ns, loads_in_turn
 from mobile.ledger import Event, Ledger, Mark
 from mobile.policies.strategy import FullK, Strategy
 from mobile.replay.replay import ReplaySetup
@@ -56,11 +57,13 @@ def link_bound(strategy: Strategy, cost: CostModel, on_clock: LinkUse | None) ->
     2. A fallback asks all routers before its first copy, and later ones may wait for a slot: `on_clock` is how
        fallbacks of the same scripts, with as many slots, use the link of the cost model (`fallbacks_on_clock`).
     """
-    geometry, top_k, load, expert = cost.geometry, cost.geometry.top_k, cost.load_ns, cost.expert_ns(1)
-    exposed = max(expert, top_k * expert - (top_k - 1) * load) if strategy.overlap else top_k * expert
-    layer_ns = cost.dense_ns(1) + cost.host.read + cost.host.copy + exposed
-    copying = geometry.moe_layers * top_k * load
-    of_token = max(0, cost.host.dense - cost.dense_ns(1)) + cost.head_ns(1) + cost.host.read
+    geometry, host, load = cost.geometry, cost.host, cost.load_ns
+    experts = loads_in_turn(cost, 0, geometry.top_k, overlap=strategy.overlap)
+    dense = following_ns(cost.dense_ns(1), host.dense, experts.behind)
+    layer_ns = dense + host.read + experts.ns - geometry.top_k * load
+    copying = geometry.moe_layers * geometry.top_k * load
+    of_token = max(cost.dense_ns(1), host.dense) - dense
+    of_token += following_ns(cost.head_ns(1), host.head, experts.behind) + host.read
     decode = copying / (copying + geometry.moe_layers * layer_ns + of_token)
     copies_all = strategy.retain == "nothing" and isinstance(strategy.gating, FullK)
     fallback = None

@@ -50,7 +50,6 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
     """
     geometry = cost.geometry
     layers, full, little = geometry.moe_layers, geometry.top_k, geometry.little_k
-
     placement = None if strategy.on_cpu is None else strategy.on_cpu(cost)
 
     def part_of_cpu(missing: int) -> int:
@@ -65,8 +64,7 @@ def bound(strategy: Strategy, cost: CostModel, rate: float | None) -> Bound:
         on_cpu = here + fallbacks * part_of_cpu(again)
         moved = layers * (little + fallbacks * again - on_cpu)
         asked_again = 1.0 if strategy.gating.replays_routers else fallbacks * strategy.prefetch_on_fallback
-        asking_ns = max(cost.router_replay_ns, cost.host.router_replay)
-        nanoseconds = cost.resident_ns(little) + asked_again * asking_ns + fallbacks * cost.resident_ns(full)
+        nanoseconds = cost.resident_ns(little) + asked_again * cost.asking_ns + fallbacks * cost.resident_ns(full)
     else:
         chosen = little if isinstance(strategy.gating, HalfK) else full
         on_cpu = part_of_cpu(chosen)
@@ -109,9 +107,7 @@ def strategy_rows(
                 lossless=strategy.lossless,
                 keeps=strategy.retain,
                 needs_slots=needs,
-                needs_nbytes=cost.profile.reserve_nbytes
-                + geometry.resident_nbytes
-                + (needs + PREFILL_BUFFERS) * geometry.expert_nbytes,
+                needs_nbytes=cost.profile.reserve_nbytes + geometry.device_nbytes(needs + PREFILL_BUFFERS),
                 budget_meets_needs=slots >= needs,
                 bounds=bounds,
             )

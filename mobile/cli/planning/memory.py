@@ -117,9 +117,8 @@ class Plan:
 def division_of_slots(geometry: Geometry, slots: int, hardware: HardwareProfile) -> Division:
     """Return the division of the budget that holds so many slots, at most one for each expert."""
     slots, reserve = min(slots, geometry.total_experts), Reserve.of_profile(hardware.reserve_nbytes)
-    nbytes = reserve.nbytes + geometry.resident_nbytes + (slots + PREFILL_BUFFERS) * geometry.expert_nbytes
-    slots_nbytes, staging = slots * geometry.expert_nbytes, PREFILL_BUFFERS * geometry.expert_nbytes
-    return Division(nbytes, geometry.resident_nbytes, reserve, staging, slots, slots_nbytes)
+    nbytes = reserve.nbytes + geometry.device_nbytes(slots + PREFILL_BUFFERS)
+    return Division.of(geometry, nbytes, reserve, PREFILL_BUFFERS, slots)
 
 
 def plan(
