@@ -56,6 +56,9 @@ def test_a_rehearsal_does_every_part_on_a_bare_machine(rehearsed):
     measured = {one.part for one in found if one.kind == "measured"}
     assert {"doctor", "calibrate", "engine", "shapes", *(f"profile-{name}" for name in parts.PROFILES)} <= measured
     assert any(one.name == "engine's cost a layer beside eager" and one.first for one in found)
+    assert any(
+        one.name == "engine's cost a layer beside a bare loop" and one.first and "bound" in one.detail for one in found
+    )
 
 
 def test_its_folder_holds_few_files_within_the_limit_and_its_records_are_those_of_a_run(rehearsed, tmp_path):

@@ -105,10 +105,15 @@ def of_record(part: str, record: Record) -> Iterator[Finding]:
     config, name = record.config, f"{record.model}, {record.strategy}, {record.task}, {record.budget}"
     if config.get("refused"):
         yield Finding(part, "skipped", name, detail=config["refused"])
+    if (bare := config.get("bare")) is not None:
+        bound = (
+            f"{_blocks(bare)}; of it one read a layer, which is the bound on any engine, {_us(bare['bound_seconds'])}"
+        )
+        beside = "engine's cost a layer beside a bare loop"
+        yield Finding(part, "measured", beside, bare["layer_seconds"] * 1e6, "us", bound, first=True)
     for cost in config.get("engine") or ():
-        detail = f"median of {cost['blocks']} blocks, {_us(cost['low_seconds'])} to {_us(cost['high_seconds'])}"
         beside = f"engine's cost a layer beside {cost['stock']}"
-        yield Finding(part, "measured", beside, cost["layer_seconds"] * 1e6, "us", detail, first=True)
+        yield Finding(part, "measured", beside, cost["layer_seconds"] * 1e6, "us", _blocks(cost), first=True)
         yield Finding(part, "measured", f"a step of {cost['stock']}", cost["stock_seconds"] * 1e3, "ms")
     wrong = [check for check, passed in record.checks.items() if not passed]
     yield from (Finding(part, "failed", name, detail=check) for check in wrong)
@@ -128,6 +133,11 @@ def of_record(part: str, record: Record) -> Iterator[Finding]:
         yield Finding(part, "measured", title, 100 * error, "%", about)
     elif config.get("unpredicted"):
         yield Finding(part, "note", f"{name}: not predicted", detail=config["unpredicted"])
+
+
+def _blocks(cost: dict[str, Any]) -> str:
+    """Return over how many blocks a cost is the median, and its quartiles."""
+    return f"median of {cost['blocks']} blocks, {_us(cost['low_seconds'])} to {_us(cost['high_seconds'])}"
 
 
 def _us(seconds: float) -> str:
