@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
@@ -21,11 +22,11 @@ QUICK = {"OMP_NUM_THREADS": "1"}
 GIVEN = ("torch", "transformers", "pytest")
 BARE = """
 import importlib.machinery, importlib.metadata, sys
-MODULES, PACKAGES, ROOT = {modules!r}, {packages!r}, {root!r}
+MODULES, PACKAGES, ROOT, INSTALLED = {modules!r}, {packages!r}, {root!r}, {installed!r}
 
 def ours(spec):
     places = [spec.origin or "", *(spec.submodule_search_locations or ())]
-    return any(place.startswith(ROOT) for place in places)
+    return any(place.startswith(ROOT) and not place.startswith(INSTALLED) for place in places)
 
 class Bare(importlib.machinery.PathFinder):
     @classmethod
@@ -77,7 +78,13 @@ def given_modules() -> frozenset[str]:
 def bare(folder: Path) -> dict[str, str]:
     """An environment in which every Python is a bare one, by a `sitecustomize.py` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"modules": sorted(given_modules()), "packages": sorted(given_packages()), "root": str(ROOT) + os.sep}
+    told = {
+        "modules": sorted(given_modules()),
+        "packages": sorted(given_packages()),
+        "root": str(ROOT) + os.sep,
+        # the environment may lie within the checkout, as that of nox does
+        "installed": tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")),
+    }
     (folder / "sitecustomize.py").write_text(BARE.format(**told))
     return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
