@@ -1,4 +1,4 @@
-"""The one exception of the package: a request that is refused before anything was changed."""
+"""The exceptions of the package: a request that is refused before anything was changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ LONGEST = 300  # characters of another library's error, or of a word from a file
 
 class Refused(ValueError):
     """Bad input. Its text is one sentence with what to change; nothing was written and no model is half-attached."""
+
+
+class OutOfReach(Refused):
+    """Asked for is more than this machine has: its card is too small, or its link too slow. A larger one could."""
 
 
 def one_line(error: BaseException) -> str:

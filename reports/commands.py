@@ -75,6 +75,9 @@ def build(options: Namespace) -> int:
             _print(console, table)
         if not any(table.rows for table in section.tables):
             console.print(f"{section.heading}: {section.paragraphs[0]}" if section.paragraphs else section.heading)
+    if results.left_out:
+        cell, why = results.left_out[0]
+        _say(console, "left out", "yellow", f" {len(results.left_out)} cells, first {on_one_line(cell)}: {why}")
     for cell, why in results.absent[:SHOWN]:
         _say(console, "no record", "red", f" {on_one_line(cell)}: {why}")
     if len(results.absent) > SHOWN:
@@ -130,8 +133,9 @@ def expect(options: Namespace) -> int:
     console = new_console()
     results = read(options.run or latest_run())
     report = content.build(results)
-    if report.alarm or results.absent:
-        console.print(f"not kept: {report.alarm or f'{len(results.absent)} cells have no record'}")
+    without = len(results.absent) + len(results.left_out)
+    if report.alarm or without:
+        console.print(f"not kept: {report.alarm or f'{without} cells have no record'}")
         return 1
     page = write.markdown(report, figures=False)
     for path in expected.save(results, page, options.out or expected.folder_of(results.preset)):

@@ -7,7 +7,7 @@ import re
 from mobile.costs.geometry import Geometry, project, slots_for
 from mobile.costs.hardware import HardwareProfile, parse_nbytes
 from mobile.costs.memory import NEAR_MEMORY
-from mobile.errors import Refused
+from mobile.errors import OutOfReach, Refused
 from mobile.ledger import Event
 from mobile.policies.strategy import Strategy
 from mobile.replay.replay import ReplaySetup
@@ -38,11 +38,11 @@ def holds(nbytes: int, total_nbytes: int) -> bool:
 def memory_on(budget: str, total_nbytes: int) -> int:
     """Return the bytes of a memory budget on a card that shows `total_nbytes`: all of them, where the budget is more.
 
-    Raise Refused for a card that shows too little (`NEAR_MEMORY`).
+    Raise OutOfReach for a card that shows too little (`NEAR_MEMORY`).
     """
     nbytes = parse_nbytes(budget)
     if not holds(nbytes, total_nbytes):
-        raise Refused(
+        raise OutOfReach(
             f"A budget of {budget} is more than the {total_nbytes / GIB:.2f} GiB of this GPU; give a smaller budget, "
             "or use a larger card."
         )

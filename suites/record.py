@@ -77,13 +77,21 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of one live run or one cell; `error` is why it left nothing behind, `log_tail` how its log ended."""
+    """The end of one live run or one cell; `error` is why it left nothing behind, `log_tail` how its log ended.
+
+    It was `left_out` if it asks for more than its machine has.
+    """
 
     id: str
     label: str
     seconds: float
     error: str | None = None
     log_tail: str | None = None
+    left_out: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None and not self.left_out
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a piece of work left nothing behind."""
+    """Why a piece of work left nothing behind: it failed, or was `left_out`, asking for more than its machine has."""
 
     id: Name
     label: str
     error: str
     log: str | None = None
     log_tail: str | None = None
+    left_out: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from mobile.errors import Refused
+from mobile.errors import OutOfReach, Refused
 from mobile.links.cuda import NEAR
+from reports.__main__ import parser
 from reports.data.results import read
 from reports.pages import content
 from reports.pages.write import markdown
 from reports.sections import synthetic as synthetic_sections
 from suites.plan.preset import read_preset
-from suites.record import RunFolder, load
+from suites.record import Finished, RunFolder, load
+from suites.run import runner
+from suites.run.executors import Workers
+from suites.run.jobs import Job
+from suites.run.work import KINDS
+from suites.run.worker import measuring
 from suites.synthetic import plan, timing
 from suites.synthetic.cells import synthetic_cell_from
 from tests import shapes
@@ -144,6 +153,44 @@ def test_a_card_that_is_too_small_for_some_cells_leaves_out_only_those(card):
     only_large = [shape for shape in shapes_ if shape.budget == "16GiB"]
     with pytest.raises(Refused, match=r"A budget of 16 GiB is asked for and this GPU has 11\.6 GiB"):
         plan.check("shapes", only_large)
+
+
+def test_a_run_leaves_out_what_asks_for_more_than_its_machine_has_and_that_is_no_failure(preset, tmp_path, monkeypatch):
+    """Of the machine only the sizes are made up: a card that shows 4 GiB, and a link that cannot be had at 25 GB/s."""
+
+    def in_this_process(job: Job) -> list[Finished]:
+        pieces = [KINDS[job.spec["kind"]].read(fields) for fields in job.spec["pieces"]]
+        return list(map(measuring(pieces, RunFolder(Path(job.spec["run"]))), pieces))
+
+    memory_of, attached = timing.memory_of, timing.attached
+
+    def attached_unless_too_fast(cell, made):
+        if cell.link_gb_per_s is not None and cell.strategy == "mobile":
+            raise OutOfReach("This link copies 12.0 GB/s and cannot be throttled to 25; give a smaller number.")
+        return attached(cell, made)
+
+    monkeypatch.setattr(runner, "do", in_this_process)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (4 << 30, 4 << 30))
+    monkeypatch.setattr(timing, "memory_of", lambda cell, device: memory_of(cell, torch.device("cuda")))
+    monkeypatch.setattr(timing, "attached", attached_unless_too_fast)
+    asked, folder, said = read_preset(str(preset), link="virtual"), RunFolder(tmp_path / "run"), io.StringIO()
+    with ThreadPoolExecutor(1) as pool:
+
+        def run(chosen) -> int:
+            return runner.execute(asked, folder, Console(file=said, width=300), Workers(pool, pool), chosen)
+
+        assert run(asked.only("native")) == 1  # nothing at all was measured
+        assert run(asked) == 0
+    assert f"{shapes.CELLS} cells have records, 4 are left out; took" in said.getvalue()
+    assert "\nfailed" not in said.getvalue()
+    assert "left out olmoe-1b-7b native zipf 1.0 lru 8GiB: A budget of 8GiB is more than" in said.getvalue()
+    found = read(folder.path)
+    assert (len(found.all_records), len(found.left_out), found.absent) == (shapes.CELLS - 4, 4, ())
+    page = markdown(content.build(found))
+    assert "4 left out" in page
+    assert all(label in page and why in page for label, why in found.left_out)
+    built = parser().parse_args(["build", str(folder.path)])
+    assert built.command(built) == 0
 
 
 def test_the_plan_says_that_a_link_near_to_what_is_asked_is_taken_as_it(card):

@@ -23,7 +23,7 @@ from reports.checks.submission import ABOUT, Unsubmittable, pack, unpacked
 from reports.data.results import read
 from reports.pages import collected, content, write
 from reports.pages.submitted import alike, unlike
-from suites.record import RunFolder, load, write_json
+from suites.record import RunFolder, load, read_json, write_json
 from tests import report_runs
 from tests.report_runs import Rule
 
@@ -205,6 +205,10 @@ FORGERIES: dict[str, tuple[Callable[[Files], Files], str]] = {
     ),
     "a file was added": (lambda f: {**f, "turns/more.json": b"{}"}, "is there and not listed"),
     "and sealed": (lambda f: resealed({**f, "records/more.json": b"{}"}), "is of no cell of its plan"),
+    "a note on a cell that has its record": (
+        lambda f: resealed({**f, "failures/more.json": b'{"id": "more", "label": "a cell", "error": "too small"}'}),
+        "is of no cell of its plan",
+    ),
     "of another schema": (lambda f: resealed(edited(f, schema=4)), "record schema 4"),
     "of another preset": (
         lambda f: {**f, ABOUT: f[ABOUT].replace(b'"preset": "tiny"', b'"preset": "cpu"')},
@@ -222,6 +226,19 @@ FORGERIES: dict[str, tuple[Callable[[Files], Files], str]] = {
     "without a list": (lambda f: without(f, ABOUT), "it has no submission.json"),
     "without a plan": (lambda f: listed(without(f, "run.json")), "does not hold the files"),
 }
+
+
+def test_a_cell_that_the_machine_was_too_small_for_is_sent_as_such_and_one_that_failed_is_not(tmp_path):
+    folder = report_runs.write(RULE, tmp_path / "run")
+    plan, note = RunFolder(folder).plan, RunFolder(folder).failure("large")
+    told = read_json(plan)
+    write_json(plan, {**told, "cells": [*told["cells"], {"id": "large", "label": "a large cell"}]})
+    write_json(note, {"id": "large", "label": "a large cell", "error": "This card is too small.", "left_out": True})
+    pack(seal(folder), tmp_path / "run.zip", as_it_is=True)
+    assert unpacked(tmp_path / "run.zip").results.left_out == (("a large cell", "This card is too small."),)
+    write_json(note, {"id": "large", "label": "a large cell", "error": "It broke."})
+    with pytest.raises(Unsubmittable, match="is not finished, 1 of its cells have no record"):
+        pack(seal(folder), tmp_path / "run.zip", as_it_is=True)
 
 
 @pytest.mark.parametrize("forged", FORGERIES)

@@ -14,7 +14,7 @@ from itertools import count, islice
 
 import torch
 
-from mobile.errors import Refused
+from mobile.errors import OutOfReach
 from mobile.ledger import Key
 from mobile.links.base import LinkEnds
 from mobile.links.device_clock import DeviceClock
@@ -30,7 +30,7 @@ NEAR = 0.03  # a link that is slower than asked by no more than this share is ta
 
 
 def connect(ends: LinkEnds) -> StreamLink:
-    """Return a link over a CUDA channel. Raise Refused if it cannot be as fast as asked for."""
+    """Return a link over a CUDA channel. Raise OutOfReach if it cannot be as fast as asked for."""
     assert isinstance(ends.store, HostStore), "rows on a disk are read by the link disk"
     channel = CudaChannel(ends.store, ends.slots, ends.row_of, ends.link_gb_per_s)
     return StreamLink(channel, ends.row_nbytes, ends.ledger, ends.arrived, processor=ends.processor)
@@ -128,9 +128,9 @@ class CudaChannel:
         return MEASURED * layers[0][0].nbytes / (seconds * 1e9), seconds
 
     def _throttle(self, link_gb_per_s: float) -> None:
-        """Have each copy followed by as many more bytes as make it take as long. Raise Refused if it is too fast."""
+        """Have each copy followed by as many more bytes as make it take as long. Raise OutOfReach if it is too fast."""
         if not 0 < link_gb_per_s * (1 - NEAR) <= self.native_gb_per_s:
-            raise Refused(
+            raise OutOfReach(
                 f"This link copies {self.native_gb_per_s:.1f} GB/s and cannot be throttled to {link_gb_per_s:g}; "
                 "give a smaller number."
             )

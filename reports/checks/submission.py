@@ -27,7 +27,7 @@ from suites.typed_json import Count, Sha256, typed
 ABOUT, FORMAT = "submission.json", "mobile-submission-1"
 PAGES = ("report.html", "report.md", "cells.csv")
 PATHS = re.compile(
-    r"(run|manifest)\.json|report\.(html|md)|cells\.csv|(records|calibration|turns)/[\w-]{1,100}\.json", re.A
+    r"(run|manifest)\.json|report\.(html|md)|cells\.csv|(records|calibration|turns|failures)/[\w-]{1,100}\.json", re.A
 )
 NAMES = re.compile(rf"submission\.json|{PATHS.pattern}", re.A)  # nothing of it leads out of a folder
 AS_EXPECTED, UNKNOWN = "as expected", "nothing is expected of this preset here"
@@ -121,8 +121,9 @@ def against_expectation(results: Results) -> str:
 def unpacked(path: Path) -> Submitted:
     """Return what an archive holds, after every check that its files allow. Raise Unsubmittable; OSError.
 
-    Checked are names, sizes and hashes, the run's manifest, that every planned cell has its record and no other, and
-    each record by what it says itself: types, counters against items, scores of shipped tasks, turns, controls.
+    Checked are names, sizes and hashes, the run's manifest, that every planned cell has its record, or a note that its
+    machine was too small for it, and no other, and each record by what it says itself: types, counters against items,
+    scores of shipped tasks, turns, controls.
     """
     with TemporaryDirectory() as folder:
         try:
@@ -150,7 +151,9 @@ def _checked(name: str, run: Path) -> Submitted:
     said = bundle.said_of(run, results)
     _hold(said == sealed.config, "its manifest does not say what its records say")
     _hold(results.preset == about.preset, f"its plan is of preset {results.preset!r}, not of {about.preset!r}")
-    extra = {each for each in chosen if each.startswith("records/")} - {f"records/{cell}.json" for cell in said.cells}
+    of_cells = {each for each in chosen if each.startswith(("records/", "failures/"))}
+    extra = of_cells - {f"records/{cell}.json" for cell in said.cells}
+    extra -= {f"failures/{cell}.json" for cell in said.absent}
     _hold(not extra, f"{min(extra, default='')} is of no cell of its plan")
     if wrong := next(_wrong(results, run), None):
         raise Unsubmittable(wrong)

@@ -29,7 +29,8 @@ class Results:
     script on synthetic weights, `references` plain Transformers on the same sizes, `signals` cells that compare
     confidence signals, `accuracy` rounds of fresh items under several gatings. `packed` and `packed_synthetic` are the
     cells of the first and the third kind whose rows are packed. `absent` are planned cells without a record as (label,
-    reason), `logs` the ends of failed cells' logs as (label, text).
+    reason), `logs` the ends of failed cells' logs as (label, text); `left_out` are, as (label, reason), those that the
+    machine was too small for.
     """
 
     preset: str
@@ -43,6 +44,7 @@ class Results:
     accuracy: tuple[Record, ...] = ()
     packed: tuple[Record, ...] = ()
     packed_synthetic: tuple[Record, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def all_records(self) -> tuple[Record, ...]:
@@ -157,12 +159,14 @@ def read(run: Path) -> Results:
         raise NoResults(f"{folder.plan} is no plan {why}; run the suite again, what is done is kept.") from error
     except ValueError as error:
         raise NoResults(f"{folder.plan} is no plan ({error}); run the suite again, what is done is kept.") from error
-    records, absent = [], []
+    records, absent, left_out = [], [], []
     with _no_collection():
         for cell in plan.cells:
             found = _record(folder, cell)
             if isinstance(found, Record):
                 records.append(found)
+            elif found.left_out:
+                left_out.append((cell.label, found.reason))
             else:
                 absent.append((cell.label, found))
     if not records:
@@ -186,6 +190,7 @@ def read(run: Path) -> Results:
         accuracy,
         tuple(record for record in scored if rows_of(record) != AS_IS),
         tuple(record for record in synthetic if rows_of(record) != AS_IS),
+        tuple(left_out),
     )
 
 
@@ -202,10 +207,11 @@ def _no_collection() -> Iterator[None]:
 
 
 class NoRecord(NamedTuple):
-    """The reason why a cell has no record, and the end of its log."""
+    """The reason why a cell has no record, and the end of its log; or why its machine was too small for it."""
 
     reason: str
     log_tail: str | None = None
+    left_out: bool = False
 
 
 def _record(folder: RunFolder, cell: PlannedCell) -> Record | NoRecord:
@@ -219,6 +225,8 @@ def _record(folder: RunFolder, cell: PlannedCell) -> Record | NoRecord:
             return record
         if os.path.lexists(failure):
             note = read_failure(folder, cell.id)
+            if note.left_out:
+                return NoRecord(note.error, left_out=True)
             return NoRecord(f"FAILED: {note.error}", note.log_tail)
     except (ValueError, OSError) as error:
         return NoRecord(f"FAILED: {error}")

@@ -129,10 +129,12 @@ def _telemetry(results: Results) -> Section:
 
 
 def _absent(results: Results) -> Section:
-    if not results.absent:
-        return Section("Failed and missing cells", ("None.",))
-    table = Table("Cells without a record", ("cell", "why"), results.absent)
-    return Section("Failed and missing cells", (), (table,), logs=_logs(results))
+    found = {
+        "Cells without a record": results.absent,
+        "Cells that ask for more than this machine has, and were left out": results.left_out,
+    }
+    tables = tuple(Table(title, ("cell", "why"), rows) for title, rows in found.items() if rows)
+    return Section("Failed and missing cells", () if tables else ("None.",), tables, logs=_logs(results))
 
 
 def _logs(results: Results) -> tuple[tuple[str, str], ...]:
@@ -170,9 +172,10 @@ def _facts(results: Results) -> tuple[tuple[str, str], ...]:
     machines = {machine_identity(r) for r in made}
     dirty = any(r.environment["git_dirty"] for r in made)
     commits = dict.fromkeys(str(r.environment["git_commit"]) for r in made)
+    left_out = f", {len(results.left_out)} left out" if results.left_out else ""
     return (
         ("preset", results.preset),
-        ("cells", f"{len(made)} recorded, {len(results.absent)} without a record"),
+        ("cells", f"{len(made)} recorded, {len(results.absent)} without a record{left_out}"),
         ("scope", "; ".join(dict.fromkeys(f"{r.scope}, weights {r.weights}" for r in made))),
         ("code", f"{', '.join(commits)}{' (with changes not committed)' if dirty else ''}"),
         (

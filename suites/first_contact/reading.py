@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from suites.first_contact.findings import Finding
+from suites.first_contact.findings import Finding, Kind
 from suites.first_contact.process import Ended
 from suites.record import Record, RunFolder, load
 from suites.run_files import read_failure
@@ -95,7 +95,8 @@ def cells(part: str, run: RunFolder, seen: set[str]) -> Iterator[Finding]:
         seen.add(f"failure {path.stem}")
         try:
             note = read_failure(run, path.stem)
-            yield Finding(part, "failed", note.label, detail=f"{note.log_tail or ''}\n{note.error}".strip())
+            kind: Kind = "skipped" if note.left_out else "failed"
+            yield Finding(part, kind, note.label, detail=f"{note.log_tail or ''}\n{note.error}".strip())
         except (ValueError, OSError):
             seen.discard(f"failure {path.stem}")  # it is just being written
 

@@ -118,4 +118,4 @@ def do(job: Job) -> list[Finished]:
     done = [Finished(**json.loads(line)) for line in answered.splitlines(keepends=True) if line.endswith(b"\n")]
     undone = job.labels.keys() - {one.id for one in done}
     done += [Finished(name, job.labels[name], seconds, why) for name in undone]
-    return [one if one.error is None or one.log_tail else replace(one, log_tail=log_tail) for one in done]
+    return [replace(one, log_tail=one.log_tail or log_tail) if one.failed else one for one in done]

@@ -34,6 +34,7 @@ from suites.record import Finished, RunFolder, sound, write_json
 from suites.run.executors import Workers
 from suites.run.jobs import Job, do, jobs, put_damaged_aside
 from suites.run.work import Work
+from suites.run_files import read_failure
 from suites.synthetic import plan
 
 FULL_NBYTES = 2**20  # a disk with less room than this may not hold another record
@@ -123,9 +124,10 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 
 def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, chosen: Preset | None = None) -> int:
-    """Do what is missing of the preset, or of its part `chosen`; return how many cells of that have no record then.
+    """Do what is missing of the preset, or of its part `chosen`; return how many cells of that are missing then.
 
-    A report expects the whole preset either way. Raise DiskFull.
+    Cells that this machine is too small for are left out and not missing, unless nothing else was asked for. A report
+    expects the whole preset either way. Raise DiskFull.
     """
     begun = time.monotonic()
     # 1. Write the plan, then throw away or put aside what an earlier run left in no good state.
@@ -156,15 +158,16 @@ def execute(preset: Preset, run: RunFolder, console: Console, workers: Workers, 
         many = [job for job in timing if not job.alone]
         _phase("cells", many, workers.many, run, progress, ("rounds", _rounds(preset, many, run)))
         _phase("cells timed alone", alone, workers.alone, run, progress, ("turns", _turns(preset, alone, run)))
-    # 3. Count the records that are there.
-    recorded = _recorded(preset, run)
+    # 3. Count the records that are there, and the cells that are none of this machine's.
+    recorded, left_out = _recorded(preset, run), _left_out(preset, run)
     seconds = time.monotonic() - begun
     rate = f" ({60 * (recorded - before) / seconds:.0f} cells a minute)" if recorded > before else ""
     console.print(
-        f"{preset.name}: {recorded} of {len(preset.cells)} cells have records; "
-        f"took {seconds:.0f} s of the {preset.minutes * 60} s it is allowed{rate}"
+        f"{preset.name}: {recorded} of {len(preset.cells)} cells have records"
+        + (f", {left_out} are left out; " if left_out else "; ")
+        + f"took {seconds:.0f} s of the {preset.minutes * 60} s it is allowed{rate}"
     )
-    return len(preset.cells) - recorded
+    return len(preset.cells) - recorded - (left_out if recorded else 0)
 
 
 def _tidy(pieces: Iterable[Work], run: RunFolder) -> None:
@@ -178,6 +181,10 @@ def _tidy(pieces: Iterable[Work], run: RunFolder) -> None:
 
 def _recorded(preset: Preset, run: RunFolder) -> int:
     return sum(cell.output(run).is_file() for cell in preset.cells)
+
+
+def _left_out(preset: Preset, run: RunFolder) -> int:
+    return sum(run.failure(cell.id).is_file() and read_failure(run, cell.id).left_out for cell in preset.cells)
 
 
 def _turns(preset: Preset, todo: Iterable[Job], run: RunFolder) -> list[Path]:
@@ -239,11 +246,15 @@ def _outcomes(future: Future, job: Job) -> list[Finished]:
 
 
 def _show(done: Finished, job: Job, run: RunFolder, console: Console) -> None:
-    """Print what became of a piece; a failure leaves a note that the report prints. Raise DiskFull."""
+    """Print what became of a piece; what has no output leaves a note that the report prints. Raise DiskFull."""
     failure, label = run.failure(done.id), on_one_line(done.label)
     if done.error is None:
         failure.unlink(missing_ok=True)
         _say(console, "done", "green", f"   {done.seconds:5.1f} s  {label}")
+        return
+    if done.left_out:
+        _say(console, "left out", "yellow", f" {label}: {done.error}")
+        write_json(failure, {"id": done.id, "label": done.label, "error": done.error, "left_out": True})
         return
     _say(console, "failed", "red", f" {done.seconds:5.1f} s  {label}: {done.error} (log: {printable(job.log)})")
     if shutil.disk_usage(run.path).free < FULL_NBYTES:

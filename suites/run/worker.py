@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from mobile.errors import OutOfReach
 from suites.record import Finished, RunFolder
 from suites.run.work import KINDS, Work
 from suites.scoring.sandbox.run import walls_optional
@@ -34,10 +35,15 @@ NOT_AS_PLANNED = (
 
 
 def attempt(name: str, label: str, action: Callable[[], Any]) -> Finished:
-    """Call `action`. The traceback of an exception goes to the log, and its end into what is returned."""
+    """Call `action`. The traceback of an exception goes to the log, and its end into what is returned.
+
+    One that says that this machine is too small for the piece is no failure, and has no traceback.
+    """
     begun = time.monotonic()
     try:
         action()
+    except OutOfReach as beyond:
+        return Finished(name, label, time.monotonic() - begun, str(beyond), left_out=True)
     except Exception as error:
         with suppress(OSError):  # the log's disk may be what is full
             traceback.print_exc()

@@ -55,12 +55,14 @@ def canary_fails(evidence: Evidence) -> str:
 
 
 def failures_are_shown(evidence: Evidence) -> str:
-    """Raise Missing where a cell has no record."""
-    if unsaid := [cell for cell, _ in evidence.results.absent if cell not in evidence.page]:
+    """Raise Missing where a cell has no record, and its machine was large enough for it."""
+    without = (*evidence.results.absent, *evidence.results.left_out)
+    if unsaid := [cell for cell, _ in without if cell not in evidence.page]:
         raise Missing(f"{len(unsaid)} cells without a record are not on the page; build it again")
     if evidence.results.absent:
         raise Missing(f"{len(evidence.results.absent)} cells have no record (the page lists them)")
-    return "no cell failed"
+    left_out = len(evidence.results.left_out)
+    return f"no cell failed; {left_out} ask for more than the machine has" if left_out else "no cell failed"
 
 
 def no_benchmark_is_detected(evidence: Evidence) -> str:
