@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import mobile
+from mobile.errors import Refused
 from mobile.kernels import group
 from mobile.policies.strategy import strategies
 
@@ -99,3 +100,32 @@ def test_a_step_asked_for_as_a_tuple_is_one_of_the_same_parts(family, strategy, 
         assert [type(part) for part in ours] == [type(part) for part in theirs]
         logits = next(number for number, part in enumerate(theirs) if torch.is_tensor(part) and part.ndim == 3)
         assert torch.equal(ours[logits], theirs[logits])
+
+
+@pytest.mark.parametrize("strategy", ["lru", "mobile", "mobile-cached", "static-half", "fate"])
+def test_a_configuration_that_asks_for_tuples_without_saying_so_is_followed(family, strategy):
+    """`return_dict: null` is falsy: Transformers gives tuples then."""
+    model, stock = tiny(family), tiny(family)
+    model.config.return_dict = stock.config.return_dict = None
+    mobile.attach(model, strategy, slots=8, poison=True)
+    with torch.no_grad():
+        ours, theirs = model(prompt(rows=2), use_cache=True), stock(prompt(rows=2), use_cache=True)
+    assert [type(part) for part in ours] == [type(part) for part in theirs]
+    logits = next(number for number, part in enumerate(theirs) if torch.is_tensor(part) and part.ndim == 3)
+    assert torch.equal(ours[logits], theirs[logits])
+    asked = {"max_new_tokens": 6, "do_sample": False}
+    written = model.generate(prompt(rows=1), **asked)
+    if mobile.strategies()[strategy].lossless:
+        assert torch.equal(written, stock.generate(prompt(rows=1), **asked))
+
+
+def test_a_model_whose_own_code_fails_on_ids_is_refused_in_one_sentence_by_what_tries_it(family):
+    model = tiny(family)
+
+    def forward(*_: Any, **__: Any) -> None:
+        raise KeyError("no such layer")
+
+    model.forward = forward
+    with pytest.raises(Refused, match=r"does not run on token ids alone \('no such layer'\); use a lossless strategy"):
+        mobile.attach(model, "mobile", slots=8)
+    mobile.detach(mobile.attach(model, "lru", slots=8))

@@ -161,7 +161,7 @@ def _self_test(engine: Engine, decoder: Decoder) -> Findings:
 
     undoable: frozenset[type] = frozenset()
     quasi = None
-    with selftest.undisturbed(decoder.model):
+    with selftest.undisturbed(decoder.model), selftest.on_ids_alone():
         if isinstance(strategy.gating, BigLittle):
             selftest.check_confidence(decoder.model)
         if isinstance(strategy.gating, HalfK | BigLittle):

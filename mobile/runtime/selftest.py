@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mobile.errors import Refused
+from mobile.errors import Refused, one_line
 from mobile.live_model import compat
 from mobile.live_model.overrides import Overrides
 from mobile.policies.strategy import BigLittle
@@ -35,6 +35,19 @@ def _run(stock: Forward, engine: Engine, kind: Kind, *ids: int, **extra: Any) ->
     running = ForwardPass(kind, torch.ones_like(tokens, dtype=torch.bool))
     with engine.passing(running):
         return stock(input_ids=tokens, **extra), running
+
+
+@contextmanager
+def on_ids_alone() -> Iterator[None]:
+    """Raise Refused in place of what the model's own code raises when it is given token ids and nothing else."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Refused(
+            f"The model does not run on token ids alone ({one_line(error)}); use a lossless strategy."
+        ) from error
 
 
 @contextmanager
@@ -103,11 +116,8 @@ def check_routers(stock: Forward, engine: Engine) -> None:
 
     Raise Refused if one chooses another number: halving its choice would need a rule this version does not have.
     """
-    try:
-        with engine.little_k():
-            _, running = _run(stock, engine, "little", 0, 1, use_cache=False)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise Refused(f"The model does not run on token ids alone ({error}); use a lossless strategy.") from error
+    with engine.little_k():
+        _, running = _run(stock, engine, "little", 0, 1, use_cache=False)
     little_k = engine.plan.native.little_k
     for layer, (index, _) in zip(engine.layers, running.selections, strict=True):
         if index.shape[-1] != little_k:
@@ -126,14 +136,9 @@ def learn_routers(model: Any, stock: Forward, engine: Engine) -> Sequence[cached
     gating, kind = engine.strategy.cached_routing, cached_routing.kind_of(engine.strategy)
     assert gating is not None, "asked of strategies that choose by what is in slots"
     ids = [token % model.get_input_embeddings().weight.shape[0] for token in range(PROBED)]
-    try:
-        with engine.little_k() if kind == "little" else nullcontext():
-            _, running = _run(stock, engine, kind, *ids, use_cache=False)
-            return cached_routing.learn(gating, engine.layers, running, engine.plan.native.top_k)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, Refused):
-            raise
-        raise Refused(f"The model does not run on token ids alone ({error}); use a lossless strategy.") from error
+    with engine.little_k() if kind == "little" else nullcontext():
+        _, running = _run(stock, engine, kind, *ids, use_cache=False)
+        return cached_routing.learn(gating, engine.layers, running, engine.plan.native.top_k)
 
 
 def check_signal(stock: Forward, engine: Engine, gating: BigLittle) -> None:
@@ -150,11 +155,11 @@ def rolls_back(model: Any, stock: Forward, engine: Engine) -> frozenset[type]:
     It can if a big step after one that was undone equals, bit for bit, the big step on an untouched cache.
     """
     prompt = (0, 1, 2)
-    cache = compat.cache_of(_run(stock, engine, "prefill", *prompt, use_cache=True)[0])
+    more: dict[str, Any] = {"use_cache": True, "return_dict": True}  # whatever the configuration says
+    cache = compat.cache_of(_run(stock, engine, "prefill", *prompt, **more)[0])
     if not getattr(cache, "layers", None):
         return frozenset()
     untouched = copy.deepcopy(cache)
-    more: dict[str, Any] = {"use_cache": True}
     if "position_ids" in inspect.signature(type(model).forward).parameters:  # else some go by what they wrote last
         more["position_ids"] = torch.tensor([[len(prompt)]], device=engine.device)
     undo = rollback.before_step(cache)
