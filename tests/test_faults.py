@@ -248,7 +248,7 @@ def test_ctrl_c_where_a_step_turns_gradients_off_and_on_leaves_them_on():
     faulty, at = Faulty("lru", None), 0
     while True:
         at += 1
-        interrupt = Interrupt(at, only=("step", "_step_alone"))
+        interrupt = Interrupt(at, only=("step", "run", "_alone"))
         try:
             interrupt.during(lambda: faulty.model(faulty.ids))
         except KeyboardInterrupt:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -34,6 +32,7 @@ from mobile.runtime.forward_pass import ForwardPass, Selection
 from mobile.runtime.next_layer import NextLayerLookup
 from mobile.runtime.quasi_hidden_state import QuasiHiddenState
 from mobile.runtime.recording import Recorder
+from mobile.runtime.steps import Steps
 from mobile.store import HostStore, Store, poison
 from mobile.transfer import Reading, read
 
@@ -43,7 +42,6 @@ OUT_OF_MEMORY = (
     "with a larger context_tokens or fewer slots, or give it fewer tokens at once."
 )
 Compare = Callable[[ForwardPass, torch.Tensor, torch.Tensor], None]
-_stepping: ContextVar[tuple[Engine, ...]] = ContextVar("mobile_engines_stepping", default=())
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ class Findings:
 class Engine:
     """The runtime of an attached model, reachable as `model.mobile`.
 
-    Forward passes of several threads take turns (`lock`), so each thread's tokens are what it would get alone.
-    `recording` follows one caller only.
+    Forward passes of several threads take turns, so each thread's tokens are what it would get alone. `recording`
+    follows one caller only.
     """
 
     def __init__(
@@ -89,14 +87,14 @@ class Engine:
         self.running: ForwardPass | None = None
         self.findings = Findings()
         self.recorder, self.next_layer = Recorder(), NextLayerLookup(layers, plan.strategy)
-        self.lock = threading.RLock()
+        self._steps = Steps(self)
+        self.lock = self._steps.lock  # whoever holds it is alone with the engine
         self._kernel, self._poison = plan.kernel, poison
         self._pass_scope: Callable[[ForwardPass], Scope] = nullcontext
         self.compare: Compare | None = None
         self._top_k = [layer.top_k for layer in layers]
         # By charged layer, the live layer that holds its experts' rows.
         self._owner = [mine for mine, covered in enumerate(plan.layer_map) for _ in covered]
-        self._broken = False  # whether a step was broken off, and the slots may hold anything
         self.leaving = False  # whether a detach has begun, and experts may be anywhere
         self.device = compat.device_of(layers)
         self.slot_rows = torch.empty(0, store.layout.numel, dtype=store.layout.dtype, device=self.device)
@@ -184,7 +182,7 @@ class Engine:
     def restart(self) -> None:
         """Start with cold slots, an empty ledger and a clock at zero."""
         self.ledger.clear()
-        self._cold()
+        self.begin_cold()
         self.link.rewind()
 
     def uninstall(self, *, give_back: bool) -> None:
@@ -212,7 +210,7 @@ class Engine:
         self.slot_rows, self._views = self.slot_rows.new_empty(0), {}
         lift_cap(self.device)  # the experts may not fit below it
 
-    def _cold(self) -> None:
+    def begin_cold(self) -> None:
         """Empty all slots and stop copies and products under way; the clock and the counters go on."""
         if self._cpu is not None:
             self._cpu.reset()
@@ -228,7 +226,6 @@ class Engine:
         for key, slot in self.residency.preload_all():
             self.fill(key, slot)
         self.link.join()  # no copy overtakes what has just been written
-        self._broken = False
 
     # --- bytes --------------------------------------------------------------------------------------
 
@@ -267,48 +264,20 @@ class Engine:
             setattr(*layer.top_k_attribute, top_k)
 
     def step(self, run: Callable[..., Any], *arguments: Any) -> Any:
-        """Run all that one call of the model does, alone on the engine, and without gradients.
+        """Run all that one call of the model does, alone on the engine; a call inside it is part of it."""
+        return self._steps.run(run, *arguments)
 
-        A call inside it is part of it. (That it is inside is known by its context, which ends with the call
-        whatever ends that.)
-        """
-        if self in _stepping.get():
-            return run(*arguments)
-        gradients = torch.is_grad_enabled()
-        try:
-            return copy_context().run(self._step_alone, run, arguments)
-        except BaseException:
-            torch.set_grad_enabled(gradients)  # where Ctrl-C came on the line that does it below
-            raise
+    def end_step(self) -> None:
+        self.residency.end_step()
 
-    def _step_alone(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Run it under the lock. If anything breaks it off (a failing copy, Ctrl-C), the next step starts cold.
-
-        The slots are then not trusted. A pass or a smaller top-k that was opened is closed here and nowhere else, since
-        Ctrl-C may come after a context was entered and before its `with` block knows.
-        """
-        _stepping.set((*_stepping.get(), self))
-        with self.lock:
-            if self._broken:
-                self._cold()
-            self._broken = True  # until the step is over: also where an interrupt leaves the handler below
-            gradients = torch.is_grad_enabled()
-            try:
-                torch.set_grad_enabled(False)  # slots are written to again and again, so none could be computed
-                result = run(*arguments)
-                self.residency.end_step()
-            except BaseException as error:
-                broken_off, self.running = self.running, None
-                self._all_k()
-                if broken_off is not None:
-                    self.residency.abandon()
-                if is_out_of_memory(error):
-                    error.add_note(OUT_OF_MEMORY.format(self.device))
-                raise
-            finally:
-                torch.set_grad_enabled(gradients)
-            self._broken = False
-            return result
+    def break_off(self, error: BaseException) -> None:
+        """Close the pass or the smaller top-k that a step had open when this error ended it."""
+        passing, self.running = self.running, None
+        self._all_k()
+        if passing is not None:
+            self.residency.abandon()
+        if is_out_of_memory(error):
+            error.add_note(OUT_OF_MEMORY.format(self.device))
 
     @contextmanager
     def observed(self, kernel_scope: Callable[[], Scope], pass_scope: Callable[[ForwardPass], Scope]) -> Iterator[None]:
