@@ -91,6 +91,7 @@ class Finished:
 
     @property
     def failed(self) -> bool:
+        """Whether it left nothing behind, and should have."""
         return self.error is not None and not self.left_out
 
 
