@@ -170,7 +170,10 @@ def gate(options: Namespace) -> int:
         console.print(f"{name} ({facts}): {f'{len(unlike)} differ' if unlike else 'as expected'}")
     console.print(f"{found.cells} cells and {found.speedups} speedups were expected; tolerance zero")
     if found.t0:
-        console.print("Other processors may round a model's arithmetic otherwise; see made_on in the expectation.")
+        console.print(
+            "A processor with other vector instructions (AVX2, AVX-512), even of the same name, rounds a model's "
+            "arithmetic otherwise; made_on in the expectation says where it was made."
+        )
     return 1 if found.t0 or found.t1 else 0
 
 
