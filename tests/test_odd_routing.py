@@ -119,13 +119,14 @@ def test_a_configuration_that_asks_for_tuples_without_saying_so_is_followed(fami
         assert torch.equal(written, stock.generate(prompt(rows=1), **asked))
 
 
-def test_a_model_whose_own_code_fails_on_ids_is_refused_in_one_sentence_by_what_tries_it(family):
+@pytest.mark.parametrize("strategy", ["mobile", "mobile-cached", "static-half", "speculating-experts-verify"])
+def test_a_model_whose_own_code_fails_on_ids_is_refused_in_one_sentence_by_what_tries_it(family, strategy):
     model = tiny(family)
 
     def forward(*_: Any, **__: Any) -> None:
         raise KeyError("no such layer")
 
     model.forward = forward
-    with pytest.raises(Refused, match=r"does not run on token ids alone \('no such layer'\); use a lossless strategy"):
-        mobile.attach(model, "mobile", slots=8)
+    with pytest.raises(Refused, match=r"does not run on token ids alone \('no such layer'\); use a .*, such as lru"):
+        mobile.attach(model, strategy, slots=8)
     mobile.detach(mobile.attach(model, "lru", slots=8))

@@ -205,9 +205,9 @@ FORGERIES: dict[str, tuple[Callable[[Files], Files], str]] = {
     ),
     "a file was added": (lambda f: {**f, "turns/more.json": b"{}"}, "is there and not listed"),
     "and sealed": (lambda f: resealed({**f, "records/more.json": b"{}"}), "is of no cell of its plan"),
-    "a note on a cell that has its record": (
+    "a note on a cell that is not planned": (
         lambda f: resealed({**f, "failures/more.json": b'{"id": "more", "label": "a cell", "error": "too small"}'}),
-        "is of no cell of its plan",
+        "does not hold the files that its manifest seals",
     ),
     "of another schema": (lambda f: resealed(edited(f, schema=4)), "record schema 4"),
     "of another preset": (
@@ -234,7 +234,11 @@ def test_a_cell_that_the_machine_was_too_small_for_is_sent_as_such_and_one_that_
     told = read_json(plan)
     write_json(plan, {**told, "cells": [*told["cells"], {"id": "large", "label": "a large cell"}]})
     write_json(note, {"id": "large", "label": "a large cell", "error": "This card is too small.", "left_out": True})
+    stale = {"id": "gone", "label": "of an older plan", "error": "It broke.", "log": f"{Path.home()}/run/logs/gone.log"}
+    write_json(RunFolder(folder).failure("gone"), stale)
     pack(seal(folder), tmp_path / "run.zip", as_it_is=True)
+    notes = [name for name in files_of(tmp_path / "run.zip") if name.startswith("failures/")]
+    assert notes == ["failures/large.json"]
     assert unpacked(tmp_path / "run.zip").results.left_out == (("a large cell", "This card is too small."),)
     write_json(note, {"id": "large", "label": "a large cell", "error": "It broke."})
     with pytest.raises(Unsubmittable, match="is not finished, 1 of its cells have no record"):

@@ -46,7 +46,8 @@ def on_ids_alone() -> Iterator[None]:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise Refused(
-            f"The model does not run on token ids alone ({one_line(error)}); use a lossless strategy."
+            f"The model does not run on token ids alone ({one_line(error)}); use a strategy that tries nothing when "
+            "it is attached, such as lru."
         ) from error
 
 

@@ -151,9 +151,7 @@ def _checked(name: str, run: Path) -> Submitted:
     said = bundle.said_of(run, results)
     _hold(said == sealed.config, "its manifest does not say what its records say")
     _hold(results.preset == about.preset, f"its plan is of preset {results.preset!r}, not of {about.preset!r}")
-    of_cells = {each for each in chosen if each.startswith(("records/", "failures/"))}
-    extra = of_cells - {f"records/{cell}.json" for cell in said.cells}
-    extra -= {f"failures/{cell}.json" for cell in said.absent}
+    extra = {each for each in chosen if each.startswith("records/")} - {f"records/{cell}.json" for cell in said.cells}
     _hold(not extra, f"{min(extra, default='')} is of no cell of its plan")
     if wrong := next(_wrong(results, run), None):
         raise Unsubmittable(wrong)
@@ -196,8 +194,10 @@ def _wrong(results: Results, run: Path) -> Iterator[str]:
 
 
 def _chosen(sealed: bundle.Manifest) -> list[str]:
-    """Return the names of the sealed files that belong into an archive."""
-    return [name for name in sealed.files if PATHS.fullmatch(name)]
+    """Return the names of the sealed files that belong into an archive; of notes, those on cells without a record."""
+    notes = {f"failures/{cell}.json" for cell in sealed.config.absent}
+    named = [name for name in sealed.files if PATHS.fullmatch(name)]
+    return [name for name in named if name in notes or not name.startswith("failures/")]
 
 
 def _refuse_home(files: dict[str, bytes]) -> None:
